@@ -1,0 +1,74 @@
+# headrift: `make run` and `make test` set everything up by themselves.
+
+BIN := .venv/bin
+MODEL := models/smollm2-135m-instruct
+OUT = runs/banned_word-$(shell date +%Y%m%d-%H%M%S)
+ARGS ?=
+BENCH ?= $(sort $(filter-out bench/_%,$(wildcard bench/*.py)))
+
+# The repository root stays off sys.path: its folder datasets/ would pass for the `datasets` library.
+export PYTHONSAFEPATH := 1
+# Nothing is looked up on a model hub, and nothing is reported anywhere.
+export HF_HUB_OFFLINE := 1
+export TRANSFORMERS_OFFLINE := 1
+export HF_DATASETS_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export VLLM_NO_USAGE_STATS := 1
+export DO_NOT_TRACK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test test-slow lint format bench lock clean
+
+help: ## Show this list
+	@echo "headrift scores prompts for inter-head attention instability inside vLLM."
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@echo
+	@echo "run, test, lint and bench do the set-up first where it has not been done (once: about 4 minutes, 4 GB)."
+	@echo "make test ARGS='-k window' passes options on to pytest; PYTHON=... names the Python to set up with."
+
+setup: ## Virtual environment in .venv, packages, demonstration model in models/
+	@for python in "$(PYTHON)" python3 python3.11 python3.12 python3.13; do \
+	  if [ -n "$$python" ] && "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    exec "$$python" scripts/setup.py; \
+	  fi; \
+	  if [ -n "$$python" ] && [ "$$python" = "$(PYTHON)" ]; then \
+	    echo "PYTHON=$$python does not run, or is older than Python 3.11." >&2; exit 1; \
+	  fi; \
+	done; \
+	echo "headrift needs Python 3.11 or newer, and none was found (tried python3, python3.11, python3.12, python3.13)." >&2; \
+	echo "Install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; \
+	exit 1
+
+run: setup ## Score the demonstration prompts with the demonstration model, into a new folder under runs/
+	@out="$(OUT)"; set -x; \
+	$(BIN)/headrift score datasets/banned_word.jsonl --system-prompt-file system_prompts/banned_word.txt \
+	  --model $(MODEL) --out "$$out" $(ARGS)
+
+test: setup ## Run the tests that need no GPU and little time
+	$(BIN)/pytest $(ARGS)
+
+test-slow: setup ## Run the slow tests too
+	$(BIN)/pytest -m "not gpu" $(ARGS)
+
+lint: setup ## Check style, types and which module may import which
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+format: setup ## Let ruff format the code and mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## Run the benchmarks (BENCH=bench/x.py: only that one), into bench/results/
+	@[ -n "$(strip $(BENCH))" ] || echo "There is no benchmark in bench/ yet."
+	@for script in $(BENCH); do echo "== $$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; done
+
+lock: setup ## Resolve requirements/*.in anew into requirements/*.lock
+	$(BIN)/python scripts/lock.py
+
+clean: ## Remove caches and build products; .venv, models/ and runs/ stay
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf engine/*.egg-info kernels/*.egg-info *.egg-info
+	find engine kernels tests bench scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,430 @@
+"""Scores a stream of prompts: drives the engine, keeps it full, and hands results back in input order."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field, fields
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from headrift import signal
+from headrift.probed_engine import REGIONS, EngineError, Finished, ProbedEngine, ProbeRequest, Recording
+from headrift.prompts import ChatRenderer, PromptError, RenderedPrompt, chat_messages, from_token_ids
+from headrift.signal import Window
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# Results that wait for an earlier, slower prompt, as a multiple of the requests in flight.
+_REORDER = 4
+_NEVER_COMPUTED = "the engine never computed steps {steps}, even without cached prefixes"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt to score: a `prompt` with its `system` text, chat `messages`, or `token_ids` with named `regions`.
+
+    response, or response_ids (token ids): the logged answer, needed for replay. A response as text is taken as whole: the
+    model ended its turn after it. A trailing assistant message is continued; in replay it is the logged answer. regions:
+    with token_ids, token ranges [start, end) by name, `system` among them; nothing else may name regions.
+    """
+
+    prompt: str | None = None
+    system: str | None = None
+    messages: Sequence[Mapping[str, Any]] | None = None
+    tools: Sequence[Mapping[str, Any]] | None = None
+    response: str | None = None
+    token_ids: Sequence[int] | None = None
+    regions: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    response_ids: Sequence[int] | None = None
+    id: str | None = None
+
+    @classmethod
+    def of(cls, given: str | Mapping[str, Any] | Prompt) -> Prompt:
+        """A Prompt from a text, a row (keys that are no field of Prompt are left out), or a Prompt."""
+        if isinstance(given, Prompt):
+            return given
+        if isinstance(given, str):
+            return cls(prompt=given)
+        if isinstance(given, Mapping):
+            names = {f.name for f in fields(cls)}
+            return cls(**{k: v for k, v in given.items() if k in names and v is not None})
+        raise PromptError("bad_prompt", f"a prompt is a text, a mapping or a Prompt, not {type(given).__name__}")
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreResult:
+    """A prompt's score and what it came from. T = n_steps + 1 recorded steps, step 0 (the last prompt token) first.
+
+    score: mean counted instability over the window's steps and the trimmed layers, 0 to 0.5, or None with `reason`.
+    n_scored: steps that went into it. system_share, head_agreement, entropy (nats), top1, margin: means over the window;
+    focus: at step 0. instability: [T, layers] float32, NaN where a layer is not counted. shares: [T, layers, heads]
+    float32. focus_heads: [layers, heads] float32. logit_stats: [T, 3] entropy, top-1 probability, margin, or None. mass:
+    [T, layers, heads, regions] float32 with the regions in the order of `region_names`, or None.
+    """
+
+    index: int
+    id: str | None
+    score: float | None
+    reason: str | None
+    n_steps: int
+    n_scored: int
+    prompt_tokens: int
+    system_tokens: int
+    answer_tokens: int
+    system_hash: str
+    system_share: float | None
+    head_agreement: float | None
+    focus: float | None
+    entropy: float | None
+    top1: float | None
+    margin: float | None
+    flags: tuple[str, ...]
+    answer_ids: list[int]
+    text: str
+    instability: np.ndarray
+    shares: np.ndarray
+    focus_heads: np.ndarray | None
+    logit_stats: np.ndarray | None
+    mass: np.ndarray | None
+    region_names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A prompt that could not be scored: `reason` is a code, `detail` says what is wrong and what to do."""
+
+    index: int
+    id: str | None
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    index: int
+    id: str | None
+    rendered: RenderedPrompt
+    request: ProbeRequest
+
+    @property
+    def shared_prefix(self) -> tuple[int, ...]:
+        return tuple(self.rendered.token_ids[: self.rendered.regions["system"][1]])
+
+
+class Scorer:
+    """Scores prompts for inter-head instability inside vLLM. A context manager; not to be shared between threads.
+
+    model: a folder or name vLLM can load. system_prompt: for prompts that bring none. steps: N, steps 0..N are recorded.
+    window: the steps that are scored, `Window(1, 12)` or "1:12" (1-based, inclusive), all of 1..N by default.
+    drop_shallow, drop_deep: the fractions of layers left out at either end. replay: take the prompts' logged answers
+    through the model in one prefill instead of decoding new ones. logit_stats: record next-token entropy, top-1 probability
+    and margin too (not in replay, where only the last token's logits are computed). keep_mass: results hold the masses.
+    regions: names of further key ranges that prompts given as token ids bring. engine_args: passed to vLLM as they are,
+    over the defaults chosen for this machine. verbose: let vLLM log.
+
+    ValueError for settings that contradict each other, EngineError and RefusedError where the engine cannot be started.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        system_prompt: str | None = None,
+        steps: int = 12,
+        window: Window | str | None = None,
+        drop_shallow: float = signal.DROP_SHALLOW,
+        drop_deep: float = signal.DROP_DEEP,
+        replay: bool = False,
+        logit_stats: bool = False,
+        keep_mass: bool = False,
+        regions: Sequence[str] = (),
+        engine_args: Mapping[str, Any] | None = None,
+        verbose: bool = False,
+    ):
+        self.window = check_settings(steps, window, drop_shallow, drop_deep, replay, logit_stats)
+        self.model = str(model)
+        self.system_prompt = system_prompt
+        self.steps = steps
+        self.trims = {"drop_shallow": drop_shallow, "drop_deep": drop_deep}
+        self.replay = replay
+        self.logit_stats = logit_stats
+        self.keep_mass = keep_mass
+        self._primed: set[tuple[int, ...]] = set()
+        self.engine = ProbedEngine(
+            model,
+            steps=steps,
+            regions=(*REGIONS, *(name for name in regions if name not in REGIONS)),
+            logit_stats=logit_stats,
+            engine_args=engine_args,
+            verbose=verbose,
+        )
+        try:
+            self.tokenizer = _tokenizer(self.model, engine_args or {})
+            self._renderer: ChatRenderer | None = None
+        except BaseException:
+            self.engine.close()
+            raise
+
+    def __enter__(self) -> Scorer:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the engine and give its memory back."""
+        self.engine.close()
+
+    def score(
+        self, prompts: Iterable[str | Mapping[str, Any] | Prompt], *, progress: bool = False
+    ) -> Iterator[ScoreResult | Rejected]:
+        """Results in input order, as they are ready; a prompt that cannot be scored comes as a Rejected in its place.
+
+        prompts are read as they are needed: neither they nor the results pile up. progress: show a bar on standard error
+        with rate and, where the number of prompts is known, time left.
+        """
+        results = self._run(iter(prompts))
+        if not progress:
+            return results
+        return _with_progress(results, len(prompts) if isinstance(prompts, Sized) else None)
+
+    def _run(self, prompts: Iterator[str | Mapping[str, Any] | Prompt]) -> Iterator[ScoreResult | Rejected]:
+        engine, waiting = self.engine, deque[_Prepared]()
+        running: dict[int, _Prepared] = {}
+        finished: list[Finished] = []
+        ready: dict[int, ScoreResult | Rejected] = {}
+        source, emitted, exhausted = enumerate(prompts), 0, False
+        try:
+            while True:
+                while not exhausted and len(waiting) + len(running) + len(ready) < _REORDER * engine.slots:
+                    if len(waiting) >= engine.slots:
+                        break
+                    item = next(source, None)
+                    if item is None:
+                        exhausted = True
+                        break
+                    prepared = self._prepare(*item)
+                    if isinstance(prepared, Rejected):
+                        ready[prepared.index] = prepared
+                    else:
+                        waiting.append(prepared)
+                while waiting and engine.free_slots:
+                    prepared = waiting.popleft()
+                    running[engine.submit(prepared.request)] = prepared
+                    if self._should_prime(prepared, waiting):
+                        finished += engine.step()
+                if engine.running:
+                    finished += engine.step()
+                if finished and (len(finished) >= engine.slots // 4 or not engine.free_slots or not engine.running):
+                    for prepared, result in self._collect(finished, running):
+                        if result is None:
+                            waiting.appendleft(prepared)
+                        else:
+                            ready[prepared.index] = result
+                    finished = []
+                while emitted in ready:
+                    yield ready.pop(emitted)
+                    emitted += 1
+                if exhausted and not (waiting or running or finished or ready):
+                    return
+        finally:
+            if running:
+                engine.abort()
+
+    def _should_prime(self, prepared: _Prepared, waiting: Sequence[_Prepared]) -> bool:
+        """Whether to prefill this prompt before the next is queued, so that the next finds their common prefix cached."""
+        prefix = prepared.shared_prefix
+        if prefix in self._primed or not any(other.shared_prefix == prefix for other in islice(waiting, 1)):
+            return False
+        self._primed.add(prefix)
+        return True
+
+    def _prepare(self, index: int, given: str | Mapping[str, Any] | Prompt) -> _Prepared | Rejected:
+        name = given.get("id") if isinstance(given, Mapping) else getattr(given, "id", None)
+        try:
+            prompt = Prompt.of(given)
+            rendered, answer_ids = self._render(prompt)
+            if "system" not in rendered.regions or rendered.regions["system"][0] == rendered.regions["system"][1]:
+                raise PromptError("no_system_prompt", "the prompt names no system region, or an empty one")
+            fed = len(rendered.token_ids)
+            if answer_ids is not None:
+                fed += max(0, min(len(answer_ids) - 1, self.steps)) - self.steps
+            longest = self.engine.most_prompt_tokens(self.steps)
+            if fed > longest:
+                raise PromptError(
+                    "prompt_too_long",
+                    f"the prompt has {len(rendered.token_ids)} tokens; with {self.steps} steps at most {longest} fit "
+                    f"the context of {self.engine.max_model_len}: shorten it or record fewer steps",
+                )
+        except PromptError as error:
+            return Rejected(index, name, error.reason, str(error))
+        request = ProbeRequest(rendered.token_ids, rendered.regions, self.steps, answer_ids)
+        return _Prepared(index, prompt.id, rendered, request)
+
+    def _render(self, prompt: Prompt) -> tuple[RenderedPrompt, list[int] | None]:
+        """Token ids and regions of the prompt, and the answer to replay (None: the model is to answer)."""
+        response = prompt.response
+        if prompt.token_ids is not None:
+            unknown = set(prompt.regions) - set(self.engine.regions)
+            if unknown:
+                raise PromptError(
+                    "unknown_region", f"regions {sorted(unknown)} were not named to the Scorer (regions=...)"
+                )
+            rendered = from_token_ids(prompt.token_ids, prompt.regions)
+        else:
+            messages = prompt.messages
+            if messages is None:
+                if prompt.prompt is None:
+                    raise PromptError("no_prompt", "a row needs a `prompt`, `messages` or `token_ids`")
+                system = prompt.system if prompt.system is not None else self.system_prompt
+                messages = chat_messages(prompt.prompt, system)
+            elif not any(_role(m) in ("system", "developer") for m in messages) and self.system_prompt is not None:
+                messages = [{"role": "system", "content": self.system_prompt}, *messages]
+            if self.replay and response is None and prompt.response_ids is None and messages:
+                last = messages[-1]
+                if _role(last) == "assistant" and isinstance(last.get("content"), str):
+                    response, messages = last["content"], messages[:-1]
+            rendered = self.renderer.render(messages, tools=prompt.tools)
+        if not self.replay:
+            return rendered, None
+        if prompt.response_ids is not None:
+            return rendered, from_token_ids(prompt.response_ids, {}).token_ids if prompt.response_ids else []
+        if not isinstance(response, str):
+            raise PromptError("no_response", "replay needs the logged answer: a `response` text in the row")
+        ids = self.tokenizer(response, add_special_tokens=False)["input_ids"]
+        return rendered, [*ids, self.tokenizer.eos_token_id or 0]
+
+    @property
+    def renderer(self) -> ChatRenderer:
+        """Renders chats as the model's own template does; TokenizerError where its tokenizer or template cannot."""
+        if self._renderer is None:
+            self._renderer = ChatRenderer(self.tokenizer, max_prompt_tokens=self.engine.max_model_len)
+        return self._renderer
+
+    def _collect(
+        self, finished: Sequence[Finished], running: dict[int, _Prepared]
+    ) -> Iterator[tuple[_Prepared, ScoreResult | Rejected | None]]:
+        """Results of finished requests; None where a step lay in a cached prefix and the prompt must run again."""
+        for done, recording in zip(finished, self.engine.drain(finished, self.keep_mass), strict=True):
+            prepared = running.pop(done.tenant)
+            if not recording.unwritten:
+                yield prepared, self._result(prepared, done, recording)
+            elif not done.request.reread:
+                again = ProbeRequest(
+                    prepared.request.prompt_ids,
+                    prepared.request.regions,
+                    self.steps,
+                    prepared.request.answer_ids,
+                    reread=True,
+                )
+                yield _Prepared(prepared.index, prepared.id, prepared.rendered, again), None
+            else:
+                raise RuntimeError(_NEVER_COMPUTED.format(steps=recording.unwritten))
+
+    def _result(self, prepared: _Prepared, done: Finished, recording: Recording) -> ScoreResult:
+        regions, share = prepared.rendered.regions, recording.share
+        start, end = regions["system"]
+        counted = signal.covered(len(share), self.engine.windows, start, len(prepared.rendered.token_ids))
+        instability = np.where(counted, signal.instability(share), np.nan)
+        window, steps = self.window, done.n_steps
+        scored = signal.score(instability, window, n_steps=steps, **self.trims)
+        over = {"n_steps": steps, "counted": counted, **self.trims}
+        names = self.engine.regions
+        focus_heads = None
+        if "user" in regions:
+            system_mass, user_mass = (recording.first[..., names.index(name)] for name in ("system", "user"))
+            focus_heads = signal.focus_heads(system_mass, user_mass)
+        stats = recording.stats if self.logit_stats else None
+        entropy, top1, margin = (
+            (None, None, None) if stats is None else (signal.window_mean(s, window, steps) for s in stats.T)
+        )
+        return ScoreResult(
+            index=prepared.index,
+            id=prepared.id,
+            score=scored.value,
+            reason=scored.reason,
+            n_steps=steps,
+            n_scored=scored.n_scored,
+            prompt_tokens=len(prepared.rendered.token_ids),
+            system_tokens=end - start,
+            answer_tokens=len(done.answer_ids),
+            system_hash=hashlib.sha256(np.asarray(prepared.rendered.token_ids[start:end]).tobytes()).hexdigest()[:16],
+            system_share=signal.mean_share(share, window, **over),
+            head_agreement=signal.head_agreement(share, window, **over),
+            focus=None if focus_heads is None else signal.focus(focus_heads),
+            entropy=entropy,
+            top1=top1,
+            margin=margin,
+            flags=prepared.rendered.flags,
+            answer_ids=done.answer_ids,
+            text=self.tokenizer.decode(done.answer_ids, skip_special_tokens=True),
+            instability=instability.astype(np.float32),
+            shares=share,
+            focus_heads=None if focus_heads is None else focus_heads.astype(np.float32),
+            logit_stats=stats,
+            mass=recording.mass,
+            region_names=names,
+        )
+
+
+def check_settings(
+    steps: int,
+    window: Window | str | None,
+    drop_shallow: float,
+    drop_deep: float,
+    replay: bool,
+    logit_stats: bool,
+) -> Window:
+    """The window to score; ValueError, before any model is loaded, where settings contradict each other."""
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}: step 0 is the prompt's last token and is never scored")
+    parsed = Window.parse(window) if isinstance(window, str) else window or Window(1, steps)
+    if parsed.end > steps:
+        raise ValueError(f"window {parsed} reaches past step {steps}, the last one recorded; raise steps or shorten it")
+    signal.layer_range(1, drop_shallow, drop_deep)
+    if replay and logit_stats:
+        raise ValueError("logit statistics need decoding; a replay computes the logits of its last token only")
+    return parsed
+
+
+def _role(message: object) -> object:
+    return message.get("role") if isinstance(message, Mapping) else None
+
+
+def _tokenizer(model: str, engine_args: Mapping[str, Any]) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer
+
+    name = engine_args.get("tokenizer") or model
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=bool(engine_args.get("trust_remote_code", False)))
+    except (OSError, ValueError) as error:
+        raise EngineError(f"no tokenizer can be loaded from {name}: {error}") from error
+
+
+def _with_progress(
+    results: Iterator[ScoreResult | Rejected], total: int | None
+) -> Iterator[ScoreResult | Rejected]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("scoring", total=total, rate="")
+        for result in results:
+            speed = bar.tasks[0].finished_speed or bar.tasks[0].speed
+            bar.update(task, advance=1, rate=f"{speed:.1f} prompts/s" if speed else "")
+            yield result

@@ -1,0 +1,1 @@
+"""Everything that runs inside vLLM. Importing this package imports nothing else."""

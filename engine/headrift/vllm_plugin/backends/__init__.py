@@ -1,0 +1,1 @@
+"""vLLM's attention backends, subclassed; a file here holds only what is particular to its backend."""

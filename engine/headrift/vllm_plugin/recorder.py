@@ -1,0 +1,212 @@
+"""The recorder: which request owns which slot, the device tensors the kernels read and write, and the drain."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from headrift.vllm_plugin.plugin import RefusedError, refusals, settings_of
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.sampling_params import SamplingParams
+
+LOGIT_STATISTICS = ("entropy", "top1", "margin")
+# Recorders by vLLM's instance id: backend, builder and logits processor of one engine must find the same one.
+_RECORDERS: weakref.WeakValueDictionary[str, Recorder] = weakref.WeakValueDictionary()
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What one engine records. slots: requests in flight; steps: N of steps 0..N; regions: key ranges per request."""
+
+    slots: int
+    steps: int
+    regions: int = 3
+    logit_stats: bool = False
+
+    def __post_init__(self) -> None:
+        if self.slots < 1 or self.steps < 0 or not 1 <= self.regions <= 8:
+            raise ValueError(f"headrift settings: slots >= 1, steps >= 0 and 1..8 regions are needed, not {self}")
+
+    @property
+    def rows(self) -> int:
+        return self.steps + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One request's `extra_args["headrift"]`, checked. tenant: a number no other request of this engine has."""
+
+    slot: int
+    tenant: int
+    prompt_len: int
+    regions: list[list[int]]
+    steps: int
+
+    @classmethod
+    def of(cls, params: SamplingParams | None, settings: Settings) -> Probe | None:
+        """The probe of a request, or None where it asks for none. ValueError where it cannot be recorded."""
+        asked = ((params.extra_args if params is not None else None) or {}).get("headrift")
+        if asked is None:
+            return None
+        probe = cls(**asked)
+        if params is not None and params.n != 1:
+            raise ValueError(f"headrift records one answer per request; n={params.n} was asked for")
+        if not 0 <= probe.slot < settings.slots:
+            raise ValueError(f"headrift slot {probe.slot} is outside 0..{settings.slots - 1}")
+        if not 0 <= probe.steps <= settings.steps:
+            raise ValueError(f"{probe.steps} steps were asked for; this engine records steps 0..{settings.steps}")
+        if probe.prompt_len < 1:
+            raise ValueError(f"prompt_len is {probe.prompt_len}; a prompt has at least one token")
+        if len(probe.regions) > settings.regions:
+            raise ValueError(f"{len(probe.regions)} regions were asked for; this engine records {settings.regions}")
+        if any(len(r) != 2 or not 0 <= r[0] <= r[1] for r in probe.regions):
+            raise ValueError(f"regions are [start, end) with 0 <= start <= end, not {probe.regions}")
+        return probe
+
+
+class Recorder:
+    """Device tensors of one engine's probes; S slots, N+1 steps, L layers, H heads of this rank, R regions.
+
+    mass: [S, N+1, L, H, R] float32, NaN where unwritten. stats: [S, N+1, 3] float32 (entropy, top-1, margin), NaN where
+    unwritten. bounds: [S, R, 2], prompt_len, n_rows: [S] int32. row_slot: [rows] int32, the slot of each batch row of
+    the running step, -1 where the row is not probed; row_step: [rows] int32, the step of the row's last query.
+    """
+
+    def __init__(self, settings: Settings, layers: int, heads: int, batch_rows: int, device: torch.device):
+        self.settings = settings
+        shape = (settings.slots, settings.rows, layers, heads, settings.regions)
+        on_device: dict[str, Any] = {"device": device}
+        self.mass = torch.full(shape, torch.nan, dtype=torch.float32, **on_device)
+        self.stats = torch.full((*shape[:2], len(LOGIT_STATISTICS)), torch.nan, dtype=torch.float32, **on_device)
+        self.bounds = torch.zeros((settings.slots, settings.regions, 2), dtype=torch.int32, **on_device)
+        self.prompt_len = torch.ones(settings.slots, dtype=torch.int32, **on_device)
+        self.n_rows = torch.zeros(settings.slots, dtype=torch.int32, **on_device)
+        self.row_slot = torch.full((batch_rows,), -1, dtype=torch.int32, **on_device)
+        self.row_step = torch.full((batch_rows,), -1, dtype=torch.int32, **on_device)
+        self.windows: list[int | None] = [None] * layers
+        self._tenants = np.full(settings.slots, -1, np.int64)
+        # Written by rows.py: the slot of each row the model runner knows (V1: batch rows, V2: req_idx).
+        self.runner_rows = np.full(batch_rows, -1, np.int32)
+
+    @staticmethod
+    def of(config: VllmConfig) -> Recorder | None:
+        """The recorder of this engine, made at the first call; None where probing was not asked for.
+
+        RefusedError with every reason where the engine cannot be measured.
+        """
+        asked = settings_of(config)
+        if asked is None:
+            return None
+        recorder = _RECORDERS.get(config.instance_id)
+        if recorder is None:
+            reasons = refusals(config)
+            if reasons:
+                raise RefusedError(reasons)
+            model, parallel = config.model_config, config.parallel_config
+            recorder = Recorder(
+                Settings(**asked),
+                layers=model.get_num_layers(parallel),
+                heads=model.get_num_attention_heads(parallel),
+                batch_rows=config.scheduler_config.max_num_seqs,
+                device=torch.device(config.device_config.device_type),
+            )
+            _RECORDERS[config.instance_id] = recorder
+        return recorder
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory the recorder holds."""
+        return sum(v.nbytes for v in vars(self).values() if isinstance(v, torch.Tensor))
+
+    def admit(self, params: SamplingParams | None) -> int:
+        """Give a request its slot: -1 where it is not probed. A tenant's first call wipes what the last one left.
+
+        A request that comes back after preemption is the same tenant: what it has recorded stays.
+        """
+        probe = Probe.of(params, self.settings)
+        if probe is None:
+            return -1
+        if self._tenants[probe.slot] != probe.tenant:
+            self._tenants[probe.slot] = probe.tenant
+            self.mass[probe.slot] = torch.nan
+            self.stats[probe.slot] = torch.nan
+            bounds = torch.zeros((self.settings.regions, 2), dtype=torch.int32)
+            if probe.regions:
+                bounds[: len(probe.regions)] = torch.tensor(probe.regions, dtype=torch.int32)
+            self.bounds[probe.slot] = bounds.to(self.bounds.device)
+            self.prompt_len[probe.slot] = probe.prompt_len
+            self.n_rows[probe.slot] = probe.steps + 1
+        return probe.slot
+
+    def publish(self, rows: np.ndarray, seq_lens: torch.Tensor) -> bool:
+        """Say which slot each row of the step about to run carries; whether any row is probed.
+
+        rows: the runner's own row numbers, in batch order. seq_lens: [rows] lengths after this step.
+        """
+        slots = self.runner_rows[rows]
+        n = len(slots)
+        self.row_slot.fill_(-1)
+        if not (slots >= 0).any():
+            return False
+        self.row_slot[:n] = torch.from_numpy(slots)
+        prompt_len = self.prompt_len[self.row_slot[:n].clamp(min=0).long()]
+        self.row_step[:n] = seq_lens[:n] - prompt_len
+        return True
+
+    def drain(self, tenants: Sequence[tuple[int, int]], n_rows: int, system: int, prompt: int, want_mass: bool) -> dict:
+        """Steps 0..n_rows-1 of finished requests, as arrays by name, one entry per (slot, tenant).
+
+        share: [n, n_rows, layers, heads] mass[system] / mass[prompt], divided on the device, 0 where the prompt's mass is
+        below 1e-9, NaN where unwritten. first: [n, layers, heads, regions] masses of step 0. stats: [n, n_rows, 3]. mass:
+        [n, n_rows, layers, heads, regions], only when asked for. KeyError where a slot has another tenant by now.
+        """
+        gone = [(slot, tenant) for slot, tenant in tenants if self._tenants[slot] != tenant]
+        if gone:
+            raise KeyError(f"slots were given to other requests before they were drained: {gone}")
+        slots = torch.tensor([slot for slot, _ in tenants], dtype=torch.long, device=self.mass.device)
+        mass = self.mass[slots, :n_rows]
+        whole = mass[..., prompt]
+        share = torch.where(whole < 1e-9, 0.0, mass[..., system] / whole)
+        share = torch.where(torch.isnan(whole), torch.nan, share)
+        out = {"share": share, "first": mass[:, 0], "stats": self.stats[slots, :n_rows]}
+        if want_mass:
+            out["mass"] = mass
+        return {name: value.cpu().contiguous().numpy() for name, value in out.items()}
+
+
+class WorkerExtension:
+    """Methods that `collective_rpc` reaches on each worker. Arrays leave as bytes: nothing else survives a process boundary."""
+
+    vllm_config: VllmConfig
+
+    def headrift_describe(self) -> dict[str, Any]:
+        """Shape of the model and of the recorder as this worker sees them."""
+        recorder = self._headrift_recorder()
+        return {
+            "layers": recorder.mass.shape[2],
+            "heads": recorder.mass.shape[3],
+            "windows": recorder.windows,
+            "recorder_bytes": recorder.nbytes,
+            "dtype": str(self.vllm_config.model_config.dtype).removeprefix("torch."),
+        }
+
+    def headrift_drain(
+        self, tenants: Sequence[tuple[int, int]], n_rows: int, system: int, prompt: int, want_mass: bool
+    ) -> bytes:
+        """`Recorder.drain` in safetensors form."""
+        from safetensors.numpy import save
+
+        return save(self._headrift_recorder().drain(tenants, n_rows, system, prompt, want_mass))
+
+    def _headrift_recorder(self) -> Recorder:
+        recorder = Recorder.of(self.vllm_config)
+        if recorder is None:
+            raise RuntimeError('this engine was started without additional_config={"headrift": {...}}')
+        return recorder

@@ -1,0 +1,101 @@
+"""Batch row -> slot: the only place that knows model runner V1 from V2.
+
+A logits processor is where vLLM tells a plugin which request sits where, before the attention metadata is built.
+V1 gives batch rows that are added, removed and moved; V2 gives each request a `req_idx` for its life.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
+from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1Processor
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcRequestState
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2Processor
+
+from headrift.vllm_plugin.logit_stats import record
+from headrift.vllm_plugin.recorder import Probe, Recorder, Settings
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+
+def batch_rows(metadata: CommonAttentionMetadata) -> np.ndarray:
+    """The runner's own number of each row of the batch about to run, in batch order."""
+    if metadata.req_idx is None:
+        return np.arange(metadata.num_reqs)
+    return metadata.req_idx[: metadata.num_reqs]
+
+
+def _recorder(config: VllmConfig) -> Recorder:
+    recorder = Recorder.of(config)
+    if recorder is None:
+        raise RuntimeError('headrift\'s logits processor needs additional_config={"headrift": {...}}')
+    return recorder
+
+
+def _validate(params: SamplingParams) -> None:
+    # The engine's own limits are not known here; they are checked again when the request is admitted.
+    Probe.of(params, Settings(slots=2**31, steps=2**31, regions=8))
+
+
+class RowsV1(V1Processor):
+    """Keeps the recorder's row table as the V1 runner moves requests between batch rows."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool):
+        self.recorder = _recorder(vllm_config)
+        self.rows = self.recorder.runner_rows
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        _validate(sampling_params)
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        if batch_update is None:
+            return
+        for row in batch_update.removed:
+            self.rows[row] = -1
+        for row, params, *_ in batch_update.added:
+            self.rows[row] = self.recorder.admit(params)
+        for a, b, how in batch_update.moved:
+            if how == MoveDirectionality.SWAP:
+                self.rows[[a, b]] = self.rows[[b, a]]
+            else:
+                self.rows[b], self.rows[a] = self.rows[a], -1
+
+    def is_argmax_invariant(self) -> bool:
+        # False makes the sampler call `apply` for greedy batches too; the logits are never changed.
+        return not self.recorder.settings.logit_stats
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.recorder.settings.logit_stats:
+            n = logits.shape[0]
+            record(self.recorder, logits, self.recorder.row_slot[:n], self.recorder.row_step[:n])
+        return logits
+
+
+class RowsV2(V2Processor):
+    """Keeps the recorder's table by the V2 runner's `req_idx`."""
+
+    def __init__(self, vllm_config: VllmConfig, req_states: LogitsProcRequestState):
+        self.recorder = _recorder(vllm_config)
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        _validate(sampling_params)
+
+    def add_request(self, req_idx: int, params: SamplingParams) -> bool:
+        slot = self.recorder.admit(params)
+        self.recorder.runner_rows[req_idx] = slot
+        return slot >= 0 and self.recorder.settings.logit_stats
+
+    def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
+        table = torch.from_numpy(self.recorder.runner_rows).to(logits.device)
+        slots = table[ctx.expanded_idx_mapping.long()]
+        steps = ctx.pos.int() + 1 - self.recorder.prompt_len[slots.clamp(min=0).long()]
+        record(self.recorder, logits, slots, steps)
+        return logits

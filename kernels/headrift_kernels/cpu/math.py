@@ -1,0 +1,41 @@
+"""Scalar helpers the CPU kernels share; each is inlined by numba and vectorises without a vector maths library."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, types
+from numba.extending import overload
+
+LOG2E = np.float32(1.4426950408889634)
+_LN2 = np.float32(0.6931471805599453)
+# Relative error below 2e-7 on [-0.5, 0.5]: the Taylor series of 2**f.
+_C2 = np.float32(0.2402265069591007)
+_C3 = np.float32(0.05550410866482158)
+_C4 = np.float32(0.009618129107628477)
+_C5 = np.float32(0.0013333558146428443)
+_C6 = np.float32(0.00015403530393381608)
+
+
+@njit(inline="always")
+def exp2(x):
+    """2**x in float32 for x <= 0; 0 below -126 (a softmax needs no more)."""
+    clamped = max(x, np.float32(-126.5))
+    whole = np.int32(clamped - np.float32(0.5))
+    f = clamped - np.float32(whole)
+    p = np.float32(1.0) + f * (_LN2 + f * (_C2 + f * (_C3 + f * (_C4 + f * (_C5 + f * _C6)))))
+    scaled = p * np.int32((whole + np.int32(127)) << np.int32(23)).view(np.float32)
+    return scaled if x > np.float32(-126.0) else np.float32(0.0)
+
+
+def to_float32(x):
+    """A cache element as float32: float32 as it is, uint16 as the bits of a bfloat16."""
+    raise NotImplementedError("only inside compiled code")
+
+
+@overload(to_float32, inline="always")
+def _to_float32(x):
+    if x == types.float32:
+        return lambda x: x
+    if x == types.uint16:
+        return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
+    return None

@@ -1,0 +1,137 @@
+"""The definition in code: float64 torch, written to be read, not to be fast. Every kernel is tested against it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What one query attended: all float64.
+
+    output: [heads, head_dim]; lse: [heads], natural log, sinks included; probabilities: [heads, keys] over keys 0..position
+    (with sinks they sum to less than 1: the rest is exp(sink - lse)).
+    """
+
+    output: torch.Tensor
+    lse: torch.Tensor
+    probabilities: torch.Tensor
+
+    def mass(self, start: int, end: int) -> torch.Tensor:
+        """[heads] sum of the probabilities of keys start..end-1; keys past the last one hold none."""
+        return self.probabilities[:, max(start, 0) : max(end, 0)].sum(-1)
+
+    def entropy(self) -> torch.Tensor:
+        """[heads] attention entropy in nats over the keys (a sink's share is not counted)."""
+        p = self.probabilities
+        return -(p * torch.log(p.clamp_min(1e-300))).sum(-1)
+
+
+def attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+) -> Attended:
+    """One query at the position of the last key, causal.
+
+    query: [heads, head_dim]; keys, values: [n, kv_heads, head_dim], keys 0..n-1 with the query at position n-1.
+    window: the query attends keys at distance < window (None: all). softcap: 0 for none. sinks: [heads] logits that
+    take part in the softmax and hold no value. Grouped-query attention: head h reads KV head h // (heads / kv_heads).
+    """
+    q, k, v = query.double(), keys.double(), values.double()
+    group = q.shape[0] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = torch.einsum("hd,nhd->hn", q, k) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    n = k.shape[0]
+    distance = (n - 1 - torch.arange(n)).double()
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes.double()[:, None] * distance[None, :]
+    if window is not None:
+        scores = scores.masked_fill(distance[None, :] >= window, -torch.inf)
+    logits = scores if sinks is None else torch.cat([scores, sinks.double()[:, None]], 1)
+    lse = torch.logsumexp(logits, -1)
+    p = torch.exp(scores - lse[:, None])
+    return Attended(torch.einsum("hn,nhd->hd", p, v), lse, p)
+
+
+def paged_keys(cache: torch.Tensor, block_table: torch.Tensor, n: int) -> torch.Tensor:
+    """Keys (or values) 0..n-1 of one request as [n, kv_heads, head_dim], from [blocks, page, kv_heads, head_dim]."""
+    page = cache.shape[1]
+    blocks = cache[block_table[: (n + page - 1) // page].long()]
+    return blocks.reshape(-1, *cache.shape[2:])[:n]
+
+
+def span_mass(
+    mass: torch.Tensor,
+    layer: int,
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    row_slot: torch.Tensor,
+    prompt_len: torch.Tensor,
+    n_rows: torch.Tensor,
+    bounds: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What one call of a mass kernel leaves in the recorder's buffer: a float64 copy of `mass` with the step written.
+
+    mass: [slots, steps, layers, heads, regions]; query: [tokens, heads, head_dim]; key_cache: [blocks, page, kv_heads,
+    head_dim]; block_table: [batch, pages]; query_start_loc: [batch+1]; seq_lens: [batch], this step's tokens included;
+    row_slot: [batch], -1 where the row is not probed; prompt_len, n_rows: [slots]; bounds: [slots, regions, 2].
+    The step of a query at position p is p - (prompt_len - 1); only steps 0..n_rows-1 are written.
+    """
+    out = mass.double().clone()
+    for row in range(seq_lens.shape[0]):
+        slot = int(row_slot[row])
+        if slot < 0:
+            continue
+        first, last = int(query_start_loc[row]), int(query_start_loc[row + 1])
+        for token in range(first, last):
+            position = int(seq_lens[row]) - (last - token)
+            step = position - (int(prompt_len[slot]) - 1)
+            if not 0 <= step < min(int(n_rows[slot]), mass.shape[1]):
+                continue
+            keys = paged_keys(key_cache, block_table[row], position + 1)
+            seen = attend(
+                query[token],
+                keys,
+                keys,
+                scale=scale,
+                window=window,
+                softcap=softcap,
+                alibi_slopes=alibi_slopes,
+                sinks=sinks,
+            )
+            for region in range(mass.shape[4]):
+                start, end = bounds[slot, region].tolist()
+                out[slot, step, layer, :, region] = seen.mass(start, end)
+    return out
+
+
+def logit_statistics(logits: torch.Tensor) -> torch.Tensor:
+    """[rows, 3] float64 of next-token entropy (nats), top-1 probability, and margin (top-1 minus top-2 probability).
+
+    logits: [rows, vocab]; a logit of -inf has probability 0 and adds nothing to the entropy.
+    """
+    x = logits.double()
+    p = torch.softmax(x, -1)
+    entropy = -(p * torch.log(p.clamp_min(1e-300))).sum(-1)
+    top = p.topk(2, -1).values
+    return torch.stack([entropy, top[:, 0], top[:, 0] - top[:, 1]], -1)
