@@ -52,10 +52,11 @@ test-slow: setup ## Run the slow tests too
 	$(BIN)/pytest -m "not gpu" $(ARGS)
 
 lint: setup ## Check style, types and which module may import which
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/lint-imports
-	$(BIN)/mypy
+	@failed=; \
+	for check in "ruff check ." "ruff format --check ." lint-imports mypy; do \
+	  echo "== $$check"; $(BIN)/$$check || failed="$$failed; $$check"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "make lint: failed$$failed" >&2; exit 1; fi
 
 format: setup ## Let ruff format the code and mend what it can
 	$(BIN)/ruff check --fix .

@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
+OLD = ROOT / ".venv.old"
 PYTHON = VENV / "bin" / "python"
 LOG = VENV / "setup.log"
 LOCKS = [ROOT / "requirements" / "cpu.lock", ROOT / "requirements" / "dev.lock"]
@@ -151,8 +152,11 @@ def run_with_progress(command, packages):
             log.write(rest)
         status = process.wait()
     except BaseException:
-        process.terminate()
-        process.wait()
+        try:
+            process.wait(timeout=10)  # an interrupt from the keyboard reached pip too, which then clears up
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.wait()
         raise
     finally:
         if live:
@@ -175,6 +179,7 @@ def tail(lines, count=12):
 
 
 def make_venv():
+    shutil.rmtree(OLD, ignore_errors=True)
     if VENV.exists():
         ok = "import pip, sys; sys.exit(sys.version_info < %r or sys.prefix != %r)" % (OLDEST, str(VENV))
         found = subprocess.run([str(PYTHON), "-c", ok], capture_output=True) if PYTHON.exists() else None
@@ -184,7 +189,8 @@ def make_venv():
         if not (VENV / "pyvenv.cfg").is_file() and any(VENV.iterdir()):
             raise SetupError(f"{VENV} is there and is not a virtual environment. Move it away and try again.")
         say("      the environment that is there does not work any more (Python gone, too old, or moved): made anew")
-        shutil.rmtree(VENV)
+        VENV.rename(OLD)  # first, so that an interrupted removal is not taken for somebody else's folder
+        shutil.rmtree(OLD)
     check_disk()
     made = subprocess.run([sys.executable, "-m", "venv", str(VENV)], capture_output=True, text=True, errors="replace")
     if made.returncode:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,7 +122,8 @@ class ProbedEngine:
         processors = list(config.model_config.logits_processors or [])
         config.model_config.logits_processors = [*processors, plugin.rows_processor(config.use_v2_model_runner)]
         self.max_model_len: int = config.model_config.max_model_len
-        self.llm_engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
+        with _llvmlite_out_of_sight():
+            self.llm_engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
         (described,) = self.llm_engine.collective_rpc("headrift_describe")
         self.layers: int = described["layers"]
         self.heads: int = described["heads"]
@@ -250,7 +253,7 @@ class ProbedEngine:
         """Step 0 sees the prompt and nothing else, so its prompt mass is 1 (less with sinks, never more)."""
         prompt = recording.first[..., self.regions.index("prompt")]
         whole = finished.request.regions.get("prompt") == (0, len(finished.request.prompt_ids))
-        if whole and prompt.size and float(np.nanmax(np.abs(prompt - 1.0))) > 1e-3 and not self._has_sinks:
+        if whole and not self._has_sinks and (np.abs(prompt - 1.0) > 1e-3).any():
             raise RuntimeError(
                 f"request {finished.tenant}: the heads' mass on the whole prompt at step 0 is "
                 f"{np.nanmin(prompt):.6f}..{np.nanmax(prompt):.6f}, not 1; the recording cannot be trusted"
@@ -268,6 +271,19 @@ def _prepare_environment(verbose: bool) -> None:
         defaults |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+@contextmanager
+def _llvmlite_out_of_sight() -> Iterator[None]:
+    """vLLM's CPU platform looks through the attributes of all loaded modules and trips over llvmlite's library object.
+
+    numba brings that module, so without this a second engine, or a first one after `import numba`, would not start.
+    """
+    hidden = {name: sys.modules.pop(name) for name in ["llvmlite.binding.ffi"] if name in sys.modules}
+    try:
+        yield
+    finally:
+        sys.modules.update(hidden)
 
 
 def _has_gpu() -> bool:

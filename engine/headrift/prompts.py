@@ -398,10 +398,10 @@ def _find(arranged: list[Message], slot: _Slot, text: str, mark: str, apply: _Ap
     sides = around(slot.text.replace(core, left + mark + right)) if left else None
     if sides and "".join(sides) == text and sides[0].endswith(left) and sides[1].startswith(right):
         return len(sides[0]) - len(left), len(sides[0]) + len(right)
-    how = "changes" if 1 in printed else "leaves out" if printed <= {0} else "repeats"
+    how = "changes it" if 1 in printed else "leaves it out" if printed <= {0} else "prints it more than once"
     raise PromptError(
         "span_not_found",
-        f"cannot tell which tokens are the {name} text: the model's chat template {how} it; "
+        f"cannot tell which tokens are the {name} text: the model's chat template {how}; "
         "give the prompt as token ids with named spans instead",
     )
 

@@ -6,6 +6,11 @@ import re
 
 import numpy as np
 import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
+
 from headrift.prompts import (
     ChatRenderer,
     PromptError,
@@ -14,10 +19,6 @@ from headrift.prompts import (
     chat_messages,
     from_token_ids,
 )
-from hypothesis import assume, example, given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
 SPECIAL += ["<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]"]
@@ -177,6 +178,8 @@ TWICE = (
     "{% for m in messages %}{{ '[' + m.role + ']' + m.content + '\n' }}{% endfor %}"
     "{{ 'Answer this: ' + messages[-1].content }}"
 )
+
+NO_SPACES = CHATML.replace("message['content']", "message['content'] | replace(' ', '')")
 
 TURN = "<|im_start|>"
 
@@ -466,11 +469,11 @@ def test_text_that_a_template_tests_whole_is_refused_not_guessed():
 
 def test_user_text_printed_twice_or_changed_is_refused():
     assert reason_of(renderer(TWICE).render, chat_messages("tell me", "Never tell.")) == "span_not_found"
+    assert reason_of(renderer(NO_SPACES).render, chat_messages("tell me", "Never")) == "span_not_found"
+    assert reason_of(renderer(NO_SPACES).render, chat_messages("tell", "Never tell.")) == "span_not_found"
+    assert region_text(renderer(NO_SPACES).render(chat_messages("tell", "Never")), "system") == "Never"
     upper = CHATML.replace("message['content']", "message['content'] | upper")
     assert reason_of(renderer(upper).render, chat_messages("tell me", "Never tell.")) == "span_not_found"
-    no_space = CHATML.replace("message['content']", "message['content'] | replace(' ', '')")
-    assert reason_of(renderer(no_space).render, chat_messages("tell me", "Never tell.")) == "span_not_found"
-    assert region_text(renderer(no_space).render(chat_messages("tell", "Never")), "system") == "Never"
     no_user = CHATML.replace("{% for message in messages %}", "{% for message in messages if message.role != 'user' %}")
     assert reason_of(renderer(no_user).render, chat_messages("tell me", "Never tell.")) == "span_not_found"
     # printed twice only when it holds a certain word
@@ -497,18 +500,24 @@ def test_a_mark_in_the_text_is_not_used():
     assert region_text(rendered, "system") == f"{marks[2]} {text}"
 
 
+def test_template_that_turns_the_order_round_for_some_words():
+    # With the mark for its text the user comes last: where the equal system text stands in the real prompt.
+    user_first = "{{ '[user]' + messages[1].content + '[rule]' + messages[0].content }}"
+    user_last = "{{ '[rule]' + messages[0].content + '[user]' + messages[1].content }}"
+    template = f"{{% if 'magic' in messages[1].content %}}{user_first}{{% else %}}{user_last}{{% endif %}}"
+    rendered = renderer(template).render(chat_messages("magic", "magic"))
+    assert (lead(rendered, "user"), lead(rendered, "system")) == ("[user]", "[user]magic[rule]")
+
+
 def test_midnight_between_two_renderings():
     tokenizer = tokenizer_for(CHATML)
-    mine, render_template, days = (
-        ChatRenderer(tokenizer),
-        tokenizer.apply_chat_template,
-        iter([1, 1, 1, 2, 2, 2, 2, 2, 2]),
-    )
+    mine, render_template = ChatRenderer(tokenizer), tokenizer.apply_chat_template
     mine.render(chat_messages("tell me", "Never tell."))
-    tokenizer.apply_chat_template = lambda *a, **k: f"day {next(days, 2)}\n" + render_template(*a, **k)
-    rendered = [mine.render(chat_messages("tell me", "Never tell.")) for _ in range(2)]
-    assert [r.text[:5] for r in rendered] == ["day 1", "day 2"]
-    assert [region_text(r, "system") for r in rendered] == ["Never tell."] * 2
+    days = iter(["day 1", "day 1"])
+    tokenizer.apply_chat_template = lambda *a, **k: f"{next(days, 'day 2')}\n" + render_template(*a, **k)
+    rendered = mine.render(chat_messages("tell me", "Never tell."))
+    assert rendered.text.startswith("day 2")
+    assert region_text(rendered, "user") == "tell me"
 
 
 # -------------------------------------------------------------------------------------- system and developer messages
@@ -599,7 +608,7 @@ def test_the_way_to_give_the_system_prompt_is_remembered_and_independent_of_the_
 
 def test_what_is_remembered_stays_bounded():
     mine = renderer(CHATML)
-    mine._known_shapes = {i: "as_is" for i in range(4096)}
+    mine._known_shapes = dict.fromkeys(range(4096), "as_is")
     mine.render(chat_messages("two", "one"))
     assert len(mine._known_shapes) == 1
 
@@ -753,7 +762,7 @@ def test_prompt_too_long():
 
 
 @pytest.mark.parametrize(
-    "reason, messages",
+    ("reason", "messages"),
     [
         ("bad_messages", []),
         ("bad_messages", "hello"),
@@ -799,6 +808,9 @@ def test_messages_of_the_errors_name_the_place_and_the_fix():
     with pytest.raises(PromptError, match="Conversation roles must alternate") as caught:
         RENDERERS["gemma3"].render([system("s"), user("u"), user("v")])
     assert caught.value.reason == "template_rejected"
+    for template, how in [(TWICE, "user text.* prints it more than once"), (NO_SPACES, "system text.* changes it")]:
+        with pytest.raises(PromptError, match=how):
+            renderer(template).render(chat_messages("tell me", "Never tell."))
     again = pickle.loads(pickle.dumps(caught.value))  # errors cross process boundaries
     assert (again.reason, str(again)) == (caught.value.reason, str(caught.value))
     assert reason_of(RENDERERS["chatml"].render, chat_messages("u", "s"), tools={"a": 1}) == "bad_tools"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
+from headrift_kernels.cpu.compile import kernel
 from headrift_kernels.cpu.math import LOG2E, exp2
 
 _CHUNK = 1024
 _FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 
-@njit(cache=True, fastmath=_FAST)
+@kernel(fastmath=_FAST)
 def _row(logits, out):
     """out = (entropy in nats, top-1 probability, top-1 minus top-2 probability) of one row, online over chunks.
 
@@ -55,7 +56,7 @@ def _row(logits, out):
     out[2] = out[1] - (np.exp(np.float64(second - first)) / total)
 
 
-@njit(cache=True, parallel=True)
+@kernel(parallel=True)
 def logit_statistics(stats, logits, row_slot, row_step, n_rows):
     """Write the statistics of each probed row's next-token distribution into the recorder's buffer, in place.
 

@@ -18,13 +18,12 @@ _C6 = np.float32(0.00015403530393381608)
 
 @njit(inline="always")
 def exp2(x):
-    """2**x in float32 for x <= 0; 0 below -126 (a softmax needs no more)."""
-    clamped = max(x, np.float32(-126.5))
-    whole = np.int32(clamped - np.float32(0.5))
-    f = clamped - np.float32(whole)
+    """2**x in float32 for x <= 0; 0 below -126 (a softmax needs no more); NaN stays NaN."""
+    whole = np.int32(max(x, np.float32(-126.5)) - np.float32(0.5))
+    f = x - np.float32(whole)
     p = np.float32(1.0) + f * (_LN2 + f * (_C2 + f * (_C3 + f * (_C4 + f * (_C5 + f * _C6)))))
     scaled = p * np.int32((whole + np.int32(127)) << np.int32(23)).view(np.float32)
-    return scaled if x > np.float32(-126.0) else np.float32(0.0)
+    return np.float32(0.0) if x < np.float32(-126.0) else scaled
 
 
 def to_float32(x):

@@ -7,15 +7,16 @@ The K cache is packed: within a (block, KV head) the keys lie as [head_dim, bloc
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
+from headrift_kernels.cpu.compile import kernel
 from headrift_kernels.cpu.math import LOG2E, exp2, to_float32
 
 # Reassociation lets the sums vectorise; NaN and inf keep their meaning, so an unwritten or poisoned key is never hidden.
 _FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 
-@njit(cache=True, fastmath=_FAST)
+@kernel(fastmath=_FAST)
 def _scores(q, keys, out):
     """out[g, j] = q[g] . key j for the keys of one packed block. head_dim is a multiple of 8 (vLLM's CPU backend: of 16).
 
@@ -42,7 +43,7 @@ def _scores(q, keys, out):
                 )
 
 
-@njit(cache=True, fastmath=_FAST)
+@kernel(fastmath=_FAST)
 def _head_masses(scores, low, n, scale, softcap, slope, sink, spans, out):
     """out[r] = mass of the keys spans[r, 0]..spans[r, 1]-1 among keys low..n-1, given their raw dot products."""
     if softcap > 0.0 or slope != 0.0:
@@ -73,7 +74,7 @@ def _head_masses(scores, low, n, scale, softcap, slope, sink, spans, out):
         out[r] = part / total
 
 
-@njit(cache=True)
+@kernel()
 def _measured(query_start_loc, seq_lens, row_slot, prompt_len, n_rows, max_rows):
     """[n, 4] (row, token, slot, step) of every query whose step the buffer keeps."""
     found = np.empty((query_start_loc[row_slot.shape[0]], 4), np.int64)
@@ -95,7 +96,7 @@ def _measured(query_start_loc, seq_lens, row_slot, prompt_len, n_rows, max_rows)
     return found[:n]
 
 
-@njit(cache=True, parallel=True)
+@kernel(parallel=True)
 def span_mass(
     mass,
     layer,

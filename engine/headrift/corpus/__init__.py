@@ -1,0 +1,1 @@
+"""Corpus jobs: files of prompts in, a folder of scored parts out."""

@@ -1,0 +1,193 @@
+"""Engines, tiny models and the oracle for the engine tests. Starting vLLM takes seconds: fixtures share what they can."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+VOCAB = 211
+TINY = {
+    # GQA 3:1
+    "llama-3to1": {"kind": "Llama", "num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 192},
+    # GQA 4:1
+    "llama-4to1": {"kind": "Llama", "num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 256},
+    # norms on q and k; head_dim is not hidden_size / heads
+    "qwen3": {"kind": "Qwen3", "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 96, "head_dim": 64},
+    # a sliding window shorter than the prompts
+    "mistral": {
+        "kind": "Mistral",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_size": 128,
+        "head_dim": 32,
+        "sliding_window": 24,
+    },
+    # local and global layers, head_dim 256, another query scale
+    "gemma3": {
+        "kind": "Gemma3Text",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "hidden_size": 128,
+        "head_dim": 256,
+        "sliding_window": 24,
+        "query_pre_attn_scalar": 64,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+}
+
+
+def make_tiny_model(name: str, folder: Path) -> Path:
+    """A random model of 3 layers in float32, wide enough in its weights that attention is far from uniform."""
+    import transformers
+
+    options = dict(TINY[name])
+    kind = options.pop("kind")
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=VOCAB,
+        num_hidden_layers=3,
+        intermediate_size=128,
+        max_position_embeddings=512,
+        # Scores spread alike whatever the width: attention far from uniform, and not so sharp that rounding grows.
+        initializer_range=1.6 / options["hidden_size"] ** 0.5,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **options,
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """Folder of a tiny model by name, made once."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = make_tiny_model(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return folder
+
+
+class Oracle:
+    """transformers with eager attention: the probabilities and logits that every number is held to."""
+
+    def __init__(self, folder: Path):
+        import transformers
+
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+
+    @torch.no_grad()
+    def run(self, token_ids: list[int], first: int) -> SimpleNamespace:
+        """attentions [queries, layers, heads, keys] and logits [queries, vocab] of queries first, first + 1, ..."""
+        out = self.model(torch.tensor([token_ids]), output_attentions=True)
+        attentions = torch.stack([a[0, :, first:] for a in out.attentions], 0).permute(2, 0, 1, 3)
+        return SimpleNamespace(attentions=attentions.double().numpy(), logits=out.logits[0, first:])
+
+    def masses(self, prompt_ids: list[int], answer_ids: list[int], n_steps: int, spans) -> np.ndarray:
+        """[n_steps + 1, layers, heads, regions] for the prompt with this answer."""
+        fed = [*prompt_ids, *answer_ids[:n_steps]]
+        attentions = self.run(fed, len(prompt_ids) - 1).attentions
+        return np.stack([attentions[..., start:end].sum(-1) for start, end in spans], -1)
+
+
+@pytest.fixture(scope="session")
+def oracle(tiny_model, demo_model):
+    """The oracle of a model by name ("demo" for the demonstration model), loaded once."""
+    loaded: dict[str, Oracle] = {}
+
+    def of(name: str) -> Oracle:
+        if name not in loaded:
+            loaded[name] = Oracle(demo_model if name == "demo" else tiny_model(name))
+        return loaded[name]
+
+    return of
+
+
+def run_all(engine, requests, *, at_once: int | None = None) -> list[SimpleNamespace]:
+    """Every request's Finished and Recording (masses included, None where not probed), in the order given."""
+    found: dict[int, SimpleNamespace] = {}
+    order, todo = [], list(requests)
+    most = min(at_once or engine.slots, engine.slots)
+    while todo or engine.running:
+        while todo and engine.free_slots and engine.running < most:
+            order.append(engine.submit(todo.pop(0)))
+        finished = engine.step()
+        if finished:
+            recordings = iter(engine.drain(finished, want_mass=True))
+            for done in finished:
+                recording = next(recordings) if done.request.probed else None
+                found[done.tenant] = SimpleNamespace(done=done, recording=recording)
+    return [found[tenant] for tenant in order]
+
+
+@pytest.fixture(scope="session")
+def run():
+    return run_all
+
+
+@pytest.fixture(scope="session")
+def random_requests():
+    """Requests with prompts of many lengths, some sharing a prefix, each with its own regions and steps."""
+    from headrift.probed_engine import ProbeRequest
+
+    def make(seed: int, n: int, *, vocab: int = VOCAB, steps: int = 8, shortest=3, longest=150, unprobed=0.25, **options):
+        rng = np.random.default_rng(seed)
+        prefixes = [rng.integers(3, vocab, 70).tolist() for _ in range(2)]
+        out = []
+        for i in range(n):
+            length = int(rng.integers(shortest, longest))
+            ids = rng.integers(3, vocab, length).tolist()
+            if i % 3 == 0:
+                ids = prefixes[i % 2] + ids
+            a, b, c, d = np.sort(rng.integers(0, len(ids) + 1, 4)).tolist()
+            regions = {"system": (a, b), "user": (c, d), "prompt": (0, len(ids))}
+            out.append(
+                ProbeRequest(
+                    ids, regions, steps=int(rng.integers(0, steps + 1)), probed=bool(rng.random() >= unprobed), **options
+                )
+            )
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def settings_of_tests() -> Mapping[str, object]:
+    """Engine settings that make every hard case happen: 64-token chunks, small blocks, prefix caching."""
+    return {
+        "dtype": "float32",
+        "max_num_batched_tokens": 64,
+        "block_size": 32,
+        "enable_prefix_caching": True,
+        "kv_cache_memory_bytes": 64 << 20,
+    }
+
+
+@pytest.fixture
+def preemptions(monkeypatch) -> Iterator[list[str]]:
+    """The ids of requests that vLLM's scheduler preempted during the test."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    seen: list[str] = []
+    preempt = Scheduler._preempt_request
+
+    def spy(self, request, *args, **kwargs):
+        seen.append(request.request_id)
+        return preempt(self, request, *args, **kwargs)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", spy)
+    yield seen

@@ -1,0 +1,131 @@
+"""Masses recorded inside vLLM against transformers' eager attention, on the same token ids, in every hard batch."""
+
+import numpy as np
+import pytest
+
+from headrift.probed_engine import ProbedEngine, ProbeRequest
+
+# Two float32 computations of the same model: matrix products in another order move q and k by some 1e-6 relative, which
+# a softmax over scores of up to about 30 turns into some 1e-5 of a probability.
+TOLERANCE = 2e-5
+# A share divides by the prompt's mass; it is held to the same band where that mass is above 1e-2.
+LEAST_PROMPT_MASS = 1e-2
+# Model and size of its KV cache in 32-token blocks: small enough that requests are preempted. A sliding-window layer
+# gives back what its window has left behind; Gemma-3's layers fall in groups that take blocks each.
+MODELS = {"llama-3to1": 20, "llama-4to1": 20, "qwen3": 20, "mistral": 5, "gemma3": 32}
+
+
+def assert_agrees(oracle, run) -> int:
+    """Hold every probed request to the oracle; the number of steps compared."""
+    steps = 0
+    for item in run:
+        request, recording, n = item.done.request, item.recording, item.done.n_steps
+        if not request.probed:
+            assert recording is None
+            continue
+        assert recording.unwritten == []
+        assert recording.mass.shape[0] == n + 1
+        spans = [request.regions[name] for name in ("system", "user", "prompt")]
+        expected = oracle.masses(request.prompt_ids, item.done.answer_ids, n, spans)
+        np.testing.assert_allclose(recording.mass, expected, rtol=0, atol=TOLERANCE)
+        np.testing.assert_array_equal(recording.first, recording.mass[0])
+        whole = expected[..., 2]
+        share = np.divide(expected[..., 0], whole, out=np.zeros_like(whole), where=whole > 1e-9)
+        clear = whole > LEAST_PROMPT_MASS
+        np.testing.assert_allclose(recording.share[clear], share[clear], rtol=0, atol=TOLERANCE)
+        steps += n + 1
+    return steps
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def tiny(request, tiny_model, oracle, settings_of_tests):
+    """A tiny model's name, an engine with a KV cache too small for its batch, and its oracle."""
+    settings = {
+        **settings_of_tests,
+        "skip_tokenizer_init": True,
+        "max_num_seqs": 8,
+        "max_model_len": 256,
+        "num_gpu_blocks_override": MODELS[request.param],
+    }
+    with ProbedEngine(tiny_model(request.param), steps=8, slots=12, engine_args=settings) as engine:
+        yield request.param, engine, oracle(request.param)
+
+
+def test_every_mass_in_mixed_chunked_cached_and_preempted_batches(tiny, random_requests, run, preemptions):
+    name, engine, oracle = tiny
+    requests = random_requests(1, 16, ignore_eos=True)
+    items = run(engine, requests) + run(engine, requests[:6:3] * 2, at_once=1)
+    assert assert_agrees(oracle, items) > 30
+    assert any(item.done.cached_tokens for item in items), "no prompt found its prefix cached"
+    attentions = oracle.run(items[0].done.request.prompt_ids, 0).attentions[-1]
+    assert attentions.max() > 3 / len(items[0].done.request.prompt_ids), f"{name}'s attention is uniform: a weak test"
+
+
+def test_preempted_requests_resume_and_agree(tiny, run, preemptions):
+    _, engine, oracle = tiny
+    rng = np.random.default_rng(5)
+    requests = []
+    for i in range(6):
+        ids = rng.integers(3, 200, 90 + i).tolist()
+        regions = {"system": (2, 40), "user": (50, 80), "prompt": (0, len(ids))}
+        requests.append(ProbeRequest(ids, regions, steps=8, ignore_eos=True))
+    # Long answers make the cache overflow: the steps past the recorded ones must not be written anywhere.
+    long = [ProbeRequest(r.prompt_ids[::-1], {}, steps=8, ignore_eos=True, probed=False) for r in requests]
+    items = run(engine, [r for pair in zip(requests, long, strict=True) for r in pair])
+    assert preemptions, "no request was preempted: the cache is too large for this test to mean anything"
+    assert assert_agrees(oracle, items) == 6 * 9
+
+
+def test_replay_records_what_generation_recorded(tiny, random_requests, run):
+    _, engine, oracle = tiny
+    generated = run(engine, random_requests(2, 9, unprobed=0.0, ignore_eos=True))
+    replays = [
+        ProbeRequest(
+            item.done.request.prompt_ids,
+            item.done.request.regions,
+            item.done.request.steps,
+            answer_ids=item.done.answer_ids,
+            reread=True,
+        )
+        for item in generated
+    ]
+    replayed = run(engine, replays)
+    assert_agrees(oracle, replayed)
+    for once, again in zip(generated, replayed, strict=True):
+        assert once.done.n_steps == again.done.n_steps
+        np.testing.assert_allclose(again.recording.mass, once.recording.mass, rtol=0, atol=TOLERANCE)
+
+
+def test_a_step_inside_a_cached_block_is_reported_as_unwritten(tiny, run):
+    _, engine, _ = tiny
+    ids = np.random.default_rng(9).integers(3, 200, 62).tolist()
+    answer = list(range(10, 19))
+    request = ProbeRequest(ids, {"system": (0, 30), "prompt": (0, 62)}, steps=8, answer_ids=answer)
+    first, second = run(engine, [request], at_once=1) + run(engine, [request], at_once=1)
+    assert first.recording.unwritten == []
+    # 70 tokens were fed, 64 of them are two full blocks: positions 61, 62, 63 are steps 0, 1, 2.
+    assert second.done.cached_tokens == 64
+    assert second.recording.unwritten == [0, 1, 2]
+    reread = ProbeRequest(ids, request.regions, 8, answer_ids=answer, reread=True)
+    (third,) = run(engine, [reread])
+    np.testing.assert_allclose(third.recording.mass, first.recording.mass, rtol=0, atol=TOLERANCE)
+
+
+def test_slots_never_show_a_former_tenant(tiny, run):
+    _, engine, oracle = tiny
+    rng = np.random.default_rng(3)
+
+    def request(n: int, steps: int) -> ProbeRequest:
+        ids = rng.integers(3, 200, n).tolist()
+        return ProbeRequest(ids, {"system": (0, n // 2), "prompt": (0, n)}, steps=steps, ignore_eos=True)
+
+    long = run(engine, [request(60, 8) for _ in range(engine.slots)])
+    short = run(engine, [request(20, 1) for _ in range(engine.slots)])
+    assert {item.done.n_steps for item in long} == {8}
+    mass = engine.llm_engine.collective_rpc(lambda worker: worker._headrift_recorder().mass.numpy().copy())[0]
+    assert not np.isnan(mass[:, :2]).any()
+    assert np.isnan(mass[:, 2:]).all()
+    for item in short:
+        spans = [(0, 10), (0, 0), (0, 20)]
+        expected = oracle.masses(item.done.request.prompt_ids, item.done.answer_ids, 1, spans)
+        np.testing.assert_allclose(item.recording.mass, expected, rtol=0, atol=TOLERANCE)
