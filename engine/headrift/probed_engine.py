@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,7 +98,9 @@ class ProbedEngine:
         verbose: bool = False,
     ):
         if not {"system", "prompt"} <= set(regions) or len(set(regions)) != len(regions):
-            raise ValueError(f"regions must be distinct names with 'system' and 'prompt' among them, not {list(regions)}")
+            raise ValueError(
+                f"regions must be distinct names with 'system' and 'prompt' among them, not {list(regions)}"
+            )
         _prepare_environment(verbose)
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
@@ -233,7 +237,9 @@ class ProbedEngine:
             for i, f in enumerate(probed):
                 n = f.n_steps + 1
                 mass = arrays["mass"][i, :n] if want_mass else None
-                recordings[f.tenant] = Recording(arrays["share"][i, :n], arrays["first"][i], arrays["stats"][i, :n], mass)
+                recordings[f.tenant] = Recording(
+                    arrays["share"][i, :n], arrays["first"][i], arrays["stats"][i, :n], mass
+                )
                 self._check(f, recordings[f.tenant])
         for f in finished:
             self._free.append(self._slot_of.pop(f.tenant))
@@ -266,6 +272,12 @@ def _prepare_environment(verbose: bool) -> None:
     """Set what vLLM reads from the environment, before it is imported, unless the user has set it."""
     os.environ[plugin.SWITCH] = "1"
     defaults = {"VLLM_LOGGING_LEVEL": "INFO" if verbose else "ERROR", "TOKENIZERS_PARALLELISM": "false"}
+    if not verbose:
+        # torch reads this once, when it is imported, and `_has_gpu` imports it.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        # While it is imported vLLM has warnings to print and no logging configuration yet.
+        logging.getLogger("vllm").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
     if not _has_gpu():
         # One process, all cores: `auto` would keep a core for a front end that has little to do.
         defaults |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -295,11 +307,12 @@ def _has_gpu() -> bool:
 def _machine_defaults() -> dict[str, Any]:
     """Engine arguments for this machine; `engine_args` overrides each."""
     if _has_gpu():
-        return {"max_num_seqs": 256}
+        return {"max_num_seqs": 256, "use_tqdm_on_load": False}
     import psutil
 
     return {
         "max_num_seqs": 64,
+        "use_tqdm_on_load": False,
         # Small blocks let short system prompts be shared; vLLM's CPU default of 128 tokens seldom does.
         "block_size": 32,
         "dtype": "float32",

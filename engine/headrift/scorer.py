@@ -85,13 +85,13 @@ class ScoreResult:
     top1: float | None
     margin: float | None
     flags: tuple[str, ...]
-    answer_ids: list[int]
+    answer_ids: list[int] = field(repr=False)
     text: str
-    instability: np.ndarray
-    shares: np.ndarray
-    focus_heads: np.ndarray | None
-    logit_stats: np.ndarray | None
-    mass: np.ndarray | None
+    instability: np.ndarray = field(repr=False)
+    shares: np.ndarray = field(repr=False)
+    focus_heads: np.ndarray | None = field(repr=False)
+    logit_stats: np.ndarray | None = field(repr=False)
+    mass: np.ndarray | None = field(repr=False)
     region_names: tuple[str, ...]
 
 
@@ -122,9 +122,8 @@ class Scorer:
 
     model: a folder or name vLLM can load. system_prompt: for prompts that bring none. steps: N, steps 0..N are recorded.
     window: the steps that are scored, `Window(1, 12)` or "1:12" (1-based, inclusive), all of 1..N by default.
-    drop_shallow, drop_deep: the fractions of layers left out at either end. replay: take the prompts' logged answers
-    through the model in one prefill instead of decoding new ones. logit_stats: record next-token entropy, top-1 probability
-    and margin too (not in replay, where only the last token's logits are computed). keep_mass: results hold the masses.
+    drop_shallow, drop_deep: the fractions of layers left out at either end. logit_stats: record next-token entropy, top-1
+    probability and margin too. keep_mass: results hold the masses.
     regions: names of further key ranges that prompts given as token ids bring. engine_args: passed to vLLM as they are,
     over the defaults chosen for this machine. verbose: let vLLM log.
 
@@ -140,19 +139,17 @@ class Scorer:
         window: Window | str | None = None,
         drop_shallow: float = signal.DROP_SHALLOW,
         drop_deep: float = signal.DROP_DEEP,
-        replay: bool = False,
         logit_stats: bool = False,
         keep_mass: bool = False,
         regions: Sequence[str] = (),
         engine_args: Mapping[str, Any] | None = None,
         verbose: bool = False,
     ):
-        self.window = check_settings(steps, window, drop_shallow, drop_deep, replay, logit_stats)
+        self.window = check_settings(steps, window, drop_shallow, drop_deep)
         self.model = str(model)
         self.system_prompt = system_prompt
         self.steps = steps
         self.trims = {"drop_shallow": drop_shallow, "drop_deep": drop_deep}
-        self.replay = replay
         self.logit_stats = logit_stats
         self.keep_mass = keep_mass
         self._primed: set[tuple[int, ...]] = set()
@@ -182,19 +179,27 @@ class Scorer:
         self.engine.close()
 
     def score(
-        self, prompts: Iterable[str | Mapping[str, Any] | Prompt], *, progress: bool = False
+        self,
+        prompts: Iterable[str | Mapping[str, Any] | Prompt],
+        *,
+        replay: bool = False,
+        progress: bool = False,
     ) -> Iterator[ScoreResult | Rejected]:
         """Results in input order, as they are ready; a prompt that cannot be scored comes as a Rejected in its place.
 
-        prompts are read as they are needed: neither they nor the results pile up. progress: show a bar on standard error
-        with rate and, where the number of prompts is known, time left.
+        prompts are read as they are needed: neither they nor the results pile up. replay: take the prompts' logged
+        answers through the model in one prefill instead of decoding new ones; there are no logit statistics then, because
+        only the last token's logits are computed. progress: show a bar on standard error with rate and, where the number
+        of prompts is known, time left.
         """
-        results = self._run(iter(prompts))
+        results = self._run(iter(prompts), replay)
         if not progress:
             return results
         return _with_progress(results, len(prompts) if isinstance(prompts, Sized) else None)
 
-    def _run(self, prompts: Iterator[str | Mapping[str, Any] | Prompt]) -> Iterator[ScoreResult | Rejected]:
+    def _run(
+        self, prompts: Iterator[str | Mapping[str, Any] | Prompt], replay: bool
+    ) -> Iterator[ScoreResult | Rejected]:
         engine, waiting = self.engine, deque[_Prepared]()
         running: dict[int, _Prepared] = {}
         finished: list[Finished] = []
@@ -209,7 +214,7 @@ class Scorer:
                     if item is None:
                         exhausted = True
                         break
-                    prepared = self._prepare(*item)
+                    prepared = self._prepare(*item, replay)
                     if isinstance(prepared, Rejected):
                         ready[prepared.index] = prepared
                     else:
@@ -245,11 +250,11 @@ class Scorer:
         self._primed.add(prefix)
         return True
 
-    def _prepare(self, index: int, given: str | Mapping[str, Any] | Prompt) -> _Prepared | Rejected:
+    def _prepare(self, index: int, given: str | Mapping[str, Any] | Prompt, replay: bool) -> _Prepared | Rejected:
         name = given.get("id") if isinstance(given, Mapping) else getattr(given, "id", None)
         try:
             prompt = Prompt.of(given)
-            rendered, answer_ids = self._render(prompt)
+            rendered, answer_ids = self._render(prompt, replay)
             if "system" not in rendered.regions or rendered.regions["system"][0] == rendered.regions["system"][1]:
                 raise PromptError("no_system_prompt", "the prompt names no system region, or an empty one")
             fed = len(rendered.token_ids)
@@ -267,7 +272,7 @@ class Scorer:
         request = ProbeRequest(rendered.token_ids, rendered.regions, self.steps, answer_ids)
         return _Prepared(index, prompt.id, rendered, request)
 
-    def _render(self, prompt: Prompt) -> tuple[RenderedPrompt, list[int] | None]:
+    def _render(self, prompt: Prompt, replay: bool) -> tuple[RenderedPrompt, list[int] | None]:
         """Token ids and regions of the prompt, and the answer to replay (None: the model is to answer)."""
         response = prompt.response
         if prompt.token_ids is not None:
@@ -286,12 +291,12 @@ class Scorer:
                 messages = chat_messages(prompt.prompt, system)
             elif not any(_role(m) in ("system", "developer") for m in messages) and self.system_prompt is not None:
                 messages = [{"role": "system", "content": self.system_prompt}, *messages]
-            if self.replay and response is None and prompt.response_ids is None and messages:
+            if replay and response is None and prompt.response_ids is None and messages:
                 last = messages[-1]
                 if _role(last) == "assistant" and isinstance(last.get("content"), str):
                     response, messages = last["content"], messages[:-1]
             rendered = self.renderer.render(messages, tools=prompt.tools)
-        if not self.replay:
+        if not replay:
             return rendered, None
         if prompt.response_ids is not None:
             return rendered, from_token_ids(prompt.response_ids, {}).token_ids if prompt.response_ids else []
@@ -334,13 +339,14 @@ class Scorer:
         instability = np.where(counted, signal.instability(share), np.nan)
         window, steps = self.window, done.n_steps
         scored = signal.score(instability, window, n_steps=steps, **self.trims)
-        over = {"n_steps": steps, "counted": counted, **self.trims}
+        over: dict[str, Any] = {"n_steps": steps, "counted": counted, **self.trims}
         names = self.engine.regions
         focus_heads = None
         if "user" in regions:
             system_mass, user_mass = (recording.first[..., names.index(name)] for name in ("system", "user"))
             focus_heads = signal.focus_heads(system_mass, user_mass)
-        stats = recording.stats if self.logit_stats else None
+        replayed = done.request.answer_ids is not None
+        stats = recording.stats if self.logit_stats and not replayed else None
         entropy, top1, margin = (
             (None, None, None) if stats is None else (signal.window_mean(s, window, steps) for s in stats.T)
         )
@@ -378,18 +384,16 @@ def check_settings(
     window: Window | str | None,
     drop_shallow: float,
     drop_deep: float,
-    replay: bool,
-    logit_stats: bool,
 ) -> Window:
     """The window to score; ValueError, before any model is loaded, where settings contradict each other."""
     if steps < 1:
-        raise ValueError(f"steps must be at least 1, not {steps}: step 0 is the prompt's last token and is never scored")
+        raise ValueError(
+            f"steps must be at least 1, not {steps}: step 0 is the prompt's last token and is never scored"
+        )
     parsed = Window.parse(window) if isinstance(window, str) else window or Window(1, steps)
     if parsed.end > steps:
         raise ValueError(f"window {parsed} reaches past step {steps}, the last one recorded; raise steps or shorten it")
     signal.layer_range(1, drop_shallow, drop_deep)
-    if replay and logit_stats:
-        raise ValueError("logit statistics need decoding; a replay computes the logits of its last token only")
     return parsed
 
 
@@ -407,11 +411,16 @@ def _tokenizer(model: str, engine_args: Mapping[str, Any]) -> PreTrainedTokenize
         raise EngineError(f"no tokenizer can be loaded from {name}: {error}") from error
 
 
-def _with_progress(
-    results: Iterator[ScoreResult | Rejected], total: int | None
-) -> Iterator[ScoreResult | Rejected]:
+def _with_progress(results: Iterator[ScoreResult | Rejected], total: int | None) -> Iterator[ScoreResult | Rejected]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),

@@ -144,7 +144,9 @@ def random_requests():
     """Requests with prompts of many lengths, some sharing a prefix, each with its own regions and steps."""
     from headrift.probed_engine import ProbeRequest
 
-    def make(seed: int, n: int, *, vocab: int = VOCAB, steps: int = 8, shortest=3, longest=150, unprobed=0.25, **options):
+    def make(
+        seed: int, n: int, *, vocab: int = VOCAB, steps: int = 8, shortest=3, longest=150, unprobed=0.25, **options
+    ):
         rng = np.random.default_rng(seed)
         prefixes = [rng.integers(3, vocab, 70).tolist() for _ in range(2)]
         out = []
@@ -157,7 +159,11 @@ def random_requests():
             regions = {"system": (a, b), "user": (c, d), "prompt": (0, len(ids))}
             out.append(
                 ProbeRequest(
-                    ids, regions, steps=int(rng.integers(0, steps + 1)), probed=bool(rng.random() >= unprobed), **options
+                    ids,
+                    regions,
+                    steps=int(rng.integers(0, steps + 1)),
+                    probed=bool(rng.random() >= unprobed),
+                    **options,
                 )
             )
         return out
@@ -191,3 +197,15 @@ def preemptions(monkeypatch) -> Iterator[list[str]]:
 
     monkeypatch.setattr(Scheduler, "_preempt_request", spy)
     yield seen
+
+
+@pytest.fixture(scope="session")
+def scorer(demo_model, settings_of_tests):
+    """The demonstration model's scorer, shared by all tests of the session; `scorer.engine` takes raw requests."""
+    from headrift import Scorer
+
+    settings = {**settings_of_tests, "max_model_len": 1024, "kv_cache_memory_bytes": 1 << 30}
+    with Scorer(
+        demo_model, steps=12, logit_stats=True, keep_mass=True, regions=["document"], engine_args=settings
+    ) as s:
+        yield s

@@ -55,7 +55,9 @@ def make_case(rng, *, batch, kv_heads, group, head_dim, page, regions, dtype, lo
 def run(case, layer, *, scale, window=None, softcap=0.0, alibi_slopes=None, sinks=None):
     """The kernel's mass buffer; the K cache goes in as vLLM packs it on x86, [blocks, kv_heads, head_dim, page]."""
     mass = case["mass"].clone()
-    tensors = [case[name] for name in ("block_table", "query_start_loc", "seq_lens", "row_slot", "prompt_len", "n_rows")]
+    tensors = [
+        case[name] for name in ("block_table", "query_start_loc", "seq_lens", "row_slot", "prompt_len", "n_rows")
+    ]
     span_mass(
         mass.numpy(),
         layer,
@@ -117,9 +119,7 @@ def test_agrees_with_the_oracle(
 def decode_case():
     """Three decode rows at step 2, all probed."""
     rng = np.random.default_rng(7)
-    case = make_case(
-        rng, batch=3, kv_heads=3, group=3, head_dim=64, page=32, regions=3, dtype=torch.float32, layers=3
-    )
+    case = make_case(rng, batch=3, kv_heads=3, group=3, head_dim=64, page=32, regions=3, dtype=torch.float32, layers=3)
     case["row_slot"][:] = torch.tensor([4, 0, 2])
     case["query_start_loc"] = torch.arange(4, dtype=torch.int32)
     case["query"] = case["query"][:1].repeat(3, 1, 1).contiguous()

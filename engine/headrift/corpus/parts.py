@@ -160,9 +160,7 @@ class Parts:
 
     def reject(self, row: Row | BadRow, reason: str, detail: str) -> None:
         """A row that has no place in the parts, and why."""
-        self._rejects.append(
-            {"source": row.source, "row": row.row, "id": row.id, "reason": reason, "detail": detail}
-        )
+        self._rejects.append({"source": row.source, "row": row.row, "id": row.id, "reason": reason, "detail": detail})
 
     def close(self) -> None:
         """Finish the files that were begun. Nothing can be added afterwards."""

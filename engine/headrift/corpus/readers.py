@@ -1,8 +1,8 @@
 """Input files, read a line at a time: every line that is not skipped is a Row to score or a BadRow that says why not.
 
-.txt: a prompt a line; lines that begin with # are comments. .jsonl: a JSON object a line, with `prompt` (and `system`) or
-`messages` (OpenAI chat form), and `tools`, `id`, `label`, `category`, `response` where there are any. Blank lines are
-skipped in both, keys that have no meaning here are ignored, and null is the same as nothing.
+.txt: a prompt a line; lines that begin with # are comments. .jsonl: a JSON object a line, with `prompt` (and `system`)
+or `messages` (OpenAI chat form), and `tools`, `id`, `label`, `category`, `response` where there are any. Blank lines
+are skipped in both, keys that have no meaning here are ignored, and null is the same as nothing.
 """
 
 from __future__ import annotations
@@ -57,14 +57,16 @@ class _Unreadable(ValueError):
 
 
 def check_inputs(inputs: Sequence[Path], labels: Sequence[str] | None = None) -> None:
-    """InputError unless there are inputs, each one a readable file of a known kind, and labels (if any) that fit them."""
+    """InputError unless there are inputs, each a readable file of a known kind, and the labels, if any, fit them."""
     if not inputs:
         raise InputError("no input file: name at least one .txt or .jsonl file")
     for path in inputs:
         if path.is_dir():
             raise InputError(f"{path} is a folder: name the files in it")
         if path.suffix.lower() not in _READERS:
-            raise InputError(f"{path} has a name of no known kind: use .txt (a prompt a line) or .jsonl (an object a line)")
+            raise InputError(
+                f"{path} has a name of no known kind: use .txt (a prompt a line) or .jsonl (an object a line)"
+            )
         try:
             path.open("rb").close()
         except FileNotFoundError:
@@ -77,7 +79,9 @@ def check_inputs(inputs: Sequence[Path], labels: Sequence[str] | None = None) ->
         return
     for label in labels:
         if label not in LABELS:
-            raise InputError(f"unknown label {label!r}: labels are {' and '.join(LABELS)}, as in --labels attack,benign")
+            raise InputError(
+                f"unknown label {label!r}: labels are {' and '.join(LABELS)}, as in --labels attack,benign"
+            )
     if len(labels) != len(inputs):
         given, files = _plural(len(labels), "label"), _plural(len(inputs), "input")
         raise InputError(f"{given} for {files}: give each input its label, in order, as in --labels attack,benign")
@@ -86,7 +90,7 @@ def check_inputs(inputs: Sequence[Path], labels: Sequence[str] | None = None) ->
 def read_rows(inputs: Sequence[Path], labels: Sequence[str] | None = None) -> Iterator[Row | BadRow]:
     """The rows of the inputs in order, a line at a time. labels: one per input, for the rows that bring none.
 
-    InputError at the call, before anything is read (see check_inputs); OSError where a file breaks off while it is read.
+    InputError at the call, before anything is read (see check_inputs); OSError where a file cannot be read on.
     """
     check_inputs(inputs, labels)
     return _rows(inputs, labels or [None] * len(inputs))
@@ -185,7 +189,9 @@ def _check_types(fields: dict[str, Any]) -> None:
         value = fields.get(key, [])
         if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
             found = "a list with other things in it" if isinstance(value, list) else _kind(value)
-            raise _Unreadable("wrong_type", f"`{key}` is {found}; it must be a list of objects, as in OpenAI's chat API")
+            raise _Unreadable(
+                "wrong_type", f"`{key}` is {found}; it must be a list of objects, as in OpenAI's chat API"
+            )
 
 
 def _own_id(fields: dict[str, Any]) -> str | None:
@@ -213,7 +219,9 @@ def _prompt(fields: dict[str, Any]) -> Prompt:
     if "system" in fields and "messages" in fields:
         fix = "put the system prompt into `messages`, first"
         raise _Unreadable("system_and_messages", f"`system` goes with `prompt`, and the row has `messages`; {fix}")
-    return Prompt(**{key: fields[key] for key in ("prompt", "system", "messages", "tools", "response") if key in fields})
+    return Prompt(
+        **{key: fields[key] for key in ("prompt", "system", "messages", "tools", "response") if key in fields}
+    )
 
 
 def _kind(value: object) -> str:

@@ -46,7 +46,9 @@ def refusals(config: VllmConfig) -> list[str]:
 
     reasons = []
     if not vllm.__version__.startswith(VLLM_VERSION):
-        reasons.append(f"vLLM {vllm.__version__} is installed and headrift is proved on {VLLM_VERSION}x; install that version")
+        reasons.append(
+            f"vLLM {vllm.__version__} is installed and headrift is proved on {VLLM_VERSION}x; install that version"
+        )
     reasons += _model_refusals(config)
     reasons += _engine_refusals(config)
     reasons += _platform_refusals(config)
@@ -97,7 +99,9 @@ def _platform_refusals(config: VllmConfig) -> list[str]:
     reasons = []
     architecture = current_platform.get_cpu_architecture()
     if architecture != CpuArchEnum.X86:
-        reasons.append(f"{architecture.name} processors keep keys in a layout headrift does not read; use an x86-64 machine")
+        reasons.append(
+            f"{architecture.name} processors keep keys in a layout headrift does not read; use an x86-64 machine"
+        )
     dtype = config.model_config.dtype
     if dtype == torch.float16:
         reasons.append("float16 on a CPU: use dtype float32 or bfloat16")

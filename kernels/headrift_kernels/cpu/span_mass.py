@@ -144,5 +144,13 @@ def span_mass(
             slope = alibi_slopes[head] if alibi_slopes.shape[0] > 0 else np.float32(0.0)
             sink = sinks[head] if sinks.shape[0] > 0 else np.float32(-np.inf)
             _head_masses(
-                scores[g], low, n, np.float32(scale), np.float32(softcap), slope, sink, bounds[slot], mass[slot, step, layer, head]
+                scores[g],
+                low,
+                n,
+                np.float32(scale),
+                np.float32(softcap),
+                slope,
+                sink,
+                bounds[slot],
+                mass[slot, step, layer, head],
             )

@@ -58,7 +58,9 @@ class CPUMassBackend(CPUAttentionBackend):
 class CPUMassBuilder(CPUAttentionMetadataBuilder):
     """Publishes, before each step, which rows are probed."""
 
-    def __init__(self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.recorder = Recorder.of(vllm_config)
         if self.recorder is None:
@@ -124,9 +126,7 @@ class CPUMassImpl(CPUAttentionBackendImpl):
             self._measure(self.recorder, measured, query, kv_cache)
         return output
 
-    def _measure(
-        self, recorder: Recorder, batch: MeasuredBatch, query: torch.Tensor, kv_cache: torch.Tensor
-    ) -> None:
+    def _measure(self, recorder: Recorder, batch: MeasuredBatch, query: torch.Tensor, kv_cache: torch.Tensor) -> None:
         blocks, kv_heads, block_size, _ = kv_cache.shape
         # Per (block, KV head) the first half of the memory holds K, packed as [head_dim, block_size].
         keys = kv_cache.view(blocks, kv_heads, 2, self.head_size, block_size)[:, :, 0]
