@@ -55,7 +55,10 @@ class Probe:
         asked = ((params.extra_args if params is not None else None) or {}).get("headrift")
         if asked is None:
             return None
-        probe = cls(**asked)
+        try:
+            probe = cls(**asked)
+        except TypeError as error:
+            raise ValueError(f'extra_args["headrift"] is not what headrift takes: {error}') from error
         if params is not None and params.n != 1:
             raise ValueError(f"headrift records one answer per request; n={params.n} was asked for")
         if not 0 <= probe.slot < settings.slots:

@@ -88,8 +88,8 @@ class RowsV2(V2Processor):
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         _validate(sampling_params)
 
-    def add_request(self, req_idx: int, params: SamplingParams) -> bool:
-        slot = self.recorder.admit(params)
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        slot = self.recorder.admit(sampling_params)
         self.recorder.runner_rows[req_idx] = slot
         return slot >= 0 and self.recorder.settings.logit_stats
 

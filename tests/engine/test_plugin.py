@@ -1,0 +1,189 @@
+"""Opting in, and refusing what cannot be measured, all reasons at once, before any model is loaded."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+
+from headrift.probed_engine import EngineError, ProbedEngine
+from headrift.vllm_plugin import plugin
+from headrift.vllm_plugin.plugin import RefusedError
+from headrift.vllm_plugin.recorder import Probe, Recorder, Settings
+
+OPT_IN = """
+import json, os, sys
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+backend = AttentionBackendEnum.CPU_ATTN.get_class()
+print(json.dumps([backend.__module__, sorted(m for m in sys.modules if m.startswith("headrift"))]))
+"""
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_plugin_does_nothing_unless_asked(asked, monkeypatch):
+    monkeypatch.delenv(plugin.SWITCH, raising=False)
+    if asked:
+        monkeypatch.setenv(plugin.SWITCH, "1")
+    done = subprocess.run([sys.executable, "-c", OPT_IN], capture_output=True, text=True, timeout=120, check=True)
+    backend, loaded = json.loads(done.stdout.splitlines()[-1])
+    if asked:
+        assert backend == "headrift.vllm_plugin.backends.cpu"
+    else:
+        assert backend == "vllm.v1.attention.backends.cpu_attn"
+        assert loaded == ["headrift", "headrift.vllm_plugin", "headrift.vllm_plugin.plugin"]
+
+
+def config_of(folder, **options):
+    settings = {"dtype": "float32", "skip_tokenizer_init": True, "enforce_eager": True, **options}
+    return EngineArgs(model=str(folder), **settings).create_engine_config()
+
+
+def test_an_engine_that_can_be_measured_is_not_refused(tiny_model):
+    assert plugin.refusals(config_of(tiny_model("llama-3to1"))) == []
+
+
+def test_every_reason_is_given_at_once(tiny_model):
+    config = config_of(tiny_model("llama-3to1"), dtype="float16", enable_prefix_caching=True)
+    config.parallel_config.pipeline_parallel_size = 2
+    config.parallel_config.decode_context_parallel_size = 2
+    config.parallel_config.data_parallel_size = 2
+    config.parallel_config.enable_dbo = True
+    config.cache_config.kv_sharing_fast_prefill = True
+    config.speculative_config = object()
+    reasons = plugin.refusals(config)
+    for word in ("float16", "pipeline", "context par", "data par", "dual-batch", "fast prefill", "speculative"):
+        assert sum(word in reason for reason in reasons) == 1, (word, reasons)
+    assert len(reasons) == 7
+    message = str(RefusedError(reasons))
+    assert all(reason in message for reason in reasons)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "word"),
+    [("use_mla", "MLA"), ("is_encoder_decoder", "encoder"), ("is_hybrid", "mamba"), ("is_mm_prefix_lm", "both")],
+)
+def test_models_that_are_refused(tiny_model, monkeypatch, attribute, word):
+    config = config_of(tiny_model("llama-3to1"))
+    monkeypatch.setattr(type(config.model_config), attribute, property(lambda self: True))
+    assert [word in reason for reason in plugin.refusals(config)] == [True]
+
+
+def test_a_model_with_attention_chunks_is_refused(tiny_model):
+    config = config_of(tiny_model("llama-3to1"))
+    config.model_config.hf_text_config.attention_chunk_size = 128
+    assert ["chunks" in reason for reason in plugin.refusals(config)] == [True]
+
+
+def test_another_vllm_is_refused(tiny_model, monkeypatch):
+    monkeypatch.setattr("vllm.__version__", "0.99.0")
+    assert ["0.99.0" in reason for reason in plugin.refusals(config_of(tiny_model("llama-3to1")))] == [True]
+
+
+def test_bfloat16_with_amx_is_refused(tiny_model, monkeypatch):
+    config = config_of(tiny_model("llama-3to1"), dtype="bfloat16")
+    assert plugin.refusals(config) == [] or torch.cpu._is_amx_tile_supported()
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert ["AMX" in reason for reason in plugin.refusals(config)] == [True]
+
+
+def test_the_engine_refuses_before_it_loads(tiny_model):
+    settings = {"skip_tokenizer_init": True, "dtype": "float16", "kv_cache_dtype": "auto"}
+    with pytest.raises(RefusedError, match="float16"):
+        ProbedEngine(tiny_model("llama-3to1"), steps=2, engine_args=settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"no_such_setting": 1}, "no_such_setting"),
+        ({"dtype": "float99"}, "float99"),
+    ],
+)
+def test_engine_settings_vllm_does_not_take(tiny_model, settings, message):
+    with pytest.raises(EngineError, match=message):
+        ProbedEngine(tiny_model("llama-3to1"), steps=2, engine_args=settings)
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    with pytest.raises(EngineError, match="nowhere"):
+        ProbedEngine(tmp_path / "nowhere", steps=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"slot": 4}, "slot 4"),
+        ({"slot": -1}, "slot -1"),
+        ({"steps": 9}, "steps 0..8"),
+        ({"prompt_len": 0}, "at least one"),
+        ({"regions": [[0, 1]] * 4}, "4 regions"),
+        ({"regions": [[5, 2]]}, "start"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_probes_that_cannot_be_recorded(change, message):
+    probe = {"slot": 0, "tenant": 1, "prompt_len": 10, "regions": [[0, 5]], "steps": 4}
+    settings = Settings(slots=4, steps=8, regions=3)
+    assert Probe.of(SamplingParams(extra_args={"headrift": probe}), settings) is not None
+    with pytest.raises(ValueError, match=message):
+        Probe.of(SamplingParams(extra_args={"headrift": {**probe, **change}}), settings)
+
+
+def test_several_answers_to_one_prompt_are_refused():
+    probe = {"slot": 0, "tenant": 1, "prompt_len": 10, "regions": [], "steps": 4}
+    with pytest.raises(ValueError, match="n=2"):
+        Probe.of(SamplingParams(n=2, extra_args={"headrift": probe}), Settings(slots=1, steps=4))
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder(Settings(slots=2, steps=3, regions=2), layers=2, heads=2, batch_rows=4, device=torch.device("cpu"))
+
+
+def probe(slot: int, tenant: int) -> SamplingParams:
+    extra = {"slot": slot, "tenant": tenant, "prompt_len": 7, "regions": [[0, 3], [0, 7]], "steps": 2}
+    return SamplingParams(extra_args={"headrift": extra})
+
+
+def test_a_new_tenant_finds_an_empty_slot_and_a_returning_one_its_own(recorder):
+    assert recorder.admit(None) == recorder.admit(SamplingParams()) == -1
+    assert recorder.admit(probe(1, 10)) == 1
+    recorder.mass[1] = 0.5
+    recorder.admit(probe(1, 10))
+    assert (recorder.mass[1] == 0.5).all(), "preemption and resume wiped the recording"
+    recorder.admit(probe(1, 11))
+    assert torch.isnan(recorder.mass[1]).all()
+    assert recorder.bounds[1].tolist() == [[0, 3], [0, 7]]
+    assert recorder.prompt_len[1] == 7
+    assert recorder.n_rows[1] == 3
+
+
+def test_rows_beyond_the_batch_are_not_probed(recorder):
+    recorder.runner_rows[:] = [1, -1, 0, 1]
+    recorder.prompt_len[:] = torch.tensor([5, 7])
+    assert recorder.publish(np.arange(3), torch.tensor([9, 4, 5], dtype=torch.int32))
+    assert recorder.row_slot.tolist() == [1, -1, 0, -1]
+    assert recorder.row_step[[0, 2]].tolist() == [2, 0]
+    assert not recorder.publish(np.array([1]), torch.tensor([4], dtype=torch.int32))
+    assert recorder.row_slot.tolist() == [-1] * 4
+
+
+def test_a_drain_of_a_slot_that_was_given_away_fails(recorder):
+    recorder.admit(probe(0, 1))
+    recorder.admit(probe(0, 2))
+    with pytest.raises(KeyError, match="other requests"):
+        recorder.drain([(0, 1)], 1, 0, 1, False)
+
+
+def test_share_is_divided_where_the_prompt_has_mass(recorder):
+    recorder.admit(probe(0, 1))
+    recorder.mass[0, 0] = torch.tensor([[[0.2, 0.8], [0.0, 1e-12]], [[0.0, 0.5], [0.5, 0.5]]])
+    share = recorder.drain([(0, 1)], 2, 0, 1, False)["share"]
+    np.testing.assert_allclose(share[0, 0], [[0.25, 0.0], [0.0, 1.0]], rtol=1e-6)
+    assert np.isnan(share[0, 1]).all()

@@ -1,0 +1,186 @@
+"""What headrift relies on in vLLM, one test an interface, so that a new vLLM fails here, loudly and by name."""
+
+import dataclasses
+import inspect
+
+import numpy as np
+import pytest
+import torch
+import vllm
+from vllm import SamplingParams
+from vllm import _custom_ops as ops
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.outputs import RequestOutput
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends import cpu_attn
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
+from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1Processor
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2Processor
+
+from headrift.vllm_plugin import plugin
+from headrift.vllm_plugin.backends.cpu import PACKED_ISAS, numpy_view
+
+
+def parameters(function) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def test_version():
+    assert vllm.__version__.startswith(plugin.VLLM_VERSION)
+
+
+def test_cpu_impl_forward_takes_what_ours_takes():
+    expected = ["self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output", "output_scale"]
+    assert parameters(cpu_attn.CPUAttentionBackendImpl.forward) == [*expected, "output_block_scale"]
+
+
+def test_cpu_impl_writes_kv_before_forward_is_called():
+    assert cpu_attn.CPUAttentionBackend.forward_includes_kv_cache_update is False
+    assert hasattr(cpu_attn.CPUAttentionBackendImpl, "do_kv_cache_update")
+
+
+def test_cpu_impl_attributes():
+    source = inspect.getsource(cpu_attn.CPUAttentionBackendImpl.__init__)
+    for name in ("scale", "sliding_window", "logits_soft_cap", "alibi_slopes", "sinks", "head_size", "attn_type"):
+        assert f"self.{name} = " in source, name
+
+
+def test_cpu_builder_build_and_metadata():
+    assert parameters(cpu_attn.CPUAttentionMetadataBuilder.build) == [
+        "self",
+        "common_prefix_len",
+        "common_attn_metadata",
+        "fast_build",
+    ]
+    fields = {f.name for f in dataclasses.fields(cpu_attn.CPUAttentionMetadata)}
+    assert {"block_table", "query_start_loc", "seq_lens"} <= fields
+    common = {f.name for f in dataclasses.fields(CommonAttentionMetadata)}
+    assert {"num_reqs", "seq_lens", "req_idx"} <= common
+
+
+@pytest.mark.parametrize("isa", PACKED_ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("block_size", "head_dim"), [(32, 64), (64, 128), (128, 96), (32, 80), (32, 256)])
+def test_keys_are_packed_as_head_dim_by_block_size(isa, dtype, block_size, head_dim):
+    """What vLLM writes with its own operation is read back in the layout our kernel assumes."""
+    if isa == "vec" and head_dim % 32:
+        pytest.skip("vLLM uses vec16 for this head size")
+    blocks, kv_heads, tokens = 3, 2, block_size + 7
+    generator = torch.Generator().manual_seed(0)
+    key, value = (torch.randn(tokens, kv_heads, head_dim, generator=generator).to(dtype) for _ in range(2))
+    cache = torch.zeros(blocks, kv_heads, block_size, 2 * head_dim, dtype=dtype)
+    k_half, v_half = cache.view(blocks, kv_heads, 2 * block_size, head_dim).chunk(2, dim=2)
+    slots = torch.arange(block_size, block_size + tokens)
+    ops.cpu_attn_reshape_and_cache(
+        key, value, k_half, v_half, slots, isa, k_scale=1.0, v_scale=1.0, kv_cache_dtype="auto"
+    )
+    keys = cache.view(blocks, kv_heads, 2, head_dim, block_size)[:, :, 0]
+    read = keys[1:].permute(0, 3, 1, 2).reshape(-1, kv_heads, head_dim)[:tokens]
+    assert torch.equal(read, key)
+    if dtype == torch.bfloat16:
+        bits = np.uint32(numpy_view(keys)) << np.uint32(16)
+        assert np.array_equal(bits.view(np.float32), keys.float().numpy())
+
+
+def test_a_backend_can_be_replaced_by_name(monkeypatch):
+    assert parameters(register_backend)[:2] == ["backend", "class_path"]
+    monkeypatch.setenv(plugin.SWITCH, "1")
+    plugin.register()
+    assert AttentionBackendEnum.CPU_ATTN.get_class().__name__ == "CPUMassBackend"
+
+
+def test_v1_logits_processor_interface():
+    for method in ("validate_params", "update_state", "apply", "is_argmax_invariant"):
+        assert hasattr(V1Processor, method), method
+    assert parameters(V1Processor.__init__) == ["self", "vllm_config", "device", "is_pin_memory"]
+    assert {f.name for f in dataclasses.fields(BatchUpdate)} == {"batch_size", "removed", "added", "moved"}
+    assert {m.name for m in MoveDirectionality} == {"UNIDIRECTIONAL", "SWAP"}
+
+
+def test_v2_logits_processor_interface():
+    assert parameters(V2Processor.__init__) == ["self", "vllm_config", "req_states"]
+    assert parameters(V2Processor.add_request) == ["self", "req_idx", "sampling_params"]
+    assert parameters(V2Processor.apply) == ["self", "logits", "ctx"]
+    assert {"expanded_idx_mapping", "pos"} <= {f.name for f in dataclasses.fields(LogitsContext)}
+
+
+def test_engine_settings_and_instance_id():
+    fields = {f.name for f in dataclasses.fields(EngineArgs)}
+    assert {"additional_config", "worker_extension_cls", "logits_processors", "kv_cache_memory_bytes"} <= fields
+    assert isinstance(inspect.getattr_static(VllmConfig, "use_v2_model_runner"), property)
+    assert "instance_id" in {f.name for f in dataclasses.fields(VllmConfig)}
+
+
+def test_llm_engine_methods():
+    for name in ("add_request", "step", "abort_request", "collective_rpc", "from_vllm_config", "reset_prefix_cache"):
+        assert hasattr(LLMEngine, name), name
+    assert "num_cached_tokens" in parameters(RequestOutput.__init__)
+
+
+def test_sampling_params_carry_extra_args_and_can_skip_cached_prefixes():
+    params = SamplingParams(extra_args={"headrift": {"slot": 1}}, skip_reading_prefix_cache=True)
+    assert params.clone().extra_args == {"headrift": {"slot": 1}}
+    assert params.skip_reading_prefix_cache is True
+
+
+def test_scheduler_preempts_by_the_method_the_tests_watch():
+    assert hasattr(Scheduler, "_preempt_request")
+
+
+def test_cpu_attention_window_means_distance_below_it():
+    """Our kernel's window is vLLM's: a query attends the keys at distance < window."""
+    from headrift_kernels import reference
+
+    head_dim, block_size, n, window = 32, 32, 40, 7
+    generator = torch.Generator().manual_seed(1)
+    key, value = (torch.randn(n, 1, head_dim, generator=generator) for _ in range(2))
+    query = torch.randn(1, 1, head_dim, generator=generator)
+    cache = torch.zeros(2, 1, block_size, 2 * head_dim)
+    k_half, v_half = cache.view(2, 1, 2 * block_size, head_dim).chunk(2, dim=2)
+    ops.cpu_attn_reshape_and_cache(
+        key, value, k_half, v_half, torch.arange(n), "vec", k_scale=1.0, v_scale=1.0, kv_cache_dtype="auto"
+    )
+    seq_lens, start = torch.tensor([n], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+    plan = ops.cpu_attn_get_scheduler_metadata(
+        num_reqs=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=head_dim,
+        seq_lens=seq_lens,
+        dtype=torch.float32,
+        query_start_loc=start,
+        causal=True,
+        sliding_window_size=window,
+        isa="vec",
+        enable_kv_split=True,
+        dynamic_causal=None,
+        kv_cache_dtype="auto",
+    )
+    output = torch.empty(1, 1, head_dim)
+    ops.cpu_attention_with_kv_cache(
+        query=query,
+        key_cache=k_half,
+        value_cache=v_half,
+        output=output,
+        query_start_loc=start,
+        seq_lens=seq_lens,
+        scale=0.2,
+        causal=True,
+        alibi_slopes=None,
+        sliding_window=window,
+        block_table=torch.tensor([[0, 1]], dtype=torch.int32),
+        softcap=0.0,
+        scheduler_metadata=plan,
+        s_aux=None,
+        dynamic_causal=None,
+        k_scale=1.0,
+        v_scale=1.0,
+        kv_cache_dtype="auto",
+    )
+    expected = reference.attend(query[0], key, value, scale=0.2, window=window).output
+    torch.testing.assert_close(output[0].double(), expected, rtol=0, atol=1e-5)
