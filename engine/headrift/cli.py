@@ -6,13 +6,13 @@ Exit codes: 0 done, 1 failed on the way, 2 nothing was begun because of what was
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -139,7 +139,7 @@ def score(
 
     kinds = sorted({kind.value for kind in save or []})
     logit_stats = logit_stats or Save.ENTROPY in kinds
-    with _errors(2, verbose):
+    with _errors(2):
         if quiet and verbose:
             raise ValueError("--quiet and --verbose contradict each other: choose one")
         if replay and logit_stats:
@@ -184,14 +184,15 @@ def score(
         _say(f"Ready in {start_seconds:.0f} s: {shape}, {recorder}", quiet)
         summary = Summary()
         schema = parts.part_schema(kinds, **{key: engine[key] for key in ("layers", "heads", "regions")})
-        with _errors(1, verbose, lambda: f"{summary.rows} rows are in {out}"):
+        files = parts.Parts(out, schema)
+        with _errors(1, verbose, lambda: f"{files.kept} rows are in {out}"):
             parts.write_run(out, run)
             run["status"] = "unfinished"
             try:
                 prompts = _InFlight(islice(rows, limit), min(total, limit or total))
                 results = scorer.score(prompts, replay=replay, progress=not quiet)
                 # Closed by hand where it breaks off, or else the progress bar would outlive the engine.
-                with parts.Parts(out, schema) as files, closing(cast("Generator[ScoreResult | Rejected]", results)):
+                with files, closing(results):
                     for result in results:
                         _keep(prompts.taken.pop(result.index), result, files, summary)
                 run["status"] = "done"
@@ -326,7 +327,7 @@ def _say(text: str, quiet: bool) -> None:
 
 
 @contextmanager
-def _errors(code: int, verbose: bool, kept: Callable[[], str] | None = None) -> Iterator[None]:
+def _errors(code: int, verbose: bool = False, kept: Callable[[], str] | None = None) -> Iterator[None]:
     """End the command with one line on standard error where something expected goes wrong.
 
     EngineError, RefusedError, TokenizerError, InputError and their kind are all RuntimeError or ValueError. kept: says

@@ -80,10 +80,10 @@ class Recording:
 class ProbedEngine:
     """vLLM, started with headrift's plugin. A context manager; not to be shared between threads.
 
-    model: a folder or name vLLM can load. steps: N, the most steps (0..N) a request may record. regions: names of the key
-    ranges, `system` and `prompt` among them. slots: the most requests in flight (twice max_num_seqs by default).
-    logit_stats: record next-token statistics too. engine_args: passed to vLLM as they are, over the defaults chosen for
-    this machine. verbose: let vLLM log.
+    model: a folder or name vLLM can load. steps: N, the most steps (0..N) a request may record. regions: names of the
+    key ranges, `system` and `prompt` among them. slots: the most requests in flight (twice max_num_seqs by default).
+    logit_stats: record next-token statistics too. engine_args: passed to vLLM as they are, over the defaults chosen
+    for this machine. verbose: let vLLM log.
     """
 
     def __init__(
@@ -126,8 +126,13 @@ class ProbedEngine:
         processors = list(config.model_config.logits_processors or [])
         config.model_config.logits_processors = [*processors, plugin.rows_processor(config.use_v2_model_runner)]
         self.max_model_len: int = config.model_config.max_model_len
-        with _llvmlite_out_of_sight():
-            self.llm_engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
+        try:
+            with _llvmlite_out_of_sight():
+                self.llm_engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
+        except plugin.RefusedError:
+            raise
+        except (RuntimeError, ValueError, OSError) as error:
+            raise EngineError(f"vLLM could not start with {args['model']}: {error}") from error
         (described,) = self.llm_engine.collective_rpc("headrift_describe")
         self.layers: int = described["layers"]
         self.heads: int = described["heads"]
@@ -168,7 +173,10 @@ class ProbedEngine:
         return self.max_model_len - steps - 1
 
     def submit(self, request: ProbeRequest) -> int:
-        """Queue a request; returns its tenant number. RuntimeError without a free slot; ValueError where it does not fit."""
+        """Queue a request; returns its tenant number.
+
+        RuntimeError without a free slot; ValueError where prompt and steps do not fit the context.
+        """
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind

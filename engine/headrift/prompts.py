@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -107,8 +107,8 @@ class ChatRenderer:
         # Random, so that no prompt can hold it on purpose; its one "h" comes first, so that two marks cannot overlap.
         self._mark = f"headrift{secrets.token_hex(8)}n{{}}x"
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        special = sorted((special | set(tokenizer.all_special_tokens)) - {""})
-        self._control_token = re.compile("|".join(map(re.escape, special)) or "(?!)")
+        special = (special | set(tokenizer.all_special_tokens)) - {""}
+        self._control_token = re.compile("|".join(map(re.escape, sorted(special))) or "(?!)")
         try:
             self._apply([{"role": "user", "content": "x"}], None, False)
         except PromptError as error:
@@ -127,14 +127,14 @@ class ChatRenderer:
         conversation = _clean_messages(messages)
         if tools is not None and not (_is_list(tools) and all(isinstance(tool, Mapping) for tool in tools)):
             raise PromptError("bad_tools", "tools must be a list of JSON objects, each describing one tool")
-        tools = [dict(tool) for tool in tools] if tools else None
+        schemas = [dict(tool) for tool in tools] if tools else None
         try:
-            return self._render(conversation, tools)
+            return self._render(conversation, schemas)
         except PromptError as error:
             if error.reason != "span_not_found":
                 raise
         # Some templates print the date, so two renderings of one conversation can differ: once, at midnight.
-        return self._render(conversation, tools)
+        return self._render(conversation, schemas)
 
     def _render(self, conversation: list[Message], tools: list[dict] | None) -> RenderedPrompt:
         prefill = conversation[-1]["role"] == "assistant"
@@ -264,7 +264,7 @@ def _integers(values: Any) -> list[int] | None:
         return None
 
 
-def _is_list(value: Any) -> bool:
+def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
@@ -324,7 +324,7 @@ def _clean_tool_calls(calls: Any, where: str) -> list[dict]:
             except ValueError:
                 arguments = None
         arguments = dict(arguments) if isinstance(arguments, Mapping) else {}
-        cleaned.append({**call, "function": {**function, "arguments": arguments}})
+        cleaned.append({**(call or {}), "function": {**function, "arguments": arguments}})
     return cleaned
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 
 # Results that wait for an earlier, slower prompt, as a multiple of the requests in flight.
 _REORDER = 4
+# Finished requests that are drained together.
+_DRAIN = 8
+# System prompts remembered as prefilled; a log with more than these in turn prefills some again.
+_PRIMED = 1024
 _NEVER_COMPUTED = "the engine never computed steps {steps}, even without cached prefixes"
 
 
@@ -29,9 +34,9 @@ _NEVER_COMPUTED = "the engine never computed steps {steps}, even without cached 
 class Prompt:
     """One prompt to score: a `prompt` with its `system` text, chat `messages`, or `token_ids` with named `regions`.
 
-    response, or response_ids (token ids): the logged answer, needed for replay. A response as text is taken as whole: the
-    model ended its turn after it. A trailing assistant message is continued; in replay it is the logged answer. regions:
-    with token_ids, token ranges [start, end) by name, `system` among them; nothing else may name regions.
+    response, or response_ids (token ids): the logged answer, needed for replay. A response as text is taken as whole:
+    the model ended its turn after it. A trailing assistant message is continued; in replay it is the logged answer.
+    regions: with token_ids, token ranges [start, end) by name, `system` among them; nothing else may name regions.
     """
 
     prompt: str | None = None
@@ -62,10 +67,10 @@ class ScoreResult:
     """A prompt's score and what it came from. T = n_steps + 1 recorded steps, step 0 (the last prompt token) first.
 
     score: mean counted instability over the window's steps and the trimmed layers, 0 to 0.5, or None with `reason`.
-    n_scored: steps that went into it. system_share, head_agreement, entropy (nats), top1, margin: means over the window;
-    focus: at step 0. instability: [T, layers] float32, NaN where a layer is not counted. shares: [T, layers, heads]
-    float32. focus_heads: [layers, heads] float32. logit_stats: [T, 3] entropy, top-1 probability, margin, or None. mass:
-    [T, layers, heads, regions] float32 with the regions in the order of `region_names`, or None.
+    n_scored: steps that went into it. system_share, head_agreement, entropy (nats), top1, margin: means over the
+    window; focus: at step 0. instability: [T, layers] float32, NaN where a layer is not counted. shares: [T, layers,
+    heads] float32. focus_heads: [layers, heads] float32. logit_stats: [T, 3] entropy, top-1 probability, margin, or
+    None. mass: [T, layers, heads, regions] float32 with the regions in the order of `region_names`, or None.
     """
 
     index: int
@@ -120,12 +125,12 @@ class _Prepared:
 class Scorer:
     """Scores prompts for inter-head instability inside vLLM. A context manager; not to be shared between threads.
 
-    model: a folder or name vLLM can load. system_prompt: for prompts that bring none. steps: N, steps 0..N are recorded.
-    window: the steps that are scored, `Window(1, 12)` or "1:12" (1-based, inclusive), all of 1..N by default.
-    drop_shallow, drop_deep: the fractions of layers left out at either end. logit_stats: record next-token entropy, top-1
-    probability and margin too. keep_mass: results hold the masses.
-    regions: names of further key ranges that prompts given as token ids bring. engine_args: passed to vLLM as they are,
-    over the defaults chosen for this machine. verbose: let vLLM log.
+    model: a folder or name vLLM can load. system_prompt: for prompts that bring none. steps: N, steps 0..N are
+    recorded. window: the steps that are scored, `Window(1, 12)` or "1:12" (1-based, inclusive), all of 1..N by
+    default. drop_shallow, drop_deep: the fractions of layers left out at either end. logit_stats: record next-token
+    entropy, top-1 probability and margin too. keep_mass: results hold the masses. regions: names of further key
+    ranges that prompts given as token ids bring. engine_args: passed to vLLM as they are, over the defaults chosen
+    for this machine. verbose: let vLLM log.
 
     ValueError for settings that contradict each other, EngineError and RefusedError where the engine cannot be started.
     """
@@ -184,13 +189,13 @@ class Scorer:
         *,
         replay: bool = False,
         progress: bool = False,
-    ) -> Iterator[ScoreResult | Rejected]:
+    ) -> Generator[ScoreResult | Rejected, None, None]:
         """Results in input order, as they are ready; a prompt that cannot be scored comes as a Rejected in its place.
 
         prompts are read as they are needed: neither they nor the results pile up. replay: take the prompts' logged
-        answers through the model in one prefill instead of decoding new ones; there are no logit statistics then, because
-        only the last token's logits are computed. progress: show a bar on standard error with rate and, where the number
-        of prompts is known, time left.
+        answers through the model in one prefill instead of decoding new ones; there are no logit statistics then,
+        because only the last token's logits are computed. progress: show a bar on standard error with rate and, where
+        the number of prompts is known, time left.
         """
         results = self._run(iter(prompts), replay)
         if not progress:
@@ -199,7 +204,7 @@ class Scorer:
 
     def _run(
         self, prompts: Iterator[str | Mapping[str, Any] | Prompt], replay: bool
-    ) -> Iterator[ScoreResult | Rejected]:
+    ) -> Generator[ScoreResult | Rejected, None, None]:
         engine, waiting = self.engine, deque[_Prepared]()
         running: dict[int, _Prepared] = {}
         finished: list[Finished] = []
@@ -226,7 +231,7 @@ class Scorer:
                         finished += engine.step()
                 if engine.running:
                     finished += engine.step()
-                if finished and (len(finished) >= engine.slots // 4 or not engine.free_slots or not engine.running):
+                if finished and (len(finished) >= _DRAIN or not engine.free_slots or not engine.running):
                     for prepared, result in self._collect(finished, running):
                         if result is None:
                             waiting.appendleft(prepared)
@@ -243,10 +248,12 @@ class Scorer:
                 engine.abort()
 
     def _should_prime(self, prepared: _Prepared, waiting: Sequence[_Prepared]) -> bool:
-        """Whether to prefill this prompt before the next is queued, so that the next finds their common prefix cached."""
+        """Whether to prefill this prompt before the next is queued, so that the next finds their prefix cached."""
         prefix = prepared.shared_prefix
         if prefix in self._primed or not any(other.shared_prefix == prefix for other in islice(waiting, 1)):
             return False
+        if len(self._primed) >= _PRIMED:
+            self._primed.clear()
         self._primed.add(prefix)
         return True
 
@@ -411,7 +418,9 @@ def _tokenizer(model: str, engine_args: Mapping[str, Any]) -> PreTrainedTokenize
         raise EngineError(f"no tokenizer can be loaded from {name}: {error}") from error
 
 
-def _with_progress(results: Iterator[ScoreResult | Rejected], total: int | None) -> Iterator[ScoreResult | Rejected]:
+def _with_progress(
+    results: Iterator[ScoreResult | Rejected], total: int | None
+) -> Generator[ScoreResult | Rejected, None, None]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -433,7 +442,8 @@ def _with_progress(results: Iterator[ScoreResult | Rejected], total: int | None)
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("scoring", total=total, rate="")
-        for result in results:
-            speed = bar.tasks[0].finished_speed or bar.tasks[0].speed
-            bar.update(task, advance=1, rate=f"{speed:.1f} prompts/s" if speed else "")
+        start = time.monotonic()
+        for n, result in enumerate(results, 1):
+            # Results come in bursts, so the rate is over all of the run.
+            bar.update(task, advance=1, rate=f"{n / (time.monotonic() - start):.1f} prompts/s")
             yield result

@@ -11,8 +11,8 @@ import torch
 class Attended:
     """What one query attended: all float64.
 
-    output: [heads, head_dim]; lse: [heads], natural log, sinks included; probabilities: [heads, keys] over keys 0..position
-    (with sinks they sum to less than 1: the rest is exp(sink - lse)).
+    output: [heads, head_dim]; lse: [heads], natural log, sinks included; probabilities: [heads, keys] over keys
+    0..position (with sinks they sum to less than 1: the rest is exp(sink - lse)).
     """
 
     output: torch.Tensor

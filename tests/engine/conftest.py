@@ -1,7 +1,7 @@
-"""Engines, tiny models and the oracle for the engine tests. Starting vLLM takes seconds: fixtures share what they can."""
+"""Engines, tiny models and the oracle for the engine tests. Starting vLLM takes seconds: fixtures share."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -184,7 +184,7 @@ def settings_of_tests() -> Mapping[str, object]:
 
 
 @pytest.fixture
-def preemptions(monkeypatch) -> Iterator[list[str]]:
+def preemptions(monkeypatch) -> list[str]:
     """The ids of requests that vLLM's scheduler preempted during the test."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -196,7 +196,7 @@ def preemptions(monkeypatch) -> Iterator[list[str]]:
         return preempt(self, request, *args, **kwargs)
 
     monkeypatch.setattr(Scheduler, "_preempt_request", spy)
-    yield seen
+    return seen
 
 
 @pytest.fixture(scope="session")

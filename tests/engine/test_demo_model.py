@@ -21,7 +21,7 @@ NEAR_TIE = 1e-3
 
 @pytest.fixture(scope="module")
 def requests(scorer, random_requests):
-    """64 random prompts, a quarter of them not probed, a third sharing a prefix, with steps and regions of their own."""
+    """64 random prompts with steps and regions of their own; a quarter is not probed, a third shares a prefix."""
     return random_requests(11, 64, vocab=40_000, steps=8, longest=90)
 
 
@@ -145,7 +145,7 @@ def test_a_batch_without_probes_never_reaches_the_kernel(scorer, run, monkeypatc
 
     calls = []
     kernel = cpu.span_mass
-    monkeypatch.setattr(cpu, "span_mass", lambda *a: (calls.append(1), kernel(*a)))
+    monkeypatch.setattr(cpu, "span_mass", lambda *a, **k: (calls.append(1), kernel(*a, **k)))
     request = ProbeRequest(list(range(100, 140)), {"system": (0, 9), "prompt": (0, 40)}, steps=3, ignore_eos=True)
     run(scorer.engine, [ProbeRequest(request.prompt_ids, {}, 3, probed=False, ignore_eos=True)])
     assert calls == []

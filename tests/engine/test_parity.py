@@ -64,8 +64,8 @@ def test_every_mass_in_mixed_chunked_cached_and_preempted_batches(tiny, random_r
 def test_preempted_requests_resume_and_agree(tiny, run, preemptions):
     name, engine, oracle = tiny
     rng = np.random.default_rng(5)
-    # Prompts that end just before a block does: while they answer, all running requests want another block. (Where every
-    # layer has a sliding window a long prompt holds no more blocks than a short one.)
+    # Prompts that end just before a block does: while they answer, all running requests want another block. (Where
+    # every layer has a sliding window a long prompt holds no more blocks than a short one.)
     length = 26 if name == "mistral" else 90
     probed, unprobed = [], []
     for i in range(6):

@@ -14,9 +14,9 @@ TOLERANCE = 5e-6
 
 
 def run(logits: torch.Tensor, slots: np.ndarray, steps: np.ndarray, n_rows: np.ndarray, buffer=(8, 4)) -> np.ndarray:
-    stats = np.full((*buffer, 3), np.nan, np.float32)
-    logit_statistics(stats, logits.numpy(), slots.astype(np.int32), steps.astype(np.int32), n_rows.astype(np.int32))
-    return stats
+    stats = torch.full((*buffer, 3), torch.nan)
+    logit_statistics(stats, logits, *(torch.from_numpy(a.astype(np.int32)) for a in (slots, steps, n_rows)))
+    return stats.numpy()
 
 
 @settings(max_examples=60, deadline=None)

@@ -7,16 +7,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from headrift_kernels import reference
-from headrift_kernels.cpu.span_mass import span_mass
+from headrift_kernels.cpu.span_mass import measured_queries, span_mass
 
-# A dot product of head_dim float32 terms and a sum over the keys, both reassociated: a few 1e-7 relative. bfloat16 inputs
-# are exact in float32, so they get no wider band.
+# A dot product of head_dim float32 terms and a sum over the keys, both reassociated: a few 1e-7 relative. bfloat16
+# inputs are exact in float32, so they get no wider band.
 TOLERANCE = 2e-6
-NONE = np.empty(0, np.float32)
-
-
-def as_numpy(tensor: torch.Tensor) -> np.ndarray:
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def make_case(rng, *, batch, kv_heads, group, head_dim, page, regions, dtype, longest=150, steps=5, layers=2):
@@ -52,25 +47,13 @@ def make_case(rng, *, batch, kv_heads, group, head_dim, page, regions, dtype, lo
     }
 
 
-def run(case, layer, *, scale, window=None, softcap=0.0, alibi_slopes=None, sinks=None):
+def run(case, layer, **how):
     """The kernel's mass buffer; the K cache goes in as vLLM packs it on x86, [blocks, kv_heads, head_dim, page]."""
     mass = case["mass"].clone()
-    tensors = [
-        case[name] for name in ("block_table", "query_start_loc", "seq_lens", "row_slot", "prompt_len", "n_rows")
-    ]
-    span_mass(
-        mass.numpy(),
-        layer,
-        as_numpy(case["query"]),
-        as_numpy(case["key_cache"].permute(0, 2, 3, 1).contiguous()),
-        *(t.numpy() for t in tensors),
-        case["bounds"].numpy(),
-        scale,
-        -1 if window is None else window,
-        softcap,
-        NONE if alibi_slopes is None else alibi_slopes.numpy(),
-        NONE if sinks is None else sinks.numpy(),
-    )
+    names = ("query_start_loc", "seq_lens", "row_slot", "prompt_len", "n_rows")
+    measured = measured_queries(*(case[name].numpy() for name in names), mass.shape[1])
+    keys = case["key_cache"].permute(0, 2, 3, 1).contiguous()
+    span_mass(mass, layer, case["query"], keys, case["block_table"], measured, case["bounds"], **how)
     return mass
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from headrift import signal
-from headrift.signal import Window
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from scipy import stats
+
+from headrift import signal
+from headrift.signal import Window
 
 SEED_DATA = Path(__file__).resolve().parents[2].parent / "shared/seed_data"
 SHARES = arrays(np.float32, array_shapes(min_dims=3, max_dims=3, max_side=7), elements=st.floats(0, 1, width=32))

@@ -162,8 +162,13 @@ class Parts:
         """A row that has no place in the parts, and why."""
         self._rejects.append({"source": row.source, "row": row.row, "id": row.id, "reason": reason, "detail": detail})
 
+    @property
+    def kept(self) -> int:
+        """Rows in files that are complete, rejects included."""
+        return self._parts.n_kept + self._rejects.n_kept
+
     def close(self) -> None:
-        """Finish the files that were begun. Nothing can be added afterwards."""
+        """Finish the files that were begun."""
         try:
             self._parts.close()
         finally:
@@ -175,7 +180,8 @@ class _Files:
 
     def __init__(self, folder: Path, stem: str, schema: pa.Schema, rows_per_part: int) -> None:
         self._folder, self._stem, self._schema, self._rows_per_part = folder, stem, schema, rows_per_part
-        self._n_files = self._n_rows = self._n_bytes = 0  # rows in the running file, bytes of those that wait
+        self.n_kept = 0  # rows in complete files
+        self._n_files = self._n_rows = self._n_bytes = 0  # rows of the running file, bytes of those that wait
         self._waiting: list[Record] = []
         self._writer: pq.ParquetWriter | None = None
 
@@ -198,6 +204,7 @@ class _Files:
         self._writer.close()
         self._writer = None
         _publish(self._temporary, self._folder / f"{self._stem}-{self._n_files:05d}.parquet")
+        self.n_kept += self._n_rows
         self._n_files += 1
         self._n_rows = 0
 

@@ -15,6 +15,4 @@ def record(recorder: Recorder, logits: torch.Tensor, row_slot: torch.Tensor, row
     """
     from headrift_kernels.cpu.logit_stats import logit_statistics
 
-    logit_statistics(
-        recorder.stats.numpy(), logits.numpy(), row_slot.numpy(), row_step.numpy(), recorder.n_rows.numpy()
-    )
+    logit_statistics(recorder.stats, logits, row_slot, row_step, recorder.n_rows)

@@ -57,37 +57,34 @@ def refusals(config: VllmConfig) -> list[str]:
 
 def _model_refusals(config: VllmConfig) -> list[str]:
     model = config.model_config
-    found = {
-        "it is not a text generation model": model.runner_type != "generate",
-        "it uses multi-head latent attention (MLA), whose cache holds no per-head keys": model.use_mla,
-        "it has an encoder, whose attention is not causal": model.is_encoder_decoder,
-        "it has layers without attention (mamba or another state space layer)": model.is_hybrid
-        or model.is_attention_free
-        or model.has_inner_state,
-        "it attends parts of the prompt in both directions (prefix LM)": model.is_mm_prefix_lm,
-        "it attends in chunks (attention_chunk_size), which is no plain or sliding window": bool(
-            getattr(model.hf_text_config, "attention_chunk_size", None)
+    chunks = getattr(model.hf_text_config, "attention_chunk_size", None)
+    found = (
+        (model.runner_type != "generate", "it is not a text generation model"),
+        (model.use_mla, "it uses multi-head latent attention (MLA), whose cache holds no per-head keys"),
+        (model.is_encoder_decoder, "it has an encoder, whose attention is not causal"),
+        (
+            model.is_hybrid or model.is_attention_free or model.has_inner_state,
+            "it has layers without attention (mamba or another state space layer)",
         ),
-    }
-    return [f"the model {model.model}: {reason}" for reason, is_so in found.items() if is_so]
+        (model.is_mm_prefix_lm, "it attends parts of the prompt in both directions (prefix LM)"),
+        (bool(chunks), "it attends in chunks (attention_chunk_size), which is no plain or sliding window"),
+    )
+    return [f"the model {model.model}: {reason}" for is_so, reason in found if is_so]
 
 
 def _engine_refusals(config: VllmConfig) -> list[str]:
     parallel, cache = config.parallel_config, config.cache_config
-    found = {
-        "speculative decoding: several positions are guessed in one pass; drop speculative_config": config.speculative_config
-        is not None,
-        "pipeline parallelism: not proved yet; use pipeline_parallel_size=1": parallel.pipeline_parallel_size > 1,
-        "tensor parallelism: not proved yet; use tensor_parallel_size=1": parallel.tensor_parallel_size > 1,
-        "context parallelism: a rank sees a part of the keys only; use context parallel sizes of 1": max(
-            parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size
-        )
-        > 1,
-        "data parallelism inside one engine: start one Scorer per device instead": parallel.data_parallel_size > 1,
-        "dual-batch overlap: one step runs as two half batches; drop enable_dbo": parallel.enable_dbo,
-        "KV-sharing fast prefill: prompt queries are skipped in some layers; drop kv_sharing_fast_prefill": cache.kv_sharing_fast_prefill,
-    }
-    return [reason for reason, is_so in found.items() if is_so]
+    context_parallel = max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size)
+    found = (
+        (config.speculative_config is not None, "speculative decoding guesses several positions in one pass; drop it"),
+        (parallel.pipeline_parallel_size > 1, "pipeline parallelism is not proved yet; use pipeline_parallel_size=1"),
+        (parallel.tensor_parallel_size > 1, "tensor parallelism is not proved yet; use tensor_parallel_size=1"),
+        (context_parallel > 1, "context parallelism gives a rank a part of the keys only; use sizes of 1"),
+        (parallel.data_parallel_size > 1, "data parallelism inside one engine; start one Scorer per device instead"),
+        (parallel.enable_dbo, "dual-batch overlap runs one step as two half batches; drop enable_dbo"),
+        (cache.kv_sharing_fast_prefill, "KV-sharing fast prefill skips prompt queries in some layers; drop it"),
+    )
+    return [reason for is_so, reason in found if is_so]
 
 
 def _platform_refusals(config: VllmConfig) -> list[str]:

@@ -166,9 +166,10 @@ class Recorder:
     def drain(self, tenants: Sequence[tuple[int, int]], n_rows: int, system: int, prompt: int, want_mass: bool) -> dict:
         """Steps 0..n_rows-1 of finished requests, as arrays by name, one entry per (slot, tenant).
 
-        share: [n, n_rows, layers, heads] mass[system] / mass[prompt], divided on the device, 0 where the prompt's mass is
-        below 1e-9, NaN where unwritten. first: [n, layers, heads, regions] masses of step 0. stats: [n, n_rows, 3]. mass:
-        [n, n_rows, layers, heads, regions], only when asked for. KeyError where a slot has another tenant by now.
+        share: [n, n_rows, layers, heads] mass[system] / mass[prompt], divided on the device, 0 where the prompt's
+        mass is below 1e-9, NaN where unwritten. first: [n, layers, heads, regions] masses of step 0. stats: [n,
+        n_rows, 3]. mass: [n, n_rows, layers, heads, regions], only when asked for. KeyError where a slot has another
+        tenant by now.
         """
         gone = [(slot, tenant) for slot, tenant in tenants if self._tenants[slot] != tenant]
         if gone:
@@ -185,7 +186,7 @@ class Recorder:
 
 
 class WorkerExtension:
-    """Methods that `collective_rpc` reaches on each worker. Arrays leave as bytes: nothing else survives a process boundary."""
+    """Methods that `collective_rpc` reaches on each worker. Arrays leave as bytes (vLLM drops arrays)."""
 
     vllm_config: VllmConfig
 

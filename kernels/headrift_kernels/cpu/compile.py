@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numba
 
 
 @cache
-def _cache_folder() -> str:
+def _folder() -> str:
     """Where compiled kernels are kept: a folder for each state of these sources.
 
     numba notices a change of a kernel's own file, not of the helpers compiled into it, so a stale kernel could live on.
@@ -29,15 +30,22 @@ def _cache_folder() -> str:
     return str(folder) if os.access(folder, os.W_OK) else ""
 
 
+@contextmanager
+def cache_folder() -> Iterator[None]:
+    """What numba compiles with `cache=True` inside is cached by the state of all kernel sources."""
+    before = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = before or _folder()
+    try:
+        yield
+    finally:
+        numba.config.CACHE_DIR = before
+
+
 def kernel(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """`numba.njit(cache=True, **options)` with the cache kept by the state of all kernel sources."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        before = numba.config.CACHE_DIR
-        numba.config.CACHE_DIR = before or _cache_folder()
-        try:
+        with cache_folder():
             return numba.njit(cache=True, **options)(function)
-        finally:
-            numba.config.CACHE_DIR = before
 
     return decorate

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
+import torch
+from numba import carray, cfunc
 
-from headrift_kernels.cpu.compile import kernel
+from headrift_kernels.cpu import pool
+from headrift_kernels.cpu.compile import cache_folder, kernel
 from headrift_kernels.cpu.math import LOG2E, exp2
 
 _CHUNK = 1024
+_ARGUMENTS = np.dtype(
+    [
+        (name, np.int64)
+        for name in ("stats", "slots", "steps", "logits", "rows", "stride", "vocab", "row_slot", "row_step", "n_rows")
+    ]
+)
 _FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 
@@ -56,17 +64,46 @@ def _row(logits, out):
     out[2] = out[1] - (np.exp(np.float64(second - first)) / total)
 
 
-@kernel(parallel=True)
-def logit_statistics(stats, logits, row_slot, row_step, n_rows):
+@kernel()
+def _work(a):
+    """This thread's rows."""
+    stats = carray(pool.pointer(a.stats), (a.slots, a.steps, 3), np.float32)
+    logits = carray(pool.pointer(a.logits), (a.rows, a.stride), np.float32)
+    row_slot = carray(pool.pointer(a.row_slot), a.rows, np.int32)
+    row_step = carray(pool.pointer(a.row_step), a.rows, np.int32)
+    n_rows = carray(pool.pointer(a.n_rows), a.slots, np.int32)
+    for row in range(pool.thread_number(), a.rows, pool.thread_count()):
+        slot, step = row_slot[row], row_step[row]
+        if slot >= 0 and 0 <= step < min(n_rows[slot], a.steps):
+            _row(logits[row, : a.vocab], stats[slot, step])
+
+
+with cache_folder():
+
+    @cfunc(pool.BODY, cache=True)
+    def _body(data):
+        _work(carray(data, 1, _ARGUMENTS)[0])
+
+
+def logit_statistics(
+    stats: torch.Tensor,
+    logits: torch.Tensor,
+    row_slot: torch.Tensor,
+    row_step: torch.Tensor,
+    n_rows: torch.Tensor,
+) -> None:
     """Write the statistics of each probed row's next-token distribution into the recorder's buffer, in place.
 
-    stats: [slots, steps, 3] float32 (entropy in nats, top-1 probability, margin). logits: [rows, vocab] float32.
-    row_slot, row_step: [rows] int32, the row's slot (-1: not probed) and the step of its last query; rows before step 0
-    or past the buffer are skipped. n_rows: [slots] int32.
+    stats: [slots, steps, 3] float32 (entropy in nats, top-1 probability, margin). logits: [rows, vocab] float32, rows
+    contiguous. row_slot, row_step: [rows] int32, the row's slot (-1: not probed) and the step of its last query; rows
+    before step 0 or past the buffer are skipped. n_rows: [slots] int32.
     """
-    for row in prange(logits.shape[0]):
-        slot = row_slot[row]
-        if slot >= 0:
-            step = row_step[row]
-            if 0 <= step < min(n_rows[slot], stats.shape[1]):
-                _row(logits[row], stats[slot, step])
+    arguments = np.array(
+        (
+            *(stats.data_ptr(), stats.shape[0], stats.shape[1]),
+            *(logits.data_ptr(), logits.shape[0], logits.stride(0), logits.shape[1]),
+            *(row_slot.data_ptr(), row_step.data_ptr(), n_rows.data_ptr()),
+        ),
+        _ARGUMENTS,
+    )
+    pool.run(_body, arguments)

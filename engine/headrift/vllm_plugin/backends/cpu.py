@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,26 +20,10 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from headrift.vllm_plugin.plugin import RefusedError
 from headrift.vllm_plugin.recorder import Recorder
 from headrift.vllm_plugin.rows import batch_rows
-from headrift_kernels.cpu.span_mass import span_mass
+from headrift_kernels.cpu.span_mass import measured_queries, span_mass
 
 # The instruction-set variants of vLLM's CPU kernels whose K cache is packed as [head_dim, block_size].
 PACKED_ISAS = ("vec", "vec16")
-_NONE = np.empty(0, np.float32)
-
-
-@dataclass(frozen=True, slots=True)
-class MeasuredBatch:
-    """The step's tensors as numpy views, made once per step and shared by all layers of a KV cache group."""
-
-    block_table: np.ndarray
-    query_start_loc: np.ndarray
-    seq_lens: np.ndarray
-    row_slot: np.ndarray
-
-
-def numpy_view(tensor: torch.Tensor) -> np.ndarray:
-    """The same memory as numpy; a bfloat16 tensor as its bits."""
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 class CPUMassBackend(CPUAttentionBackend):
@@ -81,13 +64,15 @@ class CPUMassBuilder(CPUAttentionMetadataBuilder):
         if self.recorder is not None and self.recorder.publish(
             batch_rows(common_attn_metadata), common_attn_metadata.seq_lens
         ):
-            n = common_attn_metadata.num_reqs
-            metadata.measured = MeasuredBatch(
-                metadata.block_table.numpy(),
+            measured = measured_queries(
                 metadata.query_start_loc.numpy(),
                 metadata.seq_lens.numpy(),
-                self.recorder.row_slot[:n].numpy(),
+                self.recorder.row_slot[: common_attn_metadata.num_reqs].numpy(),
+                self.recorder.prompt_len.numpy(),
+                self.recorder.n_rows.numpy(),
+                self.recorder.settings.rows,
             )
+            metadata.measured = measured if len(measured) else None
         return metadata
 
 
@@ -121,30 +106,29 @@ class CPUMassImpl(CPUAttentionBackendImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
-        measured: MeasuredBatch | None = getattr(attn_metadata, "measured", None)
-        if measured is not None and self.recorder is not None:
-            self._measure(self.recorder, measured, query, kv_cache)
+        measured: np.ndarray | None = getattr(attn_metadata, "measured", None)
+        if attn_metadata is not None and measured is not None and self.recorder is not None:
+            span_mass(
+                self.recorder.mass,
+                self.layer_index,
+                query,
+                packed_keys(kv_cache),
+                attn_metadata.block_table,
+                measured,
+                self.recorder.bounds,
+                scale=self.scale,
+                window=self.sliding_window if self.sliding_window > 0 else None,
+                softcap=self.logits_soft_cap,
+                alibi_slopes=self.alibi_slopes,
+                sinks=None if self.sinks is None else self.sinks.float(),
+            )
         return output
 
-    def _measure(self, recorder: Recorder, batch: MeasuredBatch, query: torch.Tensor, kv_cache: torch.Tensor) -> None:
-        blocks, kv_heads, block_size, _ = kv_cache.shape
-        # Per (block, KV head) the first half of the memory holds K, packed as [head_dim, block_size].
-        keys = kv_cache.view(blocks, kv_heads, 2, self.head_size, block_size)[:, :, 0]
-        span_mass(
-            recorder.mass.numpy(),
-            self.layer_index,
-            numpy_view(query),
-            numpy_view(keys),
-            batch.block_table,
-            batch.query_start_loc,
-            batch.seq_lens,
-            batch.row_slot,
-            recorder.prompt_len.numpy(),
-            recorder.n_rows.numpy(),
-            recorder.bounds.numpy(),
-            self.scale,
-            self.sliding_window,
-            float(self.logits_soft_cap),
-            _NONE if self.alibi_slopes is None else self.alibi_slopes.numpy(),
-            _NONE if self.sinks is None else self.sinks.float().numpy(),
-        )
+
+def packed_keys(kv_cache: torch.Tensor) -> torch.Tensor:
+    """[blocks, kv_heads, head_dim, block_size] view of the keys in vLLM's [blocks, kv_heads, block_size, 2 * head_dim].
+
+    Per (block, KV head) the first half of the memory holds K, packed as [head_dim, block_size].
+    """
+    blocks, kv_heads, block_size, width = kv_cache.shape
+    return kv_cache.view(blocks, kv_heads, 2, width // 2, block_size)[:, :, 0]

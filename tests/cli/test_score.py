@@ -1,0 +1,467 @@
+"""`headrift score`: what it refuses before a model is loaded, what it does when a run breaks off, and one real run."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+import headrift.scorer
+from headrift import signal
+from headrift.cli import app
+from headrift.probed_engine import EngineError
+from headrift.prompts import TokenizerError
+from headrift.scorer import Prompt, Rejected, ScoreResult
+from headrift.vllm_plugin.plugin import RefusedError
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = ROOT / "models" / "smollm2-135m-instruct"
+LAYERS, HEADS = 3, 2
+
+
+# --------------------------------------------------------------------------------- settings, without loading a model
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch) -> Path:
+    """A folder with an input, a system prompt and something that passes for a model, which nothing may load."""
+    (tmp_path / "in.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two"}\n{"prompt": 3}\n{"prompt": "four"}\n')
+    (tmp_path / "more.txt").write_text("five\n")
+    (tmp_path / "empty.txt").write_text("# nothing\n\n")
+    (tmp_path / "system.txt").write_text("Be brief.\n")
+    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "run.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(headrift.scorer, "Scorer", _must_not_load)
+    return tmp_path
+
+
+def _must_not_load(*args: object, **kwargs: object) -> None:
+    raise AssertionError("the model was loaded")
+
+
+def score(*args: str):
+    defaults = {"--model": "model", "--out": "out"}
+    added = [text for option, value in defaults.items() if option not in args for text in (option, value)]
+    return CliRunner().invoke(app, ["score", *args, *added])
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["in.jsonl", "--steps", "0"], "steps must be at least 1, not 0"),
+        (["in.jsonl", "--window", "1-3"], "a window is two step numbers, as in 1:12, got '1-3'"),
+        (["in.jsonl", "--window", "3:1"], "needs 1 <= a <= b"),
+        (["in.jsonl", "--window", "1:13"], "window 1:13 reaches past step 12"),
+        (["in.jsonl", "--drop-shallow", "1"], "drop_shallow must be at least 0 and below 1"),
+        (["in.jsonl", "--replay", "--logit-stats"], "leave out --logit-stats and --save entropy"),
+        (["in.jsonl", "--replay", "--save", "entropy"], "leave out --logit-stats and --save entropy"),
+        (["in.jsonl", "--quiet", "--verbose"], "--quiet and --verbose contradict each other"),
+        (["missing.jsonl"], "missing.jsonl does not exist"),
+        (["in.jsonl", "missing.txt"], "missing.txt does not exist"),
+        (["table.csv"], "table.csv has a name of no known kind: use .txt"),
+        (["empty.txt"], "no rows in empty.txt"),
+        (["in.jsonl", "--labels", "attack,benign"], "2 labels for 1 input"),
+        (["in.jsonl", "more.txt", "--labels", "attack, evil"], "unknown label 'evil'"),
+        (["in.jsonl", "--system-prompt-file", "no.txt"], "--system-prompt-file no.txt cannot be read: No such file"),
+        (["in.jsonl", "--system-prompt-file", "latin1.txt"], "latin1.txt is not UTF-8 text"),
+        (["in.jsonl", "--model", "no-model"], "--model no-model is no folder: give a model's folder"),
+        (["in.jsonl", "--model", "full"], "--model full holds no model (no config.json)"),
+        (["in.jsonl", "--out", "full"], "--out full exists and is not empty: choose another folder"),
+        (["in.jsonl", "--out", "in.jsonl"], "--out in.jsonl is a file"),
+    ],
+)
+def test_bad_settings_are_one_clear_line_before_the_model_loads(work, args, says):
+    done = score(*args)
+    assert done.exit_code == 2, done.output
+    assert done.stderr.startswith("Error: ")
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stdout == ""
+    assert not (work / "out").exists()
+
+
+def test_empty_system_prompt_file(work):
+    (work / "system.txt").write_text(" \n")
+    done = score("in.jsonl", "--system-prompt-file", "system.txt")
+    assert (done.exit_code, "system.txt is empty" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ([], "Missing argument 'INPUT"),
+        (["in.jsonl", "--save", "everything"], "--save"),
+        (["in.jsonl", "--dtype", "int4"], "--dtype"),
+        (["in.jsonl", "--limit", "0"], "--limit"),
+        (["in.jsonl", "--steps", "many"], "--steps"),
+    ],
+)
+def test_what_cannot_be_parsed_is_a_usage_error(work, args, says):
+    done = score(*args)
+    assert done.exit_code == 2
+    assert says in done.stderr
+    assert not (work / "out").exists()
+
+
+def test_help_fits_80_columns_and_names_every_option():
+    done = subprocess.run(
+        [Path(sys.executable).parent / "headrift", "score", "--help"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "80"},
+        timeout=60,
+    )
+    assert done.returncode == 0
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    options = (
+        "model out labels system-prompt-file steps window replay drop-shallow drop-deep save logit-stats limit dtype"
+    )
+    for option in [*options.split(), "quiet", "verbose"]:
+        assert f"--{option} " in done.stdout, option
+
+
+def test_defaults_are_the_signals(work, monkeypatch):
+    fake = install(monkeypatch)
+    score("in.jsonl", "--quiet")
+    assert (fake.settings["drop_shallow"], fake.settings["drop_deep"]) == (signal.DROP_SHALLOW, signal.DROP_DEEP)
+    assert (fake.settings["steps"], fake.settings["window"], fake.settings["system_prompt"]) == (12, "1:12", None)
+    assert (fake.settings["keep_mass"], fake.settings["logit_stats"], fake.settings["engine_args"]) == (
+        False,
+        False,
+        {},
+    )
+
+
+# -------------------------------------------------------------------- what becomes of the rows, with an engine of straw
+
+
+class FakeScorer:
+    """Answers every prompt with the same result, rejects "two", and falls over at "four" where told to."""
+
+    failure: BaseException | None = None
+    at_start: Exception | None = None
+    no_renderer: Exception | None = None
+
+    def __init__(self, model: Path, **settings: object) -> None:
+        if self.at_start is not None:
+            raise self.at_start
+        type(self).settings = settings
+        shape = {"layers": LAYERS, "heads": HEADS, "dtype": "float32", "recorder_bytes": 1_500_000}
+        self.engine = SimpleNamespace(**shape, max_model_len=64, regions=("system", "user", "prompt"))
+        self.tokenizer = SimpleNamespace(get_chat_template=lambda: "template")
+
+    def __enter__(self) -> "FakeScorer":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        type(self).closed = True
+
+    @property
+    def renderer(self) -> None:
+        if self.no_renderer is not None:
+            raise self.no_renderer
+
+    def score(self, prompts, *, replay: bool, progress: bool) -> Iterator[ScoreResult | Rejected]:
+        type(self).called = {"replay": replay, "progress": progress, "n": len(prompts)}
+        for index, prompt in enumerate(prompts):
+            if prompt.prompt == "four" and self.failure is not None:
+                raise self.failure
+            if prompt.prompt == "two" or prompt == Prompt():
+                yield Rejected(index, prompt.id, "no_system_prompt", "give one")
+            else:
+                yield fake_result(index)
+
+
+def fake_result(index: int) -> ScoreResult:
+    numbers = dict.fromkeys(("n_steps", "n_scored", "prompt_tokens", "system_tokens", "answer_tokens"), 1)
+    nothing = ("reason", "system_share", "head_agreement", "focus", "entropy", "top1", "margin")
+    nothing += ("focus_heads", "logit_stats", "mass")
+    arrays = {
+        "instability": np.zeros((2, LAYERS), np.float32),
+        "shares": np.zeros((2, LAYERS, HEADS), np.float32),
+        "region_names": ("system", "user", "prompt"),
+    }
+    texts = {"id": None, "system_hash": "0" * 16, "text": "yes", "flags": (), "answer_ids": [1]}
+    return ScoreResult(index=index, score=0.1, **numbers, **dict.fromkeys(nothing), **arrays, **texts)
+
+
+def install(monkeypatch, **attributes: object) -> type[FakeScorer]:
+    fake = type("Fake", (FakeScorer,), {**attributes, "closed": False})
+    monkeypatch.setattr(headrift.scorer, "Scorer", fake)
+    return fake
+
+
+def read(folder: Path, stem: str) -> list[dict]:
+    return [row for path in sorted(folder.glob(f"{stem}-*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def test_each_row_ends_in_its_place(work, monkeypatch):
+    fake = install(monkeypatch)
+    done = score("in.jsonl", "more.txt", "--labels", "attack,benign", "--system-prompt-file", "system.txt")
+    assert done.exit_code == 0, done.output
+    assert [(row["id"], row["label"]) for row in read(work / "out", "part")] == [
+        ("in:1", "attack"),
+        ("in:4", "attack"),
+        ("more:1", "benign"),
+    ]
+    rejects = read(work / "out", "rejects")
+    assert [(row["row"], row["reason"]) for row in rejects] == [(2, "no_system_prompt"), (3, "wrong_type")]
+    assert rejects[1]["detail"] == "`prompt` is a number; it must be a text in quotes"
+    run = json.loads((work / "out" / "run.json").read_text())
+    assert run["status"] == "done"
+    assert run["counts"] == {
+        "rows": 5,
+        "scored": 3,
+        "no_score": {},
+        "rejected": {"no_system_prompt": 1, "wrong_type": 1},
+    }
+    assert fake.called == {"replay": False, "progress": True, "n": 5}
+    assert fake.settings["system_prompt"] == "Be brief."
+    assert fake.closed
+    assert "Ready in 0 s: 3 layers x 2 heads, float32, recorder 2 MB" in done.stderr
+    assert done.stdout.startswith("rows")
+
+
+def test_options_reach_the_scorer(work, monkeypatch):
+    fake = install(monkeypatch)
+    options = [
+        "--steps",
+        "5",
+        "--window",
+        "2:4",
+        "--save",
+        "mass",
+        "--save",
+        "entropy",
+        "--dtype",
+        "bfloat16",
+        "--limit",
+    ]
+    done = score("in.jsonl", *options, "1", "--verbose")
+    assert done.exit_code == 0, done.output
+    wanted = {"steps": 5, "window": "2:4", "keep_mass": True, "logit_stats": True, "verbose": True}
+    assert wanted.items() <= fake.settings.items()
+    assert fake.settings["engine_args"] == {"dtype": "bfloat16"}
+    assert fake.called["n"] == 1
+    assert [row["id"] for row in read(work / "out", "part")] == ["in:1"]
+
+
+def test_replay_and_quiet(work, monkeypatch):
+    fake = install(monkeypatch)
+    done = score("in.jsonl", "--replay", "--quiet")
+    assert (done.exit_code, done.output) == (0, "")
+    assert fake.called == {"replay": True, "progress": False, "n": 4}
+
+
+@pytest.mark.parametrize(
+    "error", [EngineError("vLLM cannot load it"), RefusedError(["no reason"]), RuntimeError("no weights")]
+)
+def test_an_engine_that_does_not_start(work, monkeypatch, error):
+    install(monkeypatch, at_start=error)
+    done = score("in.jsonl")
+    assert done.exit_code == 2
+    assert f"Error: {error}\n" in done.stderr
+    assert "Traceback" not in done.output
+    assert list((work / "out").iterdir()) == []
+
+
+def test_a_tokenizer_that_cannot_be_used_stops_the_run_before_the_first_row(work, monkeypatch):
+    fake = install(monkeypatch, no_renderer=TokenizerError("no chat template"))
+    done = score("in.jsonl")
+    assert (done.exit_code, fake.closed) == (2, True)
+    assert done.stderr.endswith("Error: no chat template\n")
+    assert list((work / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (
+            RuntimeError("the recording cannot be trusted"),
+            1,
+            "Error: the recording cannot be trusted (3 rows are in out)",
+        ),
+        (OSError(28, "No space left on device"), 1, "No space left on device (3 rows are in out)"),
+        (KeyboardInterrupt(), 130, "Interrupted (3 rows are in out)"),
+    ],
+)
+def test_a_run_that_breaks_off_keeps_what_it_has(work, monkeypatch, error, code, says):
+    fake = install(monkeypatch, failure=error)
+    done = score("in.jsonl")
+    assert done.exit_code == code
+    assert done.stderr.endswith(f"{says}\n")
+    assert fake.closed
+    assert [row["id"] for row in read(work / "out", "part")] == ["in:1"]
+    assert [row["id"] for row in read(work / "out", "rejects")] == ["in:2", "in:3"]
+    run = json.loads((work / "out" / "run.json").read_text())
+    assert (run["status"], run["counts"]["rows"]) == ("unfinished", 3)
+
+
+# --------------------------------------------------------------------------------------------------------- a real run
+
+ROWS = [
+    b'{"id": "fr", "prompt": "What is the capital of France?", "label": "benign", "category": "plain"}',
+    b'{"prompt": "Write the word lantern.", "label": "attack"}',
+    b'{"prompt": "cut off',
+    b'{"messages": [{"role": "system", "content": "Answer in French."}, {"role": "user", "content": "Hello!"}]}',
+    b'{"messages": [{"role": "robot", "content": "Hello!"}]}',
+    b'{"prompt": "Nom: caf\xe9"}',
+    b'{"prompt": "A control character \\u0000 and an end mark <|im_end|>.", "label": "attack"}',
+]
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory) -> SimpleNamespace:
+    """One run of the command, as a user starts it, on the demonstration model."""
+    if not (MODEL / "config.json").is_file():
+        pytest.fail(f"the demonstration model is not in {MODEL}: `make test` puts it there, or `make setup`")
+    folder = tmp_path_factory.mktemp("real")
+    (folder / "logged.jsonl").write_bytes(b"\n".join(ROWS) + b"\n")
+    (folder / "plain.txt").write_text("# benign ones\nHow do I renew a book?\nWhat is the capital of France?\n")
+    command = [
+        Path(sys.executable).parent / "headrift",
+        "score",
+        "logged.jsonl",
+        "plain.txt",
+        "--labels",
+        "attack,benign",
+    ]
+    command += ["--model", MODEL, "--system-prompt-file", ROOT / "system_prompts" / "banned_word.txt", "--out", "out"]
+    command += ["--steps", "4", "--window", "2:4", "--save", "text", "--save", "shares", "--logit-stats"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1", "COLUMNS": "80"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    parts = pq.read_table(folder / "out" / "part-00000.parquet")
+    return SimpleNamespace(
+        folder=folder,
+        stdout=done.stdout,
+        stderr=done.stderr,
+        table=parts,
+        rows={row["id"]: row for row in parts.to_pylist()},
+    )
+
+
+def test_real_every_row_is_in_exactly_one_place_in_order(real):
+    parts, rejects = real.table.to_pylist(), read(real.folder / "out", "rejects")
+    assert [(row["source"], row["row"]) for row in parts] == [
+        *(("logged.jsonl", n) for n in (1, 2, 4, 7)),
+        *(("plain.txt", n) for n in (2, 3)),
+    ]
+    assert [(row["source"], row["row"], row["reason"]) for row in rejects] == [
+        ("logged.jsonl", 3, "bad_json"),
+        ("logged.jsonl", 5, "bad_messages"),
+        ("logged.jsonl", 6, "invalid_utf8"),
+    ]
+    assert "robot" in rejects[1]["detail"]
+    assert sorted(path.name for path in (real.folder / "out").iterdir()) == [
+        "part-00000.parquet",
+        "rejects-00000.parquet",
+        "run.json",
+    ]
+
+
+def test_real_columns(real):
+    string, number, count = pa.string(), pa.float64(), pa.int32()
+    assert [(field.name, field.type) for field in real.table.schema] == [
+        *((name, string) for name in ("id", "source")),
+        ("row", pa.int64()),
+        *((name, string) for name in ("label", "category", "group", "system_hash")),
+        ("score", number),
+        ("reason", string),
+        *((name, count) for name in ("n_steps", "n_scored", "prompt_tokens", "system_tokens", "answer_tokens")),
+        *((name, number) for name in ("system_share", "head_agreement", "focus", "entropy", "top1", "margin")),
+        ("flags", pa.list_(string)),
+        ("instability", pa.list_(pa.float32())),
+        ("shares", pa.list_(pa.float16())),
+        ("text", string),
+    ]
+
+
+def test_real_labels_ids_and_hashes(real):
+    assert {name: row["label"] for name, row in real.rows.items()} == {
+        "fr": "benign",
+        "logged:2": "attack",
+        "logged:4": "attack",
+        "logged:7": "attack",
+        "plain:2": "benign",
+        "plain:3": "benign",
+    }
+    assert [name for name, row in real.rows.items() if row["category"]] == ["fr"]
+    assert real.rows["fr"]["group"] == real.rows["plain:3"]["group"]
+    assert len({row["group"] for row in real.rows.values()}) == 5
+    assert len({row["system_hash"] for row in real.rows.values()}) == 2
+    assert real.rows["logged:4"]["system_hash"] != real.rows["fr"]["system_hash"]
+    assert real.rows["logged:7"]["flags"] == ["control_tokens"]
+
+
+def test_real_numbers_agree_with_each_other(real):
+    about = json.loads(real.table.schema.metadata[b"headrift"])
+    layers, heads = about["layers"], about["heads"]
+    assert (layers, heads) == (30, 9)
+    for row in real.rows.values():
+        steps = row["n_steps"] + 1
+        shares = np.array(row["shares"], np.float64).reshape(steps, layers, heads)
+        instability = np.array(row["instability"]).reshape(steps, layers)
+        assert ((shares >= 0) & (shares <= 1)).all()
+        np.testing.assert_allclose(shares.std(axis=2), instability, atol=5e-4)
+        again = signal.score(instability, signal.Window(2, 4), n_steps=row["n_steps"])
+        assert row["score"] == pytest.approx(again.value, abs=1e-6)
+        assert row["n_scored"] == again.n_scored
+        assert row["reason"] is None
+        assert 0 < row["system_tokens"] < row["prompt_tokens"]
+        assert row["n_steps"] == min(4, row["answer_tokens"] - 1)
+        assert 0 <= row["system_share"] <= 1
+        assert 0 <= row["focus"] <= 1
+        assert -1 <= row["head_agreement"] <= 1
+        assert row["entropy"] > 0
+        assert 0 <= row["margin"] <= row["top1"] <= 1
+    same, first = real.rows["plain:3"], real.rows["fr"]
+    assert same["score"] == pytest.approx(first["score"], abs=1e-5)
+    assert first["text"] == same["text"] == "The capital of France is"
+
+
+def test_real_run_json(real):
+    run = json.loads((real.folder / "out" / "run.json").read_text())
+    assert run["status"] == "done"
+    assert run["started"] <= run["finished"]
+    assert run["settings"].items() >= {"steps": 4, "window": "2:4", "save": ["shares", "text"], "dtype": "auto"}.items()
+    assert run["settings"]["logit_stats"] is True
+    assert run["versions"]["vllm"].startswith("0.32.")
+    assert run["engine"]["dtype"] == "float32"
+    assert run["model"]["path"] == str(MODEL)
+    assert run["model"]["weights_bytes"] == {"model.safetensors": (MODEL / "model.safetensors").stat().st_size}
+    assert len(run["chat_template_sha256"]) == 64
+    assert run["host"]["cpu"]
+    assert [given["name"] for given in run["inputs"]] == ["logged.jsonl", "plain.txt"]
+    assert run["inputs"][0]["bytes"] == (real.folder / "logged.jsonl").stat().st_size
+    assert run["seconds"]["start"] > 0
+    assert run["counts"] == {
+        "rows": 9,
+        "scored": 6,
+        "no_score": {},
+        "rejected": {"bad_json": 1, "bad_messages": 1, "invalid_utf8": 1},
+    }
+
+
+def test_real_terminal_is_clean(real):
+    starting, ready, *rest = real.stderr.splitlines()
+    assert starting == f"Starting vLLM with {MODEL} (about 20 s)"
+    assert ready.startswith("Ready in ")
+    assert ready.endswith("30 layers x 9 heads, float32, recorder 2 MB")
+    assert [line.split()[0] for line in rest if line.strip()] == ["scoring"]
+    assert "9/9" in rest[-1]
+    assert max(map(len, real.stdout.splitlines())) <= 80
+    assert "rejected" in real.stdout
+    assert "instability score" in real.stdout

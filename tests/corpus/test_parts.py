@@ -1,0 +1,283 @@
+"""What is written, read back with pyarrow."""
+
+import hashlib
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from headrift.corpus import parts
+from headrift.corpus.parts import OutputError, Parts, group_of, make_folder, part_schema, record_of, write_run
+from headrift.corpus.readers import BadRow, Row
+from headrift.scorer import Prompt, ScoreResult
+
+LAYERS, HEADS, REGIONS = 4, 3, ("system", "user", "prompt")
+KINDS = ("shares", "mass", "focus", "text", "entropy")
+STRING, FLOATS = pa.string(), pa.list_(pa.float32())
+ALWAYS = {
+    **dict.fromkeys(("id", "source"), STRING),
+    "row": pa.int64(),
+    **dict.fromkeys(("label", "category", "group", "system_hash"), STRING),
+    "score": pa.float64(),
+    "reason": STRING,
+    **dict.fromkeys(("n_steps", "n_scored", "prompt_tokens", "system_tokens", "answer_tokens"), pa.int32()),
+    **dict.fromkeys(("system_share", "head_agreement", "focus", "entropy", "top1", "margin"), pa.float64()),
+    "flags": pa.list_(STRING),
+    "instability": FLOATS,
+}
+
+
+def make_row(n: int, **changes) -> Row:
+    return Row(**{"source": "in.txt", "row": n, "id": f"in:{n}", "label": None, "category": None} | changes)
+
+
+def make_result(n: int, n_steps: int = 2, **changes) -> ScoreResult:
+    random = np.random.default_rng(n)
+    t = n_steps + 1
+    instability = random.random((t, LAYERS), np.float32)
+    instability[0, 0] = np.nan
+    fields = {
+        "index": n,
+        "id": None,
+        "score": 0.1 + n / 1000,
+        "reason": None,
+        "n_steps": n_steps,
+        "n_scored": n_steps,
+        "prompt_tokens": 20 + n,
+        "system_tokens": 5,
+        "answer_tokens": t,
+        "system_hash": "00ff" * 4,
+        "system_share": 0.3,
+        "head_agreement": 0.5,
+        "focus": 0.6,
+        "entropy": 1.5,
+        "top1": 0.7,
+        "margin": 0.4,
+        "flags": ("merged_system",),
+        "answer_ids": [1] * t,
+        "text": f"answer {n}",
+        "instability": instability,
+        "shares": random.random((t, LAYERS, HEADS), np.float32),
+        "focus_heads": random.random((LAYERS, HEADS), np.float32),
+        "logit_stats": random.random((t, 3), np.float32),
+        "mass": random.random((t, LAYERS, HEADS, len(REGIONS)), np.float32),
+        "region_names": REGIONS,
+    }
+    return ScoreResult(**fields | changes)
+
+
+def schema_of(*save: str) -> pa.Schema:
+    return part_schema(save, layers=LAYERS, heads=HEADS, regions=REGIONS)
+
+
+def record(n: int, n_steps: int = 2, **changes) -> dict:
+    return record_of(make_row(n, prompt=Prompt(prompt=f"p{n}")), make_result(n, n_steps, **changes))
+
+
+def files_in(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------- columns
+
+
+def test_columns_their_order_and_types_are_the_promised_ones(tmp_path):
+    with Parts(tmp_path, schema_of()) as files:
+        files.add(record(1))
+    schema = pq.read_schema(tmp_path / "part-00000.parquet")
+    assert dict(zip(schema.names, schema.types, strict=True)) == ALWAYS
+    assert schema.names == list(ALWAYS)
+
+
+def test_saved_columns_follow_in_one_order_whatever_was_said_first(tmp_path):
+    schema = schema_of("entropy", "text", "shares", "mass", "focus")
+    assert schema.names[len(ALWAYS) :] == ["shares", "mass", "focus_heads", "text", "entropy_steps"]
+    assert schema.types[len(ALWAYS) :] == [pa.list_(pa.float16()), FLOATS, FLOATS, STRING, FLOATS]
+
+
+def test_everything_reads_back_in_its_shape(tmp_path):
+    rows = [
+        make_row(1, prompt=Prompt(prompt="Ask"), label="attack", category="direct"),
+        make_row(2, prompt=Prompt(prompt="b")),
+    ]
+    results = [make_result(1, 3), make_result(2, 0)]
+    with Parts(tmp_path, schema_of(*KINDS)) as files:
+        for row, result in zip(rows, results, strict=True):
+            files.add(record_of(row, result))
+    table = pq.read_table(tmp_path / "part-00000.parquet")
+    about = json.loads(table.schema.metadata[b"headrift"])
+    assert (about["layers"], about["heads"], about["regions"]) == (LAYERS, HEADS, list(REGIONS))
+    sizes = {"layers": LAYERS, "heads": HEADS, "regions": len(REGIONS)}
+    for got, row, result in zip(table.to_pylist(), rows, results, strict=True):
+        assert (got["id"], got["source"], got["row"], got["label"], got["category"]) == (
+            row.id,
+            row.source,
+            row.row,
+            row.label,
+            row.category,
+        )
+        for name in ("score", "reason", "n_steps", "n_scored", "prompt_tokens", "system_share", "focus", "text"):
+            assert got[name] == getattr(result, name)
+        assert got["flags"] == ["merged_system"]
+        assert got["group"] == group_of(row.prompt)
+        sizes["n_steps + 1"] = result.n_steps + 1
+        wanted = {
+            "instability": result.instability,
+            "shares": result.shares.astype(np.float16),
+            "mass": result.mass,
+            "focus_heads": result.focus_heads,
+            "entropy_steps": result.logit_stats[:, 0],
+        }
+        assert set(wanted) == set(about["shapes"])
+        for name, array in wanted.items():
+            shape = [sizes[axis] for axis in about["shapes"][name]]
+            np.testing.assert_array_equal(np.array(got[name], array.dtype).reshape(shape), array, err_msg=name)
+
+
+def test_columns_of_nothing_but_null_keep_their_types(tmp_path):
+    changes = dict.fromkeys(("score", "system_share", "head_agreement", "focus", "entropy", "top1", "margin"))
+    changes |= {"reason": "answer_ended_before_window", "focus_heads": None, "mass": None, "logit_stats": None}
+    with Parts(tmp_path, schema_of(*KINDS)) as files:
+        files.add(record(1, 0, flags=(), **changes))
+    table = pq.read_table(tmp_path / "part-00000.parquet")
+    assert table.schema.types == schema_of(*KINDS).types
+    (got,) = table.to_pylist()
+    assert {name for name, value in got.items() if value is None} == {
+        *(set(changes) - {"reason", "logit_stats"}),
+        *("label", "category", "entropy_steps"),
+    }
+    assert got["flags"] == []
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+def test_rows_are_dealt_out_to_parts_in_order(tmp_path):
+    with Parts(tmp_path, schema_of("text"), rows_per_part=3) as files:
+        for n in range(7):
+            files.add(record(n))
+            files.reject(BadRow("in.txt", n, f"in:{n}", "bad_json", "mend it"), "bad_json", "mend it")
+    assert files_in(tmp_path) == [f"{stem}-0000{n}.parquet" for stem in ("part", "rejects") for n in range(3)]
+    for stem in ("part", "rejects"):
+        tables = [pq.read_table(tmp_path / f"{stem}-0000{n}.parquet") for n in range(3)]
+        assert [len(table) for table in tables] == [3, 3, 1]
+        assert [n for table in tables for n in table["row"].to_pylist()] == list(range(7))
+
+
+def test_rejects_have_their_columns(tmp_path):
+    with Parts(tmp_path, schema_of()) as files:
+        files.reject(make_row(4, prompt=Prompt(prompt="x")), "prompt_too_long", "shorten it")
+    assert files_in(tmp_path) == ["rejects-00000.parquet"]
+    assert pq.read_table(tmp_path / "rejects-00000.parquet").to_pylist() == [
+        {"source": "in.txt", "row": 4, "id": "in:4", "reason": "prompt_too_long", "detail": "shorten it"}
+    ]
+
+
+def test_no_rows_no_files(tmp_path):
+    with Parts(tmp_path, schema_of()):
+        pass
+    assert files_in(tmp_path) == []
+
+
+def test_a_full_last_part_is_not_followed_by_an_empty_one(tmp_path):
+    with Parts(tmp_path, schema_of(), rows_per_part=2) as files:
+        files.add(record(1))
+        files.add(record(2))
+    assert files_in(tmp_path) == ["part-00000.parquet"]
+
+
+def test_an_unfinished_part_is_hidden_and_big_rows_do_not_wait_for_it_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "_ROW_GROUP_BYTES", 2 * record(1)["shares"].nbytes)
+    with Parts(tmp_path, schema_of("shares"), rows_per_part=100) as files:
+        for n in range(9):
+            files.add(record(n))
+        assert files_in(tmp_path) == [".part-00000.parquet.tmp"]
+        assert files.kept == 0
+    assert files.kept == 9
+    assert files_in(tmp_path) == ["part-00000.parquet"]
+    whole = pq.ParquetFile(tmp_path / "part-00000.parquet")
+    assert whole.num_row_groups > 3
+    assert whole.read()["row"].to_pylist() == list(range(9))
+    assert whole.metadata.row_group(0).column(0).compression == "ZSTD"
+
+
+def test_what_was_scored_before_a_failure_is_kept(tmp_path):
+    def fail_after_two() -> None:
+        with Parts(tmp_path, schema_of()) as files:
+            files.add(record(1))
+            files.add(record(2))
+            raise RuntimeError("the engine fell over")
+
+    with pytest.raises(RuntimeError, match="fell over"):
+        fail_after_two()
+    assert len(pq.read_table(tmp_path / "part-00000.parquet")) == 2
+
+
+# ------------------------------------------------------------------------------------------------------------- folder
+
+
+def test_folder_is_made_with_its_parents_and_may_be_there_if_empty(tmp_path):
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+
+
+def test_folder_that_cannot_be_used(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match=r"exists and is not empty: choose another folder"):
+        make_folder(tmp_path)
+    with pytest.raises(OutputError, match="is a file"):
+        make_folder(tmp_path / "file")
+    with pytest.raises(OutputError, match="cannot be made"):
+        make_folder(tmp_path / "file" / "below")
+
+
+def test_run_json_is_replaced_as_a_whole(tmp_path):
+    write_run(tmp_path, {"status": "running", "text": "löslich"})
+    write_run(tmp_path, {"status": "done"})
+    assert files_in(tmp_path) == ["run.json"]
+    assert json.loads((tmp_path / "run.json").read_text()) == {"status": "done"}
+
+
+# ----------------------------------------------------------------------------------------- groups and fingerprints
+
+
+def test_group_overlooks_case_spacing_and_unicode_form():
+    group = group_of(Prompt(prompt="Say the word, Stra\u00dfe caf\u00e9"))
+    assert group == group_of(Prompt(prompt="  say  the\nWORD, strasse cafe\u0301 ", system="another"))
+    assert group != group_of(Prompt(prompt="say the words, strasse cafe\u0301"))
+    assert group == hashlib.sha256("say the word, strasse caf\u00e9".encode()).hexdigest()[:16]
+
+
+def test_group_of_messages_is_of_all_user_texts_and_nothing_else():
+    user = {"role": "user", "content": "One"}
+    part = {"role": "user", "content": [{"type": "text", "text": "Two"}, {"type": "text", "text": "three"}]}
+    other = {"role": "assistant", "content": "noise"}
+    assert group_of(Prompt(messages=[other, user, other, part])) == group_of(Prompt(prompt="one two three"))
+    assert group_of(Prompt(messages=[user])) == group_of(Prompt(prompt="one"))
+
+
+def test_fingerprints_change_with_what_they_stand_for(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"1234")
+    first = parts.model_fingerprint(tmp_path)
+    assert first["weights_bytes"] == {"model.safetensors": 4}
+    assert first == parts.model_fingerprint(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"12345")
+    assert parts.model_fingerprint(tmp_path)["fingerprint"] != first["fingerprint"]
+    (tmp_path / "model.safetensors").write_bytes(b"1234")
+    (tmp_path / "config.json").write_text("{} ")
+    assert parts.model_fingerprint(tmp_path)["fingerprint"] != first["fingerprint"]
+    assert parts.file_fingerprint(tmp_path / "config.json") == {
+        "bytes": 3,
+        "sha256": hashlib.sha256(b"{} ").hexdigest(),
+    }
+
+
+def test_versions_and_processor_are_known_here():
+    found = parts.versions()
+    assert set(found) == {"headrift", "python", "vllm", "torch", "transformers", "numba"}
+    assert None not in found.values()
+    assert parts.cpu_name()
