@@ -10,11 +10,14 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from headrift.vllm_plugin import plugin
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 REGIONS = ("system", "user", "prompt")
 _CPU_KV_CACHE_LIMIT = 4 << 30
@@ -86,6 +89,9 @@ class ProbedEngine:
     for this machine. verbose: let vLLM log.
     """
 
+    # The engine that runs in this very process, where there is one.
+    _in_process: ClassVar[ProbedEngine | None] = None
+
     def __init__(
         self,
         model: str | os.PathLike[str],
@@ -102,37 +108,16 @@ class ProbedEngine:
                 f"regions must be distinct names with 'system' and 'prompt' among them, not {list(regions)}"
             )
         _prepare_environment(verbose)
-        from vllm.engine.arg_utils import EngineArgs
-        from vllm.v1.engine.llm_engine import LLMEngine
-
-        plugin.register()
-        args: dict[str, Any] = {"model": os.fspath(model), "disable_log_stats": True, **_machine_defaults()}
-        args.update(engine_args or {})
+        args = {"model": os.fspath(model), "disable_log_stats": True, **_machine_defaults(), **(engine_args or {})}
         self.regions = tuple(regions)
         self.steps = steps
         self.slots = slots or 2 * args["max_num_seqs"]
         recorder = {"slots": self.slots, "steps": steps, "regions": len(regions), "logit_stats": logit_stats}
         args["additional_config"] = {**args.get("additional_config", {}), "headrift": recorder}
         args["worker_extension_cls"] = plugin.WORKER_EXTENSION
-        try:
-            config = EngineArgs(**args).create_engine_config()
-        except TypeError as error:
-            raise EngineError(f"vLLM does not take these engine settings: {error}") from error
-        except (ValueError, OSError) as error:
-            raise EngineError(f"vLLM cannot load {args['model']}: {error}") from error
-        reasons = plugin.refusals(config)
-        if reasons:
-            raise plugin.RefusedError(reasons)
-        processors = list(config.model_config.logits_processors or [])
-        config.model_config.logits_processors = [*processors, plugin.rows_processor(config.use_v2_model_runner)]
+        config = _engine_config(args)
         self.max_model_len: int = config.model_config.max_model_len
-        try:
-            with _llvmlite_out_of_sight():
-                self.llm_engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
-        except plugin.RefusedError:
-            raise
-        except (RuntimeError, ValueError, OSError) as error:
-            raise EngineError(f"vLLM could not start with {args['model']}: {error}") from error
+        self._start(config)
         (described,) = self.llm_engine.collective_rpc("headrift_describe")
         self.layers: int = described["layers"]
         self.heads: int = described["heads"]
@@ -143,6 +128,19 @@ class ProbedEngine:
         self._tenants = 0
         self._running: dict[str, tuple[int, int, ProbeRequest]] = {}
         self._slot_of: dict[int, int] = {}
+
+    def _start(self, config: VllmConfig) -> None:
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        self._claim_process()
+        try:
+            with _llvmlite_out_of_sight():
+                self.llm_engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, plugin.RefusedError) or not isinstance(error, (RuntimeError, ValueError, OSError)):
+                raise
+            raise EngineError(f"vLLM could not start with {config.model_config.model}: {error}") from error
 
     def __enter__(self) -> ProbedEngine:
         return self
@@ -157,6 +155,20 @@ class ProbedEngine:
             engine.engine_core.shutdown()
             del engine
             gc.collect()
+        if ProbedEngine._in_process is self:
+            ProbedEngine._in_process = None
+
+    def _claim_process(self) -> None:
+        """vLLM's parallel state belongs to the process: closing one engine would pull it from under another."""
+        import vllm.envs
+
+        if vllm.envs.VLLM_ENABLE_V1_MULTIPROCESSING:
+            return
+        if ProbedEngine._in_process is not None:
+            raise EngineError(
+                "another engine runs in this process; close it first, or start this one in a process of its own"
+            )
+        ProbedEngine._in_process = self
 
     @property
     def free_slots(self) -> int:
@@ -274,6 +286,25 @@ class ProbedEngine:
             )
 
     _has_sinks = False
+
+
+def _engine_config(args: dict[str, Any]) -> VllmConfig:
+    """vLLM's configuration for these engine arguments; EngineError or RefusedError where there is none to be had."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    plugin.register()
+    try:
+        config = EngineArgs(**args).create_engine_config()
+    except TypeError as error:
+        raise EngineError(f"vLLM does not take these engine settings: {error}") from error
+    except (ValueError, OSError) as error:
+        raise EngineError(f"vLLM cannot load {args['model']}: {error}") from error
+    reasons = plugin.refusals(config)
+    if reasons:
+        raise plugin.RefusedError(reasons)
+    processors = list(config.model_config.logits_processors or [])
+    config.model_config.logits_processors = [*processors, plugin.rows_processor(config.use_v2_model_runner)]
+    return config
 
 
 def _prepare_environment(verbose: bool) -> None:

@@ -67,6 +67,11 @@ def make_tiny_model(name: str, folder: Path) -> Path:
     return folder
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One process runs one vLLM engine at a time: tests with engines of their own first, then those that share one."""
+    items.sort(key=lambda item: "scorer" in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """Folder of a tiny model by name, made once."""

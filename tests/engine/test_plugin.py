@@ -110,6 +110,14 @@ def test_engine_settings_vllm_does_not_take(tiny_model, settings, message):
         ProbedEngine(tiny_model("llama-3to1"), steps=2, engine_args=settings)
 
 
+def test_one_engine_at_a_time_in_a_process(tiny_model, settings_of_tests):
+    settings = {**settings_of_tests, "skip_tokenizer_init": True, "max_model_len": 128, "max_num_seqs": 2}
+    first = ProbedEngine(tiny_model("llama-3to1"), steps=2, engine_args=settings)
+    with first, pytest.raises(EngineError, match="close it first"):
+        ProbedEngine(tiny_model("llama-3to1"), steps=2, engine_args=settings)
+    ProbedEngine(tiny_model("llama-3to1"), steps=2, engine_args=settings).close()
+
+
 def test_a_model_that_is_not_there(tmp_path):
     with pytest.raises(EngineError, match="nowhere"):
         ProbedEngine(tmp_path / "nowhere", steps=2)
