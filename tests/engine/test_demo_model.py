@@ -144,8 +144,8 @@ def test_a_batch_without_probes_never_reaches_the_kernel(scorer, run, monkeypatc
     from headrift.vllm_plugin.backends import cpu
 
     calls = []
-    kernel = cpu.span_mass
-    monkeypatch.setattr(cpu, "span_mass", lambda *a, **k: (calls.append(1), kernel(*a, **k)))
+    kernel = cpu.attend
+    monkeypatch.setattr(cpu, "attend", lambda *a, **k: (calls.append(1), kernel(*a, **k)))
     request = ProbeRequest(list(range(100, 140)), {"system": (0, 9), "prompt": (0, 40)}, steps=3, ignore_eos=True)
     run(scorer.engine, [ProbeRequest(request.prompt_ids, {}, 3, probed=False, ignore_eos=True)])
     assert calls == []

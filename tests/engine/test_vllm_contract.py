@@ -22,7 +22,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2Processor
 
 from headrift.vllm_plugin import plugin
-from headrift.vllm_plugin.backends.cpu import PACKED_ISAS, packed_keys
+from headrift.vllm_plugin.backends.cpu import PACKED_ISAS
 
 
 def parameters(function) -> list[str]:
@@ -79,9 +79,11 @@ def test_keys_are_packed_as_head_dim_by_block_size(isa, dtype, block_size, head_
     ops.cpu_attn_reshape_and_cache(
         key, value, k_half, v_half, slots, isa, k_scale=1.0, v_scale=1.0, kv_cache_dtype="auto"
     )
-    keys = packed_keys(cache)
-    read = keys[1:].permute(0, 3, 1, 2).reshape(-1, kv_heads, head_dim)[:tokens]
-    assert torch.equal(read, key)
+    halves = cache.reshape(blocks, kv_heads, 2, head_dim * block_size)[1:]
+    keys = halves[:, :, 0].reshape(-1, kv_heads, head_dim, block_size).permute(0, 3, 1, 2)
+    values = halves[:, :, 1].reshape(-1, kv_heads, block_size, head_dim).permute(0, 2, 1, 3)
+    assert torch.equal(keys.reshape(-1, kv_heads, head_dim)[:tokens], key)
+    assert torch.equal(values.reshape(-1, kv_heads, head_dim)[:tokens], value)
 
 
 def test_a_backend_can_be_replaced_by_name(monkeypatch):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import struct
+from functools import cache
+from typing import Any
+
 import numpy as np
 import torch
 from numba import carray, cfunc
@@ -78,11 +82,15 @@ def _work(a):
             _row(logits[row, : a.vocab], stats[slot, step])
 
 
-with cache_folder():
+@cache
+def _body() -> Any:
+    with cache_folder():
 
-    @cfunc(pool.BODY, cache=True)
-    def _body(data):
-        _work(carray(data, 1, _ARGUMENTS)[0])
+        @cfunc(pool.BODY, cache=True)
+        def body(data):
+            _work(carray(data, 1, _ARGUMENTS)[0])
+
+        return body
 
 
 def logit_statistics(
@@ -98,12 +106,10 @@ def logit_statistics(
     contiguous. row_slot, row_step: [rows] int32, the row's slot (-1: not probed) and the step of its last query; rows
     before step 0 or past the buffer are skipped. n_rows: [slots] int32.
     """
-    arguments = np.array(
-        (
-            *(stats.data_ptr(), stats.shape[0], stats.shape[1]),
-            *(logits.data_ptr(), logits.shape[0], logits.stride(0), logits.shape[1]),
-            *(row_slot.data_ptr(), row_step.data_ptr(), n_rows.data_ptr()),
-        ),
-        _ARGUMENTS,
+    arguments = struct.pack(
+        f"{len(_ARGUMENTS)}q",
+        *(stats.data_ptr(), stats.shape[0], stats.shape[1]),
+        *(logits.data_ptr(), logits.shape[0], logits.stride(0), logits.shape[1]),
+        *(row_slot.data_ptr(), row_step.data_ptr(), n_rows.data_ptr()),
     )
-    pool.run(_body, arguments)
+    pool.run(_body(), arguments)

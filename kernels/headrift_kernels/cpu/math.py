@@ -38,3 +38,22 @@ def _to_float32(x):
     if x == types.uint16:
         return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
     return None
+
+
+def from_float32(x, element):
+    """A float32 as an element of the output: as it is, or rounded to the nearest bfloat16 (ties to even) as its bits."""
+    raise NotImplementedError("only inside compiled code")
+
+
+@overload(from_float32, inline="always")
+def _from_float32(x, element):
+    if element.instance_type == types.float32:
+        return lambda x, element: x
+    if element.instance_type == types.uint16:
+
+        def to_bfloat16(x, element):
+            bits = np.float32(x).view(np.uint32)
+            return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+        return to_bfloat16
+    return None

@@ -10,21 +10,21 @@ import ctypes
 from typing import Any
 
 import llvmlite.binding
-import numpy as np
 import torch  # noqa: F401  (loads the OpenMP library that the symbols below come from)
 from numba import types
 from numba.core import typing
 from numba.extending import intrinsic
 
 _openmp = ctypes.CDLL(None)
-_openmp.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+_openmp.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint]
 _openmp.GOMP_parallel.restype = None
 
-for _name in ("omp_get_thread_num", "omp_get_num_threads"):
+for _name in ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier"):
     llvmlite.binding.add_symbol(_name, ctypes.cast(getattr(_openmp, _name), ctypes.c_void_p).value)
 
 thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
 thread_count = types.ExternalFunction("omp_get_num_threads", types.int32())
+wait_for_all = types.ExternalFunction("GOMP_barrier", types.void())
 
 # The type of a function that `run` takes: it finds its arguments behind the pointer and its share of the work by
 # thread_number() and thread_count().
@@ -41,9 +41,9 @@ def pointer(typing_context, address):
     return typing.signature(types.voidptr, types.intp), generate
 
 
-def run(body: Any, arguments: np.ndarray, threads: int = 0) -> None:
+def run(body: Any, arguments: bytes, threads: int = 0) -> None:
     """Call a compiled BODY on every thread of torch's pool at once (`threads`: so many) and wait for all of them.
 
-    arguments: one record of plain numbers; arrays go as addresses, and the caller keeps them alive.
+    arguments: the bytes of a record of plain numbers; arrays go as addresses, and the caller keeps them alive.
     """
-    _openmp.GOMP_parallel(body.address, arguments.ctypes.data, threads, 0)
+    _openmp.GOMP_parallel(body.address, arguments, threads, 0)

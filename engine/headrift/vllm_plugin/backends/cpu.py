@@ -1,11 +1,14 @@
-"""vLLM's CPU attention backend, with masses taken for probed rows after it has attended."""
+"""vLLM's CPU attention backend; in a step with measured queries, decode rows go through headrift's own kernel."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from vllm import _custom_ops as ops
+from vllm import envs
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionLayer, AttentionType, CommonAttentionMetadata
@@ -20,10 +23,34 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from headrift.vllm_plugin.plugin import RefusedError
 from headrift.vllm_plugin.recorder import Recorder
 from headrift.vllm_plugin.rows import batch_rows
-from headrift_kernels.cpu.span_mass import measured_queries, span_mass
+from headrift_kernels.cpu.paged_attention import SLOT, Queries, attend, body_for, measured_queries
 
 # The instruction-set variants of vLLM's CPU kernels whose K cache is packed as [head_dim, block_size].
 PACKED_ISAS = ("vec", "vec16")
+# Prefill rows lie together in nearly every batch; where they are scattered more than this, vLLM attends for all rows.
+_MOST_RUNS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Neighbouring prefill rows: their tokens start..end-1 and vLLM's metadata for them alone."""
+
+    start: int
+    end: int
+    metadata: CPUAttentionMetadata
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredStep:
+    """How a step with measured queries is attended, worked out once for all layers of a KV cache group.
+
+    runs: rows that vLLM attends for. attended: queries that our kernel attends for and measures. measured_only: queries
+    of vLLM's rows whose masses are taken in a pass over K.
+    """
+
+    runs: list[Run]
+    attended: Queries | None
+    measured_only: Queries | None
 
 
 class CPUMassBackend(CPUAttentionBackend):
@@ -39,7 +66,7 @@ class CPUMassBackend(CPUAttentionBackend):
 
 
 class CPUMassBuilder(CPUAttentionMetadataBuilder):
-    """Publishes, before each step, which rows are probed."""
+    """Publishes, before each step, which rows are probed, and plans the step where any of their queries is measured."""
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -50,6 +77,7 @@ class CPUMassBuilder(CPUAttentionMetadataBuilder):
             return
         if self.isa not in PACKED_ISAS:
             raise RefusedError([f"vLLM chose the CPU kernels '{self.isa}', whose KV layout headrift does not read"])
+        body_for(self.dtype)
         layers = vllm_config.compilation_config.static_forward_context
         for name in layer_names:
             index, impl = extract_layer_index(name), layers[name].impl
@@ -64,20 +92,75 @@ class CPUMassBuilder(CPUAttentionMetadataBuilder):
         if self.recorder is not None and self.recorder.publish(
             batch_rows(common_attn_metadata), common_attn_metadata.seq_lens
         ):
-            measured = measured_queries(
-                metadata.query_start_loc.numpy(),
-                metadata.seq_lens.numpy(),
-                self.recorder.row_slot[: common_attn_metadata.num_reqs].numpy(),
-                self.recorder.prompt_len.numpy(),
-                self.recorder.n_rows.numpy(),
-                self.recorder.settings.rows,
-            )
-            metadata.measured = measured if len(measured) else None
+            metadata.measured = self._plan(self.recorder, metadata, common_attn_metadata.num_reqs)
         return metadata
+
+    def _plan(self, recorder: Recorder, metadata: CPUAttentionMetadata, rows: int) -> MeasuredStep | None:
+        """What to do in this step; None where no query of a probed row is one of its recorded steps."""
+        starts = metadata.query_start_loc.numpy()
+        lengths = np.diff(starts[: rows + 1])
+        bounds = np.flatnonzero(np.diff(np.concatenate([[False], lengths > 1, [False]])))
+        few = len(bounds) <= 2 * _MOST_RUNS
+        table = measured_queries(
+            starts,
+            metadata.seq_lens.numpy(),
+            recorder.row_slot[:rows].numpy(),
+            recorder.prompt_len.numpy(),
+            recorder.n_rows.numpy(),
+            recorder.settings.rows,
+            few,
+        )
+        if not (table[:, SLOT] >= 0).any():
+            return None
+        runs = [(0, rows)]
+        if few:
+            runs = [(int(first), int(end)) for first, end in zip(bounds[::2], bounds[1::2], strict=True)]
+        alone = (lengths[table[:, 0]] == 1) & few
+        return MeasuredStep(
+            [self._run(metadata, first, end) for first, end in runs],
+            self._queries(table[alone]),
+            self._queries(table[~alone]),
+        )
+
+    def _queries(self, table: np.ndarray) -> Queries | None:
+        return Queries.of(np.ascontiguousarray(table), self.block_size) if len(table) else None
+
+    def _run(self, metadata: CPUAttentionMetadata, first: int, end: int) -> Run:
+        """vLLM's metadata for rows first..end-1 alone, as CPUAttentionMetadataBuilder.build makes it for a batch."""
+        start, stop = int(metadata.query_start_loc[first]), int(metadata.query_start_loc[end])
+        query_start_loc = metadata.query_start_loc[first : end + 1] - start
+        seq_lens = metadata.seq_lens[first:end]
+        plan = ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=end - first,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            seq_lens=seq_lens,
+            dtype=self.dtype,
+            query_start_loc=query_start_loc,
+            causal=metadata.causal,
+            sliding_window_size=self.window_size,
+            isa=self.isa,
+            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+            dynamic_causal=None,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
+        alone = CPUAttentionMetadata(
+            num_actual_tokens=stop - start,
+            max_query_len=metadata.max_query_len,
+            query_start_loc=query_start_loc,
+            max_seq_len=metadata.max_seq_len,
+            seq_lens=seq_lens,
+            block_table=metadata.block_table[first:end],
+            slot_mapping=metadata.slot_mapping[start:stop],
+            scheduler_metadata=plan,
+            causal=metadata.causal,
+        )
+        return Run(start, stop, alone)
 
 
 class CPUMassImpl(CPUAttentionBackendImpl):
-    """Attends as the parent does; where rows are probed, their masses are then read off the same K cache."""
+    """The parent, but in a step with measured queries: then decode rows are attended and measured in one pass."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -105,30 +188,29 @@ class CPUMassImpl(CPUAttentionBackendImpl):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
-        measured: np.ndarray | None = getattr(attn_metadata, "measured", None)
-        if attn_metadata is not None and measured is not None and self.recorder is not None:
-            span_mass(
-                self.recorder.mass,
-                self.layer_index,
-                query,
-                packed_keys(kv_cache),
-                attn_metadata.block_table,
-                measured,
-                self.recorder.bounds,
-                scale=self.scale,
-                window=self.sliding_window if self.sliding_window > 0 else None,
-                softcap=self.logits_soft_cap,
-                alibi_slopes=self.alibi_slopes,
-                sinks=None if self.sinks is None else self.sinks.float(),
+        step: MeasuredStep | None = getattr(attn_metadata, "measured", None)
+        if attn_metadata is None or step is None or self.recorder is None:
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
+        for run in step.runs:
+            rows = slice(run.start, run.end)
+            super().forward(layer, query[rows], key[rows], value[rows], kv_cache, run.metadata, output[rows])
+        for queries, into in ((step.attended, output), (step.measured_only, None)):
+            if queries is not None:
+                attend(
+                    self.recorder.mass,
+                    self.layer_index,
+                    query,
+                    kv_cache,
+                    attn_metadata.block_table,
+                    queries,
+                    self.recorder.bounds,
+                    output=into,
+                    scale=self.scale,
+                    window=self.sliding_window if self.sliding_window > 0 else None,
+                    softcap=self.logits_soft_cap,
+                    alibi_slopes=self.alibi_slopes,
+                    sinks=None if self.sinks is None else self.sinks.float(),
+                )
         return output
-
-
-def packed_keys(kv_cache: torch.Tensor) -> torch.Tensor:
-    """[blocks, kv_heads, head_dim, block_size] view of the keys in vLLM's [blocks, kv_heads, block_size, 2 * head_dim].
-
-    Per (block, KV head) the first half of the memory holds K, packed as [head_dim, block_size].
-    """
-    blocks, kv_heads, block_size, width = kv_cache.shape
-    return kv_cache.view(blocks, kv_heads, 2, width // 2, block_size)[:, :, 0]
