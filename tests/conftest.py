@@ -1,8 +1,12 @@
 """Shared by all tests: where the demonstration model and the original's data are."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# As headrift sets it itself, but before any test imports torch (see probed_engine).
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 ROOT = Path(__file__).resolve().parents[1]
 

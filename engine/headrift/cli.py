@@ -5,24 +5,17 @@ Exit codes: 0 done, 1 failed on the way, 2 nothing was begun because of what was
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
-from datetime import UTC, datetime
+import errno
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from headrift import __version__
-
-if TYPE_CHECKING:
-    from headrift.corpus.parts import Parts
-    from headrift.corpus.readers import BadRow, Row
-    from headrift.corpus.summary import Summary
-    from headrift.scorer import Prompt, Rejected, Scorer, ScoreResult
 
 app = typer.Typer(
     name="headrift",
@@ -74,8 +67,9 @@ def score(
         list[Path],
         typer.Argument(
             metavar="INPUT",
-            help=".txt files (a prompt a line, # comments) and .jsonl files (an object a line: prompt and system, or "
-            "messages and tools; id, label, category, response).",
+            help=".txt (a prompt a line, # comments), .jsonl (an object a line), .csv or .parquet files. Keys or "
+            "columns: prompt and system, or messages and tools, or token_ids and regions; id, label, category, "
+            "response.",
             show_default=False,
         ),
     ],
@@ -111,12 +105,24 @@ def score(
         list[Save] | None,
         typer.Option(
             metavar="KIND",
-            help="Add a column: shares, mass, focus, text (the answer) or entropy (implies --logit-stats). Repeatable.",
+            help="Add columns: shares, mass, focus, text (prompt and answer) or entropy (implies --logit-stats). "
+            "Repeatable.",
             show_default=False,
         ),
     ] = None,
     logit_stats: Annotated[
         bool, typer.Option("--logit-stats", help="Record next-token entropy, top-1 probability and margin.")
+    ] = False,
+    region: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A region that rows with token ids name, beside system, user and tool. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    redact: Annotated[
+        bool, typer.Option("--redact", help="Write no prompt, answer or system prompt to any output.")
     ] = False,
     limit: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Stop after the first N rows.", show_default=False)
@@ -131,78 +137,114 @@ def score(
 ) -> None:
     """Score prompts for inter-head attention instability.
 
-    Writes part-*.parquet, rejects-*.parquet (rows that could not be scored, and why) and run.json to the --out folder.
+    Writes to the --out folder: part-*.parquet (the scored rows), rejects-*.parquet (the others, each with its reason),
+    run.json (settings, versions, counts) and scores.png. A row that cannot be scored does not stop the others.
+
+    \b
+    Exit codes:
+      0    done: every row is in the parts or the rejects
+      1    broken off: the engine or the disk failed; what was scored is kept
+      2    nothing was scored, because of what was asked for
+      130  interrupted; what was scored is kept
     """
-    from headrift.corpus import parts, readers
-    from headrift.corpus.summary import Summary
-    from headrift.scorer import Scorer, check_settings
+    from headrift.corpus.job import ScoreJob, Settings
 
     kinds = sorted({kind.value for kind in save or []})
-    logit_stats = logit_stats or Save.ENTROPY in kinds
     with _errors(2):
         if quiet and verbose:
             raise ValueError("--quiet and --verbose contradict each other: choose one")
-        if replay and logit_stats:
-            raise ValueError("--replay computes no logits of the steps: leave out --logit-stats and --save entropy")
-        scored = check_settings(steps, window, drop_shallow, drop_deep)
-        rows = readers.read_rows(inputs, None if labels is None else [label.strip() for label in labels.split(",")])
-        total = readers.count_rows(inputs)
-        if not total:
-            raise readers.InputError(f"no rows in {', '.join(map(str, inputs))}: there is nothing to score")
-        system_prompt = None if system_prompt_file is None else _system_prompt(system_prompt_file)
-        _check_model(model)
-        parts.make_folder(out)
-
-    settings: dict[str, Any] = {
-        "steps": steps,
-        "window": str(scored),
-        "drop_shallow": drop_shallow,
-        "drop_deep": drop_deep,
-        "logit_stats": logit_stats,
-        "system_prompt": system_prompt,
-    }
-    run: dict[str, Any] = {"status": "running", "started": _now(), "finished": None}
-    run["settings"] = settings | {
-        "replay": replay,
-        "save": kinds,
-        "labels": labels,
-        "limit": limit,
-        "dtype": dtype.value,
-    }
-    begun = time.monotonic()
+        job = ScoreJob(
+            Settings(
+                inputs=tuple(inputs),
+                model=model,
+                out=out,
+                labels=None if labels is None else tuple(label.strip() for label in labels.split(",")),
+                system_prompt=None if system_prompt_file is None else _system_prompt(system_prompt_file),
+                steps=steps,
+                window=window,
+                drop_shallow=drop_shallow,
+                drop_deep=drop_deep,
+                replay=replay,
+                save=tuple(kinds),
+                regions=tuple(region or ()),
+                logit_stats=logit_stats or Save.ENTROPY in kinds,
+                redact=redact,
+                limit=limit,
+                dtype=dtype.value,
+            )
+        )
+    for notice in job.notices:
+        _say(f"Note: {notice}", quiet)
     _say(f"Starting vLLM with {model} (about 20 s)", quiet)
     with _errors(2, verbose):
-        engine_args = {} if dtype is DType.AUTO else {"dtype": dtype.value}
-        scorer = Scorer(model, **settings, keep_mass=Save.MASS in kinds, engine_args=engine_args, verbose=verbose)
+        scorer = job.start(verbose=verbose)
     with scorer:
         with _errors(2, verbose):
-            run |= _particulars(scorer, model, inputs)
-        start_seconds, begun = time.monotonic() - begun, time.monotonic()
-        engine = run["engine"]
-        recorder = f"recorder {engine['recorder_bytes'] / 1e6:.0f} MB"
+            engine = job.describe(scorer)
         shape = f"{engine['layers']} layers x {engine['heads']} heads, {engine['dtype']}"
-        _say(f"Ready in {start_seconds:.0f} s: {shape}, {recorder}", quiet)
-        summary = Summary()
-        schema = parts.part_schema(kinds, **{key: engine[key] for key in ("layers", "heads", "regions")})
-        files = parts.Parts(out, schema)
-        with _errors(1, verbose, lambda: f"{files.kept} rows are in {out}"):
-            parts.write_run(out, run)
-            run["status"] = "unfinished"
-            try:
-                prompts = _InFlight(islice(rows, limit), min(total, limit or total))
-                results = scorer.score(prompts, replay=replay, progress=not quiet)
-                # Closed by hand where it breaks off, or else the progress bar would outlive the engine.
-                with files, closing(results):
-                    for result in results:
-                        _keep(prompts.taken.pop(result.index), result, files, summary)
-                run["status"] = "done"
-            finally:
-                seconds = {"start": start_seconds, "scoring": time.monotonic() - begun}
-                parts.write_run(out, run | {"finished": _now(), "seconds": seconds, "counts": summary.counts()})
+        recorder = f"recorder {engine['recorder_bytes'] / 1e6:.0f} MB"
+        _say(f"Ready in {job.seconds['start']:.0f} s: {shape}, {recorder}", quiet)
+        with _errors(1, verbose, lambda: f"{job.kept} rows are in {out}"):
+            job.run(scorer, progress=not quiet)
     if not quiet:
         from rich.console import Console
 
-        summary.print(Console(), start_seconds=seconds["start"], score_seconds=seconds["scoring"])
+        console = Console()
+        job.summary.print(console, start_seconds=job.seconds["start"], score_seconds=job.seconds["scoring"])
+        console.print(f"\nResults are in {out}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def explain(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that score wrote.", show_default=False)],
+    wanted: Annotated[str, typer.Option("--id", metavar="X", help="The row's id.", show_default=False)],
+    png: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Where to put the figure; RUN/explain-X.png where not given."),
+    ] = None,
+) -> None:
+    """Show why a row scored as it did.
+
+    Prints its prompt and answer (of a run with --save text), its score and percentile, the layers and steps that
+    carry the score, and heatmaps of them, which it also writes as a PNG.
+
+    \b
+    Exit codes: 0 shown, 1 the figure could not be written, 2 no such run or row
+    """
+    from rich.console import Console
+
+    from headrift.explain import explain as look_up
+    from headrift.explain import show, write_png
+
+    with _errors(2):
+        found = look_up(run, wanted)
+    show(Console(), found)
+    with _errors(1):
+        path = png or run / f"explain-{re.sub(r'[^A-Za-z0-9._-]', '_', wanted)[:80]}.png"
+        write_png(path, found)
+    typer.echo(f"figure: {path}")
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Look at this model too, without loading it.", show_default=False),
+    ] = None,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="The steps that the recorder's memory is for.")] = 12,
+) -> None:
+    """Say what this machine can run, and what is missing.
+
+    Each thing that is missing comes with how to get it. With --model also whether the model can be scored here, and the
+    memory that it takes.
+
+    \b
+    Exit codes: 0 ready, 1 something is missing or the model cannot be scored
+    """
+    from headrift.doctor import examine
+
+    if not examine(typer.echo, model, steps):
+        raise typer.Exit(1)
 
 
 @app.command("demo-model")
@@ -233,72 +275,6 @@ def demo_model(
         raise typer.Exit(1) from None
 
 
-class _InFlight:
-    """The rows' prompts, for Scorer.score. taken: the rows it has taken and not answered yet, by index.
-
-    n: how many rows there are, for the progress bar.
-    """
-
-    def __init__(self, rows: Iterable[Row | BadRow], n: int) -> None:
-        self._rows, self._n = rows, n
-        self.taken: dict[int, Row | BadRow] = {}
-
-    def __len__(self) -> int:
-        return self._n
-
-    def __iter__(self) -> Iterator[Prompt]:
-        from headrift.scorer import Prompt
-
-        for index, row in enumerate(self._rows):
-            self.taken[index] = row
-            # A row that cannot be read goes as a prompt of nothing: turned down before the engine, in its place.
-            yield getattr(row, "prompt", Prompt())
-
-
-def _keep(row: Row | BadRow, result: ScoreResult | Rejected, files: Parts, summary: Summary) -> None:
-    """Put a row where it belongs, into the parts or the rejects."""
-    from headrift.corpus.parts import record_of
-    from headrift.corpus.readers import BadRow, Row
-    from headrift.scorer import ScoreResult
-
-    if isinstance(row, Row) and isinstance(result, ScoreResult):
-        record = record_of(row, result)
-        files.add(record)
-        summary.add(record)
-    else:
-        why = row if isinstance(row, BadRow) else result
-        assert not isinstance(why, ScoreResult)
-        files.reject(row, why.reason, why.detail)
-        summary.reject(why.reason)
-
-
-def _particulars(scorer: Scorer, model: Path, inputs: list[Path]) -> dict[str, Any]:
-    """What run.json says of this run beside its settings. TokenizerError where the model's tokenizer cannot be used."""
-    import hashlib
-    import os
-
-    from headrift.corpus import parts
-
-    engine = scorer.engine
-    scorer.renderer  # noqa: B018  made now, so that a tokenizer that cannot be used stops the run before the first row
-    template = scorer.tokenizer.get_chat_template()
-    return {
-        "versions": parts.versions(),
-        "model": {"path": str(model), **parts.model_fingerprint(model)},
-        "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
-        "engine": {
-            "dtype": engine.dtype,
-            "layers": engine.layers,
-            "heads": engine.heads,
-            "regions": engine.regions,
-            "max_model_len": engine.max_model_len,
-            "recorder_bytes": engine.recorder_bytes,
-        },
-        "host": {"cpu": parts.cpu_name(), "cores": os.cpu_count()},
-        "inputs": [{"name": str(path), **parts.file_fingerprint(path)} for path in inputs],
-    }
-
-
 def _system_prompt(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8-sig").strip()
@@ -309,16 +285,6 @@ def _system_prompt(path: Path) -> str:
     if not text:
         raise ValueError(f"--system-prompt-file {path} is empty: there is nothing to measure attention on")
     return text
-
-
-def _check_model(model: Path) -> None:
-    if not (model / "config.json").is_file():
-        what = "holds no model (no config.json)" if model.is_dir() else "is no folder"
-        raise ValueError(f"--model {model} {what}: give a model's folder; `headrift demo-model DIR` makes a small one")
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _say(text: str, quiet: bool) -> None:
@@ -343,6 +309,8 @@ def _errors(code: int, verbose: bool = False, kept: Callable[[], str] | None = N
 
             traceback.print_exc()
         message = f"Error: {error}"
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            message = "Error: no space left on the disk: make room, or choose another disk"
     else:
         return
     typer.echo(f"{message} ({kept()})" if kept else message, err=True)

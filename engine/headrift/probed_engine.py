@@ -117,6 +117,7 @@ class ProbedEngine:
         args["worker_extension_cls"] = plugin.WORKER_EXTENSION
         config = _engine_config(args)
         self.max_model_len: int = config.model_config.max_model_len
+        self.vocabulary: int = config.model_config.get_vocab_size()
         self._start(config)
         (described,) = self.llm_engine.collective_rpc("headrift_describe")
         self.layers: int = described["layers"]
@@ -307,15 +308,44 @@ def _engine_config(args: dict[str, Any]) -> VllmConfig:
     return config
 
 
+@dataclass(frozen=True, slots=True)
+class EnginePlan:
+    """What an engine would be like. max_model_len: tokens; kv_bytes: of the KV cache, None where vLLM takes what the
+    device has left."""
+
+    dtype: str
+    max_model_len: int
+    slots: int
+    kv_bytes: int | None
+
+
+def plan_engine(model: str | os.PathLike[str]) -> EnginePlan:
+    """The engine that a ProbedEngine would start on this machine, from the model's config: nothing is loaded.
+
+    EngineError or RefusedError where it would not start.
+    """
+    _prepare_environment(verbose=False)
+    args = {"model": os.fspath(model), **_machine_defaults()}
+    config = _engine_config(args).model_config
+    dtype = str(config.dtype).removeprefix("torch.")
+    return EnginePlan(dtype, config.max_model_len, 2 * args["max_num_seqs"], args.get("kv_cache_memory_bytes"))
+
+
 def _prepare_environment(verbose: bool) -> None:
     """Set what vLLM reads from the environment, before it is imported, unless the user has set it."""
     os.environ[plugin.SWITCH] = "1"
+    # Read once, when torch loads OpenMP. Threads that wait spin; where another process wants the core they spin on,
+    # every wait costs a time slice, and a step takes ten times as long. A short spin costs nothing when they are
+    # alone.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     defaults = {"VLLM_LOGGING_LEVEL": "INFO" if verbose else "ERROR", "TOKENIZERS_PARALLELISM": "false"}
     if not verbose:
         # torch reads this once, when it is imported, and `_has_gpu` imports it.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         # While it is imported vLLM has warnings to print and no logging configuration yet.
         logging.getLogger("vllm").setLevel(logging.ERROR)
+        # What it logs comes as an error as well. A level would be undone when vLLM sets its logging up.
+        logging.getLogger("vllm.transformers_utils.repo_utils").disabled = True
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
     if not _has_gpu():
         # One process, all cores: `auto` would keep a core for a front end that has little to do.

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _KEPT_KEYS = ("name", "tool_call_id", "reasoning", "reasoning_content")
 _MAX_KNOWN_SHAPES = 4096
+_TOO_LONG = "the prompt has {n} and at most {limit} tokens fit; shorten it or take a model with a longer context"
 
 Message = dict[str, Any]
 Span = tuple[int, int]
@@ -103,6 +104,7 @@ class ChatRenderer:
             ) from error
         self._tokenizer = tokenizer
         self._max_prompt_tokens = max_prompt_tokens
+        self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
         self._known_shapes: dict[tuple, str] = {}
         # Random, so that no prompt can hold it on purpose; its one "h" comes first, so that two marks cannot overlap.
         self._mark = f"headrift{secrets.token_hex(8)}n{{}}x"
@@ -116,15 +118,20 @@ class ChatRenderer:
                 raise TokenizerError(f"the model's chat template is broken: {error.__cause__}") from error
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        first_number: int = 1,
     ) -> RenderedPrompt:
         """Render one conversation (OpenAI chat form, ``tools`` as JSON schemas) into token ids and regions.
 
-        It needs a leading system or developer message and a user message. Raises PromptError with the reason
+        It needs a leading system or developer message and a user message. ``first_number``: what errors call the first
+        message; 0 where the caller put a system message before those it was given. Raises PromptError with the reason
         ``bad_messages``, ``bad_tools``, ``unsupported_content``, ``invalid_text``, ``no_user_message``,
         ``no_system_prompt``, ``empty_system_prompt``, ``template_rejected``, ``span_not_found`` or ``prompt_too_long``.
         """
-        conversation = _clean_messages(messages)
+        conversation = _clean_messages(messages, first_number)
         if tools is not None and not (_is_list(tools) and all(isinstance(tool, Mapping) for tool in tools)):
             raise PromptError("bad_tools", "tools must be a list of JSON objects, each describing one tool")
         schemas = [dict(tool) for tool in tools] if tools else None
@@ -142,6 +149,7 @@ class ChatRenderer:
         shape = self._shape(conversation, tools, apply)
         arranged, slots = _arrange(conversation, shape)
         text = apply(arranged)
+        self._check_length(text)
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -166,14 +174,22 @@ class ChatRenderer:
             raise PromptError("span_not_found", "the model's chat template puts the user text between system messages")
         return self._tokenize(text, spans, tuple(flags))
 
+    def _check_length(self, text: str) -> None:
+        """Turn down what is far too long without tokenising it: 10 MB take 8 s, in which the engine stands still.
+
+        The longest token's length bounds the tokens from below; times 4, for normalisers that join characters.
+        """
+        limit = self._max_prompt_tokens
+        if limit is not None and len(text) > 4 * limit * self._longest_token:
+            raise PromptError("prompt_too_long", _TOO_LONG.format(n=f"{len(text):,} characters", limit=limit))
+
     def _tokenize(self, text: str, spans: Mapping[str, Span], flags: tuple[str, ...]) -> RenderedPrompt:
         # No special tokens are added: the template writes BOS where the model wants it.
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         token_ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
         n_tokens, limit = len(token_ids), self._max_prompt_tokens
         if limit is not None and n_tokens > limit:
-            fix = "shorten it or raise the limit (the model's context length less the answer)"
-            raise PromptError("prompt_too_long", f"the prompt has {n_tokens} tokens and at most {limit} fit; {fix}")
+            raise PromptError("prompt_too_long", _TOO_LONG.format(n=f"{n_tokens} tokens", limit=limit))
         regions = {"prompt": (0, n_tokens)}
         regions.update((name, _token_range(offsets, *span)) for name, span in spans.items())
         if regions["system"][0] == regions["system"][1]:
@@ -268,11 +284,11 @@ def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
-def _clean_messages(messages: Any) -> list[Message]:
+def _clean_messages(messages: Any, first_number: int) -> list[Message]:
     """Checked copies of the messages, in the form in which vLLM's chat server hands them to a template."""
     if not _is_list(messages) or not messages:
         raise PromptError("bad_messages", "messages must be a non-empty list of {role, content} objects")
-    cleaned = [_clean_message(message, f"message {n}") for n, message in enumerate(messages, 1)]
+    cleaned = [_clean_message(message, f"message {n}") for n, message in enumerate(messages, first_number)]
     if not any(m["role"] == "user" for m in cleaned):
         raise PromptError("no_user_message", "the conversation has no user message; add the prompt as one")
     leading = cleaned[: _n_leading(cleaned)]

@@ -27,6 +27,8 @@ _REORDER = 4
 _DRAIN = 8
 # System prompts remembered as prefilled; a log with more than these in turn prefills some again.
 _PRIMED = 1024
+# Regions that prompts from messages have: token ids may name them too, whether or not they are recorded.
+_OF_MESSAGES = ("system", "user", "tool")
 _NEVER_COMPUTED = "the engine never computed steps {steps}, even without cached prefixes"
 
 
@@ -70,7 +72,9 @@ class ScoreResult:
     n_scored: steps that went into it. system_share, head_agreement, entropy (nats), top1, margin: means over the
     window; focus: at step 0. instability: [T, layers] float32, NaN where a layer is not counted. shares: [T, layers,
     heads] float32. focus_heads: [layers, heads] float32. logit_stats: [T, 3] entropy, top-1 probability, margin, or
-    None. mass: [T, layers, heads, regions] float32 with the regions in the order of `region_names`, or None.
+    None. mass: [T, layers, heads, regions] float32 with the regions in the order of `region_names`, NaN for those that
+    the prompt does not have, or None. flags: those of `prompts`, and `truncated` where the answer did not end by the
+    last recorded step.
     """
 
     index: int
@@ -283,34 +287,42 @@ class Scorer:
         """Token ids and regions of the prompt, and the answer to replay (None: the model is to answer)."""
         response = prompt.response
         if prompt.token_ids is not None:
-            unknown = set(prompt.regions) - set(self.engine.regions)
+            rendered = from_token_ids(prompt.token_ids, prompt.regions)
+            self._check_vocabulary(rendered.token_ids)
+            unknown = set(rendered.regions) - {*self.engine.regions, *_OF_MESSAGES}
             if unknown:
                 raise PromptError(
-                    "unknown_region", f"regions {sorted(unknown)} were not named to the Scorer (regions=...)"
+                    "unknown_region", f"regions {sorted(unknown)} were not named to the run: --region, or regions=..."
                 )
-            rendered = from_token_ids(prompt.token_ids, prompt.regions)
         else:
-            messages = prompt.messages
+            messages, first_number = prompt.messages, 1
             if messages is None:
                 if prompt.prompt is None:
                     raise PromptError("no_prompt", "a row needs a `prompt`, `messages` or `token_ids`")
                 system = prompt.system if prompt.system is not None else self.system_prompt
                 messages = chat_messages(prompt.prompt, system)
             elif not any(_role(m) in ("system", "developer") for m in messages) and self.system_prompt is not None:
-                messages = [{"role": "system", "content": self.system_prompt}, *messages]
+                messages, first_number = [{"role": "system", "content": self.system_prompt}, *messages], 0
             if replay and response is None and prompt.response_ids is None and messages:
                 last = messages[-1]
                 if _role(last) == "assistant" and isinstance(last.get("content"), str):
                     response, messages = last["content"], messages[:-1]
-            rendered = self.renderer.render(messages, tools=prompt.tools)
+            rendered = self.renderer.render(messages, tools=prompt.tools, first_number=first_number)
         if not replay:
             return rendered, None
         if prompt.response_ids is not None:
-            return rendered, from_token_ids(prompt.response_ids, {}).token_ids if prompt.response_ids else []
+            answer_ids = from_token_ids(prompt.response_ids, {}).token_ids if prompt.response_ids else []
+            self._check_vocabulary(answer_ids)
+            return rendered, answer_ids
         if not isinstance(response, str):
             raise PromptError("no_response", "replay needs the logged answer: a `response` text in the row")
         ids = self.tokenizer(response, add_special_tokens=False)["input_ids"]
         return rendered, [*ids, self.tokenizer.eos_token_id or 0]
+
+    def _check_vocabulary(self, token_ids: Sequence[int]) -> None:
+        n_tokens = self.engine.vocabulary
+        if any(token >= n_tokens for token in token_ids):
+            raise PromptError("bad_token_ids", f"token {max(token_ids)} is not one of the model's {n_tokens}")
 
     @property
     def renderer(self) -> ChatRenderer:
@@ -353,6 +365,10 @@ class Scorer:
             system_mass, user_mass = (recording.first[..., names.index(name)] for name in ("system", "user"))
             focus_heads = signal.focus_heads(system_mass, user_mass)
         replayed = done.request.answer_ids is not None
+        truncated = len(done.answer_ids) > self.steps + 1 if replayed else done.finish_reason == "length"
+        mass = recording.mass
+        if mass is not None:
+            mass = np.where([name in regions for name in names], mass, np.float32(np.nan))
         stats = recording.stats if self.logit_stats and not replayed else None
         entropy, top1, margin = (
             (None, None, None) if stats is None else (signal.window_mean(s, window, steps) for s in stats.T)
@@ -374,14 +390,14 @@ class Scorer:
             entropy=entropy,
             top1=top1,
             margin=margin,
-            flags=prepared.rendered.flags,
+            flags=(*prepared.rendered.flags, *(["truncated"] if truncated else [])),
             answer_ids=done.answer_ids,
             text=self.tokenizer.decode(done.answer_ids, skip_special_tokens=True),
             instability=instability.astype(np.float32),
             shares=share,
             focus_heads=None if focus_heads is None else focus_heads.astype(np.float32),
             logit_stats=stats,
-            mass=recording.mass,
+            mass=mass,
             region_names=names,
         )
 

@@ -37,9 +37,14 @@ def work(tmp_path, monkeypatch) -> Path:
     (tmp_path / "more.txt").write_text("five\n")
     (tmp_path / "empty.txt").write_text("# nothing\n\n")
     (tmp_path / "system.txt").write_text("Be brief.\n")
+    (tmp_path / "table.tsv").write_text("x")
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
+    for name, content in {"config.json": "{}", "tokenizer.json": "{}", "chat_template.jinja": "x"}.items():
+        (tmp_path / "model" / name).write_text(content)
+    (tmp_path / "model" / "model.safetensors").write_text("")
+    (tmp_path / "table.csv").write_text("text;label\nx;attack\n")
+    (tmp_path / "broken.parquet").write_text("PAR1 and nothing more PAR1")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "run.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
@@ -70,8 +75,12 @@ def score(*args: str):
         (["in.jsonl", "--quiet", "--verbose"], "--quiet and --verbose contradict each other"),
         (["missing.jsonl"], "missing.jsonl does not exist"),
         (["in.jsonl", "missing.txt"], "missing.txt does not exist"),
-        (["table.csv"], "table.csv has a name of no known kind: use .txt"),
+        (["table.tsv"], "table.tsv has a name of no known kind: use .txt"),
+        (["table.csv"], "table.csv has no prompts: its columns are text;label; a column `prompt`, `messages`"),
+        (["broken.parquet"], "broken.parquet is no readable Parquet file"),
         (["empty.txt"], "no rows in empty.txt"),
+        (["in.jsonl", "--redact", "--save", "text"], "--redact keeps prompts and answers out"),
+        (["in.jsonl", *(f"--region=r{n}" for n in range(5))], "at most 8 can be recorded"),
         (["in.jsonl", "--labels", "attack,benign"], "2 labels for 1 input"),
         (["in.jsonl", "more.txt", "--labels", "attack, evil"], "unknown label 'evil'"),
         (["in.jsonl", "--system-prompt-file", "no.txt"], "--system-prompt-file no.txt cannot be read: No such file"),
@@ -90,6 +99,51 @@ def test_bad_settings_are_one_clear_line_before_the_model_loads(work, args, says
     assert len(done.stderr.splitlines()) == 1
     assert done.stdout == ""
     assert not (work / "out").exists()
+
+
+def test_a_model_folder_with_several_things_missing_names_them_all(work):
+    (work / "model" / "model.safetensors").unlink()
+    (work / "model" / "chat_template.jinja").unlink()
+    done = score("in.jsonl")
+    assert done.exit_code == 2
+    assert done.stderr.splitlines()[0] == "Error: --model model cannot be used:"
+    assert [line[:18] for line in done.stderr.splitlines()[1:]] == ["  - it has no weig", "  - it has no chat"]
+
+
+def test_steps_beyond_the_context(work):
+    (work / "model" / "config.json").write_text('{"max_position_embeddings": 64}')
+    done = score("in.jsonl", "--steps", "63")
+    assert done.exit_code == 2
+    assert "--steps 63 do not fit the model's context of 64 tokens, prompt included: record fewer steps" in done.stderr
+    assert not (work / "out").exists()
+
+
+def test_steps_beyond_the_context_that_the_engine_has(work, monkeypatch):
+    fake = install(monkeypatch)  # whose context is 64
+    done = score("in.jsonl", "--steps", "63")
+    assert (done.exit_code, fake.closed) == (2, True)
+    assert "--steps 63 do not fit the model's context of 64 tokens" in done.stderr
+
+
+def test_too_little_room_on_the_disk(work, monkeypatch):
+    (work / "model" / "config.json").write_text('{"num_hidden_layers": 30, "num_attention_heads": 9}')
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1_000_000))
+    done = score("in.jsonl", "--steps", "999", "--save", "mass")
+    assert done.exit_code == 2
+    assert "--out out: the results may take 18 MB and 1 MB are free: make room, choose another disk" in done.stderr
+
+
+def test_a_disk_that_fills_up_on_the_way(work, monkeypatch):
+    def full(self, *args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    fake = install(monkeypatch)
+    monkeypatch.setattr(pq.ParquetWriter, "write_batch", full)
+    done = score("in.jsonl")
+    assert (done.exit_code, fake.closed) == (1, True)
+    assert "no space left on the disk: make room, or choose another disk (0 rows are in out)" in done.stderr
+    assert [path.name for path in (work / "out").iterdir()] == ["run.json"]
+    assert json.loads((work / "out" / "run.json").read_text())["status"] == "unfinished"
 
 
 def test_empty_system_prompt_file(work):
@@ -125,9 +179,9 @@ def test_help_fits_80_columns_and_names_every_option():
     )
     assert done.returncode == 0
     assert max(map(len, done.stdout.splitlines())) <= 80
-    options = (
-        "model out labels system-prompt-file steps window replay drop-shallow drop-deep save logit-stats limit dtype"
-    )
+    assert "Exit codes:\n" in done.stdout
+    options = "model out labels system-prompt-file steps window replay drop-shallow drop-deep save logit-stats region "
+    options += "redact limit dtype"
     for option in [*options.split(), "quiet", "verbose"]:
         assert f"--{option} " in done.stdout, option
 
@@ -136,7 +190,8 @@ def test_defaults_are_the_signals(work, monkeypatch):
     fake = install(monkeypatch)
     score("in.jsonl", "--quiet")
     assert (fake.settings["drop_shallow"], fake.settings["drop_deep"]) == (signal.DROP_SHALLOW, signal.DROP_DEEP)
-    assert (fake.settings["steps"], fake.settings["window"], fake.settings["system_prompt"]) == (12, "1:12", None)
+    assert (fake.settings["steps"], str(fake.settings["window"])) == (12, "1:12")
+    assert (fake.settings["system_prompt"], fake.settings["regions"]) == (None, ())
     assert (fake.settings["keep_mass"], fake.settings["logit_stats"], fake.settings["engine_args"]) == (
         False,
         False,
@@ -251,7 +306,8 @@ def test_options_reach_the_scorer(work, monkeypatch):
     ]
     done = score("in.jsonl", *options, "1", "--verbose")
     assert done.exit_code == 0, done.output
-    wanted = {"steps": 5, "window": "2:4", "keep_mass": True, "logit_stats": True, "verbose": True}
+    wanted = {"steps": 5, "window": signal.Window(2, 4), "keep_mass": True, "logit_stats": True, "verbose": True}
+    wanted["regions"] = ("tool",)
     assert wanted.items() <= fake.settings.items()
     assert fake.settings["engine_args"] == {"dtype": "bfloat16"}
     assert fake.called["n"] == 1
@@ -266,13 +322,18 @@ def test_replay_and_quiet(work, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "error", [EngineError("vLLM cannot load it"), RefusedError(["no reason"]), RuntimeError("no weights")]
+    ("error", "says"),
+    [
+        (EngineError("vLLM cannot load it"), "vLLM cannot start with --model model: vLLM cannot load it (check"),
+        (RefusedError(["one", "two"]), "headrift cannot measure this engine:\n  - one\n  - two\n"),
+        (KeyError("lm_head"), "vLLM cannot start with --model model: KeyError: 'lm_head' (check the model's files"),
+    ],
 )
-def test_an_engine_that_does_not_start(work, monkeypatch, error):
+def test_an_engine_that_does_not_start(work, monkeypatch, error, says):
     install(monkeypatch, at_start=error)
     done = score("in.jsonl")
     assert done.exit_code == 2
-    assert f"Error: {error}\n" in done.stderr
+    assert f"Error: {says}" in done.stderr
     assert "Traceback" not in done.output
     assert list((work / "out").iterdir()) == []
 
@@ -293,7 +354,7 @@ def test_a_tokenizer_that_cannot_be_used_stops_the_run_before_the_first_row(work
             1,
             "Error: the recording cannot be trusted (3 rows are in out)",
         ),
-        (OSError(28, "No space left on device"), 1, "No space left on device (3 rows are in out)"),
+        (OSError(28, "No space left on device"), 1, "no space left on the disk: make room, or choose another disk (3 "),
         (KeyboardInterrupt(), 130, "Interrupted (3 rows are in out)"),
     ],
 )
@@ -301,7 +362,7 @@ def test_a_run_that_breaks_off_keeps_what_it_has(work, monkeypatch, error, code,
     fake = install(monkeypatch, failure=error)
     done = score("in.jsonl")
     assert done.exit_code == code
-    assert done.stderr.endswith(f"{says}\n")
+    assert says in done.stderr.splitlines()[-1]
     assert fake.closed
     assert [row["id"] for row in read(work / "out", "part")] == ["in:1"]
     assert [row["id"] for row in read(work / "out", "rejects")] == ["in:2", "in:3"]
@@ -330,14 +391,22 @@ def real(tmp_path_factory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("real")
     (folder / "logged.jsonl").write_bytes(b"\n".join(ROWS) + b"\n")
     (folder / "plain.txt").write_text("# benign ones\nHow do I renew a book?\nWhat is the capital of France?\n")
-    command = [
-        Path(sys.executable).parent / "headrift",
-        "score",
-        "logged.jsonl",
-        "plain.txt",
-        "--labels",
-        "attack,benign",
+    tool = [
+        {"role": "system", "content": "Use the tool."},
+        {"role": "user", "content": "What is the weather?"},
+        {"role": "assistant", "content": "I will look."},
+        {"role": "tool", "content": "It rains cats and dogs."},
+        {"role": "user", "content": "And now?"},
     ]
+    table = {
+        "id": ["ids", "tool"],
+        "token_ids": [list(range(100, 140)), None],
+        "regions": ['{"system": [0, 10], "page": [20, 30]}', None],
+        "messages": [None, json.dumps(tool)],
+    }
+    pq.write_table(pa.table(table), folder / "table.parquet")
+    command = [Path(sys.executable).parent / "headrift", "score", "logged.jsonl", "plain.txt", "table.parquet"]
+    command += ["--labels", "attack,benign,benign", "--save", "mass", "--region", "page"]
     command += ["--model", MODEL, "--system-prompt-file", ROOT / "system_prompts" / "banned_word.txt", "--out", "out"]
     command += ["--steps", "4", "--window", "2:4", "--save", "text", "--save", "shares", "--logit-stats"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1", "COLUMNS": "80"}
@@ -358,6 +427,7 @@ def test_real_every_row_is_in_exactly_one_place_in_order(real):
     assert [(row["source"], row["row"]) for row in parts] == [
         *(("logged.jsonl", n) for n in (1, 2, 4, 7)),
         *(("plain.txt", n) for n in (2, 3)),
+        *(("table.parquet", n) for n in (1, 2)),
     ]
     assert [(row["source"], row["row"], row["reason"]) for row in rejects] == [
         ("logged.jsonl", 3, "bad_json"),
@@ -365,11 +435,8 @@ def test_real_every_row_is_in_exactly_one_place_in_order(real):
         ("logged.jsonl", 6, "invalid_utf8"),
     ]
     assert "robot" in rejects[1]["detail"]
-    assert sorted(path.name for path in (real.folder / "out").iterdir()) == [
-        "part-00000.parquet",
-        "rejects-00000.parquet",
-        "run.json",
-    ]
+    names = ["part-00000.parquet", "rejects-00000.parquet", "run.json", "scores.png"]
+    assert sorted(path.name for path in (real.folder / "out").iterdir()) == names
 
 
 def test_real_columns(real):
@@ -385,6 +452,8 @@ def test_real_columns(real):
         ("flags", pa.list_(string)),
         ("instability", pa.list_(pa.float32())),
         ("shares", pa.list_(pa.float16())),
+        ("mass", pa.list_(pa.float32())),
+        ("prompt", string),
         ("text", string),
     ]
 
@@ -397,13 +466,15 @@ def test_real_labels_ids_and_hashes(real):
         "logged:7": "attack",
         "plain:2": "benign",
         "plain:3": "benign",
+        "ids": "benign",
+        "tool": "benign",
     }
     assert [name for name, row in real.rows.items() if row["category"]] == ["fr"]
     assert real.rows["fr"]["group"] == real.rows["plain:3"]["group"]
-    assert len({row["group"] for row in real.rows.values()}) == 5
-    assert len({row["system_hash"] for row in real.rows.values()}) == 2
+    assert len({row["group"] for row in real.rows.values()}) == 7
+    assert len({row["system_hash"] for row in real.rows.values()}) == 4
     assert real.rows["logged:4"]["system_hash"] != real.rows["fr"]["system_hash"]
-    assert real.rows["logged:7"]["flags"] == ["control_tokens"]
+    assert real.rows["logged:7"]["flags"] == ["control_tokens", "truncated"]
 
 
 def test_real_numbers_agree_with_each_other(real):
@@ -423,7 +494,8 @@ def test_real_numbers_agree_with_each_other(real):
         assert 0 < row["system_tokens"] < row["prompt_tokens"]
         assert row["n_steps"] == min(4, row["answer_tokens"] - 1)
         assert 0 <= row["system_share"] <= 1
-        assert 0 <= row["focus"] <= 1
+        assert (row["focus"] is None) == (row["id"] == "ids")  # which has no user region
+        assert row["focus"] is None or 0 <= row["focus"] <= 1
         assert -1 <= row["head_agreement"] <= 1
         assert row["entropy"] > 0
         assert 0 <= row["margin"] <= row["top1"] <= 1
@@ -432,11 +504,28 @@ def test_real_numbers_agree_with_each_other(real):
     assert first["text"] == same["text"] == "The capital of France is"
 
 
+def test_real_masses_of_named_regions(real):
+    about = json.loads(real.table.schema.metadata[b"headrift"])
+    assert about["regions"] == ["system", "user", "prompt", "tool", "page"]
+    has = {"ids": {"system", "prompt", "page"}, "tool": {"system", "user", "prompt", "tool"}}
+    for name, row in real.rows.items():
+        mass = np.array(row["mass"]).reshape(row["n_steps"] + 1, about["layers"], about["heads"], 5)
+        by_region = dict(zip(about["regions"], np.moveaxis(mass, -1, 0), strict=True))
+        there = {region for region, values in by_region.items() if not np.isnan(values).any()}
+        assert there == has.get(name, {"system", "user", "prompt"})
+        assert all(np.isnan(by_region[region]).all() for region in set(by_region) - there)
+        np.testing.assert_allclose(by_region["prompt"][0], 1, atol=1e-4)
+        assert all((by_region[region] > 0).any() for region in there)
+
+
 def test_real_run_json(real):
     run = json.loads((real.folder / "out" / "run.json").read_text())
     assert run["status"] == "done"
     assert run["started"] <= run["finished"]
-    assert run["settings"].items() >= {"steps": 4, "window": "2:4", "save": ["shares", "text"], "dtype": "auto"}.items()
+    assert (
+        run["settings"].items()
+        >= {"steps": 4, "window": "2:4", "save": ["mass", "shares", "text"], "regions": ["page"]}.items()
+    )
     assert run["settings"]["logit_stats"] is True
     assert run["versions"]["vllm"].startswith("0.32.")
     assert run["engine"]["dtype"] == "float32"
@@ -444,12 +533,12 @@ def test_real_run_json(real):
     assert run["model"]["weights_bytes"] == {"model.safetensors": (MODEL / "model.safetensors").stat().st_size}
     assert len(run["chat_template_sha256"]) == 64
     assert run["host"]["cpu"]
-    assert [given["name"] for given in run["inputs"]] == ["logged.jsonl", "plain.txt"]
+    assert [given["name"] for given in run["inputs"]] == ["logged.jsonl", "plain.txt", "table.parquet"]
     assert run["inputs"][0]["bytes"] == (real.folder / "logged.jsonl").stat().st_size
     assert run["seconds"]["start"] > 0
     assert run["counts"] == {
-        "rows": 9,
-        "scored": 6,
+        "rows": 11,
+        "scored": 8,
         "no_score": {},
         "rejected": {"bad_json": 1, "bad_messages": 1, "invalid_utf8": 1},
     }
@@ -459,9 +548,9 @@ def test_real_terminal_is_clean(real):
     starting, ready, *rest = real.stderr.splitlines()
     assert starting == f"Starting vLLM with {MODEL} (about 20 s)"
     assert ready.startswith("Ready in ")
-    assert ready.endswith("30 layers x 9 heads, float32, recorder 2 MB")
+    assert ready.endswith("30 layers x 9 heads, float32, recorder 3 MB")
     assert [line.split()[0] for line in rest if line.strip()] == ["scoring"]
-    assert "9/9" in rest[-1]
+    assert "11/11" in rest[-1]
     assert max(map(len, real.stdout.splitlines())) <= 80
     assert "rejected" in real.stdout
-    assert "instability score" in real.stdout
+    assert "score (no score: lowest)" in real.stdout

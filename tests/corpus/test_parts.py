@@ -10,7 +10,7 @@ import pytest
 
 from headrift.corpus import parts
 from headrift.corpus.parts import OutputError, Parts, group_of, make_folder, part_schema, record_of, write_run
-from headrift.corpus.readers import BadRow, Row
+from headrift.corpus.rows import BadRow, Row
 from headrift.scorer import Prompt, ScoreResult
 
 LAYERS, HEADS, REGIONS = 4, 3, ("system", "user", "prompt")
@@ -93,8 +93,8 @@ def test_columns_their_order_and_types_are_the_promised_ones(tmp_path):
 
 def test_saved_columns_follow_in_one_order_whatever_was_said_first(tmp_path):
     schema = schema_of("entropy", "text", "shares", "mass", "focus")
-    assert schema.names[len(ALWAYS) :] == ["shares", "mass", "focus_heads", "text", "entropy_steps"]
-    assert schema.types[len(ALWAYS) :] == [pa.list_(pa.float16()), FLOATS, FLOATS, STRING, FLOATS]
+    assert schema.names[len(ALWAYS) :] == ["shares", "mass", "focus_heads", "prompt", "text", "entropy_steps"]
+    assert schema.types[len(ALWAYS) :] == [pa.list_(pa.float16()), FLOATS, FLOATS, STRING, STRING, FLOATS]
 
 
 def test_everything_reads_back_in_its_shape(tmp_path):
@@ -121,6 +121,7 @@ def test_everything_reads_back_in_its_shape(tmp_path):
         for name in ("score", "reason", "n_steps", "n_scored", "prompt_tokens", "system_share", "focus", "text"):
             assert got[name] == getattr(result, name)
         assert got["flags"] == ["merged_system"]
+        assert got["prompt"] == row.prompt.prompt
         assert got["group"] == group_of(row.prompt)
         sizes["n_steps + 1"] = result.n_steps + 1
         wanted = {

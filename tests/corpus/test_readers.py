@@ -10,7 +10,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from headrift.corpus.readers import BadRow, InputError, Row, count_rows, read_rows
+from headrift.corpus.readers import InputError, count_rows, read_rows
+from headrift.corpus.rows import BadRow, Row
 from headrift.scorer import Prompt
 
 
@@ -91,8 +92,8 @@ def test_unused_keys_may_hold_anything(tmp_path):
         (b"null", "not_an_object", "the line is null"),
         (b"{}", "no_prompt", "no `prompt` and no `messages`"),
         (b'{"prompt": null}', "no_prompt", "add the one that was sent"),
-        (b'{"prompt": "x", "messages": []}', "prompt_and_messages", "keep the one that was sent"),
-        (b'{"system": "x", "messages": []}', "system_and_messages", "put the system prompt into `messages`"),
+        (b'{"prompt": "x", "messages": []}', "several_prompts", "keep the one that was sent"),
+        (b'{"system": "x", "messages": []}', "system_not_used", "put the system prompt into `messages`"),
         (b'{"prompt": 3}', "wrong_type", "`prompt` is a number; it must be a text"),
         (b'{"prompt": ["x"]}', "wrong_type", "`prompt` is a list"),
         (b'{"prompt": "x", "system": true}', "wrong_type", "`system` is true or false"),
@@ -150,7 +151,8 @@ def test_inputs_come_in_order_with_their_labels_and_a_rows_own_label_wins(tmp_pa
     rows = list(read_rows(inputs, ["attack", "benign"]))
     assert [row.prompt.prompt for row in rows] == ["one", "two", "three", "four"]
     assert [row.label for row in rows] == ["attack", "attack", "benign", "attack"]
-    assert count_rows(inputs) == 4
+    assert [count_rows(path) for path in inputs] == [2, 2]
+    assert count_rows(inputs[0], 1) == 1
 
 
 @pytest.mark.parametrize(
@@ -158,7 +160,7 @@ def test_inputs_come_in_order_with_their_labels_and_a_rows_own_label_wins(tmp_pa
     [
         ([], None, "no input file"),
         (["missing.txt"], None, "missing.txt does not exist"),
-        (["table.csv"], None, "table.csv has a name of no known kind: use .txt"),
+        (["table.tsv"], None, "table.tsv has a name of no known kind: use .txt"),
         (["noname"], None, "no known kind"),
         (["folder.txt"], None, "folder.txt is a folder"),
         (["a.txt", "./a.txt"], None, "named twice"),
@@ -170,7 +172,7 @@ def test_inputs_come_in_order_with_their_labels_and_a_rows_own_label_wins(tmp_pa
 def test_settings_that_cannot_be_raise_at_the_call(tmp_path, monkeypatch, names, labels, says):
     monkeypatch.chdir(tmp_path)
     Path("folder.txt").mkdir()
-    for name in ("a.txt", "b.jsonl", "table.csv", "noname"):
+    for name in ("a.txt", "b.jsonl", "table.tsv", "noname"):
         Path(name).write_text("x")
     with pytest.raises(InputError, match=says):
         read_rows([Path(name) for name in names], labels)
@@ -227,7 +229,7 @@ def test_whatever_the_bytes_each_line_is_one_row_or_one_bad_row_or_skipped(lines
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         found = rows_of(path, content)
-        assert count_rows([path]) == len(found)
+        assert count_rows(path) == len(found)
     physical = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     kept = [
         n

@@ -1,23 +1,23 @@
-"""The closing table's numbers, against scikit-learn and a slow bootstrap."""
+"""The closing table's numbers, and how it looks."""
 
 import io
-import time
 
 import numpy as np
 import pytest
 from rich.console import Console
 from sklearn.metrics import roc_auc_score
 
-from headrift.corpus import summary as module
-from headrift.corpus.summary import Summary, bootstrap_interval
+from headrift.corpus.summary import SCORE, SCORED, Summary
 
 
 def make_record(n: int, label: str | None, score: float | None, **changes) -> dict:
     fields = {
         "label": label,
+        "category": None,
         "score": score,
         "reason": None if score is not None else "answer_ended_before_window",
         "prompt_tokens": 100 + n,
+        "answer_tokens": 13,
         "n_steps": 12,
         "group": f"{n:016x}",
         "system_hash": "f" * 16,
@@ -26,7 +26,7 @@ def make_record(n: int, label: str | None, score: float | None, **changes) -> di
 
 
 def summary_of(*records: dict) -> Summary:
-    summary = Summary()
+    summary = Summary(last_step=12)
     for record in records:
         summary.add(record)
     return summary
@@ -42,6 +42,8 @@ def many(n: int = 100) -> list[dict]:
             None if i % 10 == 0 else float(random.normal(0.1 + 0.02 * (i % 2), 0.03)),
             prompt_tokens=int(random.integers(50, 90)),
             n_steps=int(random.integers(1, 13)),
+            answer_tokens=int(random.integers(1, 40)),
+            category=None if i % 2 else ("hard_topic" if i % 4 else "ordinary"),
         )
         for i in range(n)
     ]
@@ -65,79 +67,90 @@ def test_classes():
         make_record(1, "benign", 0.1),
         make_record(2, "benign", 0.2),
         make_record(3, "benign", 0.6),
-        make_record(4, "benign", None),
-        make_record(5, None, None),
+        make_record(4, "benign", None, n_steps=0),
+        make_record(5, None, None, n_steps=11),
     )
+    numbers = {"n": 4, "coverage": 0.75, "early": 0.25, "mean": pytest.approx(0.3), "median": pytest.approx(0.2)}
     assert summary.by_class() == {
-        "benign": {"n": 4, "coverage": 0.75, "mean": pytest.approx(0.3), "median": pytest.approx(0.2)},
-        "unlabelled": {"n": 1, "coverage": 0.0, "mean": None, "median": None},
+        "benign": numbers,
+        "unlabelled": {"n": 1, "coverage": 0.0, "early": 1.0, "mean": None, "median": None},
     }
+
+
+def test_categories():
+    summary = summary_of(
+        make_record(1, "benign", 0.1, category="hard"),
+        make_record(2, "attack", None, category="b"),
+        make_record(3, "attack", 0.2, category="b"),
+        make_record(4, None, 0.3),
+    )
+    found = summary.by_category()
+    assert list(found) == [("attack", "b"), ("benign", "hard"), ("unlabelled", "")]
+    np.testing.assert_array_equal(found["attack", "b"], [np.nan, 0.2])
+
+
+def test_more_categories_than_can_be_told_apart_do_not_fill_the_memory():
+    rows = [make_record(n, "benign", 0.1, category=f"{'hard_' if n % 2 else ''}{n}") for n in range(1500)]
+    found = summary_of(*rows).by_category()
+    assert len(found) <= 1002
+    assert len(found["benign", "(other)"]) + len(found["benign", "hard (other)"]) > 400
 
 
 def test_a_score_of_zero_is_a_score():
     assert summary_of(make_record(1, "attack", 0.0)).by_class()["attack"]["coverage"] == 1.0
 
 
-def test_aurocs_are_scikit_learns_with_missing_scores_lowest():
+def test_each_measure_is_compared_with_all_benign_and_without_the_hard():
     records = many()
-    aurocs, n_attack, n_benign = summary_of(*records).aurocs()
-    attack = [record["label"] == "attack" for record in records]
-    assert (n_attack, n_benign) == (50, 50)
-    scores = [-9.0 if record["score"] is None else record["score"] for record in records]
-    assert aurocs["instability score"].value == pytest.approx(roc_auc_score(attack, scores))
-    for name, column in (("prompt length", "prompt_tokens"), ("number of steps", "n_steps")):
-        assert aurocs[name].value == pytest.approx(roc_auc_score(attack, [record[column] for record in records]))
-    for auroc in aurocs.values():
-        assert auroc.interval[0] < auroc.value < auroc.interval[1]
+    every, easy = summary_of(*records).comparisons()
+    assert (every.n_attack, every.n_benign, easy.n_attack, easy.n_benign) == (50, 50, 50, 25)
+    columns = {"prompt length": "prompt_tokens", "answer length": "answer_tokens", "number of steps": "n_steps"}
+    for comparison, rows in ((every, records), (easy, [r for r in records if r["category"] != "hard_topic"])):
+        attack = [record["label"] == "attack" for record in rows]
+        scores = [-9.0 if record["score"] is None else record["score"] for record in rows]
+        assert comparison.measures[SCORE].auroc == pytest.approx(roc_auc_score(attack, scores))
+        there = [record for record in rows if record["score"] is not None]
+        common = roc_auc_score([r["label"] == "attack" for r in there], [r["score"] for r in there])
+        assert comparison.measures[SCORED].auroc == pytest.approx(common)
+        for name, column in columns.items():
+            wanted = roc_auc_score(attack, [record[column] for record in rows])
+            assert comparison.measures[name].auroc == pytest.approx(wanted)
+        for of in comparison.measures.values():
+            assert of.auroc_interval[0] < of.auroc < of.auroc_interval[1]
 
 
-def test_higher_means_attack_and_no_score_means_not_flagged():
-    aurocs, _, _ = summary_of(make_record(1, "attack", None), make_record(2, "benign", 0.0)).aurocs()
-    assert aurocs["instability score"].value == 0.0
+def test_no_second_comparison_where_all_or_none_are_hard():
+    rows = [make_record(1, "attack", 0.3), make_record(2, "benign", 0.1), make_record(3, "benign", 0.1)]
+    assert len(summary_of(*rows).comparisons()) == 1
+    assert len(summary_of(rows[0], *({**row, "category": "hard"} for row in rows[1:])).comparisons()) == 1
+    assert len(summary_of(*rows[:2], {**rows[2], "category": "hard"}).comparisons()) == 2
+    assert len(summary_of({**rows[0], "category": "hard"}, *rows[1:]).comparisons()) == 1
+
+
+def test_a_measure_without_both_classes_among_scored_rows_is_left_out():
+    (found,) = summary_of(make_record(1, "attack", None), make_record(2, "benign", 0.1)).comparisons()
+    assert list(found.measures) == [SCORE, "prompt length", "answer length", "number of steps"]
 
 
 def test_repeats_count_once_and_another_system_prompt_or_label_is_no_repeat():
     rows = [make_record(1, "attack", 0.3), make_record(2, "benign", 0.1), make_record(3, "benign", 0.4)]
-    once = summary_of(*rows)
-    often = summary_of(*rows, *[rows[2]] * 5, *[rows[0]] * 2)
-    assert often.aurocs() == once.aurocs()
-    assert often.aurocs()[1:] == (1, 2)
+
+    def sizes(*records: dict) -> tuple[int, int]:
+        (found,) = summary_of(*records).comparisons()
+        return found.n_attack, found.n_benign
+
+    (often,) = summary_of(*rows, *[rows[2]] * 5, *[rows[0]] * 2).comparisons()
+    (once,) = summary_of(*rows).comparisons()
+    assert often.numbers() == once.numbers()
+    assert sizes(*rows) == (1, 2)
     others = make_record(3, "benign", 0.4, system_hash="0" * 16), make_record(3, "attack", 0.4)
-    assert summary_of(*rows, *others).aurocs()[1:] == (2, 3)
+    assert sizes(*rows, *others) == (2, 3)
 
 
-def test_no_auroc_unless_both_labels_occur():
-    assert Summary().aurocs() is None
-    assert summary_of(make_record(1, None, 0.1)).aurocs() is None
-    assert summary_of(make_record(1, "attack", 0.1), make_record(2, None, 0.1)).aurocs() is None
-
-
-def test_no_interval_from_a_handful():
-    few = [record for record in many(30) if record["label"] == "attack"][:9]
-    aurocs, _, _ = summary_of(*few, *[r for r in many(60) if r["label"] == "benign"]).aurocs()
-    assert {auroc.interval for auroc in aurocs.values()} == {None}
-
-
-def test_interval_is_that_of_resampled_groups(monkeypatch):
-    monkeypatch.setattr(module, "RESAMPLES", 50)
-    random = np.random.default_rng(3)
-    values, attack = random.integers(0, 6, 40).astype(float), random.random(40) < 0.4
-    groups = np.unique(random.integers(0, 25, 40), return_inverse=True)[1]
-    n_groups = groups.max() + 1
-    draws, slow = np.random.default_rng(0), []
-    for _ in range(50):
-        rows = np.concatenate([np.flatnonzero(groups == g) for g in draws.integers(0, n_groups, n_groups)])
-        if len(set(attack[rows])) == 2:
-            slow.append(roc_auc_score(attack[rows], values[rows]))
-    assert bootstrap_interval(values, attack, groups) == pytest.approx(tuple(np.percentile(slow, [2.5, 97.5])))
-
-
-def test_the_same_rows_give_the_same_interval_soon():
-    summary = summary_of(*many(100))
-    summary.aurocs()  # imports scikit-learn
-    begun = time.perf_counter()
-    assert summary.aurocs() == summary_of(*many(100)).aurocs()
-    assert time.perf_counter() - begun < 4
+def test_no_comparison_unless_both_labels_occur():
+    assert Summary().comparisons() == []
+    assert summary_of(make_record(1, None, 0.1)).comparisons() == []
+    assert summary_of(make_record(1, "attack", 0.1), make_record(2, None, 0.1)).comparisons() == []
 
 
 def printed(summary: Summary) -> str:
@@ -158,13 +171,14 @@ def test_table_fits_80_columns_and_says_what_it_should():
         "scored 90",
         "no score 10 answer_ended_before_window 10",
         "rejected 2 bad_json 1, prompt_too_long 1",
-        "attack 50 100.0% 0.",
-        "benign 50 80.0% 0.",
-        "50 attack and 50 benign prompts",
+        "attack 50 100.0% 9",
+        "benign 50 80.0% 9",
+        "Attack against benign: 50 against 50",
+        "Attack against benign that is not hard: 50 against 25",
     ):
         assert expected in words
-    for name in ("instability score", "prompt length", "number of steps"):
-        assert any(line.startswith(name) and " to " in line for line in text.splitlines())
+    for name in (SCORE, SCORED, "prompt length", "answer length", "number of steps"):
+        assert len([line for line in text.splitlines() if line.startswith(name)]) == 2
 
 
 def test_table_without_labels_has_no_auroc():

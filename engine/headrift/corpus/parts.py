@@ -20,7 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from headrift import __version__
-from headrift.corpus.readers import BadRow, Row
+from headrift.corpus.rows import BadRow, Row
+from headrift.model_facts import WEIGHTS
 from headrift.scorer import Prompt, ScoreResult
 
 ROWS_PER_PART = 10_000
@@ -51,13 +52,13 @@ _COLUMNS: dict[str, pa.DataType] = {
     "flags": pa.list_(_STRING),
     "instability": pa.list_(pa.float32()),
 }
-# What --save adds, by its name there: column, type.
-_SAVED: dict[str, tuple[str, pa.DataType]] = {
-    "shares": ("shares", pa.list_(pa.float16())),
-    "mass": ("mass", pa.list_(pa.float32())),
-    "focus": ("focus_heads", pa.list_(pa.float32())),
-    "text": ("text", _STRING),
-    "entropy": ("entropy_steps", pa.list_(pa.float32())),
+# What --save adds, by its name there.
+_SAVED: dict[str, dict[str, pa.DataType]] = {
+    "shares": {"shares": pa.list_(pa.float16())},
+    "mass": {"mass": pa.list_(pa.float32())},
+    "focus": {"focus_heads": pa.list_(pa.float32())},
+    "text": {"prompt": _STRING, "text": _STRING},
+    "entropy": {"entropy_steps": pa.list_(pa.float32())},
 }
 _SHAPES = {
     "instability": ["n_steps + 1", "layers"],
@@ -67,7 +68,6 @@ _SHAPES = {
     "entropy_steps": ["n_steps + 1"],
 }
 _REJECTS = pa.schema({"source": _STRING, "row": pa.int64(), "id": _STRING, "reason": _STRING, "detail": _STRING})
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 
 Record = dict[str, Any]
 
@@ -95,7 +95,12 @@ def part_schema(save: Sequence[str], *, layers: int, heads: int, regions: Sequen
 
     The metadata, JSON under b"headrift", holds `layers`, `heads`, `regions` and the `shapes` of the flattened columns.
     """
-    columns = _COLUMNS | dict(_SAVED[kind] for kind in _SAVED if kind in save)
+    unknown = set(save) - set(_SAVED)
+    if unknown:
+        raise KeyError(f"nothing is saved by the name {sorted(unknown)}; there are {', '.join(_SAVED)}")
+    columns = dict(_COLUMNS)
+    for kind, added in _SAVED.items():
+        columns |= added if kind in save else {}
     shapes = {name: shape for name, shape in _SHAPES.items() if name in columns}
     about = {"layers": layers, "heads": heads, "regions": list(regions), "shapes": shapes}
     return pa.schema(columns, metadata={b"headrift": json.dumps(about).encode()})
@@ -116,6 +121,7 @@ def record_of(row: Row, result: ScoreResult) -> Record:
         "shares": result.shares.astype(np.float16).ravel(),
         "mass": None if mass is None else mass.ravel(),
         "focus_heads": None if heads is None else heads.ravel(),
+        "prompt": text_of(row.prompt),
         "text": result.text,
         "entropy_steps": None if stats is None else np.ascontiguousarray(stats[:, 0]),
     }
@@ -124,13 +130,20 @@ def record_of(row: Row, result: ScoreResult) -> Record:
 def group_of(prompt: Prompt) -> str:
     """16 hex digits that rows with the same text share, whatever its case, spacing and Unicode form.
 
-    Of the prompt, or of all user texts where it is given as messages.
+    Of the prompt, of all user texts where it is given as messages, or of the token ids.
     """
-    texts = [prompt.prompt or ""]
+    texts = [text_of(prompt)]
     if prompt.messages is not None:
         texts = [_content(message.get("content")) for message in prompt.messages if message.get("role") == "user"]
     normalised = " ".join(unicodedata.normalize("NFKC", "\n".join(texts)).casefold().split())
     return hashlib.sha256(normalised.encode()).hexdigest()[:16]
+
+
+def text_of(prompt: Prompt) -> str:
+    """The prompt as the row brought it: its text, or its messages or token ids as JSON."""
+    if prompt.prompt is not None:
+        return prompt.prompt
+    return json.dumps(prompt.messages if prompt.messages is not None else prompt.token_ids, ensure_ascii=False)
 
 
 def _content(content: Any) -> str:
@@ -199,11 +212,15 @@ class _Files:
         """Finish the running file, if there is one, and give it its name."""
         if not self._n_rows:
             return
-        self._flush()
-        assert self._writer is not None
-        self._writer.close()
+        try:
+            self._flush()
+            assert self._writer is not None
+            self._writer.close()
+            _publish(self._temporary, self._folder / f"{self._stem}-{self._n_files:05d}.parquet")
+        except OSError:
+            self._temporary.unlink(missing_ok=True)  # a full disk has no room for what nobody can read
+            raise
         self._writer = None
-        _publish(self._temporary, self._folder / f"{self._stem}-{self._n_files:05d}.parquet")
         self.n_kept += self._n_rows
         self._n_files += 1
         self._n_rows = 0
@@ -263,7 +280,7 @@ def _version(distribution: str) -> str | None:
 def model_fingerprint(folder: Path) -> dict[str, Any]:
     """What tells a model from another without reading its weights: the hash of config.json and the weights' sizes."""
     config = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
-    weights = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.suffix in _WEIGHTS}
+    weights = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.suffix in WEIGHTS}
     both = json.dumps([config, weights]).encode()
     return {"fingerprint": hashlib.sha256(both).hexdigest(), "config_sha256": config, "weights_bytes": weights}
 

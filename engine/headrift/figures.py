@@ -1,0 +1,173 @@
+"""Figures of a run, as PNG files. Colours (Okabe and Ito's, and viridis) are told apart by colour-blind eyes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = {"attack": "#D55E00", "benign": "#0072B2", "unlabelled": "#595959"}
+_CURVES = ("#000000", "#D55E00", "#0072B2", "#009E73", "#595959")
+_STYLES = ("-", (0, (1, 1)), "--", "-.", (0, (5, 1, 1, 1, 1, 1)))
+_MOST_GROUPS = 24
+_FEWEST_IN_BOX = 5
+_MOST_POINTS = 500  # of a group, drawn one by one
+_DPI = 150
+
+Floats = NDArray[np.float64]
+
+
+class Curve(NamedTuple):
+    """A ROC curve's corners, its area, and a band [2, len(grid)] or None at the false positive rates grid."""
+
+    name: str
+    fpr: Floats
+    tpr: Floats
+    auroc: float
+    grid: Floats
+    band: Floats | None
+
+
+def scores_png(
+    path: Path, groups: Mapping[tuple[str, str], Floats], curves: Sequence[Curve] = (), *, title: str = ""
+) -> None:
+    """Scores by class and category and, where there are any, ROC curves. Nothing is written where no row has a score.
+
+    groups: by (class, category) the scores, NaN for none. curves: the first is drawn with its band. OSError where the
+    file cannot be written.
+    """
+    if not any(np.isfinite(scores).any() for scores in groups.values()):
+        return
+    shown = _with_totals(_largest(groups), groups)
+    height = max(4.2, 1.6 + 0.34 * len(shown))
+    figure = _figure(12.5 if curves else 7.5, height)
+    left, *right = figure.subplots(1, 2, width_ratios=(1.25, 1), squeeze=False)[0] if curves else [figure.subplots()]
+    _draw_scores(left, shown)
+    if right:
+        _draw_curves(right[0], curves)
+    if title:
+        figure.suptitle(_short(title, 110), fontsize=10, parse_math=False)
+    _save(figure, path)
+
+
+def heatmaps_png(
+    path: Path, panels: Mapping[str, Floats], *, window: tuple[int, int], layers: tuple[int, int], title: str
+) -> None:
+    """Each panel [steps, layers] as a heatmap, NaN hatched; the scored steps window[0]..window[1] and layers
+    layers[0]..layers[1]-1 are framed. panels: by the colour bar's label. OSError where the file cannot be written."""
+    from matplotlib.patches import Rectangle
+
+    n_steps, n_layers = next(iter(panels.values())).shape
+    figure = _figure(1.2 + len(panels) * max(3.6, 0.25 * n_steps + 2), max(3.4, 0.13 * n_layers + 1.4))
+    for axes, (label, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        axes.patch.set(hatch="xx", edgecolor="#999999", facecolor="white")
+        image = axes.imshow(
+            np.ma.masked_invalid(values.T), aspect="auto", origin="upper", cmap="viridis", interpolation="nearest"
+        )
+        last = min(window[1], n_steps - 1)
+        if window[0] <= last:
+            corner = (window[0] - 0.5, layers[0] - 0.5)
+            size = (last - window[0] + 1, layers[1] - layers[0])
+            axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor="#D55E00", linewidth=2))
+        axes.set_xlabel("step (0: the prompt's last token)")
+        axes.set_ylabel("layer (0: nearest the input)")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        figure.colorbar(image, ax=axes, label=label)
+    below = "framed: the steps and layers that are scored"
+    figure.suptitle(f"{_short(title, 60)}\n{below}", fontsize=10, parse_math=False)
+    _save(figure, path)
+
+
+def _largest(groups: Mapping[tuple[str, str], Floats]) -> dict[tuple[str, str], Floats]:
+    """The groups with most rows, in the order given."""
+    kept = set(sorted(groups, key=lambda name: -len(groups[name]))[:_MOST_GROUPS])
+    return {name: scores for name, scores in groups.items() if name in kept}
+
+
+def _with_totals(
+    shown: Mapping[tuple[str, str], Floats], groups: Mapping[tuple[str, str], Floats]
+) -> dict[tuple[str, str], Floats]:
+    """The shown groups, those of a class with several categories led by all rows of the class."""
+    found: dict[tuple[str, str], Floats] = {}
+    for label in dict.fromkeys(label for label, _ in shown):
+        of_class = [scores for (other, _), scores in groups.items() if other == label]
+        if len(of_class) > 1:
+            found[label, "all"] = np.concatenate(of_class)
+        found |= {name: scores for name, scores in shown.items() if name[0] == label and name not in found}
+    return found
+
+
+def _draw_scores(axes: Axes, groups: Mapping[tuple[str, str], Floats]) -> None:
+    random = np.random.default_rng(0)
+    names = list(groups)
+    for place, (label, category) in enumerate(names):
+        scores = groups[label, category]
+        there, colour = scores[np.isfinite(scores)], COLOURS[label]
+        drawn = there if len(there) <= _MOST_POINTS else random.choice(there, _MOST_POINTS, replace=False)
+        heights = place + random.uniform(-0.24, 0.24, len(drawn))
+        marker = "^" if label == "attack" else "o"
+        axes.scatter(drawn, heights, s=20, marker=marker, color=colour, alpha=0.6, linewidth=0)
+        if len(there) >= _FEWEST_IN_BOX:
+            line = {"color": "black", "linewidth": 1}
+            axes.boxplot(
+                there, positions=[place], orientation="horizontal", widths=0.62, showfliers=False, manage_ticks=False,
+                boxprops=line, whiskerprops=line, capprops=line, medianprops={**line, "linewidth": 2},
+            )  # fmt: skip
+        text = f"{len(there)} of {len(scores)}"
+        axes.annotate(
+            text, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8, annotation_clip=False
+        )
+    axes.annotate("with a score", (1.01, -0.9), xycoords=("axes fraction", "data"), fontsize=8, annotation_clip=False)
+    labels = [": ".join(filter(None, (label, _short(name)))) for label, name in names]
+    axes.set_yticks(range(len(names)), labels, parse_math=False)
+    for tick, (label, _) in zip(axes.get_yticklabels(), names, strict=True):
+        tick.set_color(COLOURS[label])
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xlabel("inter-head instability (std of the heads' share, 0 to 0.5)")
+    axes.grid(axis="x", alpha=0.3)
+
+
+def _draw_curves(axes: Axes, curves: Sequence[Curve]) -> None:
+    for i, curve in enumerate(curves):
+        colour, style = _CURVES[i % len(_CURVES)], _STYLES[i % len(_STYLES)]
+        if i == 0 and curve.band is not None:
+            low, high = curve.band
+            label = f"{curve.name}: 95% interval"
+            axes.fill_between(curve.grid, low, high, step="post", color=colour, alpha=0.15, linewidth=0, label=label)
+        label = f"{curve.name}: AUROC {curve.auroc:.3f}"
+        width, order = (2, 3) if i == 0 else (1.4, 2)
+        axes.plot(curve.fpr, curve.tpr, color=colour, linestyle=style, linewidth=width, zorder=order, label=label)
+    axes.plot([0, 1], [0, 1], color="#999999", linewidth=0.8)
+    axes.axvline(0.05, color="#999999", linewidth=0.8, linestyle=":")
+    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
+    axes.set_xlabel("false positive rate (fraction of benign; dots: 5%)")
+    axes.set_ylabel("true positive rate (fraction of attacks)")
+    axes.legend(loc="lower right", fontsize=8)
+
+
+def _short(name: str, most: int = 24) -> str:
+    name = "".join(character if character.isprintable() else "?" for character in name)
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def _figure(width: float, height: float) -> Any:
+    # Not pyplot: it keeps figures, and looks for a screen.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in a script that the font does not have
+        figure.savefig(temporary, format="png", dpi=_DPI)
+    temporary.replace(path)
