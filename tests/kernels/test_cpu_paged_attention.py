@@ -10,8 +10,8 @@ from headrift_kernels import reference
 from headrift_kernels.cpu.paged_attention import KEYS, ROW, SLOT, STEP, TOKEN, Queries, attend, measured_queries
 
 # Masses: a dot product of head_dim float32 terms and a sum over the keys, both reassociated: a few 1e-7 relative.
-# bfloat16 inputs are exact in float32, so they get no wider band. Outputs are sums of values of about 1 with weights that
-# sum to 1; a bfloat16 output is rounded to 8 bits.
+# bfloat16 inputs are exact in float32, so they get no wider band. Outputs are sums of values of about 1 with weights
+# that sum to 1; a bfloat16 output is rounded to 8 bits.
 MASS_TOLERANCE = 2e-6
 OUTPUT_TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2**-8}
 
@@ -53,7 +53,7 @@ def make_case(rng, *, batch, kv_heads, group, head_dim, page, regions, dtype, lo
 
 
 def packed(case) -> torch.Tensor:
-    """The KV cache as vLLM lays it out on x86: per (block, KV head) K as [head_dim, page], then V as [page, head_dim]."""
+    """The KV cache as vLLM lays it out on x86: per (block, KV head) K as [head_dim, page], V as [page, head_dim]."""
     keys, values = case["keys"].permute(0, 2, 3, 1), case["values"].permute(0, 2, 1, 3)
     blocks, kv_heads, head_dim, page = keys.shape
     halves = [half.reshape(blocks, kv_heads, head_dim * page) for half in (keys, values)]

@@ -107,7 +107,7 @@ def logit_statistics(
     before step 0 or past the buffer are skipped. n_rows: [slots] int32.
     """
     arguments = struct.pack(
-        f"{len(_ARGUMENTS)}q",
+        f"{len(_ARGUMENTS.names or ())}q",
         *(stats.data_ptr(), stats.shape[0], stats.shape[1]),
         *(logits.data_ptr(), logits.shape[0], logits.stride(0), logits.shape[1]),
         *(row_slot.data_ptr(), row_step.data_ptr(), n_rows.data_ptr()),

@@ -41,7 +41,7 @@ def _to_float32(x):
 
 
 def from_float32(x, element):
-    """A float32 as an element of the output: as it is, or rounded to the nearest bfloat16 (ties to even) as its bits."""
+    """A float32 as an element of the output: as it is, or rounded to the nearest bfloat16 (ties to even), its bits."""
     raise NotImplementedError("only inside compiled code")
 
 

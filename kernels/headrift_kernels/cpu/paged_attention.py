@@ -1,8 +1,9 @@
 """Paged attention and the mass of key spans in one pass over K and V, from vLLM's x86 KV cache.
 
-Within a (block, KV head) of the cache the keys lie packed as [head_dim, block_size], so that a row holds one coordinate of
-`block_size` neighbouring keys, and the values as [block_size, head_dim]. The work is cut by keys, not by queries: every
-thread gets the same number of blocks, and a query whose blocks fall to several threads is put together afterwards.
+Within a (block, KV head) of the cache the keys lie packed as [head_dim, block_size], so that a row holds one
+coordinate of `block_size` neighbouring keys, and the values as [block_size, head_dim]. The work is cut by keys, not
+by queries: every thread gets the same number of blocks, and a query whose blocks fall to several threads is put
+together afterwards.
 """
 
 from __future__ import annotations
@@ -222,15 +223,15 @@ def _attend_part(a, element, query, kv_head, first, past, room_at, m, l, sums, m
         for g in range(0, group, MOST_HEADS):
             heads, fetch = np.int64(min(MOST_HEADS, group - g)), ahead if g == 0 else np.int64(0)
             x, out = weights + g * score_bytes, sums.ctypes.data + g * row_bytes
-            d = np.int64(0)
-            while d < head_dim:
-                rows, step = values + d * size, head_dim * size
-                if d + VALUE_TILE <= head_dim:
-                    _wide_values(element, heads, x, score_bytes, rows, step, n, out + 4 * d, row_bytes, fetch)
-                    d += VALUE_TILE
+            column: Any = np.int64(0)
+            while column < head_dim:
+                rows, step = values + column * size, head_dim * size
+                if column + VALUE_TILE <= head_dim:
+                    _wide_values(element, heads, x, score_bytes, rows, step, n, out + 4 * column, row_bytes, fetch)
+                    column += VALUE_TILE
                 else:
-                    _thin_values(element, heads, x, score_bytes, rows, step, n, out + 4 * d, row_bytes, fetch)
-                    d += LEAST_TILE
+                    _thin_values(element, heads, x, score_bytes, rows, step, n, out + 4 * column, row_bytes, fetch)
+                    column += LEAST_TILE
 
 
 @kernel()
@@ -320,7 +321,7 @@ def _work(a, element):
 
 @cache
 def body_for(dtype: torch.dtype) -> Any:
-    """The compiled body for a cache of float32 or bfloat16: some 6 s at the first call ever, then from numba's cache."""
+    """The compiled body for a cache of float32 or bfloat16: some 6 s at the first call ever, then from a cache."""
     with cache_folder():
         if dtype == torch.bfloat16:
 
@@ -338,7 +339,7 @@ def body_for(dtype: torch.dtype) -> Any:
 
 
 class Workspace:
-    """Room for the threads' scores and unfinished queries; it grows when it must and is kept: calls allocate nothing."""
+    """Room for the threads' scores and unfinished queries; it grows when it must and is kept."""
 
     def __init__(self) -> None:
         self._sizes = (0, 0)
@@ -361,9 +362,9 @@ _workspace = Workspace()
 class Queries:
     """The queries of one step, worked out once for all layers.
 
-    table: [n, 5] int32 (ROW, TOKEN, SLOT, STEP, KEYS). work: [n + 1] int64 running number of the cache blocks they attend,
-    by which the work is shared out. longest: keys in the blocks of the longest one. addresses: of table, their number, and
-    of work, as the kernel takes them.
+    table: [n, 5] int32 (ROW, TOKEN, SLOT, STEP, KEYS). work: [n + 1] int64 running number of the cache blocks they
+    attend, by which the work is shared out. longest: keys in the blocks of the longest one. addresses: of table,
+    their number, and of work, as the kernel takes them.
     """
 
     table: np.ndarray
@@ -402,12 +403,13 @@ def attend(
 ) -> None:
     """Attend for the queries listed and write the masses of those that are measured; nothing else is touched.
 
-    mass: [slots, steps, layers, heads, regions] float32, contiguous. query: [tokens, heads, head_dim], heads contiguous
-    within a token. kv_cache: vLLM's [blocks, kv_heads, block_size, 2 * head_dim], the last two contiguous, the block size a multiple
-    of 32 and head_dim of 16. Both float32 or both bfloat16. block_table: [batch, pages] int32. bounds: [slots, regions,
-    2] int32, half open key positions. output: [tokens, heads, head_dim] of the same type as query, written at the queries' tokens; None to take masses only.
-    window: a query attends the keys at distance < window (None: all). softcap: 0 for none. alibi_slopes, sinks: [heads]
-    float32. threads: of torch's pool, all by default.
+    mass: [slots, steps, layers, heads, regions] float32, contiguous. query: [tokens, heads, head_dim], heads
+    contiguous within a token. kv_cache: vLLM's [blocks, kv_heads, block_size, 2 * head_dim], the last two contiguous,
+    the block size a multiple of 32 and head_dim of 16. Both float32 or both bfloat16. block_table: [batch, pages]
+    int32. bounds: [slots, regions, 2] int32, half open key positions. output: [tokens, heads, head_dim] of the same
+    type as query, written at the queries' tokens; None to take masses only. window: a query attends the keys at
+    distance < window (None: all). softcap: 0 for none. alibi_slopes, sinks: [heads] float32. threads: of torch's
+    pool, all by default.
     """
     tokens, heads, head_dim = query.shape
     _, kv_heads, page, _ = kv_cache.shape

