@@ -1,0 +1,188 @@
+"""Times decode attention on a GPU: plain, with masses, vLLM's Triton kernel and FlashAttention's. One table, one file.
+
+`python bench/_kernels_cuda.py [--out bench/results/kernels_cuda.json]`; also called by bench/kernels.py --device cuda.
+Each time is the median of CUDA-event times of launches that alternate over copies of the caches larger than the L2
+cache, so that K and V come from memory. No machine with a GPU has run it yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from headrift_kernels.cases import DecodeCase, decode_case
+from headrift_kernels.triton.decode_mass import SplitScratch, decode_mass, splits_for
+
+# heads per KV head, KV heads, head_dim
+MODELS = {"SmolLM2-135M": (3, 3, 64), "Llama-3-8B": (4, 8, 128), "Qwen2.5-7B": (7, 4, 128)}
+BATCHES = (1, 8, 32, 128)
+CONTEXTS = (512, 2048, 8192)
+COLD_BYTES = 512 << 20
+
+
+def on_device(case: DecodeCase) -> DecodeCase:
+    moved = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in vars(case).items()}
+    return DecodeCase(**moved)
+
+
+def chat_case(batch: int, context: int, model: str, seed: int) -> DecodeCase:
+    """Decode rows a few tokens into their answers, with the regions of a chat: system, user, prompt."""
+    group, kv_heads, head_dim = MODELS[model]
+    case = decode_case(
+        np.random.default_rng(seed),
+        seq_lens=[context] * batch,
+        kv_heads=kv_heads,
+        group=group,
+        head_dim=head_dim,
+        dtype=torch.bfloat16,
+        layout="joint",
+        steps=16,
+        unprobed=0.0,
+        poison=False,
+    )
+    case.prompt_len[:], case.n_rows[:] = context - 12, 16
+    case.bounds[:] = torch.tensor([[5, 100], [105, context - 32], [0, context - 12]])
+    return on_device(case)
+
+
+def ours(case: DecodeCase, with_mass: bool) -> Callable[[], Any]:
+    rows, heads, head_dim = case.query.shape
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    splits = splits_for(rows, case.key_cache.shape[2], int(case.seq_lens.max()), processors)
+    output, mass = torch.empty_like(case.query), case.empty_mass() if with_mass else None
+    scratch = SplitScratch.allocate(rows, heads, head_dim, 3, splits, "cuda") if splits > 1 else None
+    return lambda: decode_mass(output, mass, 1, *case.batch, scratch=scratch, **case.how)
+
+
+def vllms(case: DecodeCase) -> Callable[[], Any]:
+    """vLLM's unified Triton kernel as its backend calls it for decode: split into 16 segments for small batches."""
+    from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+
+    rows, heads, head_dim = case.query.shape
+    padded = 1 << (head_dim - 1).bit_length()
+    segments, threshold = 16, 128 // case.key_cache.shape[2]
+    parts = [torch.empty(rows, heads, segments, *last, device="cuda") for last in ((padded,), (), ())]
+    output = torch.empty_like(case.query)
+    starts = torch.arange(rows + 1, dtype=torch.int32, device="cuda")
+    return lambda: unified_attention(
+        q=case.query,
+        k=case.key_cache,
+        v=case.value_cache,
+        out=output,
+        cu_seqlens_q=starts,
+        max_seqlen_q=1,
+        seqused_k=case.seq_lens,
+        max_seqlen_k=case.block_table.shape[1] * case.key_cache.shape[1],
+        softmax_scale=case.how["scale"],
+        causal=True,
+        window_size=(-1, -1),
+        block_table=case.block_table,
+        softcap=0.0,
+        q_descale=None,
+        k_descale=None,
+        v_descale=None,
+        seq_threshold_3D=threshold,
+        num_par_softmax_segments=segments,
+        softmax_segm_output=parts[0],
+        softmax_segm_max=parts[1],
+        softmax_segm_expsum=parts[2],
+    )
+
+
+def flash(case: DecodeCase) -> Callable[[], Any]:
+    """FlashAttention over vLLM's paged cache, as vLLM's backend calls it."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    rows = case.query.shape[0]
+    output = torch.empty_like(case.query)
+    starts = torch.arange(rows + 1, dtype=torch.int32, device="cuda")
+    longest = int(case.seq_lens.max())
+    return lambda: flash_attn_varlen_func(
+        q=case.query,
+        k=case.key_cache,
+        v=case.value_cache,
+        out=output,
+        cu_seqlens_q=starts,
+        max_seqlen_q=1,
+        seqused_k=case.seq_lens,
+        max_seqlen_k=longest,
+        softmax_scale=case.how["scale"],
+        causal=True,
+        block_table=case.block_table,
+    )
+
+
+KERNELS: dict[str, Callable[[DecodeCase], Callable[[], Any]]] = {
+    "plain": lambda case: ours(case, False),
+    "mass": lambda case: ours(case, True),
+    "vllm_triton": vllms,
+    "flash_attention": flash,
+}
+
+
+def microseconds(calls: list[Callable[[], Any]], rounds: int = 30) -> float:
+    """Median over rounds of one call's time; a round goes through all the copies, so each finds a cold L2 cache."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(rounds):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for call in calls:
+            call()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * begin.elapsed_time(end) / len(calls))
+    return statistics.median(times)
+
+
+def measure() -> list[dict[str, Any]]:
+    found = []
+    for model in MODELS:
+        for batch in BATCHES:
+            for context in CONTEXTS:
+                first = chat_case(batch, context, model, 0)
+                bytes_read = 2 * batch * context * first.key_cache.shape[2] * first.key_cache.shape[3] * 2
+                copies = max(1, min(16, COLD_BYTES // bytes_read))
+                cases = [first, *(chat_case(batch, context, model, seed) for seed in range(1, copies))]
+                row: dict[str, Any] = {"model": model, "batch": batch, "context": context, "kv_bytes": bytes_read}
+                for name, kernel in KERNELS.items():
+                    try:
+                        row[name] = microseconds([kernel(case) for case in cases])
+                    except Exception as error:  # a peer that is not installed, or not for this GPU
+                        row[name], row[f"{name}_error"] = None, f"{type(error).__name__}: {error}"
+                found.append(row)
+                print(row, flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kernels_cuda.json")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("kernels_cuda: no CUDA device here; the kernels are compiled and interpreted, not timed")
+    found = measure()
+    result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "unit": "microseconds", "rows": found}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    header = ["model", "batch", "context", *KERNELS, "mass / plain"]
+    lines = [f"# Decode attention on {result['device']}, microseconds", ""]
+    lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for row in found:
+        times = [f"{row[name]:.1f}" if row[name] else "-" for name in KERNELS]
+        ratio = f"{row['mass'] / row['plain']:.3f}" if row["mass"] and row["plain"] else "-"
+        lines.append("| " + " | ".join([row["model"], str(row["batch"]), str(row["context"]), *times, ratio]) + " |")
+    arguments.out.with_suffix(".md").write_text("\n".join([*lines, ""]))
+
+
+if __name__ == "__main__":
+    main()
