@@ -125,6 +125,55 @@ def span_mass(
     return out
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """What one decode call leaves: output [rows, heads, head_dim], and float64 copies of both buffers, written."""
+
+    output: torch.Tensor
+    mass: torch.Tensor
+    entropy: torch.Tensor
+
+
+def decode_mass(
+    mass: torch.Tensor,
+    layer: int,
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    row_slot: torch.Tensor,
+    prompt_len: torch.Tensor,
+    n_rows: torch.Tensor,
+    bounds: torch.Tensor,
+    *,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    **how,
+) -> Decoded:
+    """Paged decode of one query per row, masses and attention entropy; arguments as `span_mass` and `attend` name them.
+
+    value_cache: as key_cache; both are multiplied by their scale (fp8 caches). A row without keys has output 0.
+    """
+    output = torch.zeros(query.shape, dtype=torch.float64)
+    masses = mass.double().clone()
+    entropies = torch.full(mass.shape[:4], torch.nan, dtype=torch.float64)
+    for row in range(query.shape[0]):
+        n, slot = int(seq_lens[row]), int(row_slot[row])
+        if n == 0:
+            continue
+        keys = paged_keys(key_cache, block_table[row], n).float().double() * k_scale
+        values = paged_keys(value_cache, block_table[row], n).float().double() * v_scale
+        seen = attend(query[row], keys, values, **how)
+        output[row] = seen.output
+        step = n - int(prompt_len[slot])
+        if slot >= 0 and 0 <= step < min(int(n_rows[slot]), mass.shape[1]):
+            entropies[slot, step, layer] = seen.entropy()
+            for region, (start, end) in enumerate(bounds[slot].tolist()):
+                masses[slot, step, layer, :, region] = seen.mass(start, end)
+    return Decoded(output, masses, entropies)
+
+
 def logit_statistics(logits: torch.Tensor) -> torch.Tensor:
     """[rows, 3] float64 of next-token entropy (nats), top-1 probability, and margin (top-1 minus top-2 probability).
 

@@ -1,0 +1,226 @@
+"""The fused decode kernels against the float64 oracle, over odd shapes, page maps, lengths, regions and types."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from headrift_kernels import reference
+from headrift_kernels.cases import decode_case
+from headrift_kernels.triton.decode_mass import SplitScratch, Tiles, decode_mass
+
+# Masses come of float32 scores whatever the type: a dot product of exact products, and sums of up to a few thousand
+# terms. Outputs of 16-bit types carry the rounding of the probabilities and of the output itself, at |v| up to 4.
+MASS_TOLERANCE = 5e-6
+OUTPUT_TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+ENTROPY_TOLERANCE = 2e-5
+GUARD = 7.0
+
+
+def guarded(shape, dtype=torch.float32, fill=torch.nan):
+    """A tensor of `shape` in the middle of a larger one, and the function that tells whether the rest was touched."""
+    size = int(np.prod(shape))
+    whole = torch.full((size + 512,), GUARD, dtype=dtype)
+    inner = whole[256 : 256 + size].view(shape)
+    inner.fill_(fill)
+
+    def untouched():
+        return bool((whole[:256] == GUARD).all() and (whole[256 + size :] == GUARD).all())
+
+    return inner, untouched
+
+
+def run(case, *, splits=1, block_n=32, with_mass=True, with_entropy=True):
+    """Output, masses and entropies as a call leaves them; fails where it wrote outside of its tensors."""
+    rows, heads, head_dim = case.query.shape
+    # the output's rows lie further apart than they are long: what is between must stay
+    wide, output_untouched = guarded((rows, heads + 1, head_dim), case.query.dtype, fill=GUARD)
+    output = wide[:, :heads]
+    mass, mass_untouched = guarded(case.mass_shape())
+    entropy, entropy_untouched = guarded(case.mass_shape()[:4])
+    scratch = None
+    if splits > 1:
+        scratch = SplitScratch.allocate(rows, heads, head_dim, case.bounds.shape[1], splits, "cpu")
+        for part in (scratch.acc, scratch.stat, scratch.mass):
+            part.fill_(torch.nan)  # parts that no split wrote must not be read
+    how = {key: torch.tensor([x]) if key in ("k_scale", "v_scale") else x for key, x in case.how.items()}
+    decode_mass(
+        output,
+        mass if with_mass else None,
+        1,
+        *case.batch,
+        entropy=entropy if with_entropy else None,
+        scratch=scratch,
+        tiles=Tiles(block_n, 4, 2),
+        **how,
+    )
+    assert output_untouched()
+    assert mass_untouched()
+    assert entropy_untouched()
+    assert (wide[:, heads] == GUARD).all()
+    return output, mass, entropy
+
+
+def assert_agrees(case, **options):
+    output, mass, entropy = run(case, **options)
+    expected = reference.decode_mass(case.empty_mass(), 1, *case.batch, **case.how)
+    tolerance = OUTPUT_TOLERANCE[case.query.dtype] * max(1.0, case.how.get("v_scale", 1.0))
+    torch.testing.assert_close(output.double(), expected.output, rtol=0, atol=tolerance)
+    torch.testing.assert_close(mass.double(), expected.mass, rtol=0, atol=MASS_TOLERANCE, equal_nan=True)
+    torch.testing.assert_close(entropy.double(), expected.entropy, rtol=0, atol=ENTROPY_TOLERANCE, equal_nan=True)
+    return output, mass
+
+
+SHAPES = {
+    "seed": st.integers(0, 2**32 - 1),
+    "seq_lens": st.lists(st.integers(0, 150), min_size=1, max_size=3),
+    "kv_heads": st.integers(1, 2),
+    "group": st.sampled_from([1, 2, 3, 4, 5, 7, 8, 16]),
+    "head_dim": st.sampled_from([64, 80, 96, 128, 256]),
+    "page": st.sampled_from([16, 32, 48, 64, 128]),
+    "regions": st.integers(1, 8),
+    "layout": st.sampled_from(["nhd", "hnd", "joint"]),
+    "types": st.sampled_from(
+        [
+            (torch.float32, None),
+            (torch.float16, None),
+            (torch.bfloat16, None),
+            (torch.bfloat16, torch.float8_e4m3fn),
+            (torch.float16, torch.float8_e5m2),
+            (torch.float32, torch.float8_e4m3fn),
+        ]
+    ),
+    "window": st.one_of(st.none(), st.integers(1, 90)),
+    "softcap": st.sampled_from([0.0, 5.0]),
+    "with_alibi": st.booleans(),
+    "with_sinks": st.booleans(),
+    "splits": st.sampled_from([1, 1, 2, 3, 8]),
+    "block_n": st.sampled_from([16, 32, 64, 128]),
+}
+
+
+def check_shapes(seed, types, kv_heads, group, with_alibi, with_sinks, splits, block_n, **shape):
+    rng = np.random.default_rng(seed)
+    dtype, cache_dtype = types
+    heads = kv_heads * group
+    how = {
+        "alibi_slopes": torch.linspace(0.01, 0.3, heads) if with_alibi else None,
+        "sinks": torch.from_numpy(rng.standard_normal(heads).astype(np.float32)) if with_sinks else None,
+    }
+    if cache_dtype is not None:
+        how |= {"k_scale": 0.5, "v_scale": 1.5}
+    case = decode_case(rng, kv_heads=kv_heads, group=group, dtype=dtype, cache_dtype=cache_dtype, **shape, **how)
+    assert_agrees(case, splits=splits, block_n=block_n)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(**SHAPES)
+def test_agrees_with_the_oracle(**shape):
+    check_shapes(**shape)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(**SHAPES)
+def test_agrees_with_the_oracle_at_length(**shape):
+    check_shapes(**shape)
+
+
+@pytest.fixture
+def chat():
+    """Two rows of a chat whose regions are as a real one's: BOS and template outside of system and user."""
+    case = decode_case(np.random.default_rng(3), seq_lens=[201, 203], unprobed=0.0)
+    case.row_slot[:] = torch.tensor([3, 1])
+    case.prompt_len[:] = 200
+    case.n_rows[:] = 5
+    case.bounds[:] = torch.tensor([[5, 70], [75, 190], [0, 200]])
+    return case
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_taking_masses_leaves_the_output_bit_for_bit(chat, splits):
+    plain, *_ = run(chat, splits=splits, with_mass=False)
+    probed, mass, _ = run(chat, splits=splits)
+    assert torch.equal(plain, probed)
+    assert torch.isfinite(mass[3, 1, 1]).all()
+    chat.row_slot[:] = -1
+    unprobed, mass, entropy = run(chat, splits=splits)
+    assert torch.equal(plain, unprobed)
+    assert torch.isnan(mass).all()
+    assert torch.isnan(entropy).all()
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_writes_the_step_of_the_position_and_nothing_else(chat, splits):
+    _, mass = assert_agrees(chat, splits=splits)
+    expected = torch.zeros_like(mass, dtype=torch.bool)
+    expected[3, 1, 1] = expected[1, 3, 1] = True
+    assert torch.equal(~torch.isnan(mass), expected)
+
+
+@pytest.mark.parametrize(("prompt_len", "n_rows"), [(202, 5), (196, 5), (200, 1), (200, 0)])
+def test_steps_outside_the_buffer_are_not_written(chat, prompt_len, n_rows):
+    chat.prompt_len[3], chat.n_rows[3], chat.row_slot[1] = prompt_len, n_rows, -1
+    assert torch.isnan(run(chat)[1]).all()
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_one_key_that_holds_nearly_everything_does_not_drown_the_rest(chat, splits):
+    """A BOS-like key: the small masses keep their relative precision, wherever the bounds fall."""
+    chat.key_cache[chat.block_table[0, 0], 0] = chat.query[0, ::3] * 3.0
+    chat.bounds[:, 0] = torch.tensor([1, 201])
+    chat.bounds[:, 1] = torch.tensor([64, 128])
+    _, mass, _ = run(chat, splits=splits)
+    expected = reference.decode_mass(chat.empty_mass(), 1, *chat.batch, **chat.how).mass[3, 1, 1]
+    assert (expected[:, 0] < 1e-6).any()
+    torch.testing.assert_close(mass[3, 1, 1].double(), expected, rtol=1e-4, atol=0)
+
+
+def test_parts_of_the_keys_add_up_to_one(chat):
+    chat.bounds[:, 0] = torch.tensor([0, 33])
+    chat.bounds[:, 1] = torch.tensor([33, 10_000])
+    chat.bounds[:, 2] = torch.tensor([-5, 1 << 30])
+    left, right, whole = run(chat)[1][3, 1, 1].unbind(-1)
+    torch.testing.assert_close(left + right, torch.ones_like(left), rtol=0, atol=MASS_TOLERANCE)
+    torch.testing.assert_close(whole, torch.ones_like(left), rtol=0, atol=MASS_TOLERANCE)
+
+
+def test_a_region_that_the_sliding_window_has_left_holds_nothing(chat):
+    chat.how["window"] = 120
+    _, mass = assert_agrees(chat)
+    assert (mass[3, 1, 1, :, 0] == 0).all()
+    assert (mass[3, 1, 1, :, 1] > 0).all()
+
+
+def test_a_poisoned_key_that_is_attended_shows(chat):
+    chat.key_cache[chat.block_table[0, 2], 3] = torch.nan
+    output, mass, _ = run(chat)
+    assert torch.isnan(output[0]).all()
+    assert torch.isnan(mass[3, 1, 1]).all()
+    assert torch.isfinite(output[1]).all()
+
+
+def test_caches_past_two_to_the_31_elements():
+    """Blocks so far apart that a 32-bit offset would wrap."""
+    case = decode_case(np.random.default_rng(5), seq_lens=[40], kv_heads=2, dtype=torch.float16, unprobed=0.0)
+    stride = 1_500_000_000
+    for name in ("key_cache", "value_cache"):
+        cache = getattr(case, name)
+        far = torch.empty(stride * 4, dtype=cache.dtype)  # pages of memory that nothing touches cost nothing
+        view = far.as_strided((4, *cache.shape[1:]), (stride, *cache.stride()[1:]))
+        for block, there in zip((2, 3, 1), case.block_table[0]):
+            view[block] = cache[there]
+        setattr(case, name, view)
+    case.block_table = torch.tensor([[2, 3, 1]], dtype=torch.int32)
+    assert_agrees(case)
+
+
+@pytest.mark.parametrize("splits", [1, 16])
+@pytest.mark.parametrize("n", [2049, 131_072])
+def test_long_contexts(n, splits):
+    case = decode_case(
+        np.random.default_rng(n), seq_lens=[n, 17], kv_heads=1, group=4, regions=8, dtype=torch.bfloat16, unprobed=0.0
+    )
+    case.n_rows[:] = 9
+    assert_agrees(case, splits=splits, block_n=512)
