@@ -123,6 +123,7 @@ class ProbedEngine:
         self.layers: int = described["layers"]
         self.heads: int = described["heads"]
         self.windows: list[int | None] = described["windows"]
+        self._sinks: bool = described["sinks"]
         self.dtype: str = described["dtype"]
         self.recorder_bytes: int = described["recorder_bytes"]
         self._free = list(range(self.slots))[::-1]
@@ -280,13 +281,11 @@ class ProbedEngine:
         """Step 0 sees the prompt and nothing else, so its prompt mass is 1 (less with sinks, never more)."""
         prompt = recording.first[..., self.regions.index("prompt")]
         whole = finished.request.regions.get("prompt") == (0, len(finished.request.prompt_ids))
-        if whole and not self._has_sinks and (np.abs(prompt - 1.0) > 1e-3).any():
+        if whole and not self._sinks and (np.abs(prompt - 1.0) > 1e-3).any():
             raise RuntimeError(
                 f"request {finished.tenant}: the heads' mass on the whole prompt at step 0 is "
                 f"{np.nanmin(prompt):.6f}..{np.nanmax(prompt):.6f}, not 1; the recording cannot be trusted"
             )
-
-    _has_sinks = False
 
 
 def _engine_config(args: dict[str, Any]) -> VllmConfig:

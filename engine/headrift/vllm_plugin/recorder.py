@@ -94,6 +94,8 @@ class Recorder:
         self.row_slot = torch.full((batch_rows,), -1, dtype=torch.int32, **on_device)
         self.row_step = torch.full((batch_rows,), -1, dtype=torch.int32, **on_device)
         self.windows: list[int | None] = [None] * layers
+        # Attention sinks take a part of every head's mass, so that the keys' masses sum to less than 1.
+        self.sinks = False
         self._tenants = np.full(settings.slots, -1, np.int64)
         # Written by rows.py: the slot of each row the model runner knows (V1: batch rows, V2: req_idx).
         self.runner_rows = np.full(batch_rows, -1, np.int32)
@@ -197,6 +199,7 @@ class WorkerExtension:
             "layers": recorder.mass.shape[2],
             "heads": recorder.mass.shape[3],
             "windows": recorder.windows,
+            "sinks": recorder.sinks,
             "recorder_bytes": recorder.nbytes,
             "dtype": str(self.vllm_config.model_config.dtype).removeprefix("torch."),
         }

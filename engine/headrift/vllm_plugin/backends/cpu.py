@@ -168,6 +168,7 @@ class CPUMassImpl(CPUAttentionBackendImpl):
         self.recorder = Recorder.of(get_current_vllm_config())
         if self.recorder is None:
             return
+        self.recorder.sinks |= self.sinks is not None
         reasons = []
         if self.attn_type != AttentionType.DECODER:
             reasons.append(f"a layer attends as '{self.attn_type}', not as a causal decoder")
