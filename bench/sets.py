@@ -45,6 +45,8 @@ READING = """
   little for heads to disagree about. These tables show that the pipeline measures, not what the score is worth on a
   model that is used in earnest.
 - Where the score's interval and that of a confound overlap, the score has shown nothing beyond the confound.
+- In indirect_injection 60 of the benign rows are twins of attacks (the same question), which the intervals do not
+  know: they are a little too narrow there.
 - The sets differ in what a reader can tell from words alone; `datasets/README.md` lists those surface differences.
 """
 
