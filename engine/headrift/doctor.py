@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from headrift import __version__
+from headrift.machine import processor
 from headrift.model_facts import WEIGHTS, ModelError, ModelFacts, read_model
 from headrift.vllm_plugin.plugin import VLLM_VERSION
 
@@ -56,10 +57,10 @@ def _machine(say: Callable[[str], None]) -> Iterator[str]:
     import psutil
 
     memory = psutil.virtual_memory()
-    processor, flags = _processor()
+    name_of_cpu, flags = processor()
     known = [name for name in _INSTRUCTIONS if name in flags]
     _line(say, "system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}")
-    _line(say, "processor", f"{processor}, {os.cpu_count()} cores{', ' if known else ''}{' '.join(known)}")
+    _line(say, "processor", f"{name_of_cpu}, {os.cpu_count()} cores{', ' if known else ''}{' '.join(known)}")
     _line(say, "memory", f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free")
     _line(say, "disk", f"{shutil.disk_usage(Path.cwd()).free / 1e9:.1f} GB free in this folder")
     _line(say, "GPU", _gpu())
@@ -69,16 +70,6 @@ def _machine(say: Callable[[str], None]) -> Iterator[str]:
         yield "attention is measured on x86-64 Linux only, so far: use such a machine"
     elif flags and "avx2" not in flags:
         yield "the processor has no AVX2, which vLLM for CPUs needs: use another machine"
-
-
-def _processor() -> tuple[str, set[str]]:
-    """The processor's name and its instruction sets, as Linux names them; no instruction sets where it says nothing."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    return facts.get("model name") or platform.processor() or platform.machine(), set(facts.get("flags", "").split())
 
 
 def _gpu() -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from headrift import signal
 from headrift.vllm_plugin import plugin
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Finished:
     @property
     def n_steps(self) -> int:
         """The last recorded step: n answer tokens have steps 0..n-1, of which the first N+1 are kept."""
-        return max(0, min(len(self.answer_ids) - 1, self.request.steps))
+        return signal.n_steps(len(self.answer_ids), self.request.steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +201,7 @@ class ProbedEngine:
         fed = list(request.prompt_ids)
         tokens = request.steps + 1
         if request.answer_ids is not None:
-            fed += list(request.answer_ids)[: max(0, min(len(request.answer_ids) - 1, request.steps))]
+            fed += list(request.answer_ids)[: signal.n_steps(len(request.answer_ids), request.steps)]
             tokens = 1
         if len(fed) + tokens > self.max_model_len:
             raise ValueError(f"{len(fed)} tokens and {tokens} more do not fit the context of {self.max_model_len}")

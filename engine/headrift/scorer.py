@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, fields
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -254,7 +253,7 @@ class Scorer:
     def _should_prime(self, prepared: _Prepared, waiting: Sequence[_Prepared]) -> bool:
         """Whether to prefill this prompt before the next is queued, so that the next finds their prefix cached."""
         prefix = prepared.shared_prefix
-        if prefix in self._primed or not any(other.shared_prefix == prefix for other in islice(waiting, 1)):
+        if prefix in self._primed or not waiting or waiting[0].shared_prefix != prefix:
             return False
         if len(self._primed) >= _PRIMED:
             self._primed.clear()
@@ -270,7 +269,7 @@ class Scorer:
                 raise PromptError("no_system_prompt", "the prompt names no system region, or an empty one")
             fed = len(rendered.token_ids)
             if answer_ids is not None:
-                fed += max(0, min(len(answer_ids) - 1, self.steps)) - self.steps
+                fed += signal.n_steps(len(answer_ids), self.steps) - self.steps
             longest = self.engine.most_prompt_tokens(self.steps)
             if fed > longest:
                 raise PromptError(

@@ -11,6 +11,7 @@ import pytest
 from headrift.corpus import parts
 from headrift.corpus.parts import OutputError, Parts, group_of, make_folder, part_schema, record_of, write_run
 from headrift.corpus.rows import BadRow, Row
+from headrift.machine import processor
 from headrift.scorer import Prompt, ScoreResult
 
 LAYERS, HEADS, REGIONS = 4, 3, ("system", "user", "prompt")
@@ -281,4 +282,4 @@ def test_versions_and_processor_are_known_here():
     found = parts.versions()
     assert set(found) == {"headrift", "python", "vllm", "torch", "transformers", "numba"}
     assert None not in found.values()
-    assert parts.cpu_name()
+    assert processor()[0]

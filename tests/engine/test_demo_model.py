@@ -11,6 +11,7 @@ from vllm import SamplingParams
 from vllm.inputs import TokensPrompt
 
 from headrift.probed_engine import ProbeRequest
+from headrift.vllm_plugin.recorder import Recorder
 from headrift_kernels import reference
 
 # See test_parity.py.
@@ -192,7 +193,7 @@ def test_a_recording_that_contradicts_itself_is_refused(scorer):
     finished = []
     while not finished:
         finished = engine.step()
-    engine.llm_engine.collective_rpc(lambda worker: worker._headrift_recorder().mass.mul_(0.9).ndim)
+    engine.llm_engine.collective_rpc(lambda worker: Recorder.required(worker.vllm_config).mass.mul_(0.9).ndim)
     with pytest.raises(RuntimeError, match="cannot be trusted"):
         engine.drain(finished)
     engine.abort()

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from headrift.probed_engine import ProbedEngine, ProbeRequest
+from headrift.vllm_plugin.recorder import Recorder
 
 # Two float32 computations of the same model: matrix products in another order move q and k by some 1e-6 relative, which
 # a softmax over scores of up to about 30 turns into some 1e-5 of a probability.
@@ -124,7 +125,7 @@ def test_slots_never_show_a_former_tenant(tiny, run):
     long = run(engine, [request(60, 8) for _ in range(engine.slots)])
     short = run(engine, [request(20, 1) for _ in range(engine.slots)])
     assert {item.done.n_steps for item in long} == {8}
-    mass = engine.llm_engine.collective_rpc(lambda worker: worker._headrift_recorder().mass.numpy().copy())[0]
+    mass = engine.llm_engine.collective_rpc(lambda worker: Recorder.required(worker.vllm_config).mass.numpy().copy())[0]
     assert not np.isnan(mass[:, :2]).any()
     assert np.isnan(mass[:, 2:]).all()
     for item in short:

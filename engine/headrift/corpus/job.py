@@ -24,6 +24,7 @@ from headrift.corpus import parts, readers
 from headrift.corpus.reasons import REASONS
 from headrift.corpus.rows import BadRow, Row
 from headrift.corpus.summary import SCORE, Summary
+from headrift.machine import processor
 from headrift.model_facts import ModelFacts, read_model
 from headrift.probed_engine import REGIONS, EngineError
 from headrift.vllm_plugin.plugin import RefusedError
@@ -167,7 +168,7 @@ class ScoreJob:
             "model": {"path": str(asked.model), **parts.model_fingerprint(asked.model)},
             "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
             "engine": {name: getattr(engine, name) for name in shape},
-            "host": {"cpu": parts.cpu_name(), "cores": os.cpu_count()},
+            "host": {"cpu": processor()[0], "cores": os.cpu_count()},
             "inputs": [{"name": str(path), **parts.file_fingerprint(path)} for path in asked.inputs],
         }
         self.seconds["start"] = time.monotonic() - self._begun

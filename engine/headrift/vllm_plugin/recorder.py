@@ -125,6 +125,14 @@ class Recorder:
             _RECORDERS[config.instance_id] = recorder
         return recorder
 
+    @staticmethod
+    def required(config: VllmConfig) -> Recorder:
+        """The recorder of an engine that must have one; RuntimeError where probing was not asked for."""
+        recorder = Recorder.of(config)
+        if recorder is None:
+            raise RuntimeError('this engine was started without additional_config={"headrift": {...}}')
+        return recorder
+
     @property
     def nbytes(self) -> int:
         """Bytes of device memory the recorder holds."""
@@ -194,7 +202,7 @@ class WorkerExtension:
 
     def headrift_describe(self) -> dict[str, Any]:
         """Shape of the model and of the recorder as this worker sees them."""
-        recorder = self._headrift_recorder()
+        recorder = Recorder.required(self.vllm_config)
         return {
             "layers": recorder.mass.shape[2],
             "heads": recorder.mass.shape[3],
@@ -210,10 +218,4 @@ class WorkerExtension:
         """`Recorder.drain` in safetensors form."""
         from safetensors.numpy import save
 
-        return save(self._headrift_recorder().drain(tenants, n_rows, system, prompt, want_mass))
-
-    def _headrift_recorder(self) -> Recorder:
-        recorder = Recorder.of(self.vllm_config)
-        if recorder is None:
-            raise RuntimeError('this engine was started without additional_config={"headrift": {...}}')
-        return recorder
+        return save(Recorder.required(self.vllm_config).drain(tenants, n_rows, system, prompt, want_mass))

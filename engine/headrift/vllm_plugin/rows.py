@@ -31,13 +31,6 @@ def batch_rows(metadata: CommonAttentionMetadata) -> np.ndarray:
     return metadata.req_idx[: metadata.num_reqs]
 
 
-def _recorder(config: VllmConfig) -> Recorder:
-    recorder = Recorder.of(config)
-    if recorder is None:
-        raise RuntimeError('headrift\'s logits processor needs additional_config={"headrift": {...}}')
-    return recorder
-
-
 def _validate(params: SamplingParams) -> None:
     # The engine's own limits are not known here; they are checked again when the request is admitted.
     Probe.of(params, Settings(slots=2**31, steps=2**31, regions=8))
@@ -47,7 +40,7 @@ class RowsV1(V1Processor):
     """Keeps the recorder's row table as the V1 runner moves requests between batch rows."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool):
-        self.recorder = _recorder(vllm_config)
+        self.recorder = Recorder.required(vllm_config)
         self.rows = self.recorder.runner_rows
 
     @classmethod
@@ -82,7 +75,7 @@ class RowsV2(V2Processor):
     """Keeps the recorder's table by the V2 runner's `req_idx`."""
 
     def __init__(self, vllm_config: VllmConfig, req_states: LogitsProcRequestState):
-        self.recorder = _recorder(vllm_config)
+        self.recorder = Recorder.required(vllm_config)
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
