@@ -14,17 +14,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import llvmlite.binding
+import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils, typing
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 _FLOAT = ir.FloatType()
 _INT64 = ir.IntType(64)
 _INT32 = ir.IntType(32)
 
-_AVX512 = llvmlite.binding.get_host_cpu_features().get("avx512f", False)
+# What numba compiles for: NUMBA_CPU_FEATURES where it is set.
+_AVX512 = "+avx512f" in (numba.config.CPU_FEATURES or get_host_cpu_features()).split(",")
 # Most heads whose sums are kept at once, and columns of a row taken at a time: what the registers hold.
 MOST_HEADS = 4
 KEY_TILE = 32 if _AVX512 else 16
