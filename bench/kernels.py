@@ -122,8 +122,8 @@ def table(report: dict) -> str:
         f"# The CPU kernel and vLLM's own operation: {machine['cpu']}, {machine['cores']} cores, "
         f"{machine['instructions']}",
         "",
-        "Made by `bench/kernels.py`; microseconds a call, lower quartiles. **apart**: vLLM's operation, then a pass over",
-        "K for the masses, as a backend would do that kept vLLM's operation.",
+        "Made by `bench/kernels.py`; microseconds a call, lower quartiles. **apart**: vLLM's operation, then a pass",
+        "over K for the masses, as a backend would do that kept vLLM's operation.",
         "",
         f"Geometric means: with masses ours is {means['speedup']:.2f} times as fast as vLLM's operation, which takes",
         f"none; masses on / off is {means['mass_over_plain']:.3f}. Ours is slower than `apart` in "
