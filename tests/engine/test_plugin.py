@@ -159,27 +159,60 @@ def probe(slot: int, tenant: int) -> SamplingParams:
     return SamplingParams(extra_args={"headrift": extra})
 
 
+def publish(recorder: Recorder, rows: list[int], seq_lens: list[int], real: bool = True) -> None:
+    """The running step's rows, as a backend's builder publishes them."""
+    if real:
+        recorder.begin_step()
+    recorder.publish(np.array(rows, np.intp), torch.tensor(seq_lens, dtype=torch.int32))
+
+
 def test_a_new_tenant_finds_an_empty_slot_and_a_returning_one_its_own(recorder):
     assert recorder.admit(None) == recorder.admit(SamplingParams()) == -1
     assert recorder.admit(probe(1, 10)) == 1
+    publish(recorder, [0], [7])
     recorder.mass[1] = 0.5
     recorder.admit(probe(1, 10))
+    publish(recorder, [0], [7])
     assert (recorder.mass[1] == 0.5).all(), "preemption and resume wiped the recording"
     recorder.admit(probe(1, 11))
+    publish(recorder, [0], [7])
     assert torch.isnan(recorder.mass[1]).all()
     assert recorder.bounds[1].tolist() == [[0, 3], [0, 7]]
     assert recorder.prompt_len[1] == 7
     assert recorder.n_rows[1] == 3
 
 
-def test_rows_beyond_the_batch_are_not_probed(recorder):
+def test_rows_beyond_the_batch_are_not_probed():
+    settings = Settings(slots=2, steps=3, regions=2, logit_stats=True)
+    recorder = Recorder(settings, layers=2, heads=2, batch_rows=4, device=torch.device("cpu"))
     recorder.runner_rows[:] = [1, -1, 0, 1]
     recorder.prompt_len[:] = torch.tensor([5, 7])
-    assert recorder.publish(np.arange(3), torch.tensor([9, 4, 5], dtype=torch.int32))
+    publish(recorder, [0, 1, 2], [9, 4, 5])
+    assert recorder.probed
     assert recorder.row_slot.tolist() == [1, -1, 0, -1]
     assert recorder.row_step[[0, 2]].tolist() == [2, 0]
-    assert not recorder.publish(np.array([1]), torch.tensor([4], dtype=torch.int32))
+    publish(recorder, [1], [4])
+    assert not recorder.probed
     assert recorder.row_slot.tolist() == [-1] * 4
+
+
+def test_a_made_up_batch_is_not_probed_though_its_row_numbers_are_live(recorder):
+    recorder.runner_rows[:] = [1, 0, -1, -1]
+    publish(recorder, [0, 1], [7, 7])
+    assert recorder.row_slot.tolist() == [1, 0, -1, -1]
+    publish(recorder, [0, 1], [7, 7], real=False)
+    assert recorder.row_slot.tolist() == [-1] * 4
+
+
+def test_the_last_of_two_tenants_between_two_steps_is_installed(recorder):
+    recorder.admit(probe(0, 1))
+    late = SamplingParams(
+        extra_args={"headrift": {"slot": 0, "tenant": 2, "prompt_len": 9, "regions": [[1, 4]], "steps": 1}}
+    )
+    recorder.admit(late)
+    publish(recorder, [0], [9])
+    assert recorder.bounds[0].tolist() == [[1, 4], [0, 0]]
+    assert (int(recorder.prompt_len[0]), int(recorder.n_rows[0])) == (9, 2)
 
 
 def test_a_drain_of_a_slot_that_was_given_away_fails(recorder):

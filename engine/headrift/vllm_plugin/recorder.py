@@ -79,7 +79,11 @@ class Recorder:
 
     mass: [S, N+1, L, H, R] float32, NaN where unwritten. stats: [S, N+1, 3] float32 (entropy, top-1, margin), NaN where
     unwritten. bounds: [S, R, 2], prompt_len, n_rows: [S] int32. row_slot: [rows] int32, the slot of each batch row of
-    the running step, -1 where the row is not probed; row_step: [rows] int32, the step of the row's last query.
+    the running step, -1 where the row is not probed; row_step: [rows] int32, the step of the row's last query. All of
+    them keep their address, so that a captured CUDA graph may read and write them.
+
+    On the host, where a step is planned: slots, [rows of the running step] int32, as row_slot; prompt_lens and
+    rows_wanted, [S] int32, as prompt_len and n_rows.
     """
 
     def __init__(self, settings: Settings, layers: int, heads: int, batch_rows: int, device: torch.device):
@@ -96,9 +100,16 @@ class Recorder:
         self.windows: list[int | None] = [None] * layers
         # Attention sinks take a part of every head's mass, so that the keys' masses sum to less than 1.
         self.sinks = False
-        self._tenants = np.full(settings.slots, -1, np.int64)
         # Written by rows.py: the slot of each row the model runner knows (V1: batch rows, V2: req_idx).
         self.runner_rows = np.full(batch_rows, -1, np.int32)
+        self.slots = np.empty(0, np.int32)
+        self.prompt_lens = np.ones(settings.slots, np.int32)
+        self.rows_wanted = np.zeros(settings.slots, np.int32)
+        # The metadata builder that publishes the rows of each step: the first of an engine.
+        self.publisher: Any = None
+        self._tenants = np.full(settings.slots, -1, np.int64)
+        self._newcomers: dict[int, Probe] = {}
+        self._step_is_real = False
 
     @staticmethod
     def of(config: VllmConfig) -> Recorder | None:
@@ -119,7 +130,7 @@ class Recorder:
                 Settings(**asked),
                 layers=model.get_num_layers(parallel),
                 heads=model.get_num_attention_heads(parallel),
-                batch_rows=config.scheduler_config.max_num_seqs,
+                batch_rows=_most_rows(config),
                 device=torch.device(config.device_config.device_type),
             )
             _RECORDERS[config.instance_id] = recorder
@@ -139,7 +150,7 @@ class Recorder:
         return sum(v.nbytes for v in vars(self).values() if isinstance(v, torch.Tensor))
 
     def admit(self, params: SamplingParams | None) -> int:
-        """Give a request its slot: -1 where it is not probed. A tenant's first call wipes what the last one left.
+        """Give a request its slot: -1 where it is not probed. A new tenant's step begins with an empty slot.
 
         A request that comes back after preemption is the same tenant: what it has recorded stays.
         """
@@ -148,74 +159,87 @@ class Recorder:
             return -1
         if self._tenants[probe.slot] != probe.tenant:
             self._tenants[probe.slot] = probe.tenant
-            self.mass[probe.slot] = torch.nan
-            self.stats[probe.slot] = torch.nan
-            bounds = torch.zeros((self.settings.regions, 2), dtype=torch.int32)
-            if probe.regions:
-                bounds[: len(probe.regions)] = torch.tensor(probe.regions, dtype=torch.int32)
-            self.bounds[probe.slot] = bounds.to(self.bounds.device)
-            self.prompt_len[probe.slot] = probe.prompt_len
-            self.n_rows[probe.slot] = probe.steps + 1
+            self.prompt_lens[probe.slot] = probe.prompt_len
+            self.rows_wanted[probe.slot] = probe.steps + 1
+            self._newcomers[probe.slot] = probe
         return probe.slot
 
-    def publish(self, rows: np.ndarray, seq_lens: torch.Tensor) -> bool:
-        """Say which slot each row of the step about to run carries; whether any row is probed.
+    def begin_step(self) -> None:
+        """Called by rows.py when the runner has brought its rows up to date for a step with requests in it.
 
-        rows: the runner's own row numbers, in batch order. seq_lens: [rows] lengths after this step.
+        A batch that is published without is made up (profiling, warm-up, graph capture): its row numbers mean nothing.
         """
-        slots = self.runner_rows[rows]
-        n = len(slots)
-        self.row_slot.fill_(-1)
-        if not (slots >= 0).any():
-            return False
-        self.row_slot[:n] = torch.from_numpy(slots)
-        prompt_len = self.prompt_len[self.row_slot[:n].clamp(min=0).long()]
-        self.row_step[:n] = seq_lens[:n] - prompt_len
-        return True
+        self._step_is_real = True
 
-    def drain(self, tenants: Sequence[tuple[int, int]], n_rows: int, system: int, prompt: int, want_mass: bool) -> dict:
-        """Steps 0..n_rows-1 of finished requests, as arrays by name, one entry per (slot, tenant).
+    def publish(self, rows: np.ndarray, seq_lens: torch.Tensor) -> None:
+        """Say which slot each row of the step about to run carries. Enqueues copies and waits for nothing.
 
-        share: [n, n_rows, layers, heads] mass[system] / mass[prompt], divided on the device, 0 where the prompt's
-        mass is below 1e-9, NaN where unwritten. first: [n, layers, heads, regions] masses of step 0. stats: [n,
-        n_rows, 3]. mass: [n, n_rows, layers, heads, regions], only when asked for. KeyError where a slot has another
-        tenant by now.
+        rows: the runner's own row numbers, in batch order. seq_lens: [rows] lengths after this step, on the device.
+        """
+        n = len(rows)
+        slots = np.full(len(self.row_slot), -1, np.int32)
+        if self._step_is_real:
+            slots[:n] = self.runner_rows[rows]
+        self._step_is_real = False
+        was_probed, probed = self.probed, bool((slots >= 0).any())
+        self.slots = slots[:n]
+        self._install_newcomers()
+        if was_probed or probed:
+            self.row_slot.copy_(self._staged(slots), non_blocking=True)
+        if probed and self.settings.logit_stats:
+            prompt_len = self.prompt_len[self.row_slot[:n].clamp(min=0).long()]
+            self.row_step[:n] = seq_lens[:n] - prompt_len
+
+    @property
+    def probed(self) -> bool:
+        """Whether any row of the running step is probed."""
+        return bool((self.slots >= 0).any())
+
+    def _staged(self, array: np.ndarray) -> torch.Tensor:
+        """`array` as a tensor that the device can copy while the host goes on to the next step.
+
+        The pinned memory is fresh: torch hands it out again only after the copies from it are done.
+        """
+        tensor = torch.from_numpy(array)
+        return tensor if self.mass.device.type == "cpu" else tensor.pin_memory()
+
+    def _install_newcomers(self) -> None:
+        """Wipe the slots of new tenants and set their bounds, before their first step in the order of the stream."""
+        if not self._newcomers:
+            return
+        probes = list(self._newcomers.values())
+        self._newcomers.clear()
+        bounds = np.zeros((len(probes), self.settings.regions, 2), np.int32)
+        for row, probe in zip(bounds, probes, strict=True):
+            row[: len(probe.regions)] = np.reshape(probe.regions, (-1, 2))
+        taken = np.array([p.slot for p in probes], np.int64)
+        device = self.mass.device
+        slots = self._staged(taken).to(device, non_blocking=True)
+        for tensor, values in (
+            (self.bounds, bounds),
+            (self.prompt_len, self.prompt_lens[taken]),
+            (self.n_rows, self.rows_wanted[taken]),
+        ):
+            tensor.index_copy_(0, slots, self._staged(values).to(device, non_blocking=True))
+        for tensor in (self.mass, self.stats):
+            tensor.index_fill_(0, slots, torch.nan)
+
+    def gather(
+        self, tenants: Sequence[tuple[int, int]], n_rows: int, system: int, prompt: int, want_mass: bool
+    ) -> dict[str, torch.Tensor]:
+        """Steps 0..n_rows-1 of finished requests, one entry per (slot, tenant), in fresh tensors on the device.
+
+        share: [n, n_rows, layers, heads] mass[system] / mass[prompt], 0 where the prompt's mass is below 1e-9, NaN
+        where unwritten. first: [n, layers, heads, regions] masses of step 0. stats: [n, n_rows, 3]. mass: [n, n_rows,
+        layers, heads, regions], only when asked for. The work is enqueued and not waited for. KeyError where a slot
+        has another tenant by now.
         """
         gone = [(slot, tenant) for slot, tenant in tenants if self._tenants[slot] != tenant]
         if gone:
             raise KeyError(f"slots were given to other requests before they were drained: {gone}")
-        slots = torch.tensor([slot for slot, _ in tenants], dtype=torch.long, device=self.mass.device)
-        mass = self.mass[slots, :n_rows]
+        # Slices and scalars only: an index tensor, or a 0 as a tensor, would be copied to the device and waited for.
+        mass = torch.stack([self.mass[slot, :n_rows] for slot, _ in tenants])
+        stats = torch.stack([self.stats[slot, :n_rows] for slot, _ in tenants])
         whole = mass[..., prompt]
-        share = torch.where(whole < 1e-9, 0.0, mass[..., system] / whole)
-        share = torch.where(torch.isnan(whole), torch.nan, share)
-        out = {"share": share, "first": mass[:, 0], "stats": self.stats[slots, :n_rows]}
-        if want_mass:
-            out["mass"] = mass
-        return {name: value.cpu().contiguous().numpy() for name, value in out.items()}
-
-
-class WorkerExtension:
-    """Methods that `collective_rpc` reaches on each worker. Arrays leave as bytes (vLLM drops arrays)."""
-
-    vllm_config: VllmConfig
-
-    def headrift_describe(self) -> dict[str, Any]:
-        """Shape of the model and of the recorder as this worker sees them."""
-        recorder = Recorder.required(self.vllm_config)
-        return {
-            "layers": recorder.mass.shape[2],
-            "heads": recorder.mass.shape[3],
-            "windows": recorder.windows,
-            "sinks": recorder.sinks,
-            "recorder_bytes": recorder.nbytes,
-            "dtype": str(self.vllm_config.model_config.dtype).removeprefix("torch."),
-        }
-
-    def headrift_drain(
-        self, tenants: Sequence[tuple[int, int]], n_rows: int, system: int, prompt: int, want_mass: bool
-    ) -> bytes:
-        """`Recorder.drain` in safetensors form."""
-        from safetensors.numpy import save
-
-        return save(Recorder.required(self.vllm_config).drain(tenants, n_rows, system, prompt, want_mass))
+        share = (mass[..., system] / whole).masked_fill_(whole < 1e-9, 0.0)
+        return {"share": share, "first": mass[:, 0].contiguous(), "stats": stats} | ({"mass": mass} if want_mass else {})

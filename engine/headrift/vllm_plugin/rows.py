@@ -48,6 +48,7 @@ class RowsV1(V1Processor):
         _validate(sampling_params)
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
+        self.recorder.begin_step()
         if batch_update is None:
             return
         for row in batch_update.removed:
@@ -86,9 +87,11 @@ class RowsV2(V2Processor):
         self.recorder.runner_rows[req_idx] = slot
         return slot >= 0 and self.recorder.settings.logit_stats
 
+    def apply_staged_writes(self) -> None:
+        self.recorder.begin_step()
+
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
-        table = torch.from_numpy(self.recorder.runner_rows).to(logits.device)
-        slots = table[ctx.expanded_idx_mapping.long()]
-        steps = ctx.pos.int() + 1 - self.recorder.prompt_len[slots.clamp(min=0).long()]
-        record(self.recorder, logits, slots, steps)
+        # Without speculative decoding, which is refused, a row of logits is a batch row.
+        n = logits.shape[0]
+        record(self.recorder, logits, self.recorder.row_slot[:n], self.recorder.row_step[:n])
         return logits

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from vllm import _custom_ops as ops
 from vllm import envs
-from vllm.config import VllmConfig, get_current_vllm_config
-from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backend import AttentionLayer, AttentionType, CommonAttentionMetadata
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -20,9 +18,9 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from headrift.vllm_plugin.measure import MeasuringBuilder, MeasuringImpl
 from headrift.vllm_plugin.plugin import RefusedError
 from headrift.vllm_plugin.recorder import Recorder
-from headrift.vllm_plugin.rows import batch_rows
 from headrift_kernels.cpu.paged_attention import SLOT, Queries, attend, body_for, measured_queries
 
 # The instruction-set variants of vLLM's CPU kernels whose K cache is packed as [head_dim, block_size].
@@ -65,38 +63,24 @@ class CPUMassBackend(CPUAttentionBackend):
         return CPUMassBuilder
 
 
-class CPUMassBuilder(CPUAttentionMetadataBuilder):
-    """Publishes, before each step, which rows are probed, and plans the step where any of their queries is measured."""
+class CPUMassBuilder(MeasuringBuilder, CPUAttentionMetadataBuilder):
+    """Plans the steps in which a query of a probed row is measured."""
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.recorder = Recorder.of(vllm_config)
         if self.recorder is None:
             return
         if self.isa not in PACKED_ISAS:
             raise RefusedError([f"vLLM chose the CPU kernels '{self.isa}', whose KV layout headrift does not read"])
         body_for(self.dtype)
-        layers = vllm_config.compilation_config.static_forward_context
-        for name in layer_names:
-            index, impl = extract_layer_index(name), layers[name].impl
-            impl.layer_index = index
-            self.recorder.windows[index] = impl.sliding_window if impl.sliding_window > 0 else None
 
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> CPUAttentionMetadata:
-        metadata: Any = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        metadata.measured = None
-        if self.recorder is not None and self.recorder.publish(
-            batch_rows(common_attn_metadata), common_attn_metadata.seq_lens
-        ):
-            metadata.measured = self._plan(self.recorder, metadata, common_attn_metadata.num_reqs)
-        return metadata
-
-    def _plan(self, recorder: Recorder, metadata: CPUAttentionMetadata, rows: int) -> MeasuredStep | None:
+    def plan(
+        self, recorder: Recorder, metadata: CPUAttentionMetadata, common: CommonAttentionMetadata
+    ) -> MeasuredStep | None:
         """What to do in this step; None where no query of a probed row is one of its recorded steps."""
+        rows = common.num_reqs
         starts = metadata.query_start_loc.numpy()
         lengths = np.diff(starts[: rows + 1])
         bounds = np.flatnonzero(np.diff(np.concatenate([[False], lengths > 1, [False]])))
@@ -104,9 +88,9 @@ class CPUMassBuilder(CPUAttentionMetadataBuilder):
         table = measured_queries(
             starts,
             metadata.seq_lens.numpy(),
-            recorder.row_slot[:rows].numpy(),
-            recorder.prompt_len.numpy(),
-            recorder.n_rows.numpy(),
+            recorder.slots,
+            recorder.prompt_lens,
+            recorder.rows_wanted,
             recorder.settings.rows,
             few,
         )
@@ -159,23 +143,8 @@ class CPUMassBuilder(CPUAttentionMetadataBuilder):
         return Run(start, stop, alone)
 
 
-class CPUMassImpl(CPUAttentionBackendImpl):
+class CPUMassImpl(MeasuringImpl, CPUAttentionBackendImpl):
     """The parent, but in a step with measured queries: then decode rows are attended and measured in one pass."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.layer_index = -1
-        self.recorder = Recorder.of(get_current_vllm_config())
-        if self.recorder is None:
-            return
-        self.recorder.sinks |= self.sinks is not None
-        reasons = []
-        if self.attn_type != AttentionType.DECODER:
-            reasons.append(f"a layer attends as '{self.attn_type}', not as a causal decoder")
-        if self.num_heads != self.recorder.mass.shape[3]:
-            reasons.append(f"a layer has {self.num_heads} heads where the model has {self.recorder.mass.shape[3]}")
-        if reasons:
-            raise RefusedError(reasons)
 
     def forward(
         self,
@@ -208,10 +177,6 @@ class CPUMassImpl(CPUAttentionBackendImpl):
                     queries,
                     self.recorder.bounds,
                     output=into,
-                    scale=self.scale,
-                    window=self.sliding_window if self.sliding_window > 0 else None,
-                    softcap=self.logits_soft_cap,
-                    alibi_slopes=self.alibi_slopes,
-                    sinks=None if self.sinks is None else self.sinks.float(),
+                    **self.attention_options(),
                 )
         return output

@@ -1,0 +1,110 @@
+"""What every backend of ours shares: which rows of a step are measured, and where their numbers go.
+
+A backend file mixes these two classes in before vLLM's own builder and implementation, and adds what is particular to
+it. All layers of an engine share one recorder; where a model has several KV cache groups (full and sliding layers), the
+first group's builder publishes the step's rows for all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder, AttentionType, CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from headrift.vllm_plugin.plugin import RefusedError
+from headrift.vllm_plugin.recorder import Recorder
+from headrift.vllm_plugin.rows import batch_rows
+
+
+class MeasuringImpl(AttentionImpl):
+    """Mixin before an `AttentionImpl`: the layer's place in the recorder. Without probing it is the parent."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.layer_index = -1
+        self.sinks_float32: torch.Tensor | None = None
+        self.recorder = Recorder.of(get_current_vllm_config())
+        if self.recorder is None:
+            return
+        self.recorder.sinks |= self.sinks is not None
+        reasons = self.layer_refusals(self.recorder)
+        if reasons:
+            raise RefusedError(reasons)
+
+    def layer_refusals(self, recorder: Recorder) -> list[str]:
+        """Every reason why this layer cannot be measured."""
+        reasons = []
+        if self.attn_type != AttentionType.DECODER:
+            reasons.append(f"a layer attends as '{self.attn_type}', not as a causal decoder")
+        if self.num_heads != recorder.mass.shape[3]:
+            reasons.append(f"a layer has {self.num_heads} heads where the model has {recorder.mass.shape[3]}")
+        return reasons
+
+    @property
+    def window(self) -> int | None:
+        """The keys a query sees at most, itself included; None for all of them."""
+        window = self.sliding_window
+        size = window[0] + 1 if isinstance(window, tuple) else window
+        return size if size > 0 else None
+
+    def attention_options(self) -> dict[str, Any]:
+        """What headrift's kernels take of this layer, whichever of them is called."""
+        return {
+            "scale": self.scale,
+            "window": self.window,
+            "softcap": self.logits_soft_cap,
+            "alibi_slopes": self.alibi_slopes,
+            "sinks": self.sinks_float32,
+        }
+
+
+class MeasuringBuilder(AttentionMetadataBuilder):
+    """Mixin before an `AttentionMetadataBuilder`: `metadata.measured` is what the step's forward passes measure.
+
+    A subclass says what that is in `plan`; None stands for a step that the parent attends as if nothing were measured.
+    """
+
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.recorder = Recorder.of(vllm_config)
+        self.capturing = False
+        if self.recorder is None:
+            return
+        if self.recorder.publisher is None:
+            self.recorder.publisher = self
+        layers = vllm_config.compilation_config.static_forward_context
+        for name in layer_names:
+            index, impl = extract_layer_index(name), layers[name].impl
+            impl.layer_index = index
+            impl.sinks_float32 = None if impl.sinks is None else impl.sinks.float()
+            self.recorder.windows[index] = impl.window
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> Any:
+        metadata: Any = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        metadata.measured = None
+        if self.recorder is not None:
+            if self.recorder.publisher is self:
+                self.recorder.publish(batch_rows(common_attn_metadata), common_attn_metadata.seq_lens)
+            if self.capturing or self.recorder.probed:
+                metadata.measured = self.plan(self.recorder, metadata, common_attn_metadata)
+        return metadata
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
+        # A graph is captured with our kernels in it; which rows they measure is read from the device at each replay.
+        self.capturing = True
+        try:
+            return super().build_for_cudagraph_capture(common_attn_metadata)
+        finally:
+            self.capturing = False
+
+    def plan(self, recorder: Recorder, metadata: Any, common: CommonAttentionMetadata) -> Any:
+        """What the forward passes of this step measure and how; None for nothing."""
+        raise NotImplementedError
