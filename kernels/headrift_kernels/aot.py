@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from headrift_kernels import sass
 
@@ -31,12 +33,21 @@ CHATS = {
 }
 BARS = {512: 1.25, 2048: 1.10}
 FLAGS = ("MASS", "ENTROPY", "WINDOW", "SOFTCAP", "ALIBI", "SINKS", "FP8")
-NAMES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8e4nv": 1, "fp8e5": 1}
+TYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp8e4nv": torch.float8_e4m3fn,
+    "fp8e5": torch.float8_e5m2,
+}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One compilation of one kernel, for 32 heads over 8 KV heads and pages of 16."""
+    """One compilation of one kernel, for 32 heads over 8 KV heads and pages of 16.
+
+    queries: the most that a row measures in one call of the kernels `span` and `lse`; of one, as when a prompt ends.
+    """
 
     kernel: str
     head_dim: int = 128
@@ -44,13 +55,19 @@ class Shape:
     cache: str = ""
     regions: int = 3
     splits: int = 1
+    queries: int = 16
     flags: frozenset[str] = frozenset({"MASS"})
 
     @property
     def name(self) -> str:
         options = [f.lower() for f in FLAGS if f in self.flags and f not in ("MASS", "FP8")]
         types = self.dtype + (f"+{self.cache}" if self.cache else "")
-        return " ".join([f"D={self.head_dim}", types, *options, *(["split"] if self.splits > 1 else [])])
+        return " ".join([f"D={self.head_dim}", types, *options, *self._how()])
+
+    def _how(self) -> list[str]:
+        if self.kernel in ("span", "lse"):
+            return ["1 query" if self.queries == 1 else f"{self.queries} queries"]
+        return ["split"] if self.splits > 1 else []
 
 
 @dataclass
@@ -74,36 +91,42 @@ def constants(shape: Shape, hip: bool) -> tuple[Any, dict[str, Any], dict[str, s
     """The kernel, its constexprs, its pointers' types, and the warps and stages that its launcher would choose."""
     import triton
 
-    from headrift_kernels.triton import decode_mass, logit_stats, span_mass
+    from headrift_kernels.triton import decode_kernels, decode_mass, logit_stats, query_lse, span_mass
+    from headrift_kernels.triton.measured import launch_of
 
-    dims = {"HEADS": 32, "HEAD_DIM": shape.head_dim, "BLOCK_D": triton.next_power_of_2(shape.head_dim)}
-    regions = {"REGIONS": shape.regions, "WIDTH": triton.next_power_of_2(shape.regions)}
-    flags = {flag: flag in shape.flags for flag in FLAGS}
-    tiles = decode_mass.tiles_for(shape.head_dim, NAMES[shape.dtype], NAMES[shape.cache or shape.dtype], hip)
     types = dict.fromkeys(("query_ptr", "output_ptr", "logits_ptr"), shape.dtype)
     types |= dict.fromkeys(("key_ptr", "value_ptr"), shape.cache or shape.dtype)
     integers = ("block_table", "seq_lens", "row_slot", "row_step", "prompt_len", "n_rows", "bounds", "query_start")
     types |= dict.fromkeys((f"{name}_ptr" for name in integers), "i32")
-    group = {"GROUP": 4, "PAGE": 16, "BLOCK_M": 16, "BLOCK_N": tiles.block_n}
-    split = {"SPLITS": shape.splits, "BLOCK_S": shape.splits}
-    if shape.kernel == "decode":
-        found = {**dims, **regions, **flags, **group, **split}
-        return decode_mass.decode_kernel, found, types, tiles.num_warps, tiles.num_stages
+    if shape.kernel == "logits":
+        return logit_stats.logit_statistics_kernel, {"BLOCK": 2048}, types, 8, 3
+    dtype, cache_dtype = TYPES[shape.dtype], TYPES[shape.cache or shape.dtype]
+    flags = {flag: flag in shape.flags for flag in FLAGS}
+    regions = {"HEADS": 32, "REGIONS": shape.regions, "WIDTH": triton.next_power_of_2(shape.regions)}
+    if shape.kernel in ("span", "lse"):
+        query = torch.empty(512, 32, shape.head_dim, dtype=dtype, device="meta")
+        keys = torch.empty(1, 16, 8, shape.head_dim, dtype=cache_dtype, device="meta")
+        no_options = {"window": None, "softcap": 0.0, "alibi_slopes": None, "sinks": None}
+        _, launch = launch_of(query, keys, 1, 16, shape.queries, None, hip, **no_options)
+        warps, stages = launch.pop("num_warps"), launch.pop("num_stages")
+        kernel = span_mass.span_mass_kernel if shape.kernel == "span" else query_lse.query_lse_kernel
+        return kernel, {**regions, **launch, **flags, "PROMPT": 2}, types, warps, stages
+    tiles = decode_mass.tiles_for(shape.head_dim, dtype.itemsize, cache_dtype.itemsize, hip)
+    found = {
+        **regions,
+        **flags,
+        "HEAD_DIM": shape.head_dim,
+        "BLOCK_D": triton.next_power_of_2(shape.head_dim),
+        "GROUP": 4,
+        "PAGE": 16,
+        "BLOCK_M": 16,
+        "BLOCK_N": tiles.block_n,
+        "SPLITS": shape.splits,
+        "BLOCK_S": shape.splits,
+    }
     if shape.kernel == "combine":
-        return decode_mass.combine_kernel, {**dims, **regions, **flags, **group, **split}, types, 4, 3
-    if shape.kernel == "span":
-        found = {
-            **dims,
-            **regions,
-            **flags,
-            **group,
-            "BLOCK_N": 32 if shape.cache else 64,
-            "BLOCK_M": 64,
-            "BLOCK_Q": 16,
-            "PROMPT": 2,
-        }
-        return span_mass.span_mass_kernel, found, types, 8, 3
-    return logit_stats.logit_statistics_kernel, {"BLOCK": 2048}, types, 8, 3
+        return decode_kernels.combine_kernel, found, types, 4, 3
+    return decode_kernels.decode_kernel, found, types, tiles.num_warps, tiles.num_stages
 
 
 def absent(shape: Shape) -> set[str]:
@@ -140,7 +163,9 @@ def compile_kernel(shape: Shape, target: str) -> Compiled:
             signature[name] = "*" + types.get(name, "fp32")
         else:
             signature[name] = "fp32" if name in ("scale", "softcap") else "i32"
-        if signature[name] != "constexpr" and (name.startswith("stride") or name.endswith("_ptr")):
+        parameter = kernel.params[i]
+        free = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
+        if signature[name] != "constexpr" and not free and (name.startswith("stride") or name.endswith("_ptr")):
             attributes[(i,)] = [["tt.divisibility", 16]]
     if shape.kernel == "logits":
         signature["logits_ptr"] = "*" + shape.dtype
@@ -219,8 +244,9 @@ def shapes(quick: bool) -> list[Shape]:
         found.append(Shape("decode", head_dim, flags=mass | {"ENTROPY"}))
         found.append(Shape("decode", head_dim, regions=8))
         found.append(Shape("combine", head_dim, splits=16, flags=mass | {"ENTROPY"}))
-        found.append(Shape("span", head_dim))
-    found += [Shape("span", 128, cache="fp8e5", flags=mass | {"FP8", "WINDOW", "SOFTCAP", "ALIBI", "SINKS"})]
+        found += [Shape(kernel, head_dim, queries=queries) for kernel in ("span", "lse") for queries in (1, 16)]
+    every = mass | {"FP8", "WINDOW", "SOFTCAP", "ALIBI", "SINKS"}
+    found += [Shape(kernel, 128, cache="fp8e5", flags=every) for kernel in ("span", "lse")]
     found += [Shape("logits", 0, dtype=dtype) for dtype in ("fp32", "bf16")]
     return found
 
@@ -238,15 +264,7 @@ def measure(targets: list[str], quick: bool = False) -> list[Compiled]:
             if "MASS" not in shape.flags:
                 plain[shape] = built
             elif shape.regions == 3:
-                bare = Shape(
-                    "decode",
-                    shape.head_dim,
-                    shape.dtype,
-                    shape.cache,
-                    3,
-                    shape.splits,
-                    shape.flags - {"MASS", "ENTROPY"},
-                )
+                bare = replace(shape, flags=shape.flags - {"MASS", "ENTROPY"})
                 built.ratios = {n: executed(built, plain[bare], bounds, n) for n, bounds in CHATS.items()}
                 built.ratios |= {-n: executed(built, plain[bare], worst(n, built.block_n), n) for n in CHATS}
     return found
@@ -294,7 +312,7 @@ def rows(found: list[Compiled]) -> list[list[str]]:
                 c.target,
                 c.shape.kernel,
                 c.shape.name if c.shape.head_dim else c.shape.dtype,
-                str(c.shape.regions) if "MASS" in c.shape.flags and c.shape.head_dim else "-",
+                str(c.shape.regions) if "MASS" in c.shape.flags and c.shape.kernel not in ("lse", "logits") else "-",
                 *([c.failed, "", "", "", "", "", ""] if c.failed else [str(c.registers), str(c.spills), str(c.shared)]),
                 *([] if c.failed else [str(c.programs or "-"), tile, bound, memory]),
                 *(f"{c.ratios[n]:.3f}" if n in c.ratios else "" for n in (512, 2048, -512, -2048)),

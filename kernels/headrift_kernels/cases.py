@@ -73,6 +73,12 @@ class SpanCase:
             *(self.row_slot, self.prompt_len, self.n_rows, self.bounds),
         )
 
+    @property
+    def lse_batch(self) -> tuple[Any, ...]:
+        """What `triton.query_lse.query_lse` takes after the LSE."""
+        rows = (self.block_table, self.query_start_loc, self.seq_lens, self.row_slot, self.prompt_len, self.n_rows)
+        return (self.query, self.key_cache, *rows, self.steps)
+
     def keys(self) -> torch.Tensor:
         """The key cache as numbers, scaled: fp8 is no type to compute with."""
         return self.key_cache.float().double() * self.k_scale
@@ -81,10 +87,18 @@ class SpanCase:
         heads, (slots, regions) = self.query.shape[1], self.bounds.shape[:2]
         return torch.full((slots, self.steps, self.layers, heads, regions), torch.nan, device=self.query.device)
 
+    def attention(self) -> dict[str, Any]:
+        """`how` the queries attend, without what only says how masses are taken."""
+        return {key: x for key, x in self.how.items() if key != "prompt_region"}
+
+    def expected_lse(self) -> torch.Tensor:
+        """[heads, tokens] float64; NaN where a query is not measured."""
+        batch = (self.query, self.keys(), *self.lse_batch[2:])
+        return reference.query_lse(torch.full_like(self.lse, torch.nan), *batch, **self.attention())
+
     def expected(self, layer: int) -> torch.Tensor:
-        how = {key: x for key, x in self.how.items() if key != "prompt_region"}
         batch = (self.query, self.keys(), self.block_table, *self.batch[4:])
-        return reference.span_mass(self.empty_mass(), layer, *batch, **how)
+        return reference.span_mass(self.empty_mass(), layer, *batch, **self.attention())
 
 
 def paged(
@@ -231,12 +245,5 @@ def span_case(
         k_scale=k_scale,
         how=case.how,
     )
-    keys = found.keys()
-    for row, slot in enumerate(case.row_slot.tolist()):
-        for token in range(starts[row], starts[row + 1]):
-            n = int(seq_lens[row]) - int(starts[row + 1] - token) + 1
-            if slot >= 0 and 0 <= n - int(case.prompt_len[slot]) < min(int(case.n_rows[slot]), steps):
-                attended = reference.paged_keys(keys, case.block_table[row], n)
-                seen = reference.attend(found.query[token], attended, attended, **case.how)
-                found.lse[:, token] = seen.lse.float()
+    found.lse = found.expected_lse().float()
     return found

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -71,6 +73,47 @@ def paged_keys(cache: torch.Tensor, block_table: torch.Tensor, n: int) -> torch.
     return blocks.reshape(-1, *cache.shape[2:])[:n]
 
 
+def measured(
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    row_slot: torch.Tensor,
+    prompt_len: torch.Tensor,
+    n_rows: torch.Tensor,
+    steps: int,
+) -> Iterator[tuple[int, int, int, int]]:
+    """Row, token, position and step of every query that is measured; arguments as in `span_mass`."""
+    for row, slot in enumerate(row_slot.tolist()):
+        if slot < 0:
+            continue
+        first, last = query_start_loc[row : row + 2].tolist()
+        for token in range(first, last):
+            position = int(seq_lens[row]) - (last - token)
+            step = position - (int(prompt_len[slot]) - 1)
+            if 0 <= step < min(int(n_rows[slot]), steps):
+                yield row, token, position, step
+
+
+def query_lse(
+    lse: torch.Tensor,
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    row_slot: torch.Tensor,
+    prompt_len: torch.Tensor,
+    n_rows: torch.Tensor,
+    steps: int,
+    **how: Any,
+) -> torch.Tensor:
+    """A float64 copy of `lse` [heads, tokens] with that of the measured queries written; others as in `span_mass`."""
+    out = lse.double().clone()
+    for row, token, position, _ in measured(query_start_loc, seq_lens, row_slot, prompt_len, n_rows, steps):
+        keys = paged_keys(key_cache, block_table[row], position + 1)
+        out[:, token] = attend(query[token], keys, keys, **how).lse
+    return out
+
+
 def span_mass(
     mass: torch.Tensor,
     layer: int,
@@ -83,45 +126,23 @@ def span_mass(
     prompt_len: torch.Tensor,
     n_rows: torch.Tensor,
     bounds: torch.Tensor,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
+    **how: Any,
 ) -> torch.Tensor:
     """What one call of a mass kernel leaves in the recorder's buffer: a float64 copy of `mass` with the step written.
 
     mass: [slots, steps, layers, heads, regions]; query: [tokens, heads, head_dim]; key_cache: [blocks, page, kv_heads,
     head_dim]; block_table: [batch, pages]; query_start_loc: [batch+1]; seq_lens: [batch], this step's tokens included;
-    row_slot: [batch], -1 where the row is not probed; prompt_len, n_rows: [slots]; bounds: [slots, regions, 2].
-    The step of a query at position p is p - (prompt_len - 1); only steps 0..n_rows-1 are written.
+    row_slot: [batch], -1 where the row is not probed; prompt_len, n_rows: [slots]; bounds: [slots, regions, 2];
+    how: as `attend` takes it. The step of a query at position p is p - (prompt_len - 1); only steps
+    0..min(n_rows, steps)-1 are written.
     """
     out = mass.double().clone()
-    for row in range(seq_lens.shape[0]):
+    for row, token, position, step in measured(query_start_loc, seq_lens, row_slot, prompt_len, n_rows, mass.shape[1]):
+        keys = paged_keys(key_cache, block_table[row], position + 1)
+        seen = attend(query[token], keys, keys, **how)
         slot = int(row_slot[row])
-        if slot < 0:
-            continue
-        first, last = int(query_start_loc[row]), int(query_start_loc[row + 1])
-        for token in range(first, last):
-            position = int(seq_lens[row]) - (last - token)
-            step = position - (int(prompt_len[slot]) - 1)
-            if not 0 <= step < min(int(n_rows[slot]), mass.shape[1]):
-                continue
-            keys = paged_keys(key_cache, block_table[row], position + 1)
-            seen = attend(
-                query[token],
-                keys,
-                keys,
-                scale=scale,
-                window=window,
-                softcap=softcap,
-                alibi_slopes=alibi_slopes,
-                sinks=sinks,
-            )
-            for region in range(mass.shape[4]):
-                start, end = bounds[slot, region].tolist()
-                out[slot, step, layer, :, region] = seen.mass(start, end)
+        for region, (start, end) in enumerate(bounds[slot].tolist()):
+            out[slot, step, layer, :, region] = seen.mass(start, end)
     return out
 
 
@@ -149,7 +170,7 @@ def decode_mass(
     *,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
-    **how,
+    **how: Any,
 ) -> Decoded:
     """Paged decode of one query per row, masses and attention entropy; arguments as `span_mass` and `attend` name them.
 

@@ -122,6 +122,42 @@ def oracle(tiny_model, demo_model):
     return of
 
 
+class Agreement:
+    """Holds recordings to the oracle."""
+
+    # Two float32 computations of the same model: matrix products in another order move q and k by some 1e-6 relative,
+    # which a softmax over scores of up to about 30 turns into some 1e-5 of a probability.
+    tolerance = 2e-5
+    # A share divides by the prompt's mass; it is held to the same band where that mass is above 1e-2.
+    least_prompt_mass = 1e-2
+
+    def __call__(self, oracle: Oracle, run: list[SimpleNamespace]) -> int:
+        """Hold every probed request to the oracle; the number of steps compared."""
+        steps = 0
+        for item in run:
+            request, recording, n = item.done.request, item.recording, item.done.n_steps
+            if not request.probed:
+                assert recording is None
+                continue
+            assert recording.unwritten == []
+            assert recording.mass.shape[0] == n + 1
+            spans = [request.regions[name] for name in ("system", "user", "prompt")]
+            expected = oracle.masses(request.prompt_ids, item.done.answer_ids, n, spans)
+            np.testing.assert_allclose(recording.mass, expected, rtol=0, atol=self.tolerance)
+            np.testing.assert_array_equal(recording.first, recording.mass[0])
+            whole = expected[..., 2]
+            share = np.divide(expected[..., 0], whole, out=np.zeros_like(whole), where=whole > 1e-9)
+            clear = whole > self.least_prompt_mass
+            np.testing.assert_allclose(recording.share[clear], share[clear], rtol=0, atol=self.tolerance)
+            steps += n + 1
+        return steps
+
+
+@pytest.fixture(scope="session")
+def assert_agrees() -> Agreement:
+    return Agreement()
+
+
 def run_all(engine, requests, *, at_once: int | None = None) -> list[SimpleNamespace]:
     """Every request's Finished and Recording (masses included, None where not probed), in the order given."""
     found: dict[int, SimpleNamespace] = {}

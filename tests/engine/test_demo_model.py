@@ -145,8 +145,8 @@ def test_a_batch_without_probes_never_reaches_the_kernel(scorer, run, monkeypatc
     from headrift.vllm_plugin.backends import cpu
 
     calls = []
-    kernel = cpu.attend
-    monkeypatch.setattr(cpu, "attend", lambda *a, **k: (calls.append(1), kernel(*a, **k)))
+    kernel = cpu.PagedAttention.attend
+    monkeypatch.setattr(cpu.PagedAttention, "attend", lambda *a, **k: (calls.append(1), kernel(*a, **k)))
     request = ProbeRequest(list(range(100, 140)), {"system": (0, 9), "prompt": (0, 40)}, steps=3, ignore_eos=True)
     run(scorer.engine, [ProbeRequest(request.prompt_ids, {}, 3, probed=False, ignore_eos=True)])
     assert calls == []
@@ -179,7 +179,8 @@ def test_what_leaves_is_small(scorer, generated):
     while not finished:
         finished = engine.step()
     slot = engine._slot_of[tenant]
-    (raw,) = engine.llm_engine.collective_rpc("headrift_drain", args=([(slot, tenant)], 9, 0, 2, False))
+    engine.llm_engine.collective_rpc("headrift_collect", args=(-1, [(slot, tenant)], 9, 0, 2, False))
+    (raw,) = engine.llm_engine.collective_rpc("headrift_fetch", args=(-1,))
     cells = engine.layers * engine.heads * 4
     assert len(raw) <= 9 * cells + len(engine.regions) * cells + 9 * 16 + 1024
     engine.drain(finished)

@@ -6,36 +6,9 @@ import pytest
 from headrift.probed_engine import ProbedEngine, ProbeRequest
 from headrift.vllm_plugin.recorder import Recorder
 
-# Two float32 computations of the same model: matrix products in another order move q and k by some 1e-6 relative, which
-# a softmax over scores of up to about 30 turns into some 1e-5 of a probability.
-TOLERANCE = 2e-5
-# A share divides by the prompt's mass; it is held to the same band where that mass is above 1e-2.
-LEAST_PROMPT_MASS = 1e-2
 # Model and size of its KV cache in 32-token blocks: small enough that requests are preempted. A sliding-window layer
 # gives back what its window has left behind; Gemma-3's layers fall in groups that take blocks each.
 MODELS = {"llama-3to1": 20, "llama-4to1": 20, "qwen3": 20, "mistral": 7, "gemma3": 32}
-
-
-def assert_agrees(oracle, run) -> int:
-    """Hold every probed request to the oracle; the number of steps compared."""
-    steps = 0
-    for item in run:
-        request, recording, n = item.done.request, item.recording, item.done.n_steps
-        if not request.probed:
-            assert recording is None
-            continue
-        assert recording.unwritten == []
-        assert recording.mass.shape[0] == n + 1
-        spans = [request.regions[name] for name in ("system", "user", "prompt")]
-        expected = oracle.masses(request.prompt_ids, item.done.answer_ids, n, spans)
-        np.testing.assert_allclose(recording.mass, expected, rtol=0, atol=TOLERANCE)
-        np.testing.assert_array_equal(recording.first, recording.mass[0])
-        whole = expected[..., 2]
-        share = np.divide(expected[..., 0], whole, out=np.zeros_like(whole), where=whole > 1e-9)
-        clear = whole > LEAST_PROMPT_MASS
-        np.testing.assert_allclose(recording.share[clear], share[clear], rtol=0, atol=TOLERANCE)
-        steps += n + 1
-    return steps
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -52,7 +25,9 @@ def tiny(request, tiny_model, oracle, settings_of_tests):
         yield request.param, engine, oracle(request.param)
 
 
-def test_every_mass_in_mixed_chunked_cached_and_preempted_batches(tiny, random_requests, run, preemptions):
+def test_every_mass_in_mixed_chunked_cached_and_preempted_batches(
+    tiny, random_requests, run, preemptions, assert_agrees
+):
     name, engine, oracle = tiny
     requests = random_requests(1, 16, ignore_eos=True)
     items = run(engine, requests) + run(engine, requests[:6:3] * 2, at_once=1)
@@ -62,7 +37,7 @@ def test_every_mass_in_mixed_chunked_cached_and_preempted_batches(tiny, random_r
     assert attentions.max() > 3 / len(items[0].done.request.prompt_ids), f"{name}'s attention is uniform: a weak test"
 
 
-def test_preempted_requests_resume_and_agree(tiny, run, preemptions):
+def test_preempted_requests_resume_and_agree(tiny, run, preemptions, assert_agrees):
     name, engine, oracle = tiny
     rng = np.random.default_rng(5)
     # Prompts that end just before a block does: while they answer, all running requests want another block. (Where
@@ -79,7 +54,7 @@ def test_preempted_requests_resume_and_agree(tiny, run, preemptions):
     assert assert_agrees(oracle, items) == 6 * 9
 
 
-def test_replay_records_what_generation_recorded(tiny, random_requests, run):
+def test_replay_records_what_generation_recorded(tiny, random_requests, run, assert_agrees):
     _, engine, oracle = tiny
     generated = run(engine, random_requests(2, 9, unprobed=0.0, ignore_eos=True))
     replays = [
@@ -96,10 +71,10 @@ def test_replay_records_what_generation_recorded(tiny, random_requests, run):
     assert_agrees(oracle, replayed)
     for once, again in zip(generated, replayed, strict=True):
         assert once.done.n_steps == again.done.n_steps
-        np.testing.assert_allclose(again.recording.mass, once.recording.mass, rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(again.recording.mass, once.recording.mass, rtol=0, atol=assert_agrees.tolerance)
 
 
-def test_a_step_inside_a_cached_block_is_reported_as_unwritten(tiny, run):
+def test_a_step_inside_a_cached_block_is_reported_as_unwritten(tiny, run, assert_agrees):
     _, engine, _ = tiny
     ids = np.random.default_rng(9).integers(3, 200, 62).tolist()
     answer = list(range(10, 19))
@@ -111,10 +86,10 @@ def test_a_step_inside_a_cached_block_is_reported_as_unwritten(tiny, run):
     assert second.recording.unwritten == [0, 1, 2]
     reread = ProbeRequest(ids, request.regions, 8, answer_ids=answer, reread=True)
     (third,) = run(engine, [reread])
-    np.testing.assert_allclose(third.recording.mass, first.recording.mass, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(third.recording.mass, first.recording.mass, rtol=0, atol=assert_agrees.tolerance)
 
 
-def test_slots_never_show_a_former_tenant(tiny, run):
+def test_slots_never_show_a_former_tenant(tiny, run, assert_agrees):
     _, engine, oracle = tiny
     rng = np.random.default_rng(3)
 
@@ -131,4 +106,4 @@ def test_slots_never_show_a_former_tenant(tiny, run):
     for item in short:
         spans = [(0, 10), (0, 0), (0, 20)]
         expected = oracle.masses(item.done.request.prompt_ids, item.done.answer_ids, 1, spans)
-        np.testing.assert_allclose(item.recording.mass, expected, rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(item.recording.mass, expected, rtol=0, atol=assert_agrees.tolerance)

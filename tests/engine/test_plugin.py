@@ -213,18 +213,3 @@ def test_the_last_of_two_tenants_between_two_steps_is_installed(recorder):
     publish(recorder, [0], [9])
     assert recorder.bounds[0].tolist() == [[1, 4], [0, 0]]
     assert (int(recorder.prompt_len[0]), int(recorder.n_rows[0])) == (9, 2)
-
-
-def test_a_drain_of_a_slot_that_was_given_away_fails(recorder):
-    recorder.admit(probe(0, 1))
-    recorder.admit(probe(0, 2))
-    with pytest.raises(KeyError, match="other requests"):
-        recorder.drain([(0, 1)], 1, 0, 1, False)
-
-
-def test_share_is_divided_where_the_prompt_has_mass(recorder):
-    recorder.admit(probe(0, 1))
-    recorder.mass[0, 0] = torch.tensor([[[0.2, 0.8], [0.0, 1e-12]], [[0.0, 0.5], [0.5, 0.5]]])
-    share = recorder.drain([(0, 1)], 2, 0, 1, False)["share"]
-    np.testing.assert_allclose(share[0, 0], [[0.25, 0.0], [0.0, 1.0]], rtol=1e-6)
-    assert np.isnan(share[0, 1]).all()

@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from headrift_kernels import reference
-from headrift_kernels.cpu.paged_attention import KEYS, ROW, SLOT, STEP, TOKEN, Queries, attend, measured_queries
+from headrift_kernels.cpu.paged_attention import PagedAttention
+from headrift_kernels.cpu.queries import KEYS, ROW, SLOT, STEP, TOKEN, Queries, measured_queries
 
 # Masses: a dot product of head_dim float32 terms and a sum over the keys, both reassociated: a few 1e-7 relative.
 # bfloat16 inputs are exact in float32, so they get no wider band. Outputs are sums of values of about 1 with weights
@@ -60,17 +61,16 @@ def packed(case) -> torch.Tensor:
     return torch.cat(halves, 2).reshape(blocks, kv_heads, page, 2 * head_dim).contiguous()
 
 
-def run(case, layer=1, decode_rows=True, with_output=True, **how):
+def run(case, layer=1, decode_rows=True, with_output=True, threads=None, **how):
     """The kernel's mass buffer, its output (NaN where it wrote none) and the queries it was given."""
     mass, output = case["mass"].clone(), torch.full_like(case["query"], torch.nan)
     names = ("query_start_loc", "seq_lens", "row_slot", "prompt_len", "n_rows")
     table = measured_queries(*(case[name].numpy() for name in names), mass.shape[1], decode_rows)
     if len(table):
         queries = Queries.of(table, case["keys"].shape[1])
+        attention = PagedAttention(mass, layer, packed(case), case["bounds"], **how)
         into = output if with_output else None
-        attend(
-            mass, layer, case["query"], packed(case), case["block_table"], queries, case["bounds"], output=into, **how
-        )
+        attention.attend(case["query"], case["block_table"], queries, output=into, threads=threads)
     return mass, output, table
 
 

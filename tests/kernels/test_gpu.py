@@ -16,6 +16,8 @@ pytestmark = [
 MASS_TOLERANCE = 2e-5
 OUTPUT_TOLERANCE = {torch.float32: 5e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 ENTROPY_TOLERANCE = 1e-4
+# of a score or LSE of size 30 in float32, and of exp2 and log2
+LSE_TOLERANCE = 2e-5
 TYPES = [
     (torch.float32, None),
     (torch.float16, None),
@@ -122,7 +124,8 @@ def test_rows_that_are_not_probed_are_as_without_masses(splits):
 @pytest.mark.parametrize("prompt_region", [None, 0])
 @pytest.mark.parametrize("kind", ["plain", "window", "softcap", "alibi", "sinks"])
 @pytest.mark.parametrize("types", TYPES, ids=str)
-def test_span_mass_agrees_with_the_oracle(types, kind, prompt_region):
+def test_lse_and_span_mass_agree_with_the_oracle(types, kind, prompt_region):
+    from headrift_kernels.triton.query_lse import query_lse
     from headrift_kernels.triton.span_mass import span_mass
 
     dtype, cache_dtype = types
@@ -139,6 +142,40 @@ def test_span_mass_agrees_with_the_oracle(types, kind, prompt_region):
     k_scale = torch.tensor([case.k_scale], device="cuda") if cache_dtype is not None else None
     span_mass(mass, 1, *device.batch, prompt_region=prompt_region, k_scale=k_scale, **device.how)
     torch.testing.assert_close(mass.cpu().double(), case.expected(1), rtol=0, atol=MASS_TOLERANCE, equal_nan=True)
+    device.lse, mass = torch.full_like(device.lse, torch.nan), device.empty_mass()
+    query_lse(device.lse, *device.lse_batch, k_scale=k_scale, **device.how)
+    lse = device.lse.cpu().double()
+    torch.testing.assert_close(lse, case.expected_lse(), rtol=0, atol=LSE_TOLERANCE, equal_nan=True)
+    span_mass(mass, 1, *device.batch, prompt_region=prompt_region, k_scale=k_scale, **device.how)
+    tolerance = MASS_TOLERANCE + LSE_TOLERANCE
+    torch.testing.assert_close(mass.cpu().double(), case.expected(1), rtol=0, atol=tolerance, equal_nan=True)
+
+
+@pytest.mark.parametrize("types", TYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_lse_of_a_chunk_that_ends_a_long_prompt(head_dim, types):
+    from headrift_kernels.triton.query_lse import query_lse
+
+    dtype, cache_dtype = types
+    skip_unsupported(cache_dtype)
+    scale = {} if cache_dtype is None else {"k_scale": 0.5}
+    case = span_case(
+        np.random.default_rng(head_dim),
+        seq_lens=[3000, 700],
+        query_lens=[64, 700],
+        head_dim=head_dim,
+        dtype=dtype,
+        cache_dtype=cache_dtype,
+        layout="joint",
+        unprobed=0.0,
+        **scale,
+    )
+    case.prompt_len[case.row_slot.long()], case.n_rows[:] = case.seq_lens, 5
+    device = on_device(case)
+    k_scale = torch.tensor([case.k_scale], device="cuda") if cache_dtype is not None else None
+    lse = torch.full_like(device.lse, torch.nan)
+    query_lse(lse, *device.lse_batch, k_scale=k_scale, **device.how)
+    torch.testing.assert_close(lse.cpu().double(), case.expected_lse(), rtol=0, atol=LSE_TOLERANCE, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -154,6 +191,40 @@ def test_logit_statistics_agree_with_the_oracle(vocab, dtype):
     torch.testing.assert_close(stats[[2, 0], 1].cpu().double(), expected[[0, 2]], rtol=5e-5, atol=2e-5)
     assert torch.isnan(stats[:, 0]).all()
     assert torch.isnan(stats[1]).all()
+
+
+def test_a_cuda_graph_replays_the_lse_and_masses_of_new_positions():
+    """The grid is of what the host knows: a captured call follows the rows that are measured as they change."""
+    from headrift_kernels.triton.query_lse import query_lse
+    from headrift_kernels.triton.span_mass import span_mass
+
+    case = span_case(np.random.default_rng(6), seq_lens=[120, 203], query_lens=[40, 60], unprobed=0.0, poison=False)
+    case.n_rows[:] = 5
+    device = on_device(case)
+    mass = device.empty_mass()
+
+    def call():
+        query_lse(device.lse, *device.lse_batch, max_query_len=60, **device.how)
+        span_mass(mass, 1, *device.batch, max_query_len=60, **device.how)
+
+    call()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    case.seq_lens -= 1
+    case.row_slot[:] = case.row_slot.flip(0).clone()
+    case.prompt_len[case.row_slot.long()] = case.seq_lens - 2
+    for name in ("seq_lens", "row_slot", "prompt_len"):
+        getattr(device, name).copy_(getattr(case, name))
+    for buffer in (mass, device.lse):
+        buffer.fill_(torch.nan)
+    graph.replay()
+    torch.cuda.synchronize()
+    tolerance = MASS_TOLERANCE + LSE_TOLERANCE
+    torch.testing.assert_close(mass.cpu().double(), case.expected(1), rtol=0, atol=tolerance, equal_nan=True)
+    torch.testing.assert_close(
+        device.lse.cpu().double(), case.expected_lse(), rtol=0, atol=LSE_TOLERANCE, equal_nan=True
+    )
 
 
 def test_a_cuda_graph_replays_the_masses_of_new_positions():

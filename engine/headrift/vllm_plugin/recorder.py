@@ -1,4 +1,4 @@
-"""The recorder: which request owns which slot, the device tensors the kernels read and write, and the drain."""
+"""The recorder: which request owns which slot, the device tensors the kernels read and write, what a drain takes."""
 
 from __future__ import annotations
 
@@ -23,11 +23,17 @@ _RECORDERS: weakref.WeakValueDictionary[str, Recorder] = weakref.WeakValueDictio
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What one engine records. slots: requests in flight; steps: N of steps 0..N; regions: key ranges per request."""
+    """What one engine records. slots: requests in flight; steps: N of steps 0..N; regions: key ranges per request.
+
+    prompt_region: the region that is [0, prompt_len) in every request, if there is one. splits: programs that share a
+    decode row's keys on a GPU; 0: as many as fill it.
+    """
 
     slots: int
     steps: int
     regions: int = 3
+    prompt_region: int | None = None
+    splits: int = 0
     logit_stats: bool = False
 
     def __post_init__(self) -> None:
@@ -105,6 +111,7 @@ class Recorder:
         self.slots = np.empty(0, np.int32)
         self.prompt_lens = np.ones(settings.slots, np.int32)
         self.rows_wanted = np.zeros(settings.slots, np.int32)
+        self.rooms: dict[str, torch.Tensor] = {}
         # The metadata builder that publishes the rows of each step: the first of an engine.
         self.publisher: Any = None
         self._tenants = np.full(settings.slots, -1, np.int64)
@@ -147,7 +154,13 @@ class Recorder:
     @property
     def nbytes(self) -> int:
         """Bytes of device memory the recorder holds."""
-        return sum(v.nbytes for v in vars(self).values() if isinstance(v, torch.Tensor))
+        tensors = [v for v in vars(self).values() if isinstance(v, torch.Tensor)]
+        return sum(tensor.nbytes for tensor in [*tensors, *self.rooms.values()])
+
+    def reserve(self, name: str, floats: int) -> None:
+        """Room of at least so many float32 in `rooms`, for kernels of all layers in turn; at start-up only."""
+        if name not in self.rooms or self.rooms[name].numel() < floats:
+            self.rooms[name] = torch.empty(floats, dtype=torch.float32, device=self.mass.device)
 
     def admit(self, params: SamplingParams | None) -> int:
         """Give a request its slot: -1 where it is not probed. A new tenant's step begins with an empty slot.
@@ -237,9 +250,17 @@ class Recorder:
         gone = [(slot, tenant) for slot, tenant in tenants if self._tenants[slot] != tenant]
         if gone:
             raise KeyError(f"slots were given to other requests before they were drained: {gone}")
-        # Slices and scalars only: an index tensor, or a 0 as a tensor, would be copied to the device and waited for.
+        # By slices: an index tensor would be copied to the device and waited for.
         mass = torch.stack([self.mass[slot, :n_rows] for slot, _ in tenants])
         stats = torch.stack([self.stats[slot, :n_rows] for slot, _ in tenants])
         whole = mass[..., prompt]
         share = (mass[..., system] / whole).masked_fill_(whole < 1e-9, 0.0)
-        return {"share": share, "first": mass[:, 0].contiguous(), "stats": stats} | ({"mass": mass} if want_mass else {})
+        out = {"share": share, "first": mass[:, 0].contiguous(), "stats": stats}
+        if want_mass:
+            out["mass"] = mass
+        return out
+
+
+def _most_rows(config: VllmConfig) -> int:
+    """The most rows a batch can have: a captured graph's batch is padded to the size it was captured for."""
+    return max(config.scheduler_config.max_num_seqs, config.compilation_config.max_cudagraph_capture_size or 0)

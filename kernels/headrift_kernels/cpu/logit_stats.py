@@ -112,4 +112,4 @@ def logit_statistics(
         *(logits.data_ptr(), logits.shape[0], logits.stride(0), logits.shape[1]),
         *(row_slot.data_ptr(), row_step.data_ptr(), n_rows.data_ptr()),
     )
-    pool.run(_body(), arguments)
+    pool.run(_body().address, arguments)

@@ -9,7 +9,6 @@ together afterwards.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -20,12 +19,13 @@ from numba import carray, cfunc
 from headrift_kernels.cpu import pool
 from headrift_kernels.cpu.compile import cache_folder, kernel
 from headrift_kernels.cpu.math import LOG2E, exp2, from_float32, to_float32
+from headrift_kernels.cpu.queries import KEYS, ROW, SLOT, STEP, TOKEN, Queries
 from headrift_kernels.cpu.simd import (
     KEY_TILE,
     LEAST_TILE,
     MOST_HEADS,
     VALUE_TILE,
-    largest_of,
+    exponentials,
     sum_of_rows,
     sums_between,
 )
@@ -33,53 +33,33 @@ from headrift_kernels.cpu.simd import (
 # Sums may be reassociated, so that they vectorise; NaN keeps its meaning, so a poisoned key is never hidden.
 _SUMS = {"reassoc", "contract", "nsz", "arcp"}
 
-# Columns of a query: batch row, token in the batch, recorder slot (-1: not measured), step, keys up to its position.
-ROW, TOKEN, SLOT, STEP, KEYS = range(5)
-
-_ARGUMENTS = np.dtype(
+# What the kernel is told: first what stays the same for a layer, then what belongs to a call.
+_FIXED = np.dtype(
     [
         *((name, np.int64) for name in ("mass", "slots", "steps", "layers", "heads", "regions", "layer", "bounds")),
-        *((name, np.int64) for name in ("query", "tokens", "query_stride", "output", "output_stride", "head_dim")),
-        *(
-            (name, np.int64)
-            for name in ("cache", "block_stride", "head_stride", "kv_heads", "page", "table", "rows", "table_stride")
-        ),
-        *((name, np.int64) for name in ("queries", "n_queries", "work", "window", "alibi_slopes", "sinks")),
-        *((name, np.int64) for name in ("scratch", "scratch_bytes", "longest", "parts")),
+        *((name, np.int64) for name in ("cache", "block_stride", "head_stride", "kv_heads", "page", "head_dim")),
+        *((name, np.int64) for name in ("window", "alibi_slopes", "sinks")),
         *((name, np.float32) for name in ("scale", "softcap")),
     ]
 )
-_PACKED = struct.Struct("".join({"i": "q", "f": "f"}[_ARGUMENTS[name].kind] for name in _ARGUMENTS.names or ()))
+_OF_CALL = np.dtype(
+    [
+        *((name, np.int64) for name in ("query", "query_stride", "output", "output_stride", "table", "table_stride")),
+        *((name, np.int64) for name in ("queries", "n_queries", "work", "longest")),
+        *((name, np.int64) for name in ("scratch", "scratch_bytes", "parts")),
+    ]
+)
+_ARGUMENTS = np.dtype([*_FIXED.descr, *_OF_CALL.descr])
 
 
-@kernel()
-def measured_queries(query_start_loc, seq_lens, row_slot, prompt_len, n_rows, steps, decode_rows):
-    """[n, 5] int32 (ROW, TOKEN, SLOT, STEP, KEYS) of every query of a batch whose step is recorded, in batch order.
+def _packed(record: np.dtype) -> struct.Struct:
+    return struct.Struct("".join({"i": "q", "f": "f"}[record[name].kind] for name in record.names or ()))
 
-    query_start_loc: [batch+1], seq_lens: [batch] with this step's tokens, row_slot: [batch] (-1: not probed),
-    prompt_len and n_rows: [slots], all int32; steps: the buffer's. A query at position p has step p - (prompt_len - 1).
-    decode_rows: list the query of every row with a single one too, measured or not (SLOT -1).
-    """
-    found = np.empty((query_start_loc[row_slot.shape[0]], 5), np.int32)
-    n = 0
-    for row in range(row_slot.shape[0]):
-        slot = row_slot[row]
-        start, end = query_start_loc[row], query_start_loc[row + 1]
-        alone = decode_rows and end - start == 1
-        if slot < 0 and not alone:
-            continue
-        for token in range(start, end):
-            keys = seq_lens[row] - (end - token) + 1
-            step = keys - prompt_len[slot] if slot >= 0 else -1
-            measured = slot >= 0 and 0 <= step < min(n_rows[slot], steps)
-            if measured or alone:
-                found[n, ROW] = row
-                found[n, TOKEN] = token
-                found[n, SLOT] = slot if measured else -1
-                found[n, STEP] = step
-                found[n, KEYS] = keys
-                n += 1
-    return found[:n]
+
+_pack_fixed, _pack_of_call = _packed(_FIXED).pack, _packed(_OF_CALL).pack
+
+# Products of a query's and a key's coordinate that make another thread worth waking: some two microseconds of work.
+_WORTH_A_THREAD = 1 << 16
 
 
 @kernel(fastmath=_SUMS)
@@ -92,15 +72,11 @@ def _bend(scores, distance, softcap, slope):
         scores[j] = (s - slope * np.float32(distance - j)) * LOG2E
 
 
-@kernel(fastmath=_SUMS)
-def _exponentials(scores, top):
-    """2**(score - top) in place, and their sum."""
-    total = np.float32(0.0)
-    for j in range(scores.shape[0]):
-        p = exp2(scores[j] - top)
-        scores[j] = p
-        total += p
-    return total
+@kernel()
+def _hide(scores, start, end):
+    """Scores of keys that the query does not attend."""
+    for j in range(start, end):
+        scores[j] = -np.float32(np.inf)
 
 
 @kernel()
@@ -129,9 +105,9 @@ def _find(work, unit):
 
 
 # Score rows, and the two widths in which value rows are taken.
-_key_products = sum_of_rows(KEY_TILE, onto=False)
-_wide_values = sum_of_rows(VALUE_TILE, onto=True)
-_thin_values = sum_of_rows(LEAST_TILE, onto=True)
+_key_products = sum_of_rows(KEY_TILE)
+_wide_values = sum_of_rows(VALUE_TILE)
+_thin_values = sum_of_rows(LEAST_TILE)
 
 
 @kernel()
@@ -155,25 +131,37 @@ def _part(a, thread, index):
 
 
 @kernel()
-def _attend_part(a, element, query, kv_head, first, past, room_at, m, l, sums, masses):
+def _first_key(a, query):
+    """The first key that a query attends."""
+    return max(np.int64(query[KEYS]) - a.window, 0) if a.window > 0 else 0
+
+
+@kernel()
+def _block_table(a, query):
+    return carray(pool.pointer(a.table + query[ROW] * a.table_stride * 4), a.table_stride, np.int32)
+
+
+@kernel()
+def _keys_at(a, size, query, kv_head, block):
+    """Where the keys of a query's block lie; its values follow them."""
+    return a.cache + (_block_table(a, query)[block] * a.block_stride + kv_head * a.head_stride) * size
+
+
+@kernel()
+def _attend_part(a, element, query, kv_head, first, past, next_at, room_at, m, l, sums, masses):
     """What blocks first..past-1 contribute to one query's heads on one KV head.
 
     Leaves, per head, the largest score m (base 2), the sum l of 2**(score - m), and the value sums and span masses in
-    units of 2**m. room_at: place for the query in float32, [group, head_dim], and the scores, [group, longest].
+    units of 2**m. next_at: what to fetch into the cache at the end. room_at: place for the query in float32,
+    [group, head_dim], and the scores, [group, longest].
     """
     size = np.int64(4) if element is np.float32 else np.int64(2)
     group, head_dim, page = a.heads // a.kv_heads, a.head_dim, a.page
-    low = max(query[KEYS] - a.window, 0) if a.window > 0 else 0
+    low = _first_key(a, query)
     low, high = max(low, first * page), min(np.int64(query[KEYS]), past * page)
-    for g in range(group):
-        m[g], l[g] = np.float32(-1e30), np.float32(0.0)
-        for d in range(head_dim):
-            sums[g, d] = np.float32(0.0)
-        for r in range(a.regions):
-            masses[g, r] = np.float32(0.0)
     if low >= high:
+        m[:], l[:], sums[:], masses[:] = np.float32(-1e30), np.float32(0.0), np.float32(0.0), np.float32(0.0)
         return
-    table = carray(pool.pointer(a.table + query[ROW] * a.table_stride * 4), a.table_stride, np.int32)
     q_at, row_bytes = room_at, np.int64(4 * head_dim)
     scores_at, score_bytes = room_at + group * row_bytes, np.int64(4 * a.longest)
     given_at = a.query + (query[TOKEN] * a.query_stride + kv_head * group * head_dim) * size
@@ -181,30 +169,33 @@ def _attend_part(a, element, query, kv_head, first, past, room_at, m, l, sums, m
     _scaled(given, a.scale * LOG2E, _floats(q_at, group * head_dim))
 
     first, past = low // page, (high + page - 1) // page
-    base, block = first * page, a.block_stride * size
-    key_half = a.cache + kv_head * a.head_stride * size
+    base, half = first * page, head_dim * page * size
     for p in range(first, past):
-        keys = key_half + table[p] * block
-        ahead = (table[p + 1] - table[p]) * block if p + 1 < past else np.int64(0)
+        keys = _keys_at(a, size, query, kv_head, p)
+        if p + 1 < past:
+            ahead = _keys_at(a, size, query, kv_head, p + 1) - keys
+        elif a.output != 0:
+            ahead = _keys_at(a, size, query, kv_head, first) + half - keys
+        else:
+            ahead = next_at - keys
         for tile in range(0, page, KEY_TILE):
-            out = scores_at + 4 * (p * page - base + tile)
+            rows, out = keys + tile * size, scores_at + 4 * (p * page - base + tile)
             for g in range(0, group, MOST_HEADS):
                 heads, fetch = np.int64(min(MOST_HEADS, group - g)), ahead if g == 0 else np.int64(0)
-                x, rows = q_at + g * row_bytes, keys + tile * size
-                _key_products(
-                    element, heads, x, row_bytes, rows, page * size, head_dim, out + g * score_bytes, score_bytes, fetch
-                )
+                x, to = q_at + g * row_bytes, out + g * score_bytes
+                _key_products(element, heads, x, row_bytes, rows, page * size, head_dim, to, score_bytes, 0, fetch)
 
+    n = (past - first) * page
     for g in range(group):
-        row_at = scores_at + g * score_bytes + 4 * (low - base)
-        row = _floats(row_at, high - low)
+        row = _floats(scores_at + g * score_bytes, n)
         slope = np.float32(0.0)
         if a.alibi_slopes != 0:
             slope = _floats(a.alibi_slopes, a.heads)[kv_head * group + g]
         if a.softcap > 0.0 or slope != 0.0:
-            _bend(row, query[KEYS] - 1 - low, a.softcap, slope)
-        m[g] = largest_of(row_at, high - low)
-        l[g] = _exponentials(row, m[g])
+            _bend(row, query[KEYS] - 1 - base, a.softcap, slope)
+        _hide(row, 0, low - base)
+        _hide(row, high - base, n)
+    exponentials(np.int64(group), scores_at, score_bytes, n, m.ctypes.data, l.ctypes.data)
     if query[SLOT] >= 0:
         bounds = carray(pool.pointer(a.bounds + 8 * query[SLOT] * a.regions), (a.regions, 2), np.int32)
         for r in range(a.regions):
@@ -217,20 +208,20 @@ def _attend_part(a, element, query, kv_head, first, past, room_at, m, l, sums, m
     for p in range(first, past):
         skip = max(low - p * page, 0)
         n = min(high - p * page, page) - skip
-        values = key_half + table[p] * block + (head_dim * page + skip * head_dim) * size
-        ahead = (table[p + 1] - table[p]) * block - skip * head_dim * size if p + 1 < past else np.int64(0)
-        weights = scores_at + 4 * (p * page - base + skip)
+        values = _keys_at(a, size, query, kv_head, p) + half + skip * head_dim * size
+        next_values = _keys_at(a, size, query, kv_head, p + 1) + half if p + 1 < past else next_at
+        weights, onto = scores_at + 4 * (p * page - base + skip), np.int64(p > first)
         for g in range(0, group, MOST_HEADS):
-            heads, fetch = np.int64(min(MOST_HEADS, group - g)), ahead if g == 0 else np.int64(0)
+            heads, fetch = np.int64(min(MOST_HEADS, group - g)), next_values - values if g == 0 else np.int64(0)
             x, out = weights + g * score_bytes, sums.ctypes.data + g * row_bytes
             column: Any = np.int64(0)
             while column < head_dim:
-                rows, step = values + column * size, head_dim * size
+                rows, step, to = values + column * size, head_dim * size, out + 4 * column
                 if column + VALUE_TILE <= head_dim:
-                    _wide_values(element, heads, x, score_bytes, rows, step, n, out + 4 * column, row_bytes, fetch)
+                    _wide_values(element, heads, x, score_bytes, rows, step, n, to, row_bytes, onto, fetch)
                     column += VALUE_TILE
                 else:
-                    _thin_values(element, heads, x, score_bytes, rows, step, n, out + 4 * column, row_bytes, fetch)
+                    _thin_values(element, heads, x, score_bytes, rows, step, n, to, row_bytes, onto, fetch)
                     column += LEAST_TILE
 
 
@@ -294,26 +285,33 @@ def _work(a, element):
     Only the first and the last query of a thread's stretch of blocks can be cut, so two parts are enough.
     """
     thread, threads = pool.thread_number(), pool.thread_count()
+    size = np.int64(4) if element is np.float32 else np.int64(2)
     queries = carray(pool.pointer(a.queries), (a.n_queries, 5), np.int32)
     work = carray(pool.pointer(a.work), a.n_queries + 1, np.int64)
     parts = carray(pool.pointer(a.parts), (threads, 2), np.int64)[thread]
     parts[0], parts[1], used = -1, -1, 0
     unit = work[a.n_queries] * a.kv_heads * thread // threads
     end = work[a.n_queries] * a.kv_heads * (thread + 1) // threads
-    while unit < end:
+    if unit < end:
         i = _find(work, unit // a.kv_heads)
-        blocks = work[i + 1] - work[i]
-        kv_head, first = divmod(unit - work[i] * a.kv_heads, blocks)
+        kv_head, first = divmod(unit - work[i] * a.kv_heads, work[i + 1] - work[i])
+    while unit < end:
+        query, blocks = queries[i], work[i + 1] - work[i]
         taken = min(blocks - first, end - unit)
+        unit += taken
+        next_i, next_head = (i, kv_head + 1) if kv_head + 1 < a.kv_heads else (i + 1, np.int64(0))
+        next_at = np.int64(0)
+        if unit < end:
+            next_at = _keys_at(a, size, queries[next_i], next_head, _first_key(a, queries[next_i]) // a.page)
         m, l, sums, masses = _part(a, thread, used)
         room_at = a.scratch + thread * a.scratch_bytes
-        _attend_part(a, element, queries[i], kv_head, first, first + taken, room_at, m, l, sums, masses)
+        _attend_part(a, element, query, kv_head, first, first + taken, next_at, room_at, m, l, sums, masses)
         if taken == blocks:
-            _finish(a, element, queries[i], kv_head, m, l, sums, masses)
+            _finish(a, element, query, kv_head, m, l, sums, masses)
         else:
             parts[used] = i * a.kv_heads + kv_head
             used += 1
-        unit += taken
+        i, kv_head, first = next_i, next_head, np.int64(0)
     pool.wait_for_all()
     if thread == 0:
         _join(a, element, threads)
@@ -358,76 +356,70 @@ class Workspace:
 _workspace = Workspace()
 
 
-@dataclass(frozen=True, slots=True)
-class Queries:
-    """The queries of one step, worked out once for all layers.
+class PagedAttention:
+    """One layer's attention and span masses over vLLM's KV cache.
 
-    table: [n, 5] int32 (ROW, TOKEN, SLOT, STEP, KEYS). work: [n + 1] int64 running number of the cache blocks they
-    attend, by which the work is shared out. longest: keys in the blocks of the longest one. addresses: of table,
-    their number, and of work, as the kernel takes them.
+    mass: [slots, steps, layers, heads, regions] float32, contiguous: the buffer that `layer`'s masses are written to.
+    kv_cache: vLLM's [blocks, kv_heads, block_size, 2 * head_dim], the last two contiguous, the block size a multiple of
+    32 and head_dim of 16, float32 or bfloat16. bounds: [slots, regions, 2] int32, half open key positions. window: a
+    query attends the keys at distance < window (None: all). softcap: 0 for none. alibi_slopes, sinks: [heads] float32.
+    All are kept, and read or written in place by every `attend`.
     """
 
-    table: np.ndarray
-    work: np.ndarray
-    longest: int
-    addresses: tuple[int, int, int]
+    def __init__(
+        self,
+        mass: torch.Tensor,
+        layer: int,
+        kv_cache: torch.Tensor,
+        bounds: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float = 0.0,
+        alibi_slopes: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
+    ):
+        self.kv_cache = kv_cache
+        self._kept = (mass, bounds, alibi_slopes, sinks)
+        heads, regions = mass.shape[3:]
+        kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], kv_cache.shape[3] // 2
+        self._fixed = _pack_fixed(
+            *(mass.data_ptr(), *mass.shape, layer, bounds.data_ptr()),
+            *(kv_cache.data_ptr(), kv_cache.stride(0), kv_cache.stride(1), kv_heads, page, head_dim),
+            *(window or 0, _address(alibi_slopes), _address(sinks), scale, softcap),
+        )
+        self._body = body_for(kv_cache.dtype).address
+        self._group = heads // kv_heads
+        # `sums_between` reads past the end of the last row of scores: the parts lie there.
+        self._floats = self._group * (head_dim + 2 * (2 + head_dim + regions)) + LEAST_TILE
+        self._block_work = heads * page * head_dim
 
-    @classmethod
-    def of(cls, table: np.ndarray, page: int) -> Queries:
-        """From `measured_queries`, at least one, and the size of a cache block."""
-        blocks = (table[:, KEYS].astype(np.int64) + page - 1) // page
-        work = np.concatenate([np.zeros(1, np.int64), np.cumsum(blocks)])
-        addresses = (table.ctypes.data, len(table), work.ctypes.data)
-        return cls(table, work, int(blocks.max()) * page, addresses)
+    def attend(
+        self,
+        query: torch.Tensor,
+        block_table: torch.Tensor,
+        queries: Queries,
+        *,
+        output: torch.Tensor | None = None,
+        threads: int | None = None,
+    ) -> None:
+        """Attend for the queries listed and write the masses of those that are measured; nothing else is touched.
 
-    def __len__(self) -> int:
-        return len(self.table)
-
-
-def attend(
-    mass: torch.Tensor,
-    layer: int,
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    queries: Queries,
-    bounds: torch.Tensor,
-    *,
-    output: torch.Tensor | None = None,
-    scale: float,
-    window: int | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-    threads: int | None = None,
-) -> None:
-    """Attend for the queries listed and write the masses of those that are measured; nothing else is touched.
-
-    mass: [slots, steps, layers, heads, regions] float32, contiguous. query: [tokens, heads, head_dim], heads
-    contiguous within a token. kv_cache: vLLM's [blocks, kv_heads, block_size, 2 * head_dim], the last two contiguous,
-    the block size a multiple of 32 and head_dim of 16. Both float32 or both bfloat16. block_table: [batch, pages]
-    int32. bounds: [slots, regions, 2] int32, half open key positions. output: [tokens, heads, head_dim] of the same
-    type as query, written at the queries' tokens; None to take masses only. window: a query attends the keys at
-    distance < window (None: all). softcap: 0 for none. alibi_slopes, sinks: [heads] float32. threads: of torch's
-    pool, all by default.
-    """
-    tokens, heads, head_dim = query.shape
-    _, kv_heads, page, _ = kv_cache.shape
-    group, threads = heads // kv_heads, threads or torch.get_num_threads()
-    # `sums_between` reads past the end of the last row of scores: the parts lie there.
-    floats = group * (head_dim + queries.longest + 2 * (2 + head_dim + mass.shape[4])) + LEAST_TILE
-    scratch, parts = _workspace.take(threads, floats)
-    arguments = _PACKED.pack(
-        *(mass.data_ptr(), *mass.shape, layer, bounds.data_ptr()),
-        *(query.data_ptr(), tokens, query.stride(0)),
-        *((0, 0) if output is None else (output.data_ptr(), output.stride(0))),
-        *(head_dim, kv_cache.data_ptr(), kv_cache.stride(0), kv_cache.stride(1), kv_heads, page),
-        *(block_table.data_ptr(), block_table.shape[0], block_table.stride(0)),
-        *queries.addresses,
-        *(window or 0, _address(alibi_slopes), _address(sinks)),
-        *(scratch, 4 * floats, queries.longest, parts, scale, softcap),
-    )
-    pool.run(body_for(kv_cache.dtype), arguments, threads)
+        query: [tokens, heads, head_dim] of the cache's type, heads contiguous within a token. block_table: [batch,
+        pages] int32. output: like query, written at the queries' tokens; None to take masses only. threads: of torch's
+        pool; by default all that the work is worth.
+        """
+        if threads is None:
+            threads = min(torch.get_num_threads(), 1 + queries.blocks * self._block_work // _WORTH_A_THREAD)
+        floats = self._floats + self._group * queries.longest
+        scratch, parts = _workspace.take(threads, floats)
+        of_call = _pack_of_call(
+            *(query.data_ptr(), query.stride(0)),
+            *((0, 0) if output is None else (output.data_ptr(), output.stride(0))),
+            *(block_table.data_ptr(), block_table.stride(0)),
+            *(*queries.addresses, queries.longest, scratch, 4 * floats, parts),
+        )
+        pool.run(self._body, self._fixed + of_call, threads)
 
 
 def _address(tensor: torch.Tensor | None) -> int:

@@ -7,7 +7,6 @@ pools on the same cores steal each other's time: a decode step then takes up to 
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import llvmlite.binding
 import torch  # noqa: F401  (loads the OpenMP library that the symbols below come from)
@@ -41,9 +40,10 @@ def pointer(typing_context, address):
     return typing.signature(types.voidptr, types.intp), generate
 
 
-def run(body: Any, arguments: bytes, threads: int = 0) -> None:
+def run(address: int, arguments: bytes, threads: int = 0) -> None:
     """Call a compiled BODY on every thread of torch's pool at once (`threads`: so many) and wait for all of them.
 
-    arguments: the bytes of a record of plain numbers; arrays go as addresses, and the caller keeps them alive.
+    address: the body's. arguments: the bytes of a record of plain numbers; arrays go as addresses, and the caller keeps
+    them alive.
     """
-    _openmp.GOMP_parallel(body.address, arguments, threads, 0)
+    _openmp.GOMP_parallel(address, arguments, threads, 0)

@@ -21,6 +21,8 @@ from numba.core import cgutils, typing
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
+from headrift_kernels.cpu.math import EXP2_SERIES
+
 _FLOAT = ir.FloatType()
 _INT64 = ir.IntType(64)
 _INT32 = ir.IntType(32)
@@ -38,34 +40,77 @@ def _vector(width: int, element: ir.Type = _FLOAT) -> ir.VectorType:
     return ir.VectorType(element, width)
 
 
+def _at(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
+    return builder.inttoptr(address, kind.as_pointer())
+
+
+def _load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
+    return builder.load(_at(builder, address, kind), align=4)
+
+
+def _store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
+    builder.store(value, _at(builder, address, value.type), align=4)
+
+
+def _skip(builder: ir.IRBuilder, address: ir.Value, step: ir.Value, times: ir.Value) -> ir.Value:
+    return builder.add(address, builder.mul(step, times))
+
+
 def _load_row(builder: ir.IRBuilder, address: ir.Value, width: int, bfloat16: bool) -> ir.Value:
     if not bfloat16:
-        return builder.load(builder.inttoptr(address, _vector(width).as_pointer()), align=4)
-    bits = builder.load(builder.inttoptr(address, _vector(width, ir.IntType(16)).as_pointer()), align=2)
+        return _load(builder, address, _vector(width))
+    bits = builder.load(_at(builder, address, _vector(width, ir.IntType(16))), align=2)
     wide = builder.zext(bits, _vector(width, _INT32))
     shifted = builder.shl(wide, ir.Constant(_vector(width, _INT32), [16] * width))
     return builder.bitcast(shifted, _vector(width))
 
 
-def _broadcast(builder: ir.IRBuilder, address: ir.Value, width: int) -> ir.Value:
-    scalar = builder.load(builder.inttoptr(address, _FLOAT.as_pointer()), align=4)
-    undefined = ir.Constant(_vector(width), ir.Undefined)
+def _repeated(builder: ir.IRBuilder, scalar: ir.Value, width: int) -> ir.Value:
+    """A vector that holds the scalar everywhere."""
+    undefined = ir.Constant(_vector(width, scalar.type), ir.Undefined)
     first = builder.insert_element(undefined, scalar, ir.Constant(_INT32, 0))
     return builder.shuffle_vector(first, undefined, ir.Constant(_vector(width, _INT32), [0] * width))
 
 
-def sum_of_rows(width: int, onto: bool) -> Callable[..., Any]:
-    """A compiled function (element, heads, x, x_head, rows, row_step, n, out, out_head, ahead) -> None.
+def _folded(builder: ir.IRBuilder, vector: ir.Value, operation: Callable[[ir.Value, ir.Value], ir.Value]) -> ir.Value:
+    """The operation over all elements of a vector, by halves."""
+    while (width := vector.type.count) > 1:
+        half = _vector(width // 2, _INT32)
+        low, high = (
+            builder.shuffle_vector(vector, vector, ir.Constant(half, list(range(start, start + width // 2))))
+            for start in (0, width // 2)
+        )
+        vector = operation(low, high)
+    return builder.extract_element(vector, ir.Constant(_INT32, 0))
+
+
+def _multiply_add(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    kind = ir.FunctionType(a.type, [a.type] * 3)
+    name = f"llvm.fmuladd.v{a.type.count}f32"
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [a, b, c])
+
+
+def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
+    """Fetch a cache line into the second-level cache: the first is too small to hold a block that is not yet due."""
+    byte = ir.IntType(8)
+    kind = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), _INT32, _INT32, _INT32])
+    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    to_read, second_level, data = (ir.Constant(_INT32, flag) for flag in (0, 2, 1))
+    builder.call(prefetch, [_at(builder, address, byte), to_read, second_level, data])
+
+
+def sum_of_rows(width: int) -> Callable[..., Any]:
+    """A compiled function (element, heads, x, x_head, rows, row_step, n, out, out_head, onto, ahead) -> None.
 
     element: the numpy type of the rows, float32, or uint16 for the bits of bfloat16; all others are int64. For each
     head g < heads <= MOST_HEADS: out[g] (+)= sum over i < n of x[g, i] * rows[i], `width` columns; added to what is
-    there with `onto`, else written over it. x, rows and out are addresses, x and out of float32; a head's x is
-    contiguous; x_head, row_step and out_head are distances in bytes. ahead: what lies this far behind each row is
+    there where `onto` is not 0, else written over it. x, rows and out are addresses, x and out of float32; a head's x
+    is contiguous; x_head, row_step and out_head are distances in bytes. ahead: what lies this far behind each row is
     fetched into the cache; 0 for nothing.
     """
 
     @intrinsic
-    def function(typing_context, element, heads, x, x_head, rows, row_step, n, out, out_head, ahead):
+    def function(typing_context, element, heads, x, x_head, rows, row_step, n, out, out_head, onto, ahead):
         bfloat16 = element.instance_type == types.uint16
 
         def generate(context, builder, _signature, arguments):
@@ -75,126 +120,97 @@ def sum_of_rows(width: int, onto: bool) -> Callable[..., Any]:
             for count, block in enumerate(cases, 1):
                 switch.add_case(ir.Constant(_INT64, count), block)
                 builder.position_at_end(block)
-                _loop_over_rows(builder, count, width, bfloat16, onto, *arguments[2:])
+                _loop_over_rows(builder, count, width, bfloat16, *arguments[2:])
                 builder.branch(done)
             builder.position_at_end(done)
             return context.get_dummy_value()
 
-        return typing.signature(types.void, element, *[types.int64] * 9), generate
+        return typing.signature(types.void, element, *[types.int64] * 10), generate
 
     return function
 
 
-def _loop_over_rows(builder, heads, width, bfloat16, onto, x, x_head, rows, row_step, n, out, out_head, ahead):
+def _loop_over_rows(builder, heads, width, bfloat16, x, x_head, rows, row_step, n, out, out_head, onto, ahead):
     """The loop for a fixed number of heads; leaves the builder at its end."""
     vector = _vector(width)
-    multiply_add = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fmuladd.v{width}f32"
-    )
-    byte = ir.IntType(8).as_pointer()
-    prefetch = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(ir.VoidType(), [byte, _INT32, _INT32, _INT32]), "llvm.prefetch.p0"
-    )
-    prefetch_to_read = [ir.Constant(_INT32, flag) for flag in (0, 3, 1)]
+    numbers = [ir.Constant(_INT64, g) for g in range(heads)]
+    targets = [_skip(builder, out, out_head, g) for g in numbers]
+    sums = [cgutils.alloca_once_value(builder, ir.Constant(vector, [0.0] * width)) for _ in numbers]
+    with builder.if_then(cgutils.is_not_null(builder, onto)):
+        for total, target in zip(sums, targets, strict=True):
+            builder.store(_load(builder, target, vector), total)
+    x_now, row_now = (cgutils.alloca_once_value(builder, start) for start in (x, rows))
+    with cgutils.for_range(builder, n):
+        x_at, row_at = builder.load(x_now), builder.load(row_now)
+        row = _load_row(builder, row_at, width, bfloat16)
+        for line in range(0, width * (2 if bfloat16 else 4), 64):
+            _prefetch(builder, builder.add(builder.add(row_at, ahead), ir.Constant(_INT64, line)))
+        for total, g in zip(sums, numbers, strict=True):
+            factor = _repeated(builder, _load(builder, _skip(builder, x_at, x_head, g), _FLOAT), width)
+            builder.store(_multiply_add(builder, row, factor, builder.load(total)), total)
+        builder.store(builder.add(x_at, ir.Constant(_INT64, 4)), x_now)
+        builder.store(builder.add(row_at, row_step), row_now)
+    for total, target in zip(sums, targets, strict=True):
+        _store(builder, builder.load(total), target)
 
-    def of_head(base: ir.Value, step: ir.Value, head: int) -> ir.Value:
-        return builder.add(base, builder.mul(step, ir.Constant(_INT64, head)))
 
-    targets = [builder.inttoptr(of_head(out, out_head, g), vector.as_pointer()) for g in range(heads)]
-    zero = ir.Constant(vector, [0.0] * width)
-    start = [builder.load(target, align=4) if onto else zero for target in targets]
-    entry, loop, done = builder.block, builder.append_basic_block(), builder.append_basic_block()
-    builder.cbranch(builder.icmp_signed(">", n, ir.Constant(_INT64, 0)), loop, done)
+def _exp2(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """`headrift_kernels.cpu.math.exp2` of a vector."""
 
-    builder.position_at_end(loop)
-    i, x_now, row_now = (builder.phi(_INT64) for _ in range(3))
-    sums = [builder.phi(vector) for _ in range(heads)]
-    row = _load_row(builder, row_now, width, bfloat16)
-    for line in range(0, width * (2 if bfloat16 else 4), 64):
-        address = builder.add(builder.add(row_now, ahead), ir.Constant(_INT64, line))
-        builder.call(prefetch, [builder.inttoptr(address, byte), *prefetch_to_read])
-    more = [
-        builder.call(multiply_add, [row, _broadcast(builder, of_head(x_now, x_head, g), width), sums[g]])
-        for g in range(heads)
-    ]
-    i_next = builder.add(i, ir.Constant(_INT64, 1))
-    for phi, before, after in [
-        (i, ir.Constant(_INT64, 0), i_next),
-        (x_now, x, builder.add(x_now, ir.Constant(_INT64, 4))),
-        (row_now, rows, builder.add(row_now, row_step)),
-        *zip(sums, start, more, strict=True),
-    ]:
-        phi.add_incoming(before, entry)
-        phi.add_incoming(after, loop)
-    builder.cbranch(builder.icmp_signed("<", i_next, n), loop, done)
+    def same(value: float) -> ir.Value:
+        return ir.Constant(x.type, [value] * x.type.count)
 
-    builder.position_at_end(done)
-    results = [builder.phi(vector) for _ in range(heads)]
-    for result, before, after in zip(results, start, more, strict=True):
-        result.add_incoming(before, entry)
-        result.add_incoming(after, loop)
-    for target, result in zip(targets, results, strict=True):
-        builder.store(result, target, align=4)
+    def whole_number(value: int) -> ir.Value:
+        return ir.Constant(whole.type, [value] * x.type.count)
+
+    low_end = builder.select(builder.fcmp_ordered(">", x, same(-126.5)), x, same(-126.5))
+    whole = builder.fptosi(builder.fsub(low_end, same(0.5)), _vector(x.type.count, _INT32))
+    fraction = builder.fsub(x, builder.sitofp(whole, x.type))
+    result = same(EXP2_SERIES[-1])
+    for coefficient in EXP2_SERIES[-2::-1]:
+        result = _multiply_add(builder, result, fraction, same(coefficient))
+    exponent = builder.shl(builder.add(whole, whole_number(127)), whole_number(23))
+    scaled = builder.fmul(result, builder.bitcast(exponent, x.type))
+    return builder.select(builder.fcmp_ordered("<", x, same(-126.0)), same(0.0), scaled)
 
 
 @intrinsic
-def largest_of(typing_context, values, n):
-    """The largest of n > 0 float32 from the address `values` on, as a function of two int64; NaN is passed over."""
+def exponentials(typing_context, heads, scores, score_head, n, tops, totals):
+    """Of each head g < heads: tops[g] = the largest of scores[g, :n], then scores[g, j] = 2**(scores[g, j] - tops[g])
+    in place, and totals[g] = their sum; a function of six int64.
+
+    scores, tops, totals: addresses of float32; score_head: distance in bytes. n: a positive multiple of LEAST_TILE.
+    A NaN is not the largest, but shows in the sum.
+    """
 
     def generate(context, builder, _signature, arguments):
-        values, n = arguments
-        vector = _vector(LEAST_TILE)
-        # Whole vectors from the front, and one more that ends at the end (it may overlap the last); fewer: one by one.
-        width = ir.Constant(_INT64, LEAST_TILE)
-        entry, short, wide, loop, done = (builder.block, *(builder.append_basic_block() for _ in range(4)))
-        builder.cbranch(builder.icmp_signed("<", n, width), short, wide)
-
-        def load(index: ir.Value, kind: ir.Type) -> ir.Value:
-            address = builder.add(values, builder.mul(index, ir.Constant(_INT64, 4)))
-            return builder.load(builder.inttoptr(address, kind.as_pointer()), align=4)
+        heads, scores, score_head, n, tops, totals = arguments
+        vector, four = _vector(LEAST_TILE), ir.Constant(_INT64, 4)
 
         def larger(a: ir.Value, b: ir.Value) -> ir.Value:
             return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
-        builder.position_at_end(short)
-        i, top = builder.phi(_INT64), builder.phi(_FLOAT)
-        best = larger(load(i, _FLOAT), top)
-        i_next = builder.add(i, ir.Constant(_INT64, 1))
-        for phi, before, after in [
-            (i, ir.Constant(_INT64, 0), i_next),
-            (top, ir.Constant(_FLOAT, float("-inf")), best),
-        ]:
-            phi.add_incoming(before, entry)
-            phi.add_incoming(after, short)
-        builder.cbranch(builder.icmp_signed("<", i_next, n), short, done)
+        with cgutils.for_range(builder, heads) as head:
+            row = _skip(builder, scores, score_head, head.index)
+            largest = cgutils.alloca_once_value(builder, ir.Constant(vector, [float("-inf")] * LEAST_TILE))
+            with cgutils.for_range_slice(builder, _INT64(0), n, _INT64(LEAST_TILE)) as (j, _):
+                found = _load(builder, _skip(builder, row, four, j), vector)
+                builder.store(larger(found, builder.load(largest)), largest)
+            top = _folded(builder, builder.load(largest), larger)
+            everywhere = _repeated(builder, top, LEAST_TILE)
+            total = cgutils.alloca_once_value(builder, ir.Constant(vector, [0.0] * LEAST_TILE))
+            with cgutils.for_range_slice(builder, _INT64(0), n, _INT64(LEAST_TILE)) as (j, _):
+                place = _skip(builder, row, four, j)
+                powers = _exp2(builder, builder.fsub(_load(builder, place, vector), everywhere))
+                _store(builder, powers, place)
+                builder.store(builder.fadd(builder.load(total), powers), total)
+            _store(builder, top, _skip(builder, tops, four, head.index))
+            _store(
+                builder, _folded(builder, builder.load(total), builder.fadd), _skip(builder, totals, four, head.index)
+            )
+        return context.get_dummy_value()
 
-        builder.position_at_end(wide)
-        last = builder.sub(n, width)
-        at_end = load(last, vector)
-        builder.branch(loop)
-
-        builder.position_at_end(loop)
-        j, tops = builder.phi(_INT64), builder.phi(vector)
-        bests = larger(load(j, vector), tops)
-        j_next = builder.add(j, width)
-        for phi, before, after in [(j, ir.Constant(_INT64, 0), j_next), (tops, at_end, bests)]:
-            phi.add_incoming(before, wide)
-            phi.add_incoming(after, loop)
-        after_loop = builder.append_basic_block()
-        builder.cbranch(builder.icmp_signed("<=", j_next, last), loop, after_loop)
-        builder.position_at_end(after_loop)
-        lanes = [builder.extract_element(bests, ir.Constant(_INT32, lane)) for lane in range(LEAST_TILE)]
-        while len(lanes) > 1:
-            lanes = [larger(a, b) for a, b in zip(lanes[::2], lanes[1::2], strict=True)]
-        builder.branch(done)
-
-        builder.position_at_end(done)
-        result = builder.phi(_FLOAT)
-        result.add_incoming(best, short)
-        result.add_incoming(lanes[0], after_loop)
-        return result
-
-    return typing.signature(types.float32, types.int64, types.int64), generate
+    return typing.signature(types.void, *[types.int64] * 6), generate
 
 
 @intrinsic
@@ -207,59 +223,24 @@ def sums_between(typing_context, heads, values, value_head, start, end, out, out
 
     def generate(context, builder, _signature, arguments):
         heads, values, value_head, start, end, out, out_head = arguments
-        vector = _vector(LEAST_TILE)
+        vector, four = _vector(LEAST_TILE), ir.Constant(_INT64, 4)
         zero = ir.Constant(vector, [0.0] * LEAST_TILE)
-        step, four = ir.Constant(_INT64, LEAST_TILE), ir.Constant(_INT64, 4)
-        lanes = ir.Constant(_vector(LEAST_TILE, _INT64), list(range(LEAST_TILE)))
-        entry, head, loop, tail, done = (builder.block, *(builder.append_basic_block() for _ in range(4)))
-        whole = builder.add(start, builder.and_(builder.sub(end, start), ir.Constant(_INT64, -LEAST_TILE)))
-        left = builder.sub(end, whole)
-        undefined = ir.Constant(_vector(LEAST_TILE, _INT64), ir.Undefined)
-        left_everywhere = builder.shuffle_vector(
-            builder.insert_element(undefined, left, ir.Constant(_INT32, 0)),
-            undefined,
-            ir.Constant(_vector(LEAST_TILE, _INT32), [0] * LEAST_TILE),
-        )
-        in_tail = builder.icmp_signed("<", lanes, left_everywhere)
-        builder.cbranch(builder.icmp_signed("<", start, end), head, done)
-
-        builder.position_at_end(head)
-        g, row, target = (builder.phi(_INT64) for _ in range(3))
-        builder.cbranch(builder.icmp_signed("<", start, whole), loop, tail)
-
-        def load(index: ir.Value) -> ir.Value:
-            address = builder.add(row, builder.mul(index, four))
-            return builder.load(builder.inttoptr(address, vector.as_pointer()), align=4)
-
-        builder.position_at_end(loop)
-        j, total = builder.phi(_INT64), builder.phi(vector)
-        more = builder.fadd(total, load(j))
-        j_next = builder.add(j, step)
-        for phi, before, after in [(j, start, j_next), (total, zero, more)]:
-            phi.add_incoming(before, head)
-            phi.add_incoming(after, loop)
-        builder.cbranch(builder.icmp_signed("<", j_next, whole), loop, tail)
-
-        builder.position_at_end(tail)
-        so_far = builder.phi(vector)
-        so_far.add_incoming(zero, head)
-        so_far.add_incoming(more, loop)
-        last = builder.fadd(so_far, builder.select(in_tail, load(whole), zero))
-        parts = [builder.extract_element(last, ir.Constant(_INT32, lane)) for lane in range(LEAST_TILE)]
-        while len(parts) > 1:
-            parts = [builder.fadd(a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
-        builder.store(parts[0], builder.inttoptr(target, _FLOAT.as_pointer()), align=4)
-        g_next = builder.add(g, ir.Constant(_INT64, 1))
-        for phi, before, after in [
-            (g, ir.Constant(_INT64, 0), g_next),
-            (row, values, builder.add(row, value_head)),
-            (target, out, builder.add(target, out_head)),
-        ]:
-            phi.add_incoming(before, entry)
-            phi.add_incoming(after, tail)
-        builder.cbranch(builder.icmp_signed("<", g_next, heads), head, done)
-
-        builder.position_at_end(done)
+        none = builder.icmp_signed(">=", start, end)
+        start = builder.select(none, _INT64(0), start)
+        length = builder.select(none, _INT64(0), builder.sub(end, start))
+        whole = builder.add(start, builder.and_(length, _INT64(-LEAST_TILE)))
+        left = builder.trunc(builder.and_(length, _INT64(LEAST_TILE - 1)), _INT32)
+        lanes = ir.Constant(_vector(LEAST_TILE, _INT32), list(range(LEAST_TILE)))
+        in_tail = builder.icmp_signed("<", lanes, _repeated(builder, left, LEAST_TILE))
+        with cgutils.for_range(builder, heads) as head:
+            row = _skip(builder, values, value_head, head.index)
+            total = cgutils.alloca_once_value(builder, zero)
+            with cgutils.for_range_slice(builder, start, whole, _INT64(LEAST_TILE)) as (j, _):
+                found = _load(builder, _skip(builder, row, four, j), vector)
+                builder.store(builder.fadd(builder.load(total), found), total)
+            tail = builder.select(in_tail, _load(builder, _skip(builder, row, four, whole), vector), zero)
+            result = _folded(builder, builder.fadd(builder.load(total), tail), builder.fadd)
+            _store(builder, result, _skip(builder, out, out_head, head.index))
         return context.get_dummy_value()
 
     return typing.signature(types.void, *[types.int64] * 7), generate

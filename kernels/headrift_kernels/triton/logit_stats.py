@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from headrift_kernels.triton.decode_mass import _LN2, _LOG2E, _LOWEST
+from headrift_kernels.triton.common import LN2, LOG2E, LOWEST
 
 
 @triton.jit(do_not_specialize=["vocab", "steps"])
@@ -35,12 +35,12 @@ def logit_statistics_kernel(
         return
     logits_ptr += row.to(tl.int64) * stride
     lane = tl.arange(0, BLOCK)
-    first = tl.full([BLOCK], _LOWEST, tl.float32)
+    first = tl.full([BLOCK], LOWEST, tl.float32)
     second = first
     l = tl.zeros([BLOCK], tl.float32)
     moment = tl.zeros([BLOCK], tl.float32)
     for start in tl.range(0, vocab, BLOCK):
-        x = tl.load(logits_ptr + start + lane, mask=start + lane < vocab, other=-float("inf")).to(tl.float32) * _LOG2E
+        x = tl.load(logits_ptr + start + lane, mask=start + lane < vocab, other=-float("inf")).to(tl.float32) * LOG2E
         higher = x > first
         apart = tl.where(higher, first - x, x - first)
         e = tl.exp2(apart)
@@ -56,7 +56,7 @@ def logit_statistics_kernel(
     moment = tl.sum(weight * (moment + (first - top) * l), 0)
     l = tl.sum(weight * l, 0)
     at = stats_ptr + (slot.to(tl.int64) * steps + step) * 3
-    tl.store(at, (tl.log2(l) - moment / l) * _LN2)
+    tl.store(at, (tl.log2(l) - moment / l) * LN2)
     tl.store(at + 1, 1.0 / l)
     tl.store(at + 2, (1.0 - tl.exp2(runner_up - top)) / l)
 

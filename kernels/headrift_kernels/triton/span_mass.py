@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from headrift_kernels.triton.decode_mass import _LOG2E, _NEVER, log2_scores
+from headrift_kernels.triton.common import LOG2E, NEVER, UNALIGNED, UNSPECIALIZED, cell_of, next_power_of_2
+from headrift_kernels.triton.measured import launch_of, load_queries, measured_steps, tile_scores
 
 
 @triton.jit
@@ -20,11 +21,11 @@ def _region(bounds_ptr, r: tl.constexpr, prompt, generated, PROMPT: tl.constexpr
     high = tl.load(bounds_ptr + 2 * r + 1)
     if r == PROMPT:
         low = tl.where(generated, prompt, low)
-        high = tl.where(generated, _NEVER, high)
+        high = tl.where(generated, NEVER, high)
     return low, high
 
 
-@triton.jit(do_not_specialize=["layer", "steps", "layers", "window"])
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def span_mass_kernel(
     mass_ptr,
     query_ptr,
@@ -77,25 +78,14 @@ def span_mass_kernel(
     slot = tl.load(row_slot_ptr + row)
     if slot < 0:
         return
-    n = tl.load(seq_lens_ptr + row)
-    token_end = tl.load(query_start_ptr + row + 1)
-    prompt = tl.load(prompt_len_ptr + slot)
-    context = n - (token_end - tl.load(query_start_ptr + row))
-    begin = tl.maximum(context - prompt + 1, 0) + tl.program_id(1) * BLOCK_Q
-    end = tl.minimum(tl.minimum(tl.load(n_rows_ptr + slot), steps), n - prompt + 1)
-    end = tl.minimum(end, begin + BLOCK_Q)
+    begin, end, prompt, origin = measured_steps(
+        row, tl.program_id(1), slot, query_start_ptr, seq_lens_ptr, prompt_len_ptr, n_rows_ptr, steps, BLOCK_Q
+    )
     if begin >= end:
         return
-    member = tl.arange(0, BLOCK_M)
-    step = begin + member // GROUP
-    heads = kv_head * GROUP + member % GROUP
-    valid = step < end
-    position = prompt - 1 + step
-    token = (token_end - n + position).to(tl.int64)
-    dims = tl.arange(0, BLOCK_D)
-    in_dim = (dims < HEAD_DIM)[None, :]
-    q_at = token * stride_qt + heads.to(tl.int64) * stride_qh
-    q = tl.load(query_ptr + q_at[:, None] + dims[None, :], mask=valid[:, None] & in_dim, other=0.0)
+    q, step, position, token, heads, valid = load_queries(
+        query_ptr, kv_head, begin, end, prompt, origin, stride_qt, stride_qh, GROUP, HEAD_DIM, BLOCK_D, BLOCK_M
+    )
     lse = tl.load(lse_ptr + heads.to(tl.int64) * stride_lh + token * stride_lt, mask=valid, other=float("inf"))
     slope = tl.load(slopes_ptr + heads, mask=valid, other=0.0) if ALIBI else 0.0
     if FP8:
@@ -122,17 +112,28 @@ def span_mass_kernel(
         if holders > 0:
             p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             for tile in tl.range(at, until, BLOCK_N):
-                keys = tile + tl.arange(0, BLOCK_N)
-                live = keys < until
-                page = tl.load(block_table_ptr + keys // PAGE, mask=live, other=0).to(tl.int64)
-                k_at = page * stride_kb + (keys % PAGE) * stride_kt
-                k = tl.load(key_ptr + k_at[:, None] + dims[None, :], mask=live[:, None] & in_dim, other=0.0)
-                distance = position[:, None] - keys[None, :]
-                s = log2_scores(q, k, distance, slope, scale, softcap, SOFTCAP, ALIBI)
-                seen = live[None, :] & (distance >= 0)
-                if WINDOW:
-                    seen &= distance < window
-                p += tl.where(seen, tl.exp2(s - lse[:, None] * _LOG2E), 0.0)
+                s, seen = tile_scores(
+                    q,
+                    position,
+                    key_ptr,
+                    block_table_ptr,
+                    tile,
+                    until,
+                    stride_kb,
+                    stride_kt,
+                    slope,
+                    scale,
+                    softcap,
+                    window,
+                    PAGE,
+                    HEAD_DIM,
+                    BLOCK_D,
+                    BLOCK_N,
+                    WINDOW,
+                    SOFTCAP,
+                    ALIBI,
+                )
+                p += tl.where(seen, tl.exp2(s - lse[:, None] * LOG2E), 0.0)
             part = tl.sum(p, 1)
             for r in tl.static_range(REGIONS):
                 low, high = _region(bounds_ptr, r, prompt, generated, PROMPT)
@@ -143,9 +144,9 @@ def span_mass_kernel(
         if generated:
             rest = 1.0 - mass
             if SINKS:
-                rest -= tl.exp2((tl.load(sinks_ptr + heads, mask=valid, other=0.0) - lse) * _LOG2E)[:, None]
+                rest -= tl.exp2((tl.load(sinks_ptr + heads, mask=valid, other=0.0) - lse) * LOG2E)[:, None]
             mass = tl.where((column == PROMPT)[None, :], tl.where(rest < 0.0, 0.0, rest), mass)
-    cell = ((slot.to(tl.int64) * steps + step) * layers + layer) * HEADS + heads
+    cell = cell_of(slot, step, layer, heads, steps, layers, HEADS)
     stored = valid[:, None] & (column < REGIONS)[None, :]
     tl.store(mass_ptr + cell[:, None] * REGIONS + column[None, :], mass, mask=stored)
 
@@ -187,17 +188,22 @@ def span_mass(
     sink's), with the absolute precision of the LSE. k_scale: [1] float32, of an fp8 cache. The others: as in
     `decode_mass`.
     """
-    heads, head_dim = query.shape[1:]
-    page, kv_heads = key_cache.shape[1:3]
-    rows, regions = row_slot.shape[0], bounds.shape[1]
-    group = heads // kv_heads
-    longest = min(mass.shape[1], max_query_len or query.shape[0])
-    # several queries of a row share its keys; a lone one still takes the 16 rows of a tensor core's tile
-    block_m = max(16, triton.next_power_of_2(group * min(longest, 64 // min(group, 64))))
-    block_q = block_m // group
-    if rows == 0 or longest == 0:
+    heads, regions = query.shape[1], bounds.shape[1]
+    grid, constants = launch_of(
+        query,
+        key_cache,
+        row_slot.shape[0],
+        mass.shape[1],
+        max_query_len,
+        block_n,
+        window=window,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+    )
+    if 0 in grid:
         return
-    span_mass_kernel[(rows, triton.cdiv(longest, block_q), kv_heads)](
+    span_mass_kernel[grid](
         mass,
         query,
         key_cache,
@@ -223,21 +229,8 @@ def span_mass(
         *key_cache.stride()[:3],
         block_table.stride(0),
         HEADS=heads,
-        GROUP=group,
-        PAGE=page,
-        HEAD_DIM=head_dim,
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        BLOCK_Q=block_q,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n or (32 if key_cache.element_size() == 1 else 64),
         REGIONS=regions,
-        WIDTH=triton.next_power_of_2(regions),
+        WIDTH=next_power_of_2(regions),
         PROMPT=-1 if prompt_region is None else prompt_region,
-        WINDOW=window is not None,
-        SOFTCAP=softcap > 0.0,
-        ALIBI=alibi_slopes is not None,
-        SINKS=sinks is not None,
-        FP8=key_cache.element_size() == 1,
-        num_warps=8 if block_m > 32 else 4,
-        num_stages=3,
+        **constants,
     )

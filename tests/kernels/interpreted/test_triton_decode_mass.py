@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from headrift_kernels import reference
 from headrift_kernels.cases import decode_case
-from headrift_kernels.triton.decode_mass import SplitScratch, Tiles, decode_mass
+from headrift_kernels.triton.decode_mass import SplitScratch, Tiles, decode_mass, splits_for
 
 # Masses come of float32 scores whatever the type: a dot product of exact products, and sums of up to a few thousand
 # terms. Outputs of 16-bit types carry the rounding of the probabilities and of the output itself, at |v| up to 4.
@@ -224,3 +224,20 @@ def test_long_contexts(n, splits):
     )
     case.n_rows[:] = 9
     assert_agrees(case, splits=splits, block_n=512)
+
+
+@pytest.mark.parametrize(("rows", "regions"), [(1, 3), (2, 2)])
+def test_scratch_for_a_smaller_batch_is_refused(chat, rows, regions):
+    small = SplitScratch.allocate(rows, 6, 64, regions, 2, "cpu")
+    with pytest.raises(ValueError, match="2 rows and 3 regions"):
+        decode_mass(torch.empty_like(chat.query), chat.empty_mass(), 1, *chat.batch, scratch=small, **chat.how)
+
+
+@given(st.integers(1, 512), st.sampled_from([1, 3, 8, 32]), st.integers(1, 200_000), st.integers(1, 200))
+def test_splits_fill_the_processors_and_are_not_too_short(rows, kv_heads, longest, processors):
+    splits = splits_for(rows, kv_heads, longest, processors)
+    assert splits in (1, 2, 4, 8, 16, 32)
+    assert splits == 1 or longest // splits >= 256
+    programs = rows * kv_heads * splits
+    assert splits == 1 or programs < 4 * processors
+    assert programs >= 2 * processors or splits == 32 or longest // (2 * splits) < 256

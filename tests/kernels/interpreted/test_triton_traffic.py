@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from headrift_kernels.traffic import KV, chat, decode_traffic, failures, measure_span
+from headrift_kernels.traffic import KV, chat, decode_traffic, failures, measure_lse, measure_span
 
 
 @pytest.mark.parametrize("splits", [1, 2])
@@ -21,11 +21,12 @@ def test_masses_move_no_key_and_hardly_a_byte(splits):
     assert unprobed.total("mass", "bounds", "prompt_len", "n_rows") == 0
 
 
-def test_span_mass_reads_the_regions_keys_once_and_little_besides():
-    span = measure_span()
-    assert failures([], span) == []
-    assert {row["most_reads_of_a_key"] for row in span} == {1}
-    assert all(sum(row["other_bytes"].values()) < 0.2 * row["region_key_bytes"] for row in span)
+def test_lse_and_span_mass_read_the_needed_keys_once_and_little_besides():
+    span, lse = measure_span(), measure_lse()
+    assert failures([], span, lse) == []
+    for moved in (*span, lse):
+        assert moved["most_reads_of_a_key"] == 1
+        assert sum(moved["other_bytes"].values()) < 0.2 * moved["needed_key_bytes"]
 
 
 @pytest.mark.parametrize("splits", [1, 2])

@@ -21,7 +21,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from headrift.vllm_plugin.measure import MeasuringBuilder, MeasuringImpl
 from headrift.vllm_plugin.plugin import RefusedError
 from headrift.vllm_plugin.recorder import Recorder
-from headrift_kernels.cpu.paged_attention import SLOT, Queries, attend, body_for, measured_queries
+from headrift_kernels.cpu.paged_attention import PagedAttention, body_for
+from headrift_kernels.cpu.queries import SLOT, Queries, measured_queries
 
 # The instruction-set variants of vLLM's CPU kernels whose K cache is packed as [head_dim, block_size].
 PACKED_ISAS = ("vec", "vec16")
@@ -146,6 +147,8 @@ class CPUMassBuilder(MeasuringBuilder, CPUAttentionMetadataBuilder):
 class CPUMassImpl(MeasuringImpl, CPUAttentionBackendImpl):
     """The parent, but in a step with measured queries: then decode rows are attended and measured in one pass."""
 
+    _attention: PagedAttention | None = None
+
     def forward(
         self,
         layer: AttentionLayer,
@@ -166,17 +169,21 @@ class CPUMassImpl(MeasuringImpl, CPUAttentionBackendImpl):
         for run in step.runs:
             rows = slice(run.start, run.end)
             super().forward(layer, query[rows], key[rows], value[rows], kv_cache, run.metadata, output[rows])
+        attention = self._attention_over(kv_cache)
         for queries, into in ((step.attended, output), (step.measured_only, None)):
             if queries is not None:
-                attend(
-                    self.recorder.mass,
-                    self.layer_index,
-                    query,
-                    kv_cache,
-                    attn_metadata.block_table,
-                    queries,
-                    self.recorder.bounds,
-                    output=into,
-                    **self.attention_options(),
-                )
+                attention.attend(query, attn_metadata.block_table, queries, output=into)
         return output
+
+    def _attention_over(self, kv_cache: torch.Tensor) -> PagedAttention:
+        """Our kernel over this layer's cache, made at its first step and anew should vLLM change the cache."""
+        if self._attention is None or self._attention.kv_cache is not kv_cache:
+            assert self.recorder is not None
+            self._attention = PagedAttention(
+                self.recorder.mass,
+                self.layer_index,
+                kv_cache,
+                self.recorder.bounds,
+                **self.attention_options(),
+            )
+        return self._attention

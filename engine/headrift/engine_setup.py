@@ -1,0 +1,161 @@
+"""How vLLM is configured and started on this machine: environment, engine arguments, refusals."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from headrift.vllm_plugin import plugin
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_CPU_KV_CACHE_LIMIT = 4 << 30
+
+
+class EngineError(RuntimeError):
+    """The engine could not be started with these settings; the message says why and what to change."""
+
+
+def engine_config(args: dict[str, Any]) -> VllmConfig:
+    """vLLM's configuration for these engine arguments; EngineError or RefusedError where there is none to be had."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    plugin.register()
+    try:
+        config = EngineArgs(**args).create_engine_config()
+    except TypeError as error:
+        raise EngineError(f"vLLM does not take these engine settings: {error}") from error
+    except (ValueError, OSError) as error:
+        raise EngineError(f"vLLM cannot load {args['model']}: {error}") from error
+    reasons = plugin.refusals(config)
+    if reasons:
+        raise plugin.RefusedError(reasons)
+    processors = list(config.model_config.logits_processors or [])
+    config.model_config.logits_processors = [*processors, plugin.rows_processor(config.use_v2_model_runner)]
+    return config
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePlan:
+    """What an engine would be like. max_model_len: tokens; kv_bytes: of the KV cache, None where vLLM takes what the
+    device has left."""
+
+    dtype: str
+    max_model_len: int
+    slots: int
+    kv_bytes: int | None
+
+
+def plan_engine(model: str | os.PathLike[str]) -> EnginePlan:
+    """The engine that a ProbedEngine would start on this machine, from the model's config: nothing is loaded.
+
+    EngineError or RefusedError where it would not start.
+    """
+    prepare_environment(verbose=False)
+    args = {"model": os.fspath(model), **machine_defaults(), **attention_args("auto")}
+    config = engine_config(args).model_config
+    dtype = str(config.dtype).removeprefix("torch.")
+    return EnginePlan(dtype, config.max_model_len, 2 * args["max_num_seqs"], args.get("kv_cache_memory_bytes"))
+
+
+def attention_args(asked: str) -> dict[str, Any]:
+    """Engine arguments for the attention backend asked for, which every process of the engine is told of too."""
+    gpu = _has_gpu()
+    try:
+        backend = plugin.backend_for(asked, gpu)
+    except ValueError as error:
+        raise EngineError(str(error)) from error
+    os.environ[plugin.BACKEND] = backend
+    return {"attention_backend": plugin.STOCK_BACKENDS[backend]} if gpu else {}
+
+
+def prepare_environment(verbose: bool) -> None:
+    """Set what vLLM reads from the environment, before it is imported, unless the user has set it."""
+    os.environ[plugin.SWITCH] = "1"
+    # Read once, when torch loads OpenMP. Threads that wait spin; where another process wants the core they spin on,
+    # every wait costs a time slice, and a step takes ten times as long. A short spin costs nothing when they are
+    # alone.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    defaults = {"VLLM_LOGGING_LEVEL": "INFO" if verbose else "ERROR", "TOKENIZERS_PARALLELISM": "false"}
+    if not verbose:
+        # torch reads this once, when it is imported, and `_has_gpu` imports it.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        # While it is imported vLLM has warnings to print and no logging configuration yet.
+        logging.getLogger("vllm").setLevel(logging.ERROR)
+        # What it logs comes as an error as well. A level would be undone when vLLM sets its logging up.
+        logging.getLogger("vllm.transformers_utils.repo_utils").disabled = True
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
+    if not _has_gpu():
+        # One process, or one for each rank: the front end has little to do.
+        defaults |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+@contextmanager
+def llvmlite_out_of_sight() -> Iterator[None]:
+    """vLLM's CPU platform looks through the attributes of all loaded modules and trips over llvmlite's library object.
+
+    numba brings that module, so without this a second engine, or a first one after `import numba`, would not start.
+    """
+    hidden = {name: sys.modules.pop(name) for name in ["llvmlite.binding.ffi"] if name in sys.modules}
+    try:
+        yield
+    finally:
+        sys.modules.update(hidden)
+
+
+@contextmanager
+def cores_divided(ranks: int) -> Iterator[None]:
+    """Each rank's threads on cores of its own, unless the user has bound them; one rank's are left unbound.
+
+    vLLM's `auto` would keep a core for the front end, and unbound the threads of several ranks spin on each other's.
+    """
+    import vllm.envs
+
+    name = "VLLM_CPU_OMP_THREADS_BIND"
+    if _has_gpu() or name in os.environ:
+        yield
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    bounds = [len(cores) * rank // ranks for rank in range(ranks + 1)]
+    own = [",".join(map(str, cores[start:end])) for start, end in pairwise(bounds)]
+    os.environ[name] = "|".join(own) if ranks > 1 and all(own) else "nobind"
+    # An engine that ran in this process has had vLLM keep the environment as it was.
+    vllm.envs.disable_envs_cache()
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.version.cuda is not None or torch.version.hip is not None
+
+
+def machine_defaults(ranks: int = 1) -> dict[str, Any]:
+    """Engine arguments for an engine of so many ranks on this machine; `engine_args` overrides each."""
+    if _has_gpu():
+        return {"max_num_seqs": 256, "use_tqdm_on_load": False}
+    import psutil
+
+    return {
+        "max_num_seqs": 64,
+        "use_tqdm_on_load": False,
+        # Small blocks let short system prompts be shared; vLLM's CPU default of 128 tokens seldom does.
+        "block_size": 32,
+        "dtype": "float32",
+        "enforce_eager": True,
+        # Of each rank.
+        "kv_cache_memory_bytes": int(min(_CPU_KV_CACHE_LIMIT, psutil.virtual_memory().available * 0.4) / ranks),
+    }

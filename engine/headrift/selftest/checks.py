@@ -1,0 +1,224 @@
+"""What a self-test judges, and by which bar: functions of recorded numbers, without an engine."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrift import signal
+
+# The recorder sums in float32 whatever the model's type is: some thousand exponentials, each good to about 1e-6, give
+# a sum that is good to a part of this. A key too many or too few among a few hundred moves a sum by more.
+SUM_TOLERANCE = 1e-4
+# Shares divide by the prompt's mass, and below this they magnify its rounding more than tenfold.
+LEAST_PROMPT_MASS = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A line of the report. passed: None where nothing was judged. figure: what was measured. bar: what it is held to,
+    and why, or why it was not judged. numbers: the figures for machines to read."""
+
+    name: str
+    passed: bool | None
+    figure: str
+    bar: str
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Bars:
+    """How far right numbers may lie apart. tie: gap of the two best logits below which either may win; largest: of any
+    two masses; per_head: the mean over a head's masses. rounding, seen: why, for a reader."""
+
+    tie: float
+    largest: float
+    per_head: float
+    rounding: str
+    seen: str
+
+
+def bars_of(dtype: str, device: str) -> Bars:
+    """The bars of a model computed in float32, bfloat16 or float16 on a device (`cpu`, `cuda`, ...).
+
+    The bars of masses are some multiple of what the demonstration model shows, 30 layers deep: deeper models add up
+    more rounding. What is wrong lies further off: heads or steps mixed up, or a key range that is off by a few keys.
+    """
+    if dtype == "bfloat16":
+        # Logits of 16 to 32 are 1/8 apart in bfloat16: four steps, for both of them are rounded, here and on the way.
+        seen = "the demonstration model's lie 0.05 and 0.004 from float32's"
+        return Bars(0.5, 0.15, 0.015, "bfloat16 keeps 8 bits", seen)
+    if dtype == "float16":
+        return Bars(0.06, 0.03, 0.003, "float16 keeps 11 bits", "a little over an eighth of bfloat16's bars")
+    if device != "cpu":
+        return Bars(
+            0.01, 0.01, 0.001, "of float32 tensor cores may keep 11 bits when they multiply", "as float16, less"
+        )
+    seen = "the demonstration model's lie 8e-6 and 5e-7 apart"
+    return Bars(1e-3, 5e-5, 5e-6, "float32 sums in another order differ in the last bits", seen)
+
+
+def parting(a: Sequence[int], b: Sequence[int]) -> int | None:
+    """The first index where two answers differ; None where they are equal."""
+    if list(a) == list(b):
+        return None
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def same_tokens(
+    name: str,
+    answers: Sequence[Sequence[int]],
+    expected: Sequence[Sequence[int]],
+    gaps: Sequence[Sequence[float]],
+    bars: Bars,
+) -> Check:
+    """Answers equal those expected; gaps: of the two best logits, along the expected answers.
+
+    A row may part from the expected one only where the gap is below `bars.tie`; such rows are counted.
+    """
+    if not len(answers) == len(expected) == len(gaps) or not len(answers):
+        raise ValueError(f"{len(answers)} answers, {len(expected)} expected ones and {len(gaps)} rows of gaps")
+    ties: list[dict[str, Any]] = []
+    wrong: list[dict[str, Any]] = []
+    for row, (ours, theirs, gap) in enumerate(zip(answers, expected, gaps)):
+        step = parting(ours, theirs)
+        if step is None:
+            continue
+        apart = float(gap[step]) if step < len(gap) else np.inf
+        (ties if apart < bars.tie else wrong).append({"row": row, "token": step, "gap": apart})
+    equal = len(answers) - len(ties) - len(wrong)
+    figure = f"{equal} of {len(answers)} rows equal, {len(ties)} parted at a near-tie, {len(wrong)} wrong"
+    if wrong:
+        first = wrong[0]
+        figure += f" (row {first['row']} at token {first['token']}: logits {first['gap']:.3g} apart)"
+    bar = f"a row may part only where the two best logits are less than {bars.tie:g} apart: {bars.rounding}"
+    numbers = {"rows": len(answers), "equal": equal, "near_ties": ties, "wrong": wrong, "bar": bars.tie}
+    return Check(name, not wrong, figure, bar, numbers)
+
+
+def gaps_along(
+    answers: Sequence[Sequence[int]], plain: Sequence[Sequence[int]], gaps: Sequence[Sequence[float]]
+) -> list[list[float]]:
+    """The gaps along answers that are plain's but for near-ties: 0 once a row has parted, where plain's say nothing."""
+    known = []
+    for answer, theirs, gap in zip(answers, plain, gaps, strict=True):
+        step = parting(answer, theirs)
+        known.append(list(gap) if step is None else [*gap[:step], *[0.0] * (len(gap) - step)])
+    return known
+
+
+def every_step(shares: Sequence[NDArray], n_steps: Sequence[int]) -> Check:
+    """Each request has a number for each head at each of its steps. shares: [T, layers, heads] by request."""
+    wanted = sum(n + 1 for n in n_steps)
+    there = sum(int((~np.isnan(share).any(axis=(1, 2))).sum()) for share in shares)
+    figure = f"{there} of {wanted} steps"
+    return Check("every step recorded", there == wanted, figure, "all of them", {"there": there, "wanted": wanted})
+
+
+def within_bounds(masses: Sequence[NDArray]) -> Check:
+    """Masses [T, layers, heads, regions] are from 0 to 1, and none is missing."""
+    low, high = float(np.min([m.min() for m in masses])), float(np.max([m.max() for m in masses]))
+    return Check(
+        "masses from 0 to 1",
+        bool(low >= 0.0 and high <= 1.0 + SUM_TOLERANCE),
+        f"{low:.6f} to {high:.6f}",
+        f"at most {SUM_TOLERANCE:g} above 1: they are sums in float32",
+        {"lowest": low, "highest": high, "bar": SUM_TOLERANCE},
+    )
+
+
+def prompt_is_all_at_first(masses: Sequence[NDArray], prompt: int, *, sinks: bool) -> Check:
+    """At step 0 there is nothing but the prompt (region number `prompt`) to attend."""
+    name, first = "prompt mass 1 at step 0", [m[0, ..., prompt] for m in masses]
+    return _sum_to_one(name, first, sinks, "only the prompt is there yet")
+
+
+def all_keys_sum_to_one(masses: Sequence[NDArray], everything: int, *, sinks: bool) -> Check:
+    """A region (number `everything`) of all keys, prompt and answer, has all the mass at every step."""
+    return _sum_to_one("all keys sum to 1", [m[..., everything] for m in masses], sinks, "softmax's own sum")
+
+
+def _sum_to_one(name: str, masses: Sequence[NDArray], sinks: bool, why: str) -> Check:
+    if sinks:
+        return Check(name, None, "not judged", "this model's attention sinks take a part of each head's mass")
+    away = float(np.max([np.abs(m - 1.0).max() for m in masses]))
+    bar = f"{SUM_TOLERANCE:g}, {why}: sums in float32"
+    return Check(name, away <= SUM_TOLERANCE, f"off by {away:.1e} at most", bar, {"off": away, "bar": SUM_TOLERANCE})
+
+
+def same_masses(name: str, found: Sequence[NDArray], expected: Sequence[NDArray], bars: Bars) -> Check:
+    """Two sets of masses [T, layers, heads, regions] agree: each of them, and closer so each head in the mean."""
+    apart = [np.abs(f.astype(np.float64) - e) for f, e in zip(found, expected, strict=True)]
+    largest = float(np.max([d.max() for d in apart]))
+    steps = np.concatenate(apart)
+    heads = steps.mean(axis=(0, 3))
+    layer, head = np.unravel_index(np.argmax(heads), heads.shape)
+    worst = float(heads[layer, head])
+    return Check(
+        name,
+        largest <= bars.largest and worst <= bars.per_head,
+        f"{largest:.1e} at most; {worst:.1e} in the mean of the worst head (layer {layer}, head {head}), "
+        f"over {len(steps)} steps",
+        f"{bars.largest:g} at most, {bars.per_head:g} in a head's mean: {bars.rounding}; {bars.seen}",
+        {
+            "largest": largest,
+            "worst_head_mean": worst,
+            "worst_head": [int(layer), int(head)],
+            "mean": float(steps.mean()),
+            "steps": len(steps),
+            "bars": [bars.largest, bars.per_head],
+        },
+    )
+
+
+def same_shares(
+    name: str,
+    shares: Sequence[NDArray],
+    expected: Sequence[NDArray],
+    bars: Bars,
+    *,
+    system: int,
+    prompt: int,
+) -> Check:
+    """Shares [T, layers, heads] are those of the expected masses [T, layers, heads, regions].
+
+    Only where the prompt's mass is above LEAST_PROMPT_MASS. An error of the masses comes out divided by that mass, so
+    it is weighed by it.
+    """
+    apart, cells = 0.0, 0
+    for share, mass in zip(shares, expected, strict=True):
+        whole = mass[..., prompt]
+        clear = whole > LEAST_PROMPT_MASS
+        gap = np.abs(share - signal.share(mass[..., system], whole)) * np.where(clear, whole, 0.0)
+        apart, cells = float(np.max([apart, gap.max()])), cells + int(clear.sum())
+    return Check(
+        name,
+        bool(cells) and apart <= 2 * bars.largest,
+        f"{apart:.1e} at most, of {cells} shares, weighed by the prompt's mass",
+        f"{2 * bars.largest:g}: the errors of the two masses that are divided; {bars.rounding}",
+        {"largest": apart, "cells": cells, "bar": 2 * bars.largest},
+    )
+
+
+def throughput(pairs: Sequence[tuple[float, float]], requests: int) -> Check:
+    """What probing costs: pairs of seconds, plain and probed, for the same requests in turns. Not judged."""
+    ratios = [probed / plain for plain, probed in pairs]
+    rate = requests / statistics.median(plain for plain, _ in pairs)
+    return Check(
+        "throughput, plain / probed",
+        None,
+        f"{statistics.median(ratios):.3f} (median of {len(pairs)} rounds, {min(ratios):.3f} to {max(ratios):.3f}); "
+        f"{rate:.1f} plain requests/s",
+        "reported, not judged: 1 is a probe that costs nothing, 1.05 one that takes 5% of the speed",
+        {
+            "median": statistics.median(ratios),
+            "low": min(ratios),
+            "high": max(ratios),
+            "rounds": [{"plain_s": plain, "probed_s": probed} for plain, probed in pairs],
+        },
+    )

