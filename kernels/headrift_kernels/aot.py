@@ -328,7 +328,7 @@ Compiled by triton {version} for machines that are not here: nothing is timed. `
 loop over K and V with masses of R=3 regions of a chat (system, user, prompt), over those without; each tile as long as
 its path through the SASS. `worst`: the five inner bounds in five different tiles. `with a bound`: a tile that holds a
 region bound, with no masked sum and with one for every region. `programs/SM`: by registers and shared memory (gfx942:
-VGPRs and LDS).
+VGPRs and LDS). `lse` and `span`: the LSE of a row's measured queries, and their masses from it, 1 or up to 16 a tile.
 """
 
 

@@ -12,6 +12,8 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 VOCAB = 211
+# An interpreted layer costs half a second a step.
+LAYERS = 2 if os.environ.get("TRITON_INTERPRET") == "1" else 3
 TINY = {
     # GQA 3:1
     "llama-3to1": {"kind": "Llama", "num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 192},
@@ -37,20 +39,20 @@ TINY = {
         "head_dim": 256,
         "sliding_window": 24,
         "query_pre_attn_scalar": 64,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"][:LAYERS],
     },
 }
 
 
 def make_tiny_model(name: str, folder: Path) -> Path:
-    """A random model of 3 layers in float32, wide enough in its weights that attention is far from uniform."""
+    """A random model of LAYERS layers in float32, wide enough in its weights that attention is far from uniform."""
     import transformers
 
     options = dict(TINY[name])
     kind = options.pop("kind")
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=VOCAB,
-        num_hidden_layers=3,
+        num_hidden_layers=LAYERS,
         intermediate_size=128,
         max_position_embeddings=512,
         # Scores spread alike whatever the width: attention far from uniform, and not so sharp that rounding grows.

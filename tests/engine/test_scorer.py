@@ -91,8 +91,9 @@ def test_replay_scores_the_logged_answer_as_generation_did(scorer):
     assert compared >= 5
 
 
-def test_replayed_repeats_are_scored_in_full(scorer):
+def test_replayed_repeats_are_scored_in_full(scorer, monkeypatch):
     """The second row's answer lies in cached blocks; it is computed anew, not reported with holes."""
+    monkeypatch.setattr(scorer, "_repeats", None)  # which would hand out the first row's result
     row = {**rows(1)[0], "response": "The capital of France is Paris, a city on the Seine, known for its museums."}
     first, second, third = scorer.score([row, row, row], replay=True)
     assert first.n_steps > 8

@@ -41,13 +41,23 @@ else:
 
 
 # KV blocks of 32 tokens: so few that requests are preempted (see test_parity.py).
-BLOCKS = {"llama-3to1": 8, "llama-4to1": 8, "qwen3": 8, "mistral": 7, "gemma3": 18}
+BLOCKS = {"llama-3to1": 8, "llama-4to1": 8, "qwen3": 8, "mistral": 7, "gemma3": 14}
 
 
 @pytest.fixture(scope="session")
 def case() -> dict[str, str]:
     """What this process is to test: backend, runner, model and splits, from tests/engine/test_interpreted.py."""
     return dict(zip(("backend", "runner", "model", "splits"), os.environ["HEADRIFT_TEST_CASE"].split(), strict=True))
+
+
+@pytest.fixture(scope="session")
+def only_once(case) -> None:
+    """For tests of what no model changes: one case of each runner takes them."""
+    if (case["backend"], case["runner"], case["model"]) not in {
+        ("triton", "v1", "gemma3"),
+        ("triton", "v2", "llama-3to1"),
+    }:
+        pytest.skip("tested in another case")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -61,7 +71,6 @@ def _mended_interpreter():
 def flash_attention(q, k, v, *, out, cu_seqlens_q, seqused_k, softmax_scale, causal, window_size, block_table, **rest):
     """Stands in for `flash_attn_varlen_func`, which is compiled for GPUs only: output and LSE from the oracle."""
     assert causal
-    assert rest["return_softmax_lse"]
     window = None if window_size is None or window_size[0] < 0 else window_size[0] + 1
     lse = torch.full((q.shape[1], q.shape[0]), torch.nan)
     for row, keys in enumerate(seqused_k.tolist()):
@@ -72,7 +81,7 @@ def flash_attention(q, k, v, *, out, cu_seqlens_q, seqused_k, softmax_scale, cau
             how = {"scale": softmax_scale, "window": window, "softcap": rest["softcap"]}
             seen = reference.attend(q[token], k_row, v_row, **how)
             out[token], lse[:, token] = seen.output.float(), seen.lse.float()
-    return out, lse
+    return (out, lse) if rest.get("return_softmax_lse") else out
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -112,6 +121,6 @@ def tiny(case, tiny_model, oracle, settings_of_tests):
     }
     backend = case["backend"]
     with ProbedEngine(
-        tiny_model(case["model"]), steps=8, slots=6, logit_stats=True, attention_backend=backend, engine_args=settings
+        tiny_model(case["model"]), steps=8, slots=4, logit_stats=True, attention_backend=backend, engine_args=settings
     ) as engine:
         yield engine, oracle(case["model"])

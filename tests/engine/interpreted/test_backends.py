@@ -16,8 +16,8 @@ NEAR_TIE = 1e-3
 def mixed(tiny, random_requests, run):
     """Probed and unprobed requests of many lengths through batches with chunks, cached prefixes and early ends."""
     engine, _ = tiny
-    requests = random_requests(1, 7, steps=4, longest=60, ignore_eos=True)
-    return run(engine, requests) + run(engine, requests[:4:3], at_once=1)
+    requests = random_requests(1, 5, steps=4, longest=40, ignore_eos=True)
+    return run(engine, requests) + run(engine, [requests[3]] * 2, at_once=1)
 
 
 def test_the_engine_is_the_one_asked_for(case, tiny):
@@ -36,7 +36,7 @@ def _layers(worker):
 
 def test_every_mass_in_mixed_chunked_and_cached_batches(tiny, mixed, assert_agrees):
     _, oracle = tiny
-    assert assert_agrees(oracle, mixed) > 15
+    assert assert_agrees(oracle, mixed) > 10
     assert any(item.done.cached_tokens for item in mixed), "no prompt found its prefix cached"
     assert any(len(item.done.request.prompt_ids) > 64 for item in mixed), "no prompt was taken in two chunks"
 
@@ -59,7 +59,7 @@ def test_logit_statistics(tiny, mixed):
 def test_tokens_are_the_stock_backends(tiny, mixed, run):
     """A batch without a probed row is attended by the parent alone: what it answers is what vLLM answers."""
     engine, oracle = tiny
-    probed = [item.done for item in mixed[:6]]
+    probed = [item.done for item in mixed[:3]]
     stock = run(
         engine,
         [
@@ -92,21 +92,21 @@ def test_preempted_requests_resume_and_agree(tiny, run, preemptions, assert_agre
 
 def test_after_an_abort_slots_show_their_new_tenants_only(tiny, random_requests, run, assert_agrees):
     engine, oracle = tiny
-    for request in random_requests(7, 4, steps=4, unprobed=0.0, longest=60, ignore_eos=True):
+    for request in random_requests(7, 3, steps=4, unprobed=0.0, longest=30, ignore_eos=True):
         engine.submit(request)
     for _ in range(3):
         engine.step()
     engine.abort()
     assert engine.free_slots == engine.slots
-    items = run(engine, random_requests(8, 6, steps=2, unprobed=0.0, longest=40, ignore_eos=True))
+    items = run(engine, random_requests(9, 4, steps=1, unprobed=0.0, longest=30, ignore_eos=True))
     assert_agrees(oracle, items)
     mass = engine.llm_engine.collective_rpc(lambda worker: Recorder.required(worker.vllm_config).mass.clone())[0]
-    assert torch.isnan(mass[:, 3:]).all()
+    assert torch.isnan(mass[:, 2:]).all()
 
 
 def test_replay_records_what_generation_recorded(tiny, mixed, run, assert_agrees):
     engine, oracle = tiny
-    generated = [item for item in mixed[:7] if item.recording is not None][:3]
+    generated = [item for item in mixed[:5] if item.recording is not None][:2]
     replays = [
         ProbeRequest(
             item.done.request.prompt_ids,
