@@ -15,6 +15,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,10 @@ def mended() -> Iterator[None]:
 
     It multiplies the bit patterns of bfloat16 operands, truncates float32 to bfloat16 and copies the bits of integers
     into it; its fp8 conversions go through tables of their own. Here all of them are torch's. A call of one device
-    function by another patches triton's whole language each time; here once per launch.
+    function by another patches triton's whole language each time; here once per launch. And Python 3.11 maps a new
+    piece of its stack of frames whenever a call passes the last piece's end, and gives it back on return: where that
+    end lies in a kernel's loop, half the time goes there. Here kernels run on a thread of their own, whose stack is
+    short.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -125,13 +129,17 @@ def mended() -> Iterator[None]:
         patched.add(self.fn)
         return call(self, *args, **kwargs)
 
-    def fast_launch(self, *args, **kwargs):
+    def launch_here(*args, **kwargs):
         patched.clear()
         # NaN and inf in poisoned pages are what the tests put there
-        with np.errstate(all="ignore"):
-            return launch(self, *args, **kwargs)
+        with np.errstate(all="ignore"), torch.inference_mode():
+            return launch(*args, **kwargs)
+
+    def fast_launch(*args, **kwargs):
+        return thread.submit(launch_here, *args, **kwargs).result()
 
     with (
+        ThreadPoolExecutor(1) as thread,
         _patched(InterpreterBuilder, create_dot=mended_dot, cast_impl=mended_cast, create_fp_to_fp=mended_cast),
         _patched(InterpretedFunction, __call__=fast_call),
         _patched(GridExecutor, __call__=fast_launch),
