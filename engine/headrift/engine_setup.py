@@ -74,7 +74,14 @@ def attention_args(asked: str) -> dict[str, Any]:
     except ValueError as error:
         raise EngineError(str(error)) from error
     os.environ[plugin.BACKEND] = backend
-    return {"attention_backend": plugin.STOCK_BACKENDS[backend]} if gpu else {}
+    if not gpu:
+        return {}
+    from vllm.platforms import current_platform
+
+    notice = plugin.replaces_flashinfer(current_platform.get_device_capability())
+    if notice:
+        logging.getLogger("headrift").warning(notice)
+    return {"attention_backend": plugin.STOCK_BACKENDS[backend]}
 
 
 def prepare_environment(verbose: bool) -> None:

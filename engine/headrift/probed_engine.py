@@ -101,8 +101,8 @@ class ProbedEngine:
 
     model: a folder or name vLLM can load. steps: N, the most steps (0..N) a request may record. regions: names of the
     key ranges, `system` and `prompt` among them. slots: the most requests in flight (twice max_num_seqs by default).
-    logit_stats: record next-token statistics too. engine_args: passed to vLLM as they are, over the defaults chosen
-    for this machine. verbose: let vLLM log.
+    logit_stats: record next-token statistics too. attention_backend: auto, cpu, triton or flash. engine_args: passed to
+    vLLM as they are, over the defaults chosen for this machine. verbose: let vLLM log.
     """
 
     # The engine that runs in this very process, where there is one.

@@ -3,11 +3,13 @@
 Each engine process costs a minute or so; the push tier has both runners on two models, the slow tier the rest.
 """
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 FOLDER = Path(__file__).parent / "interpreted"
@@ -55,3 +57,54 @@ def test_interpreted(case):
 @pytest.mark.parametrize("case", SLOW, ids=" ".join)
 def test_interpreted_slow(case):
     _run(case)
+
+
+# Runs at the start of every Python process that has it on its path (see conftest.py for what is patched and why).
+SITECUSTOMIZE = """
+import torch
+import triton.backends
+
+
+class NoDriver:
+    @staticmethod
+    def is_active():
+        return False
+
+
+triton.backends.backends["cpu"] = triton.backends.Backend(compiler=None, driver=NoDriver)
+torch.cuda.get_device_capability = lambda *_, **__: (9, 0)
+"""
+PATCH = """
+def register():
+    import vllm.v1.sample.ops.topk_topp_sampler as topk_topp_sampler
+
+    topk_topp_sampler.HAS_TRITON = False
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_model_runner_v2_in_a_process_of_its_own(tiny_model, oracle, assert_agrees, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    (tmp_path / "no_top_k.py").write_text(PATCH)
+    distribution = tmp_path / "no_top_k-1.dist-info"
+    distribution.mkdir()
+    (distribution / "METADATA").write_text("Metadata-Version: 2.1\nName: no-top-k\nVersion: 1\n")
+    (distribution / "entry_points.txt").write_text("[vllm.general_plugins]\nno_top_k = no_top_k:register\n")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(tmp_path),
+        "TRITON_INTERPRET": "1",
+        "VLLM_USE_V2_MODEL_RUNNER": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    }
+    program = [sys.executable, str(FOLDER / "own_process.py"), str(tiny_model("llama-3to1"))]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-4000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
+    found = json.loads(line.removeprefix("FOUND"))
+    assert len(found) == 2
+    for item in found:
+        expected = oracle("llama-3to1").masses(item["prompt"], item["answer"], 3, [(2, 14), (15, 24), (0, 30)])
+        np.testing.assert_allclose(item["mass"], expected, rtol=0, atol=assert_agrees.tolerance)

@@ -213,3 +213,25 @@ def test_the_last_of_two_tenants_between_two_steps_is_installed(recorder):
     publish(recorder, [0], [9])
     assert recorder.bounds[0].tolist() == [[1, 4], [0, 0]]
     assert (int(recorder.prompt_len[0]), int(recorder.n_rows[0])) == (9, 2)
+
+
+def test_the_backend_of_a_machine(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert plugin.backend_for("auto", gpu=False) == "cpu"
+    assert plugin.backend_for("auto", gpu=True) == "triton"
+    assert plugin.backend_for("flash", gpu=True) == "flash"
+    for asked, gpu, why in (
+        ("fancy", True, "there is no"),
+        ("cpu", True, "CPU build"),
+        ("triton", False, "needs a GPU"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            plugin.backend_for(asked, gpu)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert plugin.backend_for("triton", gpu=False) == "triton"
+
+
+def test_flashinfers_place_is_taken_with_a_notice():
+    assert "FlashInfer" in plugin.replaces_flashinfer((10, 0))
+    assert plugin.replaces_flashinfer((9, 0)) is None
+    assert plugin.replaces_flashinfer(None) is None

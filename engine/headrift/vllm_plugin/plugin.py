@@ -62,6 +62,16 @@ def backend_for(asked: str, gpu: bool) -> str:
     return asked
 
 
+def replaces_flashinfer(capability: tuple[int, int] | None) -> str | None:
+    """What to tell the user where vLLM by itself would attend with FlashInfer: on compute capability 10 (Blackwell)."""
+    if capability is None or capability[0] != 10:
+        return None
+    return (
+        "vLLM would attend with FlashInfer on this GPU, which keeps neither masses nor LSE; headrift's own attention "
+        "backend takes its place"
+    )
+
+
 def rows_processor(vllm_config_uses_v2: bool) -> str:
     """The logits processor that learns which batch row carries which request, as vLLM wants it named."""
     return f"headrift.vllm_plugin.rows:{'RowsV2' if vllm_config_uses_v2 else 'RowsV1'}"
