@@ -213,6 +213,7 @@ def test_gathering_neither_waits_for_the_device_nor_sends_it_anything():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_the_copy_runs_while_the_host_goes_on_and_is_in_order_on_a_gpu(masses):
     drain = rank(masses, range(LAYERS), range(HEADS), logits=True, device="cuda")
     expected = answer(drain)
