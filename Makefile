@@ -5,6 +5,8 @@ MODEL := models/smollm2-135m-instruct
 SETS ?= banned_word no_digits_urls
 RUN := $(shell date +%Y%m%d-%H%M%S)
 ARGS ?=
+# Test processes. Engines use every core by themselves, so more gain little.
+AT_ONCE ?= 2
 # A Python with headrift[gpu]: `make setup` installs vLLM for CPUs.
 GPU_PYTHON ?= $(BIN)/python
 BENCH ?= $(sort $(filter-out bench/_%,$(wildcard bench/*.py)))
@@ -53,10 +55,10 @@ run: setup ## Score two prompt sets with the demonstration model, each into a ne
 	done
 
 test: setup ## Run the tests that need no GPU and little time
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n $(AT_ONCE) --dist loadgroup $(ARGS)
 
 test-slow: setup ## Run the slow tests too
-	$(BIN)/pytest -m "not gpu" $(ARGS)
+	$(BIN)/pytest -n $(AT_ONCE) --dist loadgroup -m "not gpu" $(ARGS)
 
 lint: setup ## Check style, types and which module may import which
 	@failed=; \

@@ -11,6 +11,22 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Which tests one process runs when several run at once (`make test`; pytest-xdist's loadgroup).
+
+    Those that start engines in their own process take turns in one; interpreted engines have a process each anyway; of
+    the others those of a file stay together, for their fixtures' sake.
+    """
+    for item in items:
+        path = item.path.relative_to(ROOT / "tests")
+        group = str(path)
+        if path.name == "test_interpreted.py":
+            group = item.nodeid
+        elif path.parts[0] == "engine":
+            group = "engine"
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     folder = ROOT / "models" / "smollm2-135m-instruct"
