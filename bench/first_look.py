@@ -71,7 +71,7 @@ def main() -> None:
     from headrift.machine import processor
     from headrift.probed_engine import ProbeRequest
 
-    scorer = Scorer(args.model, system_prompt=system, steps=args.steps, keep_mass=True)
+    scorer = Scorer(args.model, system_prompt=system, steps=args.steps, keep_mass=True, repeat_bytes=0)
     seconds_to_start = time.perf_counter() - start
 
     import torch
@@ -114,7 +114,7 @@ def main() -> None:
     ranked = {name: [-1.0 if s is None else s for s in scores] for name, scores in
               (("headrift", [r.score for r in fast_results]), ("eager", slow_scores))}  # fmt: skip
 
-    prepared = [scorer._prepare(i, row, False).request for i, row in enumerate(rows)]
+    prepared = [scorer.preparer.prepare(i, row, False).request for i, row in enumerate(rows)]
     unprobed = [ProbeRequest(r.prompt_ids, r.regions, r.steps, probed=False) for r in prepared]
 
     def timed(requests: list[ProbeRequest]) -> float:

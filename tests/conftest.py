@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         group = str(path)
         if path.name == "test_interpreted.py":
             group = item.nodeid
-        elif path.parts[0] == "engine":
+        elif path.parts[0] == "engine" or path.name == "test_throughput.py":
             group = "engine"
         item.add_marker(pytest.mark.xdist_group(group))
 

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
+    from headrift.calibration.record import Calibration
     from headrift.scorer import Scorer, ScoreResult
 
-__all__ = ["ScoreResult", "Scorer", "__version__"]
+__all__ = ["Calibration", "ScoreResult", "Scorer", "__version__"]
 
 _LAZY = {
+    "Calibration": "headrift.calibration.record",
     "ScoreResult": "headrift.scorer",
     "Scorer": "headrift.scorer",
 }

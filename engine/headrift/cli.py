@@ -6,12 +6,13 @@ Exit codes: 0 done, 1 failed on the way, 2 nothing was begun because of what was
 from __future__ import annotations
 
 import errno
+import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -52,6 +53,13 @@ class Save(StrEnum):
     ENTROPY = "entropy"
 
 
+class ThresholdRule(StrEnum):
+    """What --rule takes."""
+
+    BINOMIAL = "binomial"
+    CONFORMAL = "conformal"
+
+
 class DType(StrEnum):
     """What --dtype takes."""
 
@@ -61,22 +69,51 @@ class DType(StrEnum):
     FLOAT16 = "float16"
 
 
+class EngineName(StrEnum):
+    """What --engine takes."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
+class AttentionBackendName(StrEnum):
+    """What --attention-backend takes."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    TRITON = "triton"
+    FLASH = "flash"
+
+
+AttentionBackend = Annotated[
+    AttentionBackendName,
+    typer.Option(
+        metavar="NAME",
+        help="triton or flash on a GPU (flash: FlashAttention), cpu on a CPU; auto: triton or cpu.",
+    ),
+]
+
+
 @app.command()
 def score(
     inputs: Annotated[
-        list[Path],
+        list[str],
         typer.Argument(
             metavar="INPUT",
-            help=".txt (a prompt a line, # comments), .jsonl (an object a line), .csv or .parquet files. Keys or "
-            "columns: prompt and system, or messages and tools, or token_ids and regions; id, label, category, "
-            "response.",
+            help=".txt (a prompt a line, # comments), .jsonl (an object a line), .csv or .parquet files, also .gz and "
+            ".zst; globs, folders and URLs (s3://...) of such. Keys or columns: prompt and system, or messages and "
+            "tools, or token_ids and regions; id, label, category, response.",
             show_default=False,
         ),
     ],
     model: Annotated[Path, typer.Option(metavar="DIR", help="The model's folder.", show_default=False)],
     out: Annotated[
-        Path, typer.Option(metavar="DIR", help="A new or empty folder for the results.", show_default=False)
+        Path,
+        typer.Option(metavar="DIR", help="A new or empty folder for the results; or see --resume.", show_default=False),
     ],
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out where it broke off; all else as it was.")
+    ] = False,
     labels: Annotated[
         str | None,
         typer.Option(
@@ -121,15 +158,50 @@ def score(
             show_default=False,
         ),
     ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=NAME",
+            help="What the inputs call a key or column, as in prompt=text. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     redact: Annotated[
         bool, typer.Option("--redact", help="Write no prompt, answer or system prompt to any output.")
     ] = False,
     limit: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Stop after the first N rows.", show_default=False)
     ] = None,
+    sample: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Only N rows, drawn from the whole input.", show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Another seed draws another --sample.")] = 0,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Only every N-th row from the I-th: one of N runs that have all rows together.",
+            show_default=False,
+        ),
+    ] = None,
     dtype: Annotated[
         DType, typer.Option(metavar="TYPE", help="float32, bfloat16 or float16; auto suits the machine.")
     ] = DType.AUTO,
+    attention_backend: AttentionBackend = AttentionBackendName.AUTO,
+    engine: Annotated[
+        EngineName,
+        typer.Option(metavar="NAME", help="local: an engine on this machine; ray: engines on a Ray cluster."),
+    ] = EngineName.LOCAL,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="With --engine ray: so many engines; where not given, one for each GPU, or else for each machine.",
+            show_default=False,
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Let vLLM log, and show where errors arose.")
@@ -138,60 +210,180 @@ def score(
     """Score prompts for inter-head attention instability.
 
     Writes to the --out folder: part-*.parquet (the scored rows), rejects-*.parquet (the others, each with its reason),
-    run.json (settings, versions, counts) and scores.png. A row that cannot be scored does not stop the others.
+    run.json (settings, versions, counts), scores.png and the journal that --resume reads. A row that cannot be scored
+    does not stop the others. The first Ctrl-C stops after the shard in hand, the second at once.
 
     \b
     Exit codes:
       0    done: every row is in the parts or the rejects
-      1    broken off: the engine or the disk failed; what was scored is kept
+      1    broken off: the engine or the disk failed; go on with --resume
       2    nothing was scored, because of what was asked for
-      130  interrupted; what was scored is kept
+      130  interrupted; go on with --resume
     """
-    from headrift.corpus.job import ScoreJob, Settings
+    from headrift.corpus.job import ScoreJob
+    from headrift.corpus.settings import Settings
+    from headrift.corpus.shards import Selection, parse_shard
 
     kinds = sorted({kind.value for kind in save or []})
     with _errors(2):
         if quiet and verbose:
             raise ValueError("--quiet and --verbose contradict each other: choose one")
-        job = ScoreJob(
-            Settings(
-                inputs=tuple(inputs),
-                model=model,
-                out=out,
-                labels=None if labels is None else tuple(label.strip() for label in labels.split(",")),
-                system_prompt=None if system_prompt_file is None else _system_prompt(system_prompt_file),
-                steps=steps,
-                window=window,
-                drop_shallow=drop_shallow,
-                drop_deep=drop_deep,
-                replay=replay,
-                save=tuple(kinds),
-                regions=tuple(region or ()),
-                logit_stats=logit_stats or Save.ENTROPY in kinds,
-                redact=redact,
-                limit=limit,
-                dtype=dtype.value,
-            )
+        settings = Settings(
+            inputs=tuple(inputs),
+            model=model,
+            out=out,
+            labels=None if labels is None else tuple(label.strip() for label in labels.split(",")),
+            system_prompt=None if system_prompt_file is None else _system_prompt(system_prompt_file),
+            steps=steps,
+            window=window,
+            drop_shallow=drop_shallow,
+            drop_deep=drop_deep,
+            replay=replay,
+            save=tuple(kinds),
+            regions=tuple(region or ()),
+            logit_stats=logit_stats or Save.ENTROPY in kinds,
+            redact=redact,
+            selection=Selection(limit, sample, seed, None if shard is None else parse_shard(shard)),
+            columns=dict(map(_column, column or ())),
+            dtype=dtype.value,
+            attention_backend=attention_backend.value,
+            engine=engine.value,
+            workers=workers,
         )
-    for notice in job.notices:
-        _say(f"Note: {notice}", quiet)
-    _say(f"Starting vLLM with {model} (about 20 s)", quiet)
-    with _errors(2, verbose):
-        scorer = job.start(verbose=verbose)
-    with scorer:
-        with _errors(2, verbose):
-            engine = job.describe(scorer)
-        shape = f"{engine['layers']} layers x {engine['heads']} heads, {engine['dtype']}"
-        recorder = f"recorder {engine['recorder_bytes'] / 1e6:.0f} MB"
-        _say(f"Ready in {job.seconds['start']:.0f} s: {shape}, {recorder}", quiet)
-        with _errors(1, verbose, lambda: f"{job.kept} rows are in {out}"):
-            job.run(scorer, progress=not quiet)
+        job = ScoreJob(settings, resume=resume, verbose=verbose, notice=lambda text: _say(f"Note: {text}", quiet))
+    with job:
+        for notice in job.notices:
+            _say(f"Note: {notice}", quiet)
+        before = job.kept
+        if job.done:
+            _say(f"All {job.kept:,} rows are in {out} already", quiet)
+            job.finish()
+        else:
+            if before:
+                _say(f"Going on after {before:,} of {job.total:,} rows", quiet)
+            _say(f"Starting vLLM with {model} (about 20 s)", quiet)
+            with _errors(2, verbose):
+                about = job.start()
+            shape = f"{about['layers']} layers x {about['heads']} heads, {about['dtype']}"
+            recorder = f"recorder {about['recorder_bytes'] / 1e6:.0f} MB"
+            _say(f"Ready in {job.seconds['start']:.0f} s: {shape}, {recorder}", quiet)
+
+            def kept() -> str:
+                return f"{job.kept:,} of {job.total:,} rows are in {out}; --resume goes on from there"
+
+            with _errors(1, verbose, kept):
+                if not job.run(progress=not quiet):
+                    raise KeyboardInterrupt
     if not quiet:
         from rich.console import Console
 
         console = Console()
-        job.summary.print(console, start_seconds=job.seconds["start"], score_seconds=job.seconds["scoring"])
+        seconds = {"start_seconds": job.seconds["start"], "score_seconds": job.seconds["scoring"]}
+        job.summary().print(console, rows=job.kept - before, **seconds)
         console.print(f"\nResults are in {out}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def calibrate(
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The calibration, as JSON, to write.", show_default=False)],
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="RUN", help="Folders that score wrote, of one model.", show_default=False),
+    ] = None,
+    target_fpr: Annotated[
+        float, typer.Option(metavar="X", help="The fraction of distinct benign prompts that may be flagged.")
+    ] = 0.05,
+    rule: Annotated[
+        ThresholdRule,
+        typer.Option(metavar="RULE", help="binomial: at most that, with 95% confidence; conformal: that on average."),
+    ] = ThresholdRule.BINOMIAL,
+    benign_only: Annotated[
+        bool,
+        typer.Option(
+            "--benign-only", help="There are no attacks: a threshold from benign or unlabelled prompts alone."
+        ),
+    ] = False,
+    contamination: Annotated[
+        float, typer.Option(metavar="X", help="With --benign-only: allow for this fraction of attacks among them.")
+    ] = 0.01,
+    daily_prompts: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Prompts a day, to say how many alerts a day.", show_default=False),
+    ] = None,
+    window: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A:B", help="Do not search: these steps, and the layers that the runs scored.", show_default=False
+        ),
+    ] = None,
+    by_category: Annotated[
+        bool, typer.Option("--by-category", help="Cross-validate with whole categories held out.")
+    ] = False,
+    folds: Annotated[int, typer.Option(metavar="N", min=2, help="Folds of the cross-validation.")] = 5,
+    resamples: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Resamples that intervals are from; 0 for no intervals.")
+    ] = 200,
+    seed: Annotated[int, typer.Option(metavar="N", help="Another seed divides the prompts otherwise.")] = 0,
+    import_csv: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Instead of runs: the folders that the original's gather.py wrote.", show_default=False
+        ),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show where errors arose.")] = False,
+) -> None:
+    """Choose window and layers, set a threshold that holds on new prompts, and say how well it does.
+
+    Works from finished runs whose rows are labelled, or with --benign-only from a log. Part of the benign prompts
+    chooses, the rest sets the threshold; the figures are of prompts that had no part in either.
+
+    \b
+    Exit codes:
+      0    the calibration is written
+      1    it could not be written
+      2    the runs do not allow it, or what was asked for
+      130  interrupted
+    """
+    from headrift.calibration.calibrate import calibrate as work_out
+    from headrift.calibration.printing import show
+    from headrift.calibration.runs import open_run
+    from headrift.calibration.settings import CalibrationError, Rule, Settings
+    from headrift.reporter import Reporter
+    from headrift.signal import Window
+
+    with _errors(2, verbose):
+        if bool(runs) == (import_csv is not None):
+            raise CalibrationError("give folders that `headrift score` wrote, or --import-csv DIR, and not both")
+        if out.is_dir() or not out.parent.is_dir():
+            raise CalibrationError(f"--out {out} is a folder, or is in none: name a file in a folder that exists")
+        settings = Settings(
+            target_fpr=target_fpr,
+            rule=Rule(rule.value),
+            benign_only=benign_only,
+            contamination=contamination,
+            daily_prompts=daily_prompts,
+            window=None if window is None else Window.parse(window),
+            by_category=by_category,
+            folds=folds,
+            resamples=resamples,
+            seed=seed,
+        )
+        if import_csv is not None:
+            from headrift.calibration.original import open_csv
+
+            opened = [open_csv(import_csv)]
+        else:
+            opened = [open_run(run) for run in runs or ()]
+        found = work_out(opened, settings, Reporter(quiet).say)
+    with _errors(1, verbose):
+        found.save(out)
+    if not quiet:
+        from rich.console import Console
+
+        console = Console()
+        show(console, found)
+        console.print(f"\nThe calibration is in {out}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -247,6 +439,68 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command()
+def selftest(
+    model: Annotated[Path, typer.Option(metavar="DIR", help="The model's folder.", show_default=False)],
+    prompts: Annotated[int, typer.Option(metavar="N", min=2, help="How many prompts; built-in chats.")] = 16,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Record steps 0 to N of each answer.")] = 12,
+    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Rounds of the timing with and without probes.")] = 5,
+    dtype: Annotated[
+        DType, typer.Option(metavar="TYPE", help="float32, bfloat16 or float16; auto suits the machine.")
+    ] = DType.AUTO,
+    reference: Annotated[
+        bool, typer.Option("--reference/--no-reference", help="Compare with transformers, if the model fits in memory.")
+    ] = True,
+    attention_backend: AttentionBackend = AttentionBackendName.AUTO,
+    engine_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="An engine argument of vLLM, its value as JSON or a plain word. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write all figures to this JSON file.", show_default=False)
+    ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Let vLLM log, and show where errors arose.")
+    ] = False,
+) -> None:
+    """Check on this machine, with this model, that what headrift measures is right.
+
+    The first thing to run on a new machine. The same prompts are answered with and without probes, by vLLM without
+    headrift, and by transformers; each check is a line with its figure and the bar that it is held to. The cost of
+    probing is measured too, and not judged. About two minutes with the demonstration model on two cores.
+
+    \b
+    Exit codes:
+      0    all passed
+      1    a check failed, or an engine broke on the way
+      2    nothing was begun, because of what was asked for
+      130  interrupted
+    """
+    from headrift.reporter import Reporter
+    from headrift.selftest.run import Options, SelfTest
+
+    with _errors(2, verbose):
+        settings = dict(map(_engine_argument, engine_arg or ()))
+        if dtype is not DType.AUTO:
+            settings["dtype"] = dtype.value
+        if out is not None and (out.is_dir() or not out.parent.is_dir()):
+            raise ValueError(f"--out {out} is a folder, or is in none: name a file in a folder that exists")
+        options = Options(str(model), prompts, steps, rounds, reference, attention_backend.value, settings, verbose)
+        test = SelfTest(options, typer.echo, Reporter().step)
+        test.start()
+    with _errors(1, verbose):
+        passed = test.run()
+        if out is not None:
+            test.write(out)
+            typer.echo(f"figures: {out}")
+    if not passed:
+        raise typer.Exit(1)
+
+
 @app.command("demo-model")
 def demo_model(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.", show_default=False)],
@@ -273,6 +527,23 @@ def demo_model(
     except DemoModelError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from None
+
+
+def _column(given: str) -> tuple[str, str]:
+    key, equals, name = given.partition("=")
+    if not equals or not name:
+        raise ValueError(f"--column {given} is not KEY=NAME, as in prompt=text")
+    return key, name
+
+
+def _engine_argument(given: str) -> tuple[str, Any]:
+    name, equals, value = given.partition("=")
+    if not equals or not name.isidentifier():
+        raise ValueError(f"--engine-arg {given} is not KEY=VALUE, as in max_model_len=2048")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def _system_prompt(path: Path) -> str:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 _CPU_KV_CACHE_LIMIT = 4 << 30
+# In the environment: how many engines share this machine's memory; one where it is not set.
+ENGINES_PER_MACHINE = "HEADRIFT_ENGINES_PER_MACHINE"
 
 
 class EngineError(RuntimeError):
@@ -156,6 +158,7 @@ def machine_defaults(ranks: int = 1) -> dict[str, Any]:
         return {"max_num_seqs": 256, "use_tqdm_on_load": False}
     import psutil
 
+    sharers = ranks * int(os.environ.get(ENGINES_PER_MACHINE, "1"))
     return {
         "max_num_seqs": 64,
         "use_tqdm_on_load": False,
@@ -164,5 +167,5 @@ def machine_defaults(ranks: int = 1) -> dict[str, Any]:
         "dtype": "float32",
         "enforce_eager": True,
         # Of each rank.
-        "kv_cache_memory_bytes": int(min(_CPU_KV_CACHE_LIMIT, psutil.virtual_memory().available * 0.4) / ranks),
+        "kv_cache_memory_bytes": int(min(_CPU_KV_CACHE_LIMIT, psutil.virtual_memory().available * 0.4) / sharers),
     }

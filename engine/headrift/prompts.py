@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _KEPT_KEYS = ("name", "tool_call_id", "reasoning", "reasoning_content")
 _MAX_KNOWN_SHAPES = 4096
+# Characters of texts up to and with a system prompt whose tokens are remembered: some 30 MB.
+_MAX_HEADS = 1 << 20
 _TOO_LONG = "the prompt has {n} and at most {limit} tokens fit; shorten it or take a model with a longer context"
 
 Message = dict[str, Any]
@@ -111,6 +113,13 @@ class ChatRenderer:
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         special = (special | set(tokenizer.all_special_tokens)) - {""}
         self._control_token = re.compile("|".join(map(re.escape, sorted(special))) or "(?!)")
+        # Control tokens at which a text can be cut in two: not those that take the blanks before them.
+        cutting = {
+            t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content and not t.lstrip
+        }
+        self._cut = re.compile("|".join(map(re.escape, sorted(cutting, key=len, reverse=True)))) if cutting else None
+        self._known_heads: dict[str, tuple[list[int], list[Span]]] = {}
+        self._head_characters = 0
         try:
             self._apply([{"role": "user", "content": "x"}], None, False)
         except PromptError as error:
@@ -184,9 +193,7 @@ class ChatRenderer:
             raise PromptError("prompt_too_long", _TOO_LONG.format(n=f"{len(text):,} characters", limit=limit))
 
     def _tokenize(self, text: str, spans: Mapping[str, Span], flags: tuple[str, ...]) -> RenderedPrompt:
-        # No special tokens are added: the template writes BOS where the model wants it.
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        token_ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        token_ids, offsets = self._encode(text, spans["system"][1])
         n_tokens, limit = len(token_ids), self._max_prompt_tokens
         if limit is not None and n_tokens > limit:
             raise PromptError("prompt_too_long", _TOO_LONG.format(n=f"{n_tokens} tokens", limit=limit))
@@ -195,6 +202,37 @@ class ChatRenderer:
         if regions["system"][0] == regions["system"][1]:
             raise PromptError("empty_system_prompt", "the tokenizer makes no token of the system prompt; give another")
         return RenderedPrompt(token_ids, regions, flags, text)
+
+    def _encode(self, text: str, system_end: int) -> tuple[list[int], list[Span]]:
+        """Token ids and the characters of each; a system prompt's tokens are worked out once.
+
+        A tokenizer cuts a text at its control tokens before it does anything else, so what follows one is tokenised
+        alike whatever stands before. That is put to the test with the first prompt after each system prompt.
+        """
+        cut = self._cut.search(text, system_end) if self._cut else None
+        if cut is None:
+            return self._encode_all(text)
+        head, place = text[: cut.start()], cut.start()
+        known = self._known_heads.get(head)
+        if known is not None:
+            ids, offsets = self._encode_all(text[place:])
+            return known[0] + ids, known[1] + [(start + place, end + place) for start, end in offsets]
+        whole, first = self._encode_all(text), self._encode_all(head)
+        rest = self._encode_all(text[place:])
+        if (first[0] + rest[0], first[1] + [(s + place, e + place) for s, e in rest[1]]) != whole:
+            self._cut = None
+        else:
+            self._head_characters += len(head)
+            if self._head_characters > _MAX_HEADS:
+                self._known_heads.clear()
+                self._head_characters = len(head)
+            self._known_heads[head] = first
+        return whole
+
+    def _encode_all(self, text: str) -> tuple[list[int], list[Span]]:
+        # No special tokens are added: the template writes BOS where the model wants it.
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return encoded["input_ids"], encoded["offset_mapping"]
 
     def _apply(self, conversation: list[Message], tools: list[dict] | None, prefill: bool) -> str:
         try:

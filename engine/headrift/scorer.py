@@ -4,63 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from headrift import signal
-from headrift.probed_engine import REGIONS, EngineError, Finished, ProbedEngine, ProbeRequest, Recording
-from headrift.prompts import ChatRenderer, PromptError, RenderedPrompt, chat_messages, from_token_ids
+from headrift.preparing import Ahead, Prepared, Preparer, Prompt, Rejected, Rules, load_tokenizer, workers_for_machine
+from headrift.probed_engine import REGIONS, Finished, ProbedEngine, ProbeRequest, Recording, Ticket
 from headrift.signal import Window
+from headrift.waiting import Repeats, Waiting
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from headrift.prompts import ChatRenderer
+
+T = TypeVar("T")
 
 # Results that wait for an earlier, slower prompt, as a multiple of the requests in flight.
 _REORDER = 4
-# Finished requests that are drained together.
+# Memory for results of prompts that may come again, in bytes.
+REPEAT_BYTES = 64 << 20
+# Finished requests that are collected together.
 _DRAIN = 8
-# System prompts remembered as prefilled; a log with more than these in turn prefills some again.
-_PRIMED = 1024
-# Regions that prompts from messages have: token ids may name them too, whether or not they are recorded.
-_OF_MESSAGES = ("system", "user", "tool")
 _NEVER_COMPUTED = "the engine never computed steps {steps}, even without cached prefixes"
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """One prompt to score: a `prompt` with its `system` text, chat `messages`, or `token_ids` with named `regions`.
-
-    response, or response_ids (token ids): the logged answer, needed for replay. A response as text is taken as whole:
-    the model ended its turn after it. A trailing assistant message is continued; in replay it is the logged answer.
-    regions: with token_ids, token ranges [start, end) by name, `system` among them; nothing else may name regions.
-    """
-
-    prompt: str | None = None
-    system: str | None = None
-    messages: Sequence[Mapping[str, Any]] | None = None
-    tools: Sequence[Mapping[str, Any]] | None = None
-    response: str | None = None
-    token_ids: Sequence[int] | None = None
-    regions: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    response_ids: Sequence[int] | None = None
-    id: str | None = None
-
-    @classmethod
-    def of(cls, given: str | Mapping[str, Any] | Prompt) -> Prompt:
-        """A Prompt from a text, a row (keys that are no field of Prompt are left out), or a Prompt."""
-        if isinstance(given, Prompt):
-            return given
-        if isinstance(given, str):
-            return cls(prompt=given)
-        if isinstance(given, Mapping):
-            names = {f.name for f in fields(cls)}
-            return cls(**{k: v for k, v in given.items() if k in names and v is not None})
-        raise PromptError("bad_prompt", f"a prompt is a text, a mapping or a Prompt, not {type(given).__name__}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,28 +72,6 @@ class ScoreResult:
     region_names: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Rejected:
-    """A prompt that could not be scored: `reason` is a code, `detail` says what is wrong and what to do."""
-
-    index: int
-    id: str | None
-    reason: str
-    detail: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    index: int
-    id: str | None
-    rendered: RenderedPrompt
-    request: ProbeRequest
-
-    @property
-    def shared_prefix(self) -> tuple[int, ...]:
-        return tuple(self.rendered.token_ids[: self.rendered.regions["system"][1]])
-
-
 class Scorer:
     """Scores prompts for inter-head instability inside vLLM. A context manager; not to be shared between threads.
 
@@ -132,8 +79,15 @@ class Scorer:
     recorded. window: the steps that are scored, `Window(1, 12)` or "1:12" (1-based, inclusive), all of 1..N by
     default. drop_shallow, drop_deep: the fractions of layers left out at either end. logit_stats: record next-token
     entropy, top-1 probability and margin too. keep_mass: results hold the masses. regions: names of further key
-    ranges that prompts given as token ids bring. engine_args: passed to vLLM as they are, over the defaults chosen
-    for this machine. verbose: let vLLM log.
+    ranges that prompts given as token ids bring. attention_backend: auto, cpu, triton or flash. engine_args: passed
+    to vLLM as they are, over the defaults chosen for this machine. verbose: let vLLM log.
+
+    How it is made fast, which changes no number beyond rounding: group: prompts with the same system prompt go one
+    after another; prime: a system prompt that several wait with is prefilled first; repeat_bytes: memory for results
+    of prompts that may come again, token for token, 0 to score each anew; prepare_workers: processes that render and
+    tokenise ahead of the engine, 0 to do so in this one, None for what suits the machine.
+
+    seconds_waited: how long `score` waited for prompts to be read and prepared.
 
     ValueError for settings that contradict each other, EngineError and RefusedError where the engine cannot be started.
     """
@@ -150,8 +104,13 @@ class Scorer:
         logit_stats: bool = False,
         keep_mass: bool = False,
         regions: Sequence[str] = (),
+        attention_backend: str = "auto",
         engine_args: Mapping[str, Any] | None = None,
         verbose: bool = False,
+        group: bool = True,
+        prime: bool = True,
+        repeat_bytes: int = REPEAT_BYTES,
+        prepare_workers: int | None = 0,
     ):
         self.window = check_settings(steps, window, drop_shallow, drop_deep)
         self.model = str(model)
@@ -160,18 +119,36 @@ class Scorer:
         self.trims = {"drop_shallow": drop_shallow, "drop_deep": drop_deep}
         self.logit_stats = logit_stats
         self.keep_mass = keep_mass
-        self._primed: set[tuple[int, ...]] = set()
+        self.seconds_waited = 0.0
+        self._waiting = partial(Waiting, group=group, prime=prime)
+        self._primed: set[bytes] = set()
+        self._repeats = Repeats(repeat_bytes) if repeat_bytes else None
         self.engine = ProbedEngine(
             model,
             steps=steps,
             regions=(*REGIONS, *(name for name in regions if name not in REGIONS)),
             logit_stats=logit_stats,
+            attention_backend=attention_backend,
             engine_args=engine_args,
             verbose=verbose,
         )
         try:
-            self.tokenizer = _tokenizer(self.model, engine_args or {})
-            self._renderer: ChatRenderer | None = None
+            args = engine_args or {}
+            rules = Rules(
+                tokenizer=str(args.get("tokenizer") or model),
+                trust_remote_code=bool(args.get("trust_remote_code", False)),
+                system_prompt=system_prompt,
+                steps=steps,
+                regions=tuple(self.engine.regions),
+                vocabulary=self.engine.vocabulary,
+                max_model_len=self.engine.max_model_len,
+                most_prompt_tokens=self.engine.most_prompt_tokens(steps),
+            )
+            self.tokenizer = load_tokenizer(rules.tokenizer, rules.trust_remote_code)
+            self._preparer: Preparer | None = None
+            self._rules = rules
+            n_workers = workers_for_machine() if prepare_workers is None else prepare_workers
+            self._ahead = Ahead(rules, n_workers) if n_workers else None
         except BaseException:
             self.engine.close()
             raise
@@ -184,7 +161,26 @@ class Scorer:
 
     def close(self) -> None:
         """Stop the engine and give its memory back."""
+        if self._ahead is not None:
+            self._ahead.close()
         self.engine.close()
+
+    @property
+    def in_flight(self) -> int:
+        """How many prompts `score` takes, at most, before it hands back the first result."""
+        return (_REORDER + 1) * self.engine.slots + (self._ahead.prompts_ahead if self._ahead else 0)
+
+    @property
+    def renderer(self) -> ChatRenderer:
+        """Renders chats as the model's own template does; TokenizerError where its tokenizer or template cannot."""
+        return self.preparer.renderer
+
+    @property
+    def preparer(self) -> Preparer:
+        """Makes engine requests of prompts, in this process. TokenizerError as with `renderer`."""
+        if self._preparer is None:
+            self._preparer = Preparer(self._rules, self.tokenizer)
+        return self._preparer
 
     def score(
         self,
@@ -203,138 +199,88 @@ class Scorer:
         results = self._run(iter(prompts), replay)
         if not progress:
             return results
-        return _with_progress(results, len(prompts) if isinstance(prompts, Sized) else None)
+        return with_progress(results, len(prompts) if isinstance(prompts, Sized) else None)
 
     def _run(
         self, prompts: Iterator[str | Mapping[str, Any] | Prompt], replay: bool
     ) -> Generator[ScoreResult | Rejected, None, None]:
-        engine, waiting = self.engine, deque[_Prepared]()
-        running: dict[int, _Prepared] = {}
+        engine, waiting = self.engine, self._waiting(primed=self._primed)
+        running: dict[int, Prepared] = {}
         finished: list[Finished] = []
+        collected: Ticket | None = None
         ready: dict[int, ScoreResult | Rejected] = {}
-        source, emitted, exhausted = enumerate(prompts), 0, False
+        repeats: dict[bytes, list[Prepared]] = {}  # of prompts that wait or run, by their keys
+        source, taken, emitted, exhausted = self._prepared(prompts, replay), 0, 0, False
         try:
             while True:
-                while not exhausted and len(waiting) + len(running) + len(ready) < _REORDER * engine.slots:
-                    if len(waiting) >= engine.slots:
-                        break
-                    item = next(source, None)
-                    if item is None:
+                while not exhausted and taken - emitted < _REORDER * engine.slots and len(waiting) < engine.slots:
+                    prepared = self._next(source)
+                    if prepared is None:
                         exhausted = True
                         break
-                    prepared = self._prepare(*item, replay)
+                    taken += 1
                     if isinstance(prepared, Rejected):
                         ready[prepared.index] = prepared
+                    elif (known := self._known(prepared)) is not None:
+                        ready[prepared.index] = known
+                    elif self._repeats is not None and prepared.key in repeats:
+                        repeats[prepared.key].append(prepared)
                     else:
-                        waiting.append(prepared)
-                while waiting and engine.free_slots:
-                    prepared = waiting.popleft()
+                        repeats[prepared.key] = []
+                        waiting.add(prepared)
+                while len(waiting) and engine.free_slots:
+                    prepared = waiting.pop()
                     running[engine.submit(prepared.request)] = prepared
-                    if self._should_prime(prepared, waiting):
+                    if waiting.should_prime(prepared):
                         finished += engine.step()
                 if engine.running:
                     finished += engine.step()
-                if finished and (len(finished) >= _DRAIN or not engine.free_slots or not engine.running):
-                    for prepared, result in self._collect(finished, running):
+                if collected is not None:
+                    # Their numbers have left the device while this step ran.
+                    for prepared, result in self._results(collected, running):
                         if result is None:
-                            waiting.appendleft(prepared)
-                        else:
-                            ready[prepared.index] = result
+                            waiting.add(prepared, first=True)
+                            continue
+                        if self._repeats is not None:
+                            self._repeats.keep(prepared.key, result)
+                        for same in (prepared, *repeats.pop(prepared.key, ())):
+                            ready[same.index] = replace(result, index=same.index, id=same.id)
+                    collected = None
+                if finished and (len(finished) >= _DRAIN or not engine.free_slots or not engine.running):
+                    collected = engine.collect(finished, self.keep_mass)
                     finished = []
                 while emitted in ready:
                     yield ready.pop(emitted)
                     emitted += 1
-                if exhausted and not (waiting or running or finished or ready):
+                if exhausted and not (len(waiting) or running or ready):
                     return
         finally:
             if running:
                 engine.abort()
 
-    def _should_prime(self, prepared: _Prepared, waiting: Sequence[_Prepared]) -> bool:
-        """Whether to prefill this prompt before the next is queued, so that the next finds their prefix cached."""
-        prefix = prepared.shared_prefix
-        if prefix in self._primed or not waiting or waiting[0].shared_prefix != prefix:
-            return False
-        if len(self._primed) >= _PRIMED:
-            self._primed.clear()
-        self._primed.add(prefix)
-        return True
+    def _prepared(self, prompts: Iterator[Any], replay: bool) -> Iterator[Prepared | Rejected]:
+        if self._ahead is not None:
+            return self._ahead.prepared(prompts, replay)
+        prepare = self.preparer.prepare
+        return (prepare(index, given, replay) for index, given in enumerate(prompts))
 
-    def _prepare(self, index: int, given: str | Mapping[str, Any] | Prompt, replay: bool) -> _Prepared | Rejected:
-        name = given.get("id") if isinstance(given, Mapping) else getattr(given, "id", None)
-        try:
-            prompt = Prompt.of(given)
-            rendered, answer_ids = self._render(prompt, replay)
-            if "system" not in rendered.regions or rendered.regions["system"][0] == rendered.regions["system"][1]:
-                raise PromptError("no_system_prompt", "the prompt names no system region, or an empty one")
-            fed = len(rendered.token_ids)
-            if answer_ids is not None:
-                fed += signal.n_steps(len(answer_ids), self.steps) - self.steps
-            longest = self.engine.most_prompt_tokens(self.steps)
-            if fed > longest:
-                raise PromptError(
-                    "prompt_too_long",
-                    f"the prompt has {len(rendered.token_ids)} tokens; with {self.steps} steps at most {longest} fit "
-                    f"the context of {self.engine.max_model_len}: shorten it or record fewer steps",
-                )
-        except PromptError as error:
-            return Rejected(index, name, error.reason, str(error))
-        request = ProbeRequest(rendered.token_ids, rendered.regions, self.steps, answer_ids)
-        return _Prepared(index, prompt.id, rendered, request)
+    def _next(self, source: Iterator[Prepared | Rejected]) -> Prepared | Rejected | None:
+        """The next prompt, None after the last; the time that it takes is time in which the engine waits."""
+        begun = time.monotonic()
+        prepared = next(source, None)
+        self.seconds_waited += time.monotonic() - begun
+        return prepared
 
-    def _render(self, prompt: Prompt, replay: bool) -> tuple[RenderedPrompt, list[int] | None]:
-        """Token ids and regions of the prompt, and the answer to replay (None: the model is to answer)."""
-        response = prompt.response
-        if prompt.token_ids is not None:
-            rendered = from_token_ids(prompt.token_ids, prompt.regions)
-            self._check_vocabulary(rendered.token_ids)
-            unknown = set(rendered.regions) - {*self.engine.regions, *_OF_MESSAGES}
-            if unknown:
-                raise PromptError(
-                    "unknown_region", f"regions {sorted(unknown)} were not named to the run: --region, or regions=..."
-                )
-        else:
-            messages, first_number = prompt.messages, 1
-            if messages is None:
-                if prompt.prompt is None:
-                    raise PromptError("no_prompt", "a row needs a `prompt`, `messages` or `token_ids`")
-                system = prompt.system if prompt.system is not None else self.system_prompt
-                messages = chat_messages(prompt.prompt, system)
-            elif not any(_role(m) in ("system", "developer") for m in messages) and self.system_prompt is not None:
-                messages, first_number = [{"role": "system", "content": self.system_prompt}, *messages], 0
-            if replay and response is None and prompt.response_ids is None and messages:
-                last = messages[-1]
-                if _role(last) == "assistant" and isinstance(last.get("content"), str):
-                    response, messages = last["content"], messages[:-1]
-            rendered = self.renderer.render(messages, tools=prompt.tools, first_number=first_number)
-        if not replay:
-            return rendered, None
-        if prompt.response_ids is not None:
-            answer_ids = from_token_ids(prompt.response_ids, {}).token_ids if prompt.response_ids else []
-            self._check_vocabulary(answer_ids)
-            return rendered, answer_ids
-        if not isinstance(response, str):
-            raise PromptError("no_response", "replay needs the logged answer: a `response` text in the row")
-        ids = self.tokenizer(response, add_special_tokens=False)["input_ids"]
-        return rendered, [*ids, self.tokenizer.eos_token_id or 0]
+    def _known(self, prepared: Prepared) -> ScoreResult | None:
+        """The result of a prompt that was scored before, token for token."""
+        known = self._repeats.get(prepared.key) if self._repeats is not None else None
+        return None if known is None else replace(known, index=prepared.index, id=prepared.id)
 
-    def _check_vocabulary(self, token_ids: Sequence[int]) -> None:
-        n_tokens = self.engine.vocabulary
-        if any(token >= n_tokens for token in token_ids):
-            raise PromptError("bad_token_ids", f"token {max(token_ids)} is not one of the model's {n_tokens}")
-
-    @property
-    def renderer(self) -> ChatRenderer:
-        """Renders chats as the model's own template does; TokenizerError where its tokenizer or template cannot."""
-        if self._renderer is None:
-            self._renderer = ChatRenderer(self.tokenizer, max_prompt_tokens=self.engine.max_model_len)
-        return self._renderer
-
-    def _collect(
-        self, finished: Sequence[Finished], running: dict[int, _Prepared]
-    ) -> Iterator[tuple[_Prepared, ScoreResult | Rejected | None]]:
-        """Results of finished requests; None where a step lay in a cached prefix and the prompt must run again."""
-        for done, recording in zip(finished, self.engine.drain(finished, self.keep_mass), strict=True):
+    def _results(
+        self, collected: Ticket, running: dict[int, Prepared]
+    ) -> Iterator[tuple[Prepared, ScoreResult | None]]:
+        """Results of collected requests; None where a step lay in a cached prefix and the prompt must run again."""
+        for done, recording in zip(collected.finished, self.engine.recordings(collected), strict=True):
             prepared = running.pop(done.tenant)
             if not recording.unwritten:
                 yield prepared, self._result(prepared, done, recording)
@@ -346,11 +292,11 @@ class Scorer:
                     prepared.request.answer_ids,
                     reread=True,
                 )
-                yield _Prepared(prepared.index, prepared.id, prepared.rendered, again), None
+                yield replace(prepared, request=again), None
             else:
                 raise RuntimeError(_NEVER_COMPUTED.format(steps=recording.unwritten))
 
-    def _result(self, prepared: _Prepared, done: Finished, recording: Recording) -> ScoreResult:
+    def _result(self, prepared: Prepared, done: Finished, recording: Recording) -> ScoreResult:
         regions, share = prepared.rendered.regions, recording.share
         start, end = regions["system"]
         counted = signal.covered(len(share), self.engine.windows, start, len(prepared.rendered.token_ids))
@@ -419,23 +365,8 @@ def check_settings(
     return parsed
 
 
-def _role(message: object) -> object:
-    return message.get("role") if isinstance(message, Mapping) else None
-
-
-def _tokenizer(model: str, engine_args: Mapping[str, Any]) -> PreTrainedTokenizerFast:
-    from transformers import AutoTokenizer
-
-    name = engine_args.get("tokenizer") or model
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=bool(engine_args.get("trust_remote_code", False)))
-    except (OSError, ValueError) as error:
-        raise EngineError(f"no tokenizer can be loaded from {name}: {error}") from error
-
-
-def _with_progress(
-    results: Iterator[ScoreResult | Rejected], total: int | None
-) -> Generator[ScoreResult | Rejected, None, None]:
+def with_progress(results: Iterator[T], total: int | None, done: int = 0) -> Generator[T, None, None]:
+    """The results, with a bar on standard error. total: how many there will be; done: how many of them came before."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -456,7 +387,7 @@ def _with_progress(
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("scoring", total=total, rate="")
+        task = bar.add_task("scoring", total=total, completed=done, rate="")
         start = time.monotonic()
         for n, result in enumerate(results, 1):
             # Results come in bursts, so the rate is over all of the run.

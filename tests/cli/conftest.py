@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import headrift.corpus.job
 import headrift.scorer
-from headrift.probed_engine import Finished, ProbeRequest, Recording
+from headrift.probed_engine import Finished, ProbeRequest, Recording, Ticket
 from headrift.scorer import Scorer
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "smollm2-135m-instruct"
@@ -52,9 +53,12 @@ class StubEngine:
         self._queue = []
         return done
 
-    def drain(self, finished: list[Finished], want_mass: bool = False) -> list[Recording]:
+    def collect(self, finished: list[Finished], want_mass: bool = False) -> Ticket:
         self.free_slots += len(finished)
-        return [self._recording(done, want_mass) for done in finished]
+        return Ticket(0, tuple(finished), want_mass)
+
+    def recordings(self, ticket: Ticket) -> list[Recording]:
+        return [self._recording(done, ticket.want_mass) for done in ticket.finished]
 
     def _recording(self, done: Finished, want_mass: bool) -> Recording:
         random = np.random.default_rng(done.request.prompt_ids)
@@ -82,6 +86,7 @@ def straw() -> Scorer:
 
 @pytest.fixture
 def on_straw(straw: Scorer, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """`headrift score` takes the scorer of straw, whatever it is asked for. The model to name."""
+    """`headrift score` takes the scorer of straw, whatever it is asked for, in this process. The model to name."""
+    monkeypatch.setattr(headrift.corpus.job, "Child", lambda start, verbose: start())
     monkeypatch.setattr(headrift.scorer, "Scorer", lambda *args, **settings: straw)
     return MODEL

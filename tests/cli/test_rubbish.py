@@ -17,10 +17,11 @@ from typer.testing import CliRunner
 
 import headrift.figures
 from headrift.cli import app
-from headrift.corpus.job import ScoreJob, Settings
-from headrift.corpus.readers import InputError
+from headrift.corpus.job import ScoreJob
 from headrift.corpus.reasons import REASONS
 from headrift.corpus.rows import KEYS
+from headrift.corpus.settings import Settings
+from headrift.corpus.sources import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -253,10 +254,11 @@ def test_the_same_without_redact_does_show_them(run):
 
 
 def test_every_reason_in_the_code_is_known_and_documented():
-    sources = [ROOT / "engine/headrift" / name for name in ("prompts.py", "scorer.py")]
+    sources = [ROOT / "engine/headrift" / name for name in ("prompts.py", "preparing.py")]
     sources += (ROOT / "engine/headrift/corpus").glob("*.py")
     raised = re.compile(r'(?:PromptError|Unreadable)\(\s*"([a-z0-9_]+)"')
     used = {reason for path in sources for reason in raised.findall(path.read_text(encoding="utf-8"))}
+    used |= {"engine_died"}  # which no row raises
     assert used == set(REASONS)
     page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `([a-z0-9_]+)` \| .*\.? \|$", page, re.MULTILINE)) >= used
@@ -350,7 +352,7 @@ def arrays(draw, values: list) -> pa.Array:
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(("x.jsonl", b'{"id": "same", "prompt": "a"}\n{"id": "same", "prompt": "b"}\n' + b'{"a":' * 3000))
 @example(("x.csv", b'prompt\n"open\nnext\n'))
-def test_every_row_is_in_exactly_one_place_and_nothing_escapes(on_straw, straw, monkeypatch, file):
+def test_every_row_is_in_exactly_one_place_and_nothing_escapes(on_straw, monkeypatch, file):
     monkeypatch.setattr(headrift.figures, "scores_png", lambda *args, **options: None)
     name, content = file
     with tempfile.TemporaryDirectory() as folder:
@@ -362,16 +364,18 @@ def test_every_row_is_in_exactly_one_place_and_nothing_escapes(on_straw, straw, 
             path.write_bytes(content)
             n_rows = None
         try:
-            job = ScoreJob(Settings((path,), on_straw, out, system_prompt="Be brief.", steps=4, save=("text", "mass")))
+            asked = Settings((str(path),), on_straw, out, system_prompt="Be brief.", steps=4, save=("text", "mass"))
+            job = ScoreJob(asked)
         except InputError as error:  # nothing but this is wrong with a file as a whole
             said = str(error)
             assert "no rows in" in said and not n_rows  # noqa: PT018
             return
-        job.describe(straw)
-        job.run(straw)
+        with job:
+            job.start()
+            assert job.run()
         parts, rejects = read(out, "part"), read(out, "rejects")
         places = sorted((row["source"], row["row"]) for row in parts + rejects)
-        assert len(places) == len(set(places)) == job.summary.rows
+        assert len(places) == len(set(places)) == job.summary().rows
         assert n_rows is None or [row for _, row in places] == list(range(1, n_rows + 1))
         if name.endswith((".txt", ".jsonl")):
             lines = enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1)

@@ -14,12 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+import headrift.corpus.job
 import headrift.scorer
 from headrift import signal
 from headrift.cli import app
 from headrift.probed_engine import EngineError
 from headrift.prompts import TokenizerError
-from headrift.scorer import Prompt, Rejected, ScoreResult
+from headrift.scorer import Rejected, ScoreResult
 from headrift.vllm_plugin.plugin import RefusedError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,6 +49,7 @@ def work(tmp_path, monkeypatch) -> Path:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "run.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(headrift.corpus.job, "Child", lambda start, verbose: start())
     monkeypatch.setattr(headrift.scorer, "Scorer", _must_not_load)
     return tmp_path
 
@@ -75,6 +77,16 @@ def score(*args: str):
         (["in.jsonl", "--quiet", "--verbose"], "--quiet and --verbose contradict each other"),
         (["missing.jsonl"], "missing.jsonl does not exist"),
         (["in.jsonl", "missing.txt"], "missing.txt does not exist"),
+        (["no-*.txt"], "no-*.txt matches no file: check the pattern"),
+        (["full"], "full holds no input: use .txt"),
+        (["in.jsonl", "--column", "prompt"], "--column prompt is not KEY=NAME, as in prompt=text"),
+        (
+            ["in.jsonl", "--column", "text=prompt"],
+            "a row has no key 'text': --column KEY=NAME takes id, prompt, system",
+        ),
+        (["in.jsonl", "--shard", "3/2"], "--shard is i/n with 1 <= i <= n"),
+        (["in.jsonl", "--shard", "7/8"], "4 rows, and none of them for this --shard, in in.jsonl"),
+        (["in.jsonl", "--resume", "--out", "full"], "--out full holds no run that could be resumed, but other files"),
         (["table.tsv"], "table.tsv has a name of no known kind: use .txt"),
         (["table.csv"], "table.csv has no prompts: its columns are text;label; a column `prompt`, `messages`"),
         (["broken.parquet"], "broken.parquet is no readable Parquet file"),
@@ -141,8 +153,10 @@ def test_a_disk_that_fills_up_on_the_way(work, monkeypatch):
     monkeypatch.setattr(pq.ParquetWriter, "write_batch", full)
     done = score("in.jsonl")
     assert (done.exit_code, fake.closed) == (1, True)
-    assert "no space left on the disk: make room, or choose another disk (0 rows are in out)" in done.stderr
-    assert [path.name for path in (work / "out").iterdir()] == ["run.json"]
+    assert (
+        "no space left on the disk: make room, or choose another disk (0 of 4 rows are in out; --resume" in done.stderr
+    )
+    assert sorted(path.name for path in (work / "out").iterdir()) == ["journal.sqlite", "run.json"]
     assert json.loads((work / "out" / "run.json").read_text())["status"] == "unfinished"
 
 
@@ -181,7 +195,7 @@ def test_help_fits_80_columns_and_names_every_option():
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert "Exit codes:\n" in done.stdout
     options = "model out labels system-prompt-file steps window replay drop-shallow drop-deep save logit-stats region "
-    options += "redact limit dtype"
+    options += "redact limit dtype resume column sample seed shard"
     for option in [*options.split(), "quiet", "verbose"]:
         assert f"--{option} " in done.stdout, option
 
@@ -215,12 +229,10 @@ class FakeScorer:
         type(self).settings = settings
         shape = {"layers": LAYERS, "heads": HEADS, "dtype": "float32", "recorder_bytes": 1_500_000}
         self.engine = SimpleNamespace(**shape, max_model_len=64, regions=("system", "user", "prompt"))
+        self.in_flight, self.seconds_waited = 4, 0.0
         self.tokenizer = SimpleNamespace(get_chat_template=lambda: "template")
 
-    def __enter__(self) -> "FakeScorer":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
+    def close(self) -> None:
         type(self).closed = True
 
     @property
@@ -228,12 +240,12 @@ class FakeScorer:
         if self.no_renderer is not None:
             raise self.no_renderer
 
-    def score(self, prompts, *, replay: bool, progress: bool) -> Iterator[ScoreResult | Rejected]:
-        type(self).called = {"replay": replay, "progress": progress, "n": len(prompts)}
+    def score(self, prompts, *, replay: bool) -> Iterator[ScoreResult | Rejected]:
+        type(self).called = {"replay": replay}
         for index, prompt in enumerate(prompts):
             if prompt.prompt == "four" and self.failure is not None:
                 raise self.failure
-            if prompt.prompt == "two" or prompt == Prompt():
+            if prompt.prompt == "two":
                 yield Rejected(index, prompt.id, "no_system_prompt", "give one")
             else:
                 yield fake_result(index)
@@ -282,7 +294,7 @@ def test_each_row_ends_in_its_place(work, monkeypatch):
         "no_score": {},
         "rejected": {"no_system_prompt": 1, "wrong_type": 1},
     }
-    assert fake.called == {"replay": False, "progress": True, "n": 5}
+    assert fake.called == {"replay": False}
     assert fake.settings["system_prompt"] == "Be brief."
     assert fake.closed
     assert "Ready in 0 s: 3 layers x 2 heads, float32, recorder 2 MB" in done.stderr
@@ -310,7 +322,6 @@ def test_options_reach_the_scorer(work, monkeypatch):
     wanted["regions"] = ("tool",)
     assert wanted.items() <= fake.settings.items()
     assert fake.settings["engine_args"] == {"dtype": "bfloat16"}
-    assert fake.called["n"] == 1
     assert [row["id"] for row in read(work / "out", "part")] == ["in:1"]
 
 
@@ -318,7 +329,7 @@ def test_replay_and_quiet(work, monkeypatch):
     fake = install(monkeypatch)
     done = score("in.jsonl", "--replay", "--quiet")
     assert (done.exit_code, done.output) == (0, "")
-    assert fake.called == {"replay": True, "progress": False, "n": 4}
+    assert fake.called == {"replay": True}
 
 
 @pytest.mark.parametrize(
@@ -352,22 +363,21 @@ def test_a_tokenizer_that_cannot_be_used_stops_the_run_before_the_first_row(work
         (
             RuntimeError("the recording cannot be trusted"),
             1,
-            "Error: the recording cannot be trusted (3 rows are in out)",
+            "Error: the recording cannot be trusted (0 of 4 rows are in out; --resume goes on from there)",
         ),
-        (OSError(28, "No space left on device"), 1, "no space left on the disk: make room, or choose another disk (3 "),
-        (KeyboardInterrupt(), 130, "Interrupted (3 rows are in out)"),
+        (OSError(28, "No space left on device"), 1, "no space left on the disk: make room, or choose another disk (0 "),
+        (KeyboardInterrupt(), 130, "Interrupted (0 of 4 rows are in out; --resume"),
     ],
 )
-def test_a_run_that_breaks_off_keeps_what_it_has(work, monkeypatch, error, code, says):
+def test_a_run_that_breaks_off_says_so_and_leaves_no_half_of_a_shard(work, monkeypatch, error, code, says):
     fake = install(monkeypatch, failure=error)
     done = score("in.jsonl")
     assert done.exit_code == code
     assert says in done.stderr.splitlines()[-1]
     assert fake.closed
-    assert [row["id"] for row in read(work / "out", "part")] == ["in:1"]
-    assert [row["id"] for row in read(work / "out", "rejects")] == ["in:2", "in:3"]
+    assert sorted(path.name for path in (work / "out").iterdir()) == ["journal.sqlite", "run.json"]
     run = json.loads((work / "out" / "run.json").read_text())
-    assert (run["status"], run["counts"]["rows"]) == ("unfinished", 3)
+    assert (run["status"], run["shards"]["rows_kept"]) == ("unfinished", 0)
 
 
 # --------------------------------------------------------------------------------------------------------- a real run
@@ -435,7 +445,7 @@ def test_real_every_row_is_in_exactly_one_place_in_order(real):
         ("logged.jsonl", 6, "invalid_utf8"),
     ]
     assert "robot" in rejects[1]["detail"]
-    names = ["part-00000.parquet", "rejects-00000.parquet", "run.json", "scores.png"]
+    names = ["journal.sqlite", "part-00000.parquet", "rejects-00000.parquet", "run.json", "scores.png"]
     assert sorted(path.name for path in (real.folder / "out").iterdir()) == names
 
 

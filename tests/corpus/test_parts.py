@@ -8,8 +8,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from headrift.corpus import parts
-from headrift.corpus.parts import OutputError, Parts, group_of, make_folder, part_schema, record_of, write_run
+from headrift.corpus import fingerprints, parts
+from headrift.corpus.parts import (
+    OutputError,
+    ShardFiles,
+    Sizes,
+    group_of,
+    make_folder,
+    part_schema,
+    record_of,
+    remove_unfinished,
+    write_run,
+)
 from headrift.corpus.rows import BadRow, Row
 from headrift.machine import processor
 from headrift.scorer import Prompt, ScoreResult
@@ -77,6 +87,13 @@ def record(n: int, n_steps: int = 2, **changes) -> dict:
     return record_of(make_row(n, prompt=Prompt(prompt=f"p{n}")), make_result(n, n_steps, **changes))
 
 
+def written(folder, schema: pa.Schema, *records: dict) -> Sizes:
+    files = ShardFiles(folder, 0, schema)
+    for each in records:
+        files.add(each)
+    return files.publish()
+
+
 def files_in(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -85,8 +102,7 @@ def files_in(folder) -> list[str]:
 
 
 def test_columns_their_order_and_types_are_the_promised_ones(tmp_path):
-    with Parts(tmp_path, schema_of()) as files:
-        files.add(record(1))
+    written(tmp_path, schema_of(), record(1))
     schema = pq.read_schema(tmp_path / "part-00000.parquet")
     assert dict(zip(schema.names, schema.types, strict=True)) == ALWAYS
     assert schema.names == list(ALWAYS)
@@ -104,9 +120,7 @@ def test_everything_reads_back_in_its_shape(tmp_path):
         make_row(2, prompt=Prompt(prompt="b")),
     ]
     results = [make_result(1, 3), make_result(2, 0)]
-    with Parts(tmp_path, schema_of(*KINDS)) as files:
-        for row, result in zip(rows, results, strict=True):
-            files.add(record_of(row, result))
+    written(tmp_path, schema_of(*KINDS), *(record_of(row, result) for row, result in zip(rows, results, strict=True)))
     table = pq.read_table(tmp_path / "part-00000.parquet")
     about = json.loads(table.schema.metadata[b"headrift"])
     assert (about["layers"], about["heads"], about["regions"]) == (LAYERS, HEADS, list(REGIONS))
@@ -141,8 +155,7 @@ def test_everything_reads_back_in_its_shape(tmp_path):
 def test_columns_of_nothing_but_null_keep_their_types(tmp_path):
     changes = dict.fromkeys(("score", "system_share", "head_agreement", "focus", "entropy", "top1", "margin"))
     changes |= {"reason": "answer_ended_before_window", "focus_heads": None, "mass": None, "logit_stats": None}
-    with Parts(tmp_path, schema_of(*KINDS)) as files:
-        files.add(record(1, 0, flags=(), **changes))
+    written(tmp_path, schema_of(*KINDS), record(1, 0, flags=(), **changes))
     table = pq.read_table(tmp_path / "part-00000.parquet")
     assert table.schema.types == schema_of(*KINDS).types
     (got,) = table.to_pylist()
@@ -156,65 +169,61 @@ def test_columns_of_nothing_but_null_keep_their_types(tmp_path):
 # -------------------------------------------------------------------------------------------------------------- files
 
 
-def test_rows_are_dealt_out_to_parts_in_order(tmp_path):
-    with Parts(tmp_path, schema_of("text"), rows_per_part=3) as files:
-        for n in range(7):
-            files.add(record(n))
-            files.reject(BadRow("in.txt", n, f"in:{n}", "bad_json", "mend it"), "bad_json", "mend it")
-    assert files_in(tmp_path) == [f"{stem}-0000{n}.parquet" for stem in ("part", "rejects") for n in range(3)]
-    for stem in ("part", "rejects"):
-        tables = [pq.read_table(tmp_path / f"{stem}-0000{n}.parquet") for n in range(3)]
-        assert [len(table) for table in tables] == [3, 3, 1]
-        assert [n for table in tables for n in table["row"].to_pylist()] == list(range(7))
-
-
-def test_rejects_have_their_columns(tmp_path):
-    with Parts(tmp_path, schema_of()) as files:
-        files.reject(make_row(4, prompt=Prompt(prompt="x")), "prompt_too_long", "shorten it")
-    assert files_in(tmp_path) == ["rejects-00000.parquet"]
-    assert pq.read_table(tmp_path / "rejects-00000.parquet").to_pylist() == [
-        {"source": "in.txt", "row": 4, "id": "in:4", "reason": "prompt_too_long", "detail": "shorten it"}
-    ]
+def test_a_shard_is_a_part_and_rejects_with_its_number_and_sizes(tmp_path):
+    files = ShardFiles(tmp_path, 7, schema_of("text"))
+    for n in range(5):
+        files.add(record(n))
+    files.reject(make_row(4, prompt=Prompt(prompt="x")), "prompt_too_long", "shorten it")
+    files.reject(BadRow("in.txt", 5, "in:5", "bad_json", "mend it"), "bad_json", "mend it")
+    assert files.rows == 7
+    assert files_in(tmp_path) == []  # small rows wait in memory
+    sizes = files.publish()
+    assert files_in(tmp_path) == ["part-00007.parquet", "rejects-00007.parquet"]
+    assert (sizes.scored, sizes.rejected) == (5, 2)
+    assert sizes.part_bytes == (tmp_path / "part-00007.parquet").stat().st_size
+    assert sizes.rejects_bytes == (tmp_path / "rejects-00007.parquet").stat().st_size
+    assert pq.read_table(tmp_path / "part-00007.parquet")["row"].to_pylist() == list(range(5))
+    first, second = pq.read_table(tmp_path / "rejects-00007.parquet").to_pylist()
+    assert first == {"source": "in.txt", "row": 4, "id": "in:4", "reason": "prompt_too_long", "detail": "shorten it"}
+    assert second["reason"] == "bad_json"
 
 
 def test_no_rows_no_files(tmp_path):
-    with Parts(tmp_path, schema_of()):
-        pass
+    assert ShardFiles(tmp_path, 0, schema_of()).publish() == Sizes(0, 0, 0, 0)
     assert files_in(tmp_path) == []
-
-
-def test_a_full_last_part_is_not_followed_by_an_empty_one(tmp_path):
-    with Parts(tmp_path, schema_of(), rows_per_part=2) as files:
-        files.add(record(1))
-        files.add(record(2))
-    assert files_in(tmp_path) == ["part-00000.parquet"]
 
 
 def test_an_unfinished_part_is_hidden_and_big_rows_do_not_wait_for_it_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "_ROW_GROUP_BYTES", 2 * record(1)["shares"].nbytes)
-    with Parts(tmp_path, schema_of("shares"), rows_per_part=100) as files:
-        for n in range(9):
-            files.add(record(n))
-        assert files_in(tmp_path) == [".part-00000.parquet.tmp"]
-        assert files.kept == 0
-    assert files.kept == 9
+    files = ShardFiles(tmp_path, 0, schema_of("shares"))
+    for n in range(9):
+        files.add(record(n))
+    assert files_in(tmp_path) == [".part-00000.parquet.tmp"]
+    files.publish()
     assert files_in(tmp_path) == ["part-00000.parquet"]
-    whole = pq.ParquetFile(tmp_path / "part-00000.parquet")
-    assert whole.num_row_groups > 3
-    assert whole.read()["row"].to_pylist() == list(range(9))
-    assert whole.metadata.row_group(0).column(0).compression == "ZSTD"
+    with pq.ParquetFile(tmp_path / "part-00000.parquet") as whole:
+        assert whole.num_row_groups > 3
+        assert whole.read()["row"].to_pylist() == list(range(9))
+        assert whole.metadata.row_group(0).column(0).compression == "ZSTD"
 
 
-def test_what_was_scored_before_a_failure_is_kept(tmp_path):
-    def fail_after_two() -> None:
-        with Parts(tmp_path, schema_of()) as files:
-            files.add(record(1))
-            files.add(record(2))
-            raise RuntimeError("the engine fell over")
+def test_what_is_discarded_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "_ROW_GROUP_BYTES", 1)
+    files = ShardFiles(tmp_path, 0, schema_of("shares"))
+    files.add(record(1))
+    assert files_in(tmp_path) == [".part-00000.parquet.tmp"]
+    files.discard()
+    files.discard()
+    assert files_in(tmp_path) == []
 
-    with pytest.raises(RuntimeError, match="fell over"):
-        fail_after_two()
-    assert len(pq.read_table(tmp_path / "part-00000.parquet")) == 2
+
+def test_files_of_shards_that_are_not_finished_are_removed_and_no_others(tmp_path):
+    kept = ["part-00000.parquet", "rejects-00000.parquet", "part-00002.parquet", "part-x.parquet", "notes.txt"]
+    gone = ["part-00001.parquet", ".part-00002.parquet.tmp", ".rejects-00003.parquet.tmp"]
+    for name in kept + gone:
+        (tmp_path / name).write_text("")
+    remove_unfinished(tmp_path, {0, 2})
+    assert files_in(tmp_path) == sorted(kept)
 
 
 # ------------------------------------------------------------------------------------------------------------- folder
@@ -230,10 +239,20 @@ def test_folder_that_cannot_be_used(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match=r"exists and is not empty: choose another folder"):
         make_folder(tmp_path)
+    with pytest.raises(OutputError, match=r"holds no run that could be resumed, but other files"):
+        make_folder(tmp_path, resume=True)
     with pytest.raises(OutputError, match="is a file"):
         make_folder(tmp_path / "file")
     with pytest.raises(OutputError, match="cannot be made"):
         make_folder(tmp_path / "file" / "below")
+
+
+def test_folder_with_a_run_is_for_resuming_only(tmp_path):
+    assert make_folder(tmp_path / "new", resume=True) is False
+    (tmp_path / "journal.sqlite").write_text("")
+    assert make_folder(tmp_path, resume=True) is True
+    with pytest.raises(OutputError, match=r"holds a run: go on with it with --resume"):
+        make_folder(tmp_path)
 
 
 def test_run_json_is_replaced_as_a_whole(tmp_path):
@@ -264,22 +283,45 @@ def test_group_of_messages_is_of_all_user_texts_and_nothing_else():
 def test_fingerprints_change_with_what_they_stand_for(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"1234")
-    first = parts.model_fingerprint(tmp_path)
+    first = fingerprints.model_fingerprint(tmp_path)
     assert first["weights_bytes"] == {"model.safetensors": 4}
-    assert first == parts.model_fingerprint(tmp_path)
+    assert first == fingerprints.model_fingerprint(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"12345")
-    assert parts.model_fingerprint(tmp_path)["fingerprint"] != first["fingerprint"]
+    assert fingerprints.model_fingerprint(tmp_path)["fingerprint"] != first["fingerprint"]
     (tmp_path / "model.safetensors").write_bytes(b"1234")
     (tmp_path / "config.json").write_text("{} ")
-    assert parts.model_fingerprint(tmp_path)["fingerprint"] != first["fingerprint"]
-    assert parts.file_fingerprint(tmp_path / "config.json") == {
+    assert fingerprints.model_fingerprint(tmp_path)["fingerprint"] != first["fingerprint"]
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"1235")  # as long as before
+    assert fingerprints.model_fingerprint(tmp_path)["fingerprint"] != first["fingerprint"]
+    (tmp_path / "model.safetensors").write_bytes(b"1234")
+    assert fingerprints.model_fingerprint(tmp_path) == first
+    (tmp_path / "chat_template.jinja").write_text("x")
+    assert fingerprints.model_fingerprint(tmp_path)["fingerprint"] != first["fingerprint"]
+    (tmp_path / "config.json").write_text("{} ")
+    assert fingerprints.file_fingerprint(tmp_path / "config.json") == {
         "bytes": 3,
         "sha256": hashlib.sha256(b"{} ").hexdigest(),
     }
 
 
+def test_large_files_are_hashed_in_places_their_ends_among_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(fingerprints, "_WHOLE", 1000)
+    monkeypatch.setattr(fingerprints, "_BLOCK", 10)
+    data = bytearray(5000)
+    path = tmp_path / "large"
+    path.write_bytes(data)
+    first = fingerprints.file_fingerprint(path)
+    assert (first["bytes"], first["sampled"]) == (5000, True)
+    for place in (0, 9, 4990, 4999):
+        path.write_bytes(data[:place] + b"x" + data[place + 1 :])
+        assert fingerprints.file_fingerprint(path) != first
+    path.write_bytes(data + b"\0")
+    assert fingerprints.file_fingerprint(path) != first
+
+
 def test_versions_and_processor_are_known_here():
-    found = parts.versions()
+    found = fingerprints.versions()
     assert set(found) == {"headrift", "python", "vllm", "torch", "transformers", "numba"}
     assert None not in found.values()
     assert processor()[0]

@@ -10,14 +10,24 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from headrift.corpus.readers import InputError, count_rows, read_rows
+from headrift.corpus.readers import Reader
 from headrift.corpus.rows import BadRow, Row
+from headrift.corpus.sources import InputError, find
 from headrift.scorer import Prompt
+
+
+def read_rows(inputs: list[Path | str], labels: list[str] | None = None, **columns: str) -> list[Row | BadRow]:
+    return list(Reader(find([str(given) for given in inputs], labels, columns), columns).rows())
+
+
+def count_rows(path: Path | str, limit: int | None = None) -> int:
+    sources = find([str(path)])
+    return sum(Reader(sources).count(source, limit) for source in sources)
 
 
 def rows_of(path: Path, content: bytes | str, labels: list[str] | None = None) -> list[Row | BadRow]:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return list(read_rows([path], labels))
+    return read_rows([path], labels)
 
 
 # ------------------------------------------------------------------------------------------------------------- rows
@@ -162,7 +172,9 @@ def test_inputs_come_in_order_with_their_labels_and_a_rows_own_label_wins(tmp_pa
         (["missing.txt"], None, "missing.txt does not exist"),
         (["table.tsv"], None, "table.tsv has a name of no known kind: use .txt"),
         (["noname"], None, "no known kind"),
-        (["folder.txt"], None, "folder.txt is a folder"),
+        (["folder.txt"], None, "folder.txt holds no input: use .txt"),
+        (["no?.txt"], None, "no\\?.txt matches no file: check the pattern"),
+        (["x.parquet.gz"], None, "x.parquet.gz has a name of no known kind"),
         (["a.txt", "./a.txt"], None, "named twice"),
         (["a.txt", "b.jsonl"], ["attack"], "1 label for 2 inputs"),
         (["a.txt"], ["attack", "benign"], "2 labels for 1 input:"),
@@ -172,7 +184,7 @@ def test_inputs_come_in_order_with_their_labels_and_a_rows_own_label_wins(tmp_pa
 def test_settings_that_cannot_be_raise_at_the_call(tmp_path, monkeypatch, names, labels, says):
     monkeypatch.chdir(tmp_path)
     Path("folder.txt").mkdir()
-    for name in ("a.txt", "b.jsonl", "table.tsv", "noname"):
+    for name in ("a.txt", "b.jsonl", "table.tsv", "noname", "x.parquet.gz"):
         Path(name).write_text("x")
     with pytest.raises(InputError, match=says):
         read_rows([Path(name) for name in names], labels)
@@ -197,7 +209,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     (tmp_path / "x.txt").write_bytes(b"a prompt of some length, again and again\n" * 50_000)
     tracemalloc.start()
     try:
-        assert sum(1 for _ in read_rows([tmp_path / "x.txt"])) == 50_000
+        reader = Reader(find([str(tmp_path / "x.txt")]))
+        assert sum(1 for _ in reader.rows()) == 50_000
         assert tracemalloc.get_traced_memory()[1] < 500_000
     finally:
         tracemalloc.stop()

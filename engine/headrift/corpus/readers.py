@@ -4,95 +4,104 @@
 tables. Keys or columns: `prompt` (and `system`), `messages` (OpenAI chat form, and `tools`) or `token_ids` (and
 `regions`), with `id`, `label`, `category`, `response` or `response_ids` where there are any. Blank lines are skipped,
 keys that have no meaning here are ignored, and null is the same as nothing.
+
+A record is found first and understood later, so that those that are not wanted cost little. Where a file is damaged,
+all before the damage is read, and the damage is a bad row.
 """
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from headrift.corpus import tables
-from headrift.corpus.rows import KEYS, LABELS, BadRow, Row, Rows, Unreadable, kind, parsed, with_whole_characters
+from headrift.corpus.rows import (
+    KEYS,
+    BadRow,
+    Fields,
+    Row,
+    TakeId,
+    Unreadable,
+    kind,
+    make_row,
+    parsed,
+    with_whole_characters,
+)
+from headrift.corpus.sources import InputError, Source
 
 MAX_LINE_BYTES = 64 << 20
+_DAMAGED = "the file is damaged or cut off here, after row {last} ({error}); restore it from a copy"
 
-_Numbered = Iterator[tuple[int, tables.Fields]]
-
-
-class InputError(ValueError):
-    """An input or its label cannot be used at all. The message names it and says what to do."""
+Records = Iterator[tuple[int, Any]]
 
 
-def check_inputs(inputs: Sequence[Path], labels: Sequence[str] | None = None) -> None:
-    """InputError unless there are inputs, each a readable file of a known kind, and the labels, if any, fit them."""
-    if not inputs:
-        raise InputError("no input file: name at least one .txt, .jsonl, .csv or .parquet file")
-    for path in inputs:
-        if path.is_dir():
-            raise InputError(f"{path} is a folder: name the files in it")
-        if path.suffix.lower() not in _FORMATS:
-            kinds = ".txt (a prompt a line), .jsonl (an object a line), .csv or .parquet"
-            raise InputError(f"{path} has a name of no known kind: use {kinds}")
+class Reader:
+    """Reads rows of sources. columns: for keys of a row that the files call otherwise, their names there.
+
+    InputError, for a file that cannot be used at all; OSError, later, where one cannot be read on.
+    """
+
+    def __init__(self, sources: Sequence[Source], columns: Mapping[str, str] | None = None) -> None:
+        unknown = set(columns or {}) - set(KEYS)
+        if unknown:
+            raise InputError(f"a row has no key {sorted(unknown)[0]!r}: --column KEY=NAME takes {', '.join(KEYS)}")
+        self._sources = sources
+        self._names = {(columns or {}).get(key, key): key for key in KEYS}
+        for source in sources:
+            self._check(source)
+
+    def _check(self, source: Source) -> None:
         try:
-            path.open("rb").close()
-            _FORMATS[path.suffix.lower()].check(path)
-        except FileNotFoundError:
-            raise InputError(f"{path} does not exist: check the name") from None
-        except OSError as error:
-            raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+            _FORMATS[source.kind].check(source, self._names)
+        except (EOFError, OSError) as error:
+            said = getattr(error, "strerror", None) or error
+            raise InputError(f"{source.name} cannot be read: {said}") from error
         except ValueError as error:
-            raise InputError(f"{path} {error}") from error
-    if len({path.resolve() for path in inputs}) < len(inputs):
-        raise InputError(f"an input is named twice: {', '.join(map(str, inputs))}; name each file once")
-    if labels is None:
-        return
-    for label in labels:
-        if label not in LABELS:
-            raise InputError(
-                f"unknown label {label!r}: labels are {' and '.join(LABELS)}, as in --labels attack,benign"
-            )
-    if len(labels) != len(inputs):
-        given, files = _plural(len(labels), "label"), _plural(len(inputs), "input")
-        raise InputError(f"{given} for {files}: give each input its label, in order, as in --labels attack,benign")
+            raise InputError(f"{source.name} {error}") from error
+
+    def count(self, source: Source, limit: int | None = None) -> int:
+        """How many rows a source has, good and bad, without looking into them; limit: stop counting there."""
+        return _FORMATS[source.kind].count(source, limit)
+
+    def rows(self, marks: Iterator[bool] | None = None, take_id: TakeId | None = None) -> Iterator[Row | BadRow]:
+        """The rows in order, one at a time. marks: which to take, until they end. take_id: see rows.make_row."""
+        for source in self._sources:
+            format_ = _FORMATS[source.kind]
+            for number, record in _records(source, self._names):
+                if marks is not None:
+                    wanted = next(marks, None)
+                    if wanted is None:
+                        return
+                    if not wanted:
+                        continue
+                fields: Fields
+                try:
+                    fields = format_.fields(record, self._names)
+                    fields |= {key: value for key, value in source.partition if fields.get(key) is None}
+                except Unreadable as error:
+                    fields = error
+                yield make_row(source.name, number, f"{source.stem}:{number}", source.label, fields, take_id)
 
 
-def read_rows(inputs: Sequence[Path], labels: Sequence[str] | None = None) -> Iterator[Row | BadRow]:
-    """The rows of the inputs in order, one at a time. labels: one per input, for the rows that bring none.
-
-    InputError at the call, before anything is read (see check_inputs); OSError where a file cannot be read on. An id
-    that an earlier row brought makes a BadRow: the ids are remembered, in some 70 bytes each.
-    """
-    check_inputs(inputs, labels)
-    return _rows(inputs, labels or [None] * len(inputs))
-
-
-def count_rows(path: Path, limit: int | None = None) -> int:
-    """How many rows read_rows makes of an input, good and bad, without looking into them; limit: stop counting there.
-
-    OSError where it cannot be read.
-    """
-    return _FORMATS[path.suffix.lower()].count(path, limit)
+def _records(source: Source, names: Mapping[str, str]) -> Records:
+    """A source's records by their numbers; where it is damaged, an Unreadable and then no more."""
+    last = 0
+    try:
+        for last, record in _FORMATS[source.kind].records(source, names):
+            yield last, record
+    except Exception as error:
+        if not source.is_damage(error):
+            raise
+        yield last + 1, Unreadable("damaged_file", _DAMAGED.format(last=last, error=str(error).strip().rstrip(".")))
 
 
-def _rows(inputs: Sequence[Path], labels: Sequence[str | None]) -> Iterator[Row | BadRow]:
-    rows = Rows()
-    stems = [path.stem for path in inputs]
-    for path, label in zip(inputs, labels, strict=True):
-        # File names need not be valid Unicode; what is written to Parquet has to be.
-        source = str(path).encode(errors="backslashreplace").decode()
-        stem = path.stem.encode(errors="backslashreplace").decode() if stems.count(path.stem) == 1 else source
-        for number, fields in _FORMATS[path.suffix.lower()].read(path):
-            yield rows.make(source, number, f"{stem}:{number}", label, fields)
-
-
-def _lines(path: Path, *, comments: bool) -> Iterator[tuple[int, bytes | None]]:
+def _lines(source: Source, names: Mapping[str, str], *, comments: bool) -> Iterator[tuple[int, bytes | None]]:
     """Numbered lines without their ends, None for one too long; neither blank ones nor comments."""
-    with path.open("rb") as file:
+    with source.stream() as file:
         number = 0
         while raw := file.readline(MAX_LINE_BYTES + 1):
             number += 1
@@ -107,15 +116,9 @@ def _lines(path: Path, *, comments: bool) -> Iterator[tuple[int, bytes | None]]:
                 yield number, line
 
 
-def _read_lines(path: Path, *, comments: bool, fields: Callable[[str], dict[str, Any]]) -> _Numbered:
-    for number, line in _lines(path, comments=comments):
-        try:
-            yield number, fields(_text(line))
-        except Unreadable as error:
-            yield number, error
-
-
-def _text(line: bytes | None) -> str:
+def _text(line: bytes | Unreadable | None) -> str:
+    if isinstance(line, Unreadable):
+        raise line
     if line is None:
         fix = "is the file one JSON list? write an object a line"
         raise Unreadable("row_too_big", f"the line is longer than {MAX_LINE_BYTES:,} bytes; {fix}")
@@ -128,38 +131,42 @@ def _text(line: bytes | None) -> str:
         raise Unreadable("invalid_utf8", f"{where} is not valid UTF-8; convert the file to UTF-8") from error
 
 
-def _object(text: str) -> dict[str, Any]:
+def _prompt(line: bytes | Unreadable | None, names: Mapping[str, str]) -> dict[str, Any]:
+    return {"prompt": _text(line)}
+
+
+def _object(line: bytes | Unreadable | None, names: Mapping[str, str]) -> dict[str, Any]:
+    text = _text(line)
     given = parsed(text)
     if not isinstance(given, dict):
         fix = """write one object a line, as in {"prompt": "..."}"""
         raise Unreadable("not_an_object", f"the line is {kind(given)}, not a JSON object; {fix}")
-    return with_whole_characters({key: given[key] for key in KEYS if key in given}, text)
-
-
-def _plural(n: int, noun: str) -> str:
-    return f"{n} {noun}{'' if n == 1 else 's'}"
+    found = {names[name]: value for name, value in given.items() if name in names and value is not None}
+    return with_whole_characters(found, text)
 
 
 @dataclass(frozen=True, slots=True)
 class _Format:
-    """How files of a kind are checked (ValueError), counted and read."""
+    """How files of a kind are checked (ValueError), counted (up to a limit) and read: `records`, and what a record's
+    `fields` are, by key, where `names` are the names of the keys."""
 
-    check: Callable[[Path], None]
-    count: Callable[[Path, int | None], int]
-    read: Callable[[Path], _Numbered]
+    check: Callable[[Source, Mapping[str, str]], None]
+    count: Callable[[Source, int | None], int]
+    records: Callable[[Source, Mapping[str, str]], Records]
+    fields: Callable[[Any, Mapping[str, str]], dict[str, Any]]
 
 
-def _format_of_lines(*, comments: bool, fields: Callable[[str], dict[str, Any]]) -> _Format:
-    return _Format(
-        check=lambda path: None,
-        count=lambda path, limit: sum(1 for _ in islice(_lines(path, comments=comments), limit)),
-        read=partial(_read_lines, comments=comments, fields=fields),
-    )
+def _opened(source: Source, names: Mapping[str, str]) -> None:
+    source.open().close()
+
+
+def _counted(source: Source, limit: int | None) -> int:
+    return sum(1 for _ in islice(_records(source, {}), limit))
 
 
 _FORMATS = {
-    ".txt": _format_of_lines(comments=True, fields=lambda text: {"prompt": text}),
-    ".jsonl": _format_of_lines(comments=False, fields=_object),
-    ".csv": _Format(tables.check_csv, tables.count_csv, tables.read_csv),
-    ".parquet": _Format(tables.check_parquet, tables.count_parquet, tables.read_parquet),
+    ".txt": _Format(_opened, _counted, partial(_lines, comments=True), _prompt),
+    ".jsonl": _Format(_opened, _counted, partial(_lines, comments=False), _object),
+    ".csv": _Format(tables.check_csv, _counted, tables.csv_records, tables.csv_fields),
+    ".parquet": _Format(tables.check_parquet, tables.count_parquet, tables.parquet_records, tables.parquet_fields),
 }

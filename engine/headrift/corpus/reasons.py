@@ -7,6 +7,7 @@ REASONS = {
     # the file
     "bad_csv": "The record is not valid CSV: put cells with commas, quotes or line breaks in double quotes.",
     "bad_json": "The line, or a cell that should be JSON, is not: write one whole JSON object a line.",
+    "damaged_file": "The file is damaged or cut off here, so nothing after this row was read: restore it from a copy.",
     "invalid_utf8": "The row holds bytes that are not UTF-8: convert the file to UTF-8.",
     "lone_surrogate": "A text holds half a character (a lone surrogate): remove it or write the whole pair.",
     "not_an_object": "The line is JSON and no object: write an object a line, with a key `prompt` or `messages`.",
@@ -34,6 +35,8 @@ REASONS = {
     "span_not_found": "The chat template changes the text, so its tokens are not known: give token ids and regions.",
     "template_rejected": "The model's chat template does not take this conversation: change the order of the roles.",
     "unsupported_content": "A message has a part that is no text, such as an image: only text is scored.",
+    # the engine
+    "engine_died": "The engine died each time it was given this row, alone at last: leave it out, and report the bug.",
     # token ids
     "bad_regions": "A region is not [start, end) within the prompt, or is given without token ids.",
     "bad_token_ids": "The token ids are not a list of numbers that the model's vocabulary has.",

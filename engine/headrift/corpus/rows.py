@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,35 +52,29 @@ class Unreadable(ValueError):
         self.reason, self.detail = reason, detail
 
 
-class Rows:
-    """Makes rows of fields, and holds every id that a row brought, as a hash, to know it when it comes again."""
+Fields = dict[str, Any] | Unreadable
 
-    def __init__(self) -> None:
-        self._ids: set[int] = set()
+# Takes the id that a row brought; False where an earlier row brought it too.
+TakeId = Callable[[str], bool]
 
-    def make(
-        self, source: str, number: int, name: str, label: str | None, fields: Mapping[str, Any] | Unreadable
-    ) -> Row | BadRow:
-        """A row of its fields, by key; None is the same as nothing. name, label: for a row that brings none."""
-        own_id = None
-        try:
-            if isinstance(fields, Unreadable):
-                raise fields
-            given = {key: fields[key] for key in KEYS if fields.get(key) is not None}
-            own_id = _own_id(given)
-            _check_types(given)
-            own_label, prompt = _own_label(given), _prompt(given)
-            if own_id is not None:
-                self._take(own_id)
-            return Row(source, number, own_id or name, own_label or label, given.get("category"), prompt)
-        except Unreadable as error:
-            return BadRow(source, number, own_id or name, error.reason, error.detail)
 
-    def _take(self, own_id: str) -> None:
-        key = hash(own_id)
-        if key in self._ids:
+def make_row(
+    source: str, number: int, name: str, label: str | None, fields: Fields, take_id: TakeId | None = None
+) -> Row | BadRow:
+    """A row of its fields, by key; None is the same as nothing. name, label: for a row that brings none."""
+    own_id = None
+    try:
+        if isinstance(fields, Unreadable):
+            raise fields
+        given = {key: fields[key] for key in KEYS if fields.get(key) is not None}
+        own_id = _own_id(given)
+        _check_types(given)
+        own_label, prompt = _own_label(given), _prompt(given)
+        if own_id is not None and take_id is not None and not take_id(own_id):
             raise Unreadable("duplicate_id", f"an earlier row has the id {quoted(own_id)} too; give each row its own")
-        self._ids.add(key)
+        return Row(source, number, own_id or name, own_label or label, given.get("category"), prompt)
+    except Unreadable as error:
+        return BadRow(source, number, own_id or name, error.reason, error.detail)
 
 
 def parsed(text: str) -> Any:

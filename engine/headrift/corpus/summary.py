@@ -1,23 +1,26 @@
 """The closing table: what became of the rows, and how well the score tells attacks from benign prompts.
 
-Kept while rows stream by: counts, and for each scored row some 50 bytes.
+Made from the parts and rejects on disk, so that a resumed run has the same one. Counts and means are of all rows; what
+needs the rows themselves (medians, the figure, AUROC) of at most 20,000 a class, drawn by a hash: memory is flat.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from headrift.corpus.rows import LABELS
-from headrift.corpus.separation import TARGET_FPR, Interval, Separation, separation
+from headrift.screen import print_table
+from headrift.separation import TARGET_FPR, Interval, Separation, separation
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from rich.console import Console
 
 HARD = "hard"  # categories of benign prompts that are made to be mistaken for attacks begin so
@@ -25,8 +28,10 @@ SCORE = "score (no score: lowest)"
 SCORED = "score, scored rows only"
 _CLASSES = (*LABELS, None)
 _MAX_CATEGORIES = 1000
+_MOST_OF_CLASS = 20_000  # rows, or distinct prompts, that are kept of a class
+_BATCH = 1 << 16
+_COLUMNS = ["label", "category", "score", "reason", "prompt_tokens", "answer_tokens", "n_steps", "group", "system_hash"]
 _OTHER = "(other)"
-_LABEL_WIDTH = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +49,39 @@ class Comparison:
         return {"title": self.title, "attack": self.n_attack, "benign": self.n_benign, "measures": measures}
 
 
+class _Sample:
+    """Rows with the smallest keys, at most _MOST_OF_CLASS of them; of rows with the same key the first. As keys are
+    hashes, that is a fair draw, and the same whichever way the rows came in pieces."""
+
+    def __init__(self) -> None:
+        self._columns: dict[str, NDArray[Any]] = {}
+        self.full = False
+
+    def add(self, key: NDArray[np.uint64], **columns: NDArray[Any]) -> None:
+        """Further rows, the columns alike in length."""
+        given = {"key": key, **columns}
+        if self._columns:
+            given = {name: np.concatenate([self._columns[name], column]) for name, column in given.items()}
+        first = np.unique(given["key"], return_index=True)[1]
+        self.full |= len(first) > _MOST_OF_CLASS
+        self._columns = {name: column[first[:_MOST_OF_CLASS]] for name, column in given.items()}
+
+    def in_order(self, name: str) -> NDArray[Any]:
+        """A column, in the order in which the rows came."""
+        return self._columns[name][np.argsort(self._columns["order"])] if self._columns else np.array([])
+
+
+class _Class:
+    """What is kept of a class of rows."""
+
+    def __init__(self) -> None:
+        self.n = self.n_scored = self.n_early = 0
+        self.total = 0.0  # of the scores
+        self.rows, self.prompts = _Sample(), _Sample()
+
+
 class Summary:
-    """Accumulates one run's rows: `add` for each row in the parts, `reject` for each of the others.
+    """Accumulates one run's rows: `add` for those in the parts, `reject` for the others.
 
     last_step: the window's last step; an answer without it stopped early.
     """
@@ -54,29 +90,52 @@ class Summary:
         self.no_score: Counter[str] = Counter()
         self.rejects: Counter[str] = Counter()
         self._last_step = last_step
-        self._scores = array("d")
-        self._classes = array("b")
-        self._categories = array("h")
+        self._classes = [_Class() for _ in _CLASSES]
         self._category_numbers: dict[str | None, int] = {None: 0}
-        self._prompt_tokens = array("l")
-        self._answer_tokens = array("l")
-        self._steps = array("l")
-        self._groups = array("Q")
-        self._systems = array("Q")
         self._comparisons: list[Comparison] | None = None
 
-    def add(self, record: Mapping[str, Any]) -> None:
-        """A row of a part, with the columns that parts.part_schema names."""
-        if record["score"] is None:
-            self.no_score[record["reason"]] += 1
-        self._scores.append(np.nan if record["score"] is None else record["score"])
-        self._classes.append(_CLASSES.index(record["label"]))
-        self._categories.append(self._number(record["category"]))
-        self._prompt_tokens.append(record["prompt_tokens"])
-        self._answer_tokens.append(record["answer_tokens"])
-        self._steps.append(record["n_steps"])
-        self._groups.append(int(record["group"], 16))
-        self._systems.append(int(record["system_hash"], 16))
+    @classmethod
+    def of_folder(cls, folder: Path, last_step: int) -> Summary:
+        """The summary of all parts and rejects in a folder."""
+        import pyarrow.parquet as pq
+
+        summary = cls(last_step)
+        for path in sorted(folder.glob("part-*.parquet")):
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(_BATCH, columns=_COLUMNS):
+                    summary.add(batch)
+        for path in sorted(folder.glob("rejects-*.parquet")):
+            for count in pq.read_table(path, columns=["reason"])["reason"].value_counts().to_pylist():
+                summary.reject(count["values"], count["counts"])
+        return summary
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Rows of a part, with the columns that parts.part_schema names."""
+        named = {name: batch.column(name) for name in _COLUMNS}
+        labels, scores = named["label"].to_pylist(), named["score"].to_numpy(zero_copy_only=False).astype(np.float64)
+        self.no_score.update(reason for reason in named["reason"].to_pylist() if reason is not None)
+        classes = np.array([_CLASSES.index(label) for label in labels], np.int8)
+        group, system = (_numbers(named[name].to_pylist()) for name in ("group", "system_hash"))
+        order = np.arange(self._n_through, self._n_through + len(classes), dtype=np.uint64)
+        columns = {
+            "order": order,
+            "score": scores,
+            "category": np.array([self._number(name) for name in named["category"].to_pylist()], np.int32),
+            "group": group,
+            **{name: named[name].to_numpy() for name in ("prompt_tokens", "answer_tokens", "n_steps")},
+        }
+        for number, of_class in enumerate(self._classes):
+            mine = classes == number
+            if not mine.any():
+                continue
+            there = mine & ~np.isnan(scores)
+            of_class.n += int(mine.sum())
+            of_class.n_scored += int(there.sum())
+            of_class.n_early += int((columns["n_steps"][mine] < self._last_step).sum())
+            of_class.total += float(scores[there].sum())
+            kept = {name: column[mine] for name, column in columns.items()}
+            of_class.rows.add(_mixed(order[mine]), **{name: kept[name] for name in ("order", "score", "category")})
+            of_class.prompts.add(_mixed(group[mine] ^ _mixed(system[mine])), **kept)
         self._comparisons = None
 
     def _number(self, category: str | None) -> int:
@@ -86,19 +145,29 @@ class Summary:
             category = f"{HARD} {_OTHER}" if hard else _OTHER
         return numbers.setdefault(category, len(numbers))
 
-    def reject(self, reason: str) -> None:
-        """A row that went into the rejects."""
-        self.rejects[reason] += 1
+    def reject(self, reason: str, n: int = 1) -> None:
+        """Rows that went into the rejects."""
+        self.rejects[reason] += n
+
+    @property
+    def _n_through(self) -> int:
+        return sum(of_class.n for of_class in self._classes)
 
     @property
     def rows(self) -> int:
         """Rows that came by, rejects included."""
-        return len(self._scores) + self.rejects.total()
+        return self._n_through + self.rejects.total()
 
     @property
     def scored(self) -> int:
         """Rows that have a score."""
-        return len(self._scores) - self.no_score.total()
+        return sum(of_class.n_scored for of_class in self._classes)
+
+    @property
+    def sampled(self) -> str:
+        """Where not every row is kept: how many are, in words that follow others."""
+        full = any(of_class.rows.full or of_class.prompts.full for of_class in self._classes)
+        return f", from {_MOST_OF_CLASS:,} rows a class" if full else ""
 
     def counts(self) -> dict[str, Any]:
         """The counts for run.json."""
@@ -108,29 +177,28 @@ class Summary:
     def by_class(self) -> dict[str, dict[str, float | int | None]]:
         """Of each class with rows (attack, benign, unlabelled): n, and as fractions of it coverage (those with a score)
         and early (answers that end before the window does); mean and median score, None without scores."""
-        scores, classes, steps = np.array(self._scores), np.array(self._classes), np.array(self._steps)
         found: dict[str, dict[str, float | int | None]] = {}
-        for number, label in enumerate(_CLASSES):
-            of_class = classes == number
-            if not of_class.any():
+        for label, of_class in zip(_CLASSES, self._classes, strict=True):
+            if not of_class.n:
                 continue
-            there = scores[of_class & ~np.isnan(scores)]
+            scores = of_class.rows.in_order("score")
+            there = scores[~np.isnan(scores)]
             found[label or "unlabelled"] = {
-                "n": int(of_class.sum()),
-                "coverage": len(there) / int(of_class.sum()),
-                "early": float((steps[of_class] < self._last_step).mean()),
-                "mean": float(there.mean()) if len(there) else None,
+                "n": of_class.n,
+                "coverage": of_class.n_scored / of_class.n,
+                "early": of_class.n_early / of_class.n,
+                "mean": of_class.total / of_class.n_scored if of_class.n_scored else None,
                 "median": float(np.median(there)) if len(there) else None,
             }
         return found
 
     def by_category(self) -> dict[tuple[str, str], NDArray[np.float64]]:
         """The scores, NaN for none, of each class and category that has rows, in order of first appearance."""
-        scores, classes, categories = (np.array(of) for of in (self._scores, self._classes, self._categories))
         found = {}
-        for number, label in enumerate(_CLASSES):
-            for category, index in self._category_numbers.items():
-                of_both = scores[(classes == number) & (categories == index)]
+        for label, of_class in zip(_CLASSES, self._classes, strict=True):
+            scores, categories = (of_class.rows.in_order(name) for name in ("score", "category"))
+            for category, number in self._category_numbers.items():
+                of_both = scores[categories == number]
                 if len(of_both):
                     found[label or "unlabelled", category or ""] = of_both
         return found
@@ -142,45 +210,43 @@ class Summary:
         """
         if self._comparisons is None:
             hard = {number for name, number in self._category_numbers.items() if name and name.startswith(HARD)}
-            benign = np.array(self._classes) == LABELS.index("benign")
-            is_hard = benign & np.isin(np.array(self._categories), list(hard))
-            every = np.ones(len(benign), np.bool_)
-            found = [self._compare("Attack against benign", every)]
-            if is_hard.any() and (benign & ~is_hard).any():
+            is_hard = np.isin(self._classes[LABELS.index("benign")].prompts.in_order("category"), list(hard))
+            found = [self._compare("Attack against benign", np.ones(len(is_hard), np.bool_))]
+            if is_hard.any() and not is_hard.all():
                 found.append(self._compare("Attack against benign that is not hard", ~is_hard))
             self._comparisons = [comparison for comparison in found if comparison is not None]
         return self._comparisons
 
-    def _compare(self, title: str, among: NDArray[np.bool_]) -> Comparison | None:
-        classes = np.array(self._classes)
-        keys = np.stack([np.array(self._groups), np.array(self._systems), classes.astype(np.uint64)], axis=1)
-        rows = np.flatnonzero(among & (classes < len(LABELS)))
-        if len(rows):
-            rows = rows[np.sort(np.unique(keys[rows], axis=0, return_index=True)[1])]
-        attack = classes[rows] == LABELS.index("attack")
-        if attack.all() or not attack.any():
+    def _compare(self, title: str, benign: NDArray[np.bool_]) -> Comparison | None:
+        """All attacks against those of the benign prompts."""
+        attacks, others = (self._classes[LABELS.index(label)].prompts for label in ("attack", "benign"))
+
+        def both(name: str) -> NDArray[Any]:
+            return np.concatenate([attacks.in_order(name), others.in_order(name)[benign]])
+
+        n_attack, n_benign = len(attacks.in_order("order")), int(benign.sum())
+        if not n_attack or not n_benign:
             return None
-        groups = np.unique(keys[rows, 0], return_inverse=True)[1]
-        scores = np.array(self._scores)[rows]
+        attack = np.arange(n_attack + n_benign) < n_attack
+        groups, scores = np.unique(both("group"), return_inverse=True)[1], both("score")
         measures = {SCORE: separation(scores, attack, groups)}
         there = ~np.isnan(scores)
         if 0 < attack[there].sum() < there.sum():
             common = np.unique(groups[there], return_inverse=True)[1]
             measures[SCORED] = separation(scores[there], attack[there], common)
-        confounds = {"prompt length": self._prompt_tokens, "answer length": self._answer_tokens}
-        for name, values in {**confounds, "number of steps": self._steps}.items():
-            measures[name] = separation(np.array(values, np.float64)[rows], attack, groups)
-        return Comparison(title, int(attack.sum()), int((~attack).sum()), measures)
+        confounds = {"prompt length": "prompt_tokens", "answer length": "answer_tokens", "number of steps": "n_steps"}
+        for name, column in confounds.items():
+            measures[name] = separation(both(column).astype(np.float64), attack, groups)
+        return Comparison(title, n_attack, n_benign, measures)
 
-    def print(self, console: Console, *, start_seconds: float, score_seconds: float) -> None:
-        """Print the tables. start_seconds: until the engine was ready; score_seconds: from there to the last result."""
+    def print(self, console: Console, *, rows: int, start_seconds: float, score_seconds: float) -> None:
+        """Print the tables. rows: how many the engine answered now, in score_seconds; start_seconds: to start it."""
 
         def line(name: str, n: int, more: str = "") -> None:
             console.print(f"{name:<10}{n:>9,}  {more}".rstrip(), markup=False, highlight=False)
 
-        n_through = len(self._scores)
-        speed = f"{n_through / score_seconds:.1f} prompts/s for {score_seconds:.1f} s" if n_through else "none scored"
-        line("rows", self.rows, f"{speed}, after {start_seconds:.0f} s to start")
+        speed = f"{rows / score_seconds:.1f} prompts/s for {score_seconds:.1f} s" if rows else "none scored now"
+        line("rows", self.rows, f"{speed}, after {start_seconds:.0f} s to start" if start_seconds else "")
         line("scored", self.scored)
         for name, reasons in (("no score", self.no_score), ("rejected", self.rejects)):
             line(name, reasons.total(), ", ".join(f"{reason} {n:,}" for reason, n in reasons.most_common()))
@@ -190,33 +256,34 @@ class Summary:
             fractions = (f"{of[key]:.1%}" for key in ("coverage", "early"))
             classes.append((name, f"{of['n']:,}", *fractions, _digits(of["mean"]), _digits(of["median"])))
         if classes:
-            _print_table(console, ("", "rows", "with score", "stop early", "mean score", "median"), classes)
+            print_table(console, ("", "rows", "with score", "stop early", "mean score", "median"), classes)
         for comparison in self.comparisons():
             console.print()
             n_attack, n_benign = f"{comparison.n_attack:,}", f"{comparison.n_benign:,}"
             console.print(f"{comparison.title}: {n_attack} against {n_benign}", markup=False, highlight=False)
             names = ("", "AUROC", "95% interval", f"TPR at {TARGET_FPR:.0%} FPR", "95% interval")
-            rows = [
+            measures = [
                 (name, f"{of.auroc:.3f}", _range(of.auroc_interval), f"{of.tpr:.3f}", _range(of.tpr_interval))
                 for name, of in comparison.measures.items()
             ]
-            _print_table(console, names, rows)
+            print_table(console, names, measures)
         if self.comparisons():
-            note = "Higher counts as attack, repeats count once, no score is never flagged."
+            note = f"Higher counts as attack, repeats count once, no score is never flagged{self.sampled}."
             console.print(f"\n{note}", markup=False, highlight=False)
 
 
-def _print_table(console: Console, names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    from rich import box
-    from rich.table import Table
+def _numbers(hashes: Iterable[str]) -> NDArray[np.uint64]:
+    return np.array([int(text, 16) for text in hashes], np.uint64)
 
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for i, name in enumerate(names):
-        table.add_column(name, justify="right" if i else "left", min_width=0 if i else _LABEL_WIDTH)
-    for row in rows:
-        table.add_row(*row)
-    console.print()
-    console.print(table)
+
+def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """A hash of each number (splitmix64), for a draw that does not hang on what the numbers are."""
+    with np.errstate(over="ignore"):
+        x = values + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed: NDArray[np.uint64] = x ^ (x >> np.uint64(31))
+        return mixed
 
 
 def _range(interval: Interval | None) -> str:

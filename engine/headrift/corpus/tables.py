@@ -1,80 +1,63 @@
 """Tables, a record at a time: .csv with a header line, and .parquet by batches of a row group.
 
-Records are numbered from 1, the header not counted. Columns are those of rows.KEYS; others are not read. A cell of
-`messages`, `tools`, `token_ids`, `response_ids` or `regions` may hold JSON text. An empty cell of a .csv is nothing.
+Records are numbered from 1, the header not counted. Columns are those whose names are known; others are not read. A
+cell of `messages`, `tools`, `token_ids`, `response_ids` or `regions` may hold JSON text. An empty cell of a .csv is
+nothing.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from itertools import chain, islice
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import IO, Any
 
-from headrift.corpus.rows import KEYS, PROMPTS, Unreadable, with_nested
+from headrift.corpus.rows import PROMPTS, Unreadable, with_nested
+from headrift.corpus.sources import Source
 
 MAX_ROW_CHARACTERS = 64 << 20
 _BATCH = 64  # records of a Parquet file in memory at a time
-_UNREADABLE = "the file is damaged here ({error}); write it anew, or restore it from a copy"
+CsvRecord = tuple[list[str], list[str]]  # the header and the cells
+_UNREADABLE = "the file is damaged here, in row group {group} ({error}); write it anew, or restore it from a copy"
 
-Fields = dict[str, Any] | Unreadable
 
-
-def check_csv(path: Path) -> None:
+def check_csv(source: Source, names: Mapping[str, str]) -> None:
     """ValueError, saying what is wrong, unless the first line names the columns of a table of prompts."""
-    with _open(path) as file:
+    with _open(source) as file:
         try:
-            _check_columns(_header(_reader(file)))
+            _check_columns(_header(_reader(file)), names)
         except csv.Error as error:
             raise ValueError(f"has a first line that is not CSV ({error}): it must name the columns") from error
 
 
-def count_csv(path: Path, limit: int | None = None) -> int:
-    """How many records there are, good and bad; limit: stop counting there."""
-    return sum(1 for _ in islice(read_csv(path), limit))
-
-
-def read_csv(path: Path) -> Iterator[tuple[int, Fields]]:
-    """Each record's number and fields."""
-    with _open(path) as file:
+def csv_records(source: Source, names: Mapping[str, str]) -> Iterator[tuple[int, CsvRecord | Unreadable]]:
+    """Each record's number, and the header with its cells."""
+    with _open(source) as file:
         reader = _reader(file)
         header = _header(reader)
         number = 0
         while True:
-            fields: Fields
+            record: CsvRecord | Unreadable
             try:
                 cells = next(reader, None)
                 if cells is None:
                     return
                 if not cells:
                     continue
-                fields = _of_cells(header, cells)
+                record = header, cells
             except csv.Error as error:
-                fields = _csv_error(str(error))
-            except Unreadable as error:
-                fields = error
+                record = _csv_error(str(error))
             number += 1
-            yield number, fields
+            yield number, record
 
 
-def _open(path: Path) -> IO[str]:
-    # Bytes that are not UTF-8 pass as lone surrogates, so that only the records that hold them are turned down.
-    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
-
-
-def _reader(file: IO[str]) -> Iterator[list[str]]:
-    csv.field_size_limit(MAX_ROW_CHARACTERS)
-    # A line too long for memory comes in pieces, each of which makes a bad record.
-    return csv.reader(iter(lambda: file.readline(MAX_ROW_CHARACTERS + 1), ""), strict=True)
-
-
-def _header(reader: Iterator[list[str]]) -> list[str]:
-    return [name.strip().encode(errors="backslashreplace").decode() for name in next(reader, [])]
-
-
-def _of_cells(header: list[str], cells: list[str]) -> dict[str, Any]:
+def csv_fields(record: CsvRecord | Unreadable, names: Mapping[str, str]) -> dict[str, Any]:
+    """A record's fields by key. Unreadable for a broken one."""
+    if isinstance(record, Unreadable):
+        raise record
+    header, cells = record
     if any("\0" in cell for cell in cells):
         raise Unreadable("nul_byte", "the record holds a NUL byte: the file is no text, or UTF-16; convert it to UTF-8")
     for name, cell in chain(zip(header, cells), [("the record", "".join(cells[len(header) :]))]):
@@ -87,7 +70,22 @@ def _of_cells(header: list[str], cells: list[str]) -> dict[str, Any]:
     if len(cells) != len(header):
         detail = f"the record has {len(cells)} cells, and the first line names {len(header)} columns; put cells with "
         raise Unreadable("wrong_columns", detail + "commas or line breaks in double quotes")
-    return with_nested({name: cell for name, cell in zip(header, cells) if name in KEYS and cell != ""})
+    return with_nested({names[name]: cell for name, cell in zip(header, cells) if name in names and cell != ""})
+
+
+def _open(source: Source) -> IO[str]:
+    # Bytes that are not UTF-8 pass as lone surrogates, so that only the records that hold them are turned down.
+    return io.TextIOWrapper(source.stream(), encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _reader(file: IO[str]) -> Iterator[list[str]]:
+    csv.field_size_limit(MAX_ROW_CHARACTERS)
+    # A line too long for memory comes in pieces, each of which makes a bad record.
+    return csv.reader(iter(lambda: file.readline(MAX_ROW_CHARACTERS + 1), ""), strict=True)
+
+
+def _header(reader: Iterator[list[str]]) -> list[str]:
+    return [name.strip().encode(errors="backslashreplace").decode() for name in next(reader, [])]
 
 
 def _csv_error(said: str) -> Unreadable:
@@ -98,35 +96,39 @@ def _csv_error(said: str) -> Unreadable:
     return Unreadable("bad_csv", f"not valid CSV: {said}; put a cell in double quotes and double those in it")
 
 
-def check_parquet(path: Path) -> None:
+def check_parquet(source: Source, names: Mapping[str, str]) -> None:
     """ValueError, saying what is wrong, unless it is a Parquet file with columns of a table of prompts."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        names = pq.read_schema(path).names
-    except (pa.ArrowException, OSError, ValueError) as error:
-        said = str(error).strip().splitlines()[0].rstrip(".")
-        raise ValueError(f"is no readable Parquet file ({said}): write it anew, or restore it from a copy") from error
-    _check_columns(names)
+    with source.open() as file:
+        try:
+            columns = pq.read_schema(file).names
+        except (pa.ArrowException, OSError, ValueError) as error:
+            said = _first_line(error)
+            raise ValueError(
+                f"is no readable Parquet file ({said}): write it anew, or restore it from a copy"
+            ) from error
+    _check_columns(columns, names)
 
 
-def count_parquet(path: Path, limit: int | None = None) -> int:
+def count_parquet(source: Source, limit: int | None = None) -> int:
     """How many records there are, good and bad; limit: stop counting there."""
     import pyarrow.parquet as pq
 
-    n_rows = int(pq.read_metadata(path).num_rows)
+    with source.open() as file:
+        n_rows = int(pq.read_metadata(file).num_rows)
     return n_rows if limit is None else min(n_rows, limit)
 
 
-def read_parquet(path: Path) -> Iterator[tuple[int, Fields]]:
-    """Each record's number and fields."""
+def parquet_records(source: Source, names: Mapping[str, str]) -> Iterator[tuple[int, tuple[Any, int] | Unreadable]]:
+    """Each record's number, and the batch that it is in with its place there."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     # Read as it is needed: neither the file nor a row group has to fit into memory.
-    with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-        columns = [name for name in file.schema_arrow.names if name in KEYS]
+    with source.open() as opened, pq.ParquetFile(opened, buffer_size=1 << 20, pre_buffer=False) as file:
+        columns = [name for name in file.schema_arrow.names if name in names]
         first = 1
         for group in range(file.num_row_groups):
             n_rows, done = file.metadata.row_group(group).num_rows, 0
@@ -134,19 +136,28 @@ def read_parquet(path: Path) -> Iterator[tuple[int, Fields]]:
                 for batch in file.iter_batches(_BATCH, row_groups=[group], columns=columns):
                     for i in range(batch.num_rows):
                         done += 1
-                        yield first + done - 1, _of_record(batch, columns, i)
+                        yield first + done - 1, (batch, i)
             except (pa.ArrowException, OSError) as error:
-                why = _UNREADABLE.format(error=str(error).strip().splitlines()[0].rstrip("."))
+                if getattr(error, "errno", None) is not None:  # the disk's or the network's, and not the file's
+                    raise
+                why = _UNREADABLE.format(group=group + 1, error=_first_line(error))
                 for number in range(first + done, first + n_rows):
                     yield number, Unreadable("unreadable_rows", why)
             first += n_rows
 
 
-def _of_record(batch: Any, columns: list[str], i: int) -> Fields:
-    try:
-        return with_nested({name: _of_scalar(name, batch.column(name)[i]) for name in columns})
-    except Unreadable as error:
-        return error
+def parquet_fields(record: tuple[Any, int] | Unreadable, names: Mapping[str, str]) -> dict[str, Any]:
+    """A record's fields by key. Unreadable for one that has no such form."""
+    if isinstance(record, Unreadable):
+        raise record
+    batch, i = record
+    cells = ((names[name], column[i]) for name, column in zip(batch.schema.names, batch.columns))
+    return with_nested({key: _of_scalar(key, cell) for key, cell in cells})
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def _of_scalar(name: str, scalar: Any) -> Any:
@@ -170,15 +181,15 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _check_columns(names: Iterable[str]) -> None:
-    names = list(names)
-    twice = [name for name, n in Counter(names).items() if n > 1 and name in KEYS]
+def _check_columns(columns: Iterable[str], names: Mapping[str, str]) -> None:
+    columns = list(columns)
+    twice = [name for name, n in Counter(columns).items() if n > 1 and name in names]
     if twice:
         raise ValueError(f"has two columns called {twice[0]!r}: rename or drop one")
-    if not set(names) & set(PROMPTS):
-        found = ascii(", ".join(names))[1:-1]
+    if not {names[name] for name in columns if name in names} & set(PROMPTS):
+        found = ascii(", ".join(columns))[1:-1]
         found = f"are {found[:100]}{'...' if len(found) > 100 else ''}" if found else "have no names"
         need = (
             "a column `prompt`, `messages` or `token_ids` is needed, named in a first line, with commas between names"
         )
-        raise ValueError(f"has no prompts: its columns {found}; {need}")
+        raise ValueError(f"has no prompts: its columns {found}; {need}, or say which it is: --column prompt=NAME")

@@ -39,13 +39,15 @@ Step = Callable[[str], AbstractContextManager[Any]]
 @dataclass(frozen=True, slots=True)
 class Options:
     """prompts: how many, 2 or more; steps: N, steps 0..N are recorded; rounds: of the timing; reference: compare with
-    transformers too; engine_args: vLLM's, over the defaults for this machine."""
+    transformers too; attention_backend: headrift's own to test; engine_args: vLLM's, over the defaults for this
+    machine."""
 
     model: str
     prompts: int = 16
     steps: int = 12
     rounds: int = 5
     reference: bool = True
+    attention_backend: str = "auto"
     engine_args: Mapping[str, Any] = field(default_factory=dict)
     verbose: bool = False
 
@@ -115,7 +117,12 @@ class SelfTest:
             args["skip_tokenizer_init"] = True
         with self.step(f"Starting vLLM with {asked.model}"):
             self.engine = ProbedEngine(
-                asked.model, steps=asked.steps, regions=_NAMES, engine_args=args, verbose=asked.verbose
+                asked.model,
+                steps=asked.steps,
+                regions=_NAMES,
+                attention_backend=asked.attention_backend,
+                engine_args=args,
+                verbose=asked.verbose,
             )
         try:
             self.prompts = self._that_fit(rendered)

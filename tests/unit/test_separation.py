@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from headrift.corpus import separation as module
-from headrift.corpus.separation import separation
+from headrift import separation as module
+from headrift.separation import separation
 
 
 def random_rows(seed: int, n: int = 60):

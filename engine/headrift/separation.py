@@ -47,25 +47,28 @@ class Separation:
         return {name: getattr(self, name) for name in named} | {"at_fpr": TARGET_FPR}
 
 
-def separation(values: Floats, attack: Bools, groups: NDArray[np.int64], *, seed: int = 0) -> Separation:
+def separation(
+    values: Floats, attack: Bools, groups: NDArray[np.int64], *, seed: int = 0, resamples: int | None = None
+) -> Separation:
     """What values say of attack; both classes must occur. NaN ranks below every number and is never flagged.
 
-    groups: for each row the number of its group, 0 and up.
+    groups: for each row the number of its group, 0 and up. resamples: RESAMPLES where not given; 0 for no intervals.
     """
-    rank = np.unique(np.where(np.isnan(values), -np.inf, values), return_inverse=True)[1]
+    resamples = RESAMPLES if resamples is None else resamples
+    rank = ranks(values)
     ones = np.ones(len(values))
-    fpr, tprs = _curve(rank, attack, ones)
+    fpr, tprs = curve(rank, attack, ones)
     enough = min(int(attack.sum()), int((~attack).sum())) >= MIN_FOR_INTERVAL
     auroc_interval = tpr_interval = band = None
-    if enough:
-        aurocs, on_grid = _resampled(rank, attack, groups, seed)
+    if enough and resamples:
+        aurocs, on_grid = _resampled(rank, attack, groups, seed, resamples)
         auroc_interval = _interval(aurocs)
         band = np.percentile(on_grid, [2.5, 97.5], axis=0)
         tpr_interval = _interval(on_grid[:, np.flatnonzero(np.isclose(_GRID, TARGET_FPR))[0]])
     return Separation(
-        auroc=_area(fpr, tprs),
+        auroc=area(fpr, tprs),
         auroc_interval=auroc_interval,
-        tpr=float(_at(fpr, tprs, np.array([TARGET_FPR]))[0]),
+        tpr=float(tpr_at(fpr, tprs, np.array([TARGET_FPR]))[0]),
         tpr_interval=tpr_interval,
         fpr=fpr,
         tprs=tprs,
@@ -74,22 +77,32 @@ def separation(values: Floats, attack: Bools, groups: NDArray[np.int64], *, seed
     )
 
 
-def _resampled(rank: NDArray[np.int64], attack: Bools, groups: NDArray[np.int64], seed: int) -> tuple[Floats, Floats]:
+def _resampled(
+    rank: NDArray[np.int64], attack: Bools, groups: NDArray[np.int64], seed: int, resamples: int
+) -> tuple[Floats, Floats]:
     """AUROCs [n] and true positive rates on the grid [n, grid]; resamples without both classes are left out."""
     random = np.random.default_rng(seed)
     n_groups = int(groups.max()) + 1
     aurocs, on_grid = [], []
-    for _ in range(RESAMPLES):
+    for _ in range(resamples):
         weight = np.bincount(random.integers(0, n_groups, n_groups), minlength=n_groups)[groups].astype(np.float64)
         if weight[attack].any() and weight[~attack].any():
-            fpr, tprs = _curve(rank, attack, weight)
-            aurocs.append(_area(fpr, tprs))
-            on_grid.append(_at(fpr, tprs, _GRID))
+            fpr, tprs = curve(rank, attack, weight)
+            aurocs.append(area(fpr, tprs))
+            on_grid.append(tpr_at(fpr, tprs, _GRID))
     return np.array(aurocs), np.array(on_grid)
 
 
-def _curve(rank: NDArray[np.int64], attack: Bools, weight: Floats) -> tuple[Floats, Floats]:
-    """False and true positive rates where ever lower ranks are flagged: none, the highest, ..., all."""
+def ranks(values: Floats) -> NDArray[np.int64]:
+    """The place of each value among the distinct ones, from 0; NaN below every number."""
+    return np.unique(np.where(np.isnan(values), -np.inf, values), return_inverse=True)[1]
+
+
+def curve(rank: NDArray[np.int64], attack: Bools, weight: Floats) -> tuple[Floats, Floats]:
+    """False and true positive rates where ever lower ranks are flagged: none, the highest, ..., all.
+
+    weight: how often each row counts; both classes need some.
+    """
     n_ranks = int(rank.max()) + 1
 
     def flagged(of: Bools) -> Floats:
@@ -99,11 +112,18 @@ def _curve(rank: NDArray[np.int64], attack: Bools, weight: Floats) -> tuple[Floa
     return flagged(~attack), flagged(attack)
 
 
-def _area(fpr: Floats, tprs: Floats) -> float:
+def area(fpr: Floats, tprs: Floats) -> float:
+    """AUROC: the area under a curve, ties half."""
     return float(np.trapezoid(tprs, fpr))
 
 
-def _at(fpr: Floats, tprs: Floats, wanted: Floats) -> Floats:
+def average_precision(fpr: Floats, tprs: Floats, n_benign: float, n_attack: float) -> float:
+    """The mean, over attacks found, of the fraction of attacks among what a threshold that finds them flags."""
+    found = tprs[1:] * n_attack
+    return float(np.sum(np.diff(tprs) * found / (found + fpr[1:] * n_benign)))
+
+
+def tpr_at(fpr: Floats, tprs: Floats, wanted: Floats) -> Floats:
     """The highest true positive rate that a threshold reaches without passing each wanted false positive rate."""
     return tprs[np.searchsorted(fpr, wanted + _ROUNDING, side="right") - 1]
 

@@ -1,0 +1,102 @@
+"""Prompts that wait for the engine, and results that are remembered for repeats of their prompts."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from headrift.preparing import Prepared
+    from headrift.scorer import ScoreResult
+
+# System prompts remembered as prefilled; a log with more than these in turn prefills some again.
+_PRIMED = 1024
+# What a remembered result takes beside its arrays, and for each token of its answer, in bytes.
+_RESULT_BYTES, _TOKEN_BYTES = 1500, 40
+
+
+class Waiting:
+    """A queue of prompts, those with the same system prompt one after another, so that one prefill serves them all.
+
+    group: False for a queue in plain order. prime: whether `should_prime` ever says so. primed: prefixes that are
+    prefilled already; those that are told to be are added.
+    """
+
+    def __init__(self, *, group: bool = True, prime: bool = True, primed: set[bytes] | None = None) -> None:
+        self._group, self._prime = group, prime
+        self._primed = set() if primed is None else primed
+        self._by_prefix: dict[bytes, deque[Prepared]] = {}
+        self._current: bytes | None = None
+        self._turn = 0  # prompts left before another system prompt's turn
+        self._n = 0
+
+    def __len__(self) -> int:
+        return self._n
+
+    def add(self, prepared: Prepared, *, first: bool = False) -> None:
+        """Queue a prompt. first: ahead of all others with its system prompt."""
+        queue = self._by_prefix.setdefault(prepared.prefix if self._group else b"", deque())
+        if first:
+            queue.appendleft(prepared)
+        else:
+            queue.append(prepared)
+        self._n += 1
+
+    def pop(self) -> Prepared:
+        """The next prompt: of the system prompt whose turn it is, else of the one that has the oldest waiting."""
+        if self._current not in self._by_prefix or not self._turn:
+            self._current = min(self._by_prefix, key=lambda prefix: self._by_prefix[prefix][0].index)
+            self._turn = self._n
+        assert self._current is not None
+        queue = self._by_prefix[self._current]
+        prepared = queue.popleft()
+        if not queue:
+            del self._by_prefix[self._current]
+        self._n -= 1
+        self._turn -= 1
+        return prepared
+
+    def should_prime(self, prepared: Prepared) -> bool:
+        """Whether to prefill this prompt before the next is taken, so that those that wait find their prefix cached."""
+        if not self._prime or prepared.prefix in self._primed:
+            return False
+        queue = self._by_prefix.get(prepared.prefix if self._group else b"")
+        if not queue or queue[0].prefix != prepared.prefix:
+            return False
+        if len(self._primed) >= _PRIMED:
+            self._primed.clear()
+        self._primed.add(prepared.prefix)
+        return True
+
+
+class Repeats:
+    """Results by their prompts' keys, the least recently wanted forgotten when they take more than so many bytes."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self.most_bytes = most_bytes
+        self._results: OrderedDict[bytes, ScoreResult] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, key: bytes) -> ScoreResult | None:
+        """The result of a prompt with this key, if it is remembered."""
+        result = self._results.get(key)
+        if result is not None:
+            self._results.move_to_end(key)
+        return result
+
+    def keep(self, key: bytes, result: ScoreResult) -> None:
+        """Remember a result."""
+        if key in self._results:
+            return
+        self._results[key] = result
+        self._bytes += _size(result)
+        while self._bytes > self.most_bytes:
+            self._bytes -= _size(self._results.popitem(last=False)[1])
+
+
+def _size(result: ScoreResult) -> int:
+    arrays = (getattr(result, name) for name in ("instability", "shares", "focus_heads", "logit_stats", "mass"))
+    n_bytes = sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
+    return n_bytes + _RESULT_BYTES + _TOKEN_BYTES * len(result.answer_ids)

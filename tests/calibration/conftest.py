@@ -1,0 +1,113 @@
+"""Runs with known truth: made-up instability in the form that calibration reads, in memory or as a folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from headrift.calibration.record import Model
+from headrift.calibration.runs import SIGNALS, Run
+from headrift.calibration.search import Cell
+from headrift.corpus.parts import part_schema
+from headrift.signal import Window
+
+# Benign instability: MEAN + a row's own part + noise in each cell, all Gaussian: a score's distribution is known.
+MEAN, ROW_SD, CELL_SD = 0.2, 0.01, 0.03
+
+
+def made_up(seed, n_attack, n_benign, *, steps=6, layers=8, effect=0.0, window=(1, 6), at=slice(None)):
+    """Instability [rows, steps + 1, layers] of attacks, then benign; the attacks' is higher by `effect` in the window
+    and layers."""
+    random = np.random.default_rng(seed)
+    n = n_attack + n_benign
+    values = MEAN + ROW_SD * random.standard_normal((n, 1, 1))
+    values = values + CELL_SD * random.standard_normal((n, steps + 1, layers))
+    values[:n_attack, window[0] : window[1] + 1, at] += effect
+    return values.astype(np.float32)
+
+
+def score_sd(cell: Cell, layers: int) -> float:
+    """Of a benign score in a cell."""
+    start, end = cell.layers(layers)
+    cells = (cell.window.end - cell.window.start + 1) * (end - start)
+    return float(np.hypot(ROW_SD, CELL_SD / np.sqrt(cells)))
+
+
+def columns_of(instability, label, group=None, category=None, n_steps=None, **others):
+    """The columns of a part. n_steps: where answers ended early."""
+    n, rows, _layers = instability.shape
+    n_steps = np.full(n, rows - 1) if n_steps is None else np.asarray(n_steps)
+    group = np.arange(n) if group is None else group
+    return {
+        "label": list(label),
+        "category": [None] * n if category is None else list(category),
+        "group": [f"{at:016x}" for at in group],
+        "system_hash": ["0" * 16] * n,
+        "score": pa.nulls(n, pa.float64()),
+        "n_steps": n_steps,
+        "prompt_tokens": np.arange(n) % 7,
+        "answer_tokens": n_steps + 1,
+        **{name: pa.nulls(n, pa.float64()) for name in SIGNALS},
+        "instability": [of[: last + 1].ravel() for of, last in zip(instability, n_steps)],
+        **others,
+    }
+
+
+def labels(n_attack, n_benign):
+    return ["attack"] * n_attack + ["benign"] * n_benign
+
+
+def run_of(instability, label, name="made-up", **columns) -> Run:
+    """A run in memory. columns: see columns_of."""
+    table = pa.table(columns_of(instability, label, **columns))
+    steps, layers = instability.shape[1] - 1, instability.shape[2]
+    identity = {"fingerprint": "f", "dtype": "float32", "layers": layers, "heads": 4, "chat_template_sha256": "t"}
+
+    def batches(names):
+        yield from table.select(list(names)).to_batches(max_chunksize=64)
+
+    return Run(name, Model(name="m", **identity), steps, Cell(Window(1, steps)), False, batches)
+
+
+def write_run(folder: Path, instability, label, status="done", fingerprint="f", **columns) -> Path:
+    """A folder as `headrift score` leaves it, as far as calibration reads it."""
+    folder.mkdir()
+    steps, layers = instability.shape[1] - 1, instability.shape[2]
+    schema = part_schema((), layers=layers, heads=4, regions=("system", "user", "prompt"))
+    given = columns_of(instability, label, **columns)
+    table = pa.table({name: given.get(name, pa.nulls(len(label), schema.field(name).type)) for name in schema.names})
+    half = len(label) // 2
+    for at, part in enumerate((table[:half], table[half:])):
+        pq.write_table(part.cast(schema), folder / f"part-{at:05d}.parquet", row_group_size=50)
+    about = {
+        "status": status,
+        "settings": {"steps": steps, "window": f"1:{steps}", "drop_shallow": 0.25, "drop_deep": 0.15, "replay": False},
+        "model": {"path": "models/m", "fingerprint": fingerprint},
+        "engine": {"dtype": "float32", "layers": layers, "heads": 4},
+        "chat_template_sha256": "t",
+    }
+    (folder / "run.json").write_text(json.dumps(about))
+    return folder
+
+
+@dataclass(frozen=True)
+class Made:
+    """What tests make runs with."""
+
+    made_up = staticmethod(made_up)
+    score_sd = staticmethod(score_sd)
+    labels = staticmethod(labels)
+    run_of = staticmethod(run_of)
+    write_run = staticmethod(write_run)
+    mean = MEAN
+
+
+@pytest.fixture(scope="session")
+def make() -> Made:
+    return Made()

@@ -1,0 +1,251 @@
+"""The whole procedure on data with known truth: what it promises holds on prompts that it has not seen."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy.stats import binom, norm
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from headrift.calibration import search
+from headrift.calibration.calibrate import calibrate
+from headrift.calibration.runs import blocks, exact_scores, read_rows
+from headrift.calibration.search import Cell, Sums
+from headrift.calibration.settings import CalibrationError, Rule, Settings
+from headrift.calibration.units import divide
+from headrift.calibration.validation import _resampled, held_out
+from headrift.signal import Window
+
+
+def cell_of(calibration) -> Cell:
+    return Cell(Window.parse(calibration.window), calibration.drop_shallow, calibration.drop_deep)
+
+
+def realised_fpr(make, calibration, layers=8) -> float:
+    """The chance that a benign score, whose distribution is known, is above the threshold."""
+    return float(norm.sf((calibration.threshold - make.mean) / make.score_sd(cell_of(calibration), layers)))
+
+
+def calibrated(make, seed, n_attack=30, n_benign=140, effect=0.01, **settings):
+    run = make.run_of(make.made_up(seed, n_attack, n_benign, effect=effect), make.labels(n_attack, n_benign))
+    return calibrate([run], Settings(seed=seed, **{"folds": 2, "resamples": 0, **settings}))
+
+
+# ------------------------------------------------------------------------------------------------ promises, simulated
+
+
+def times_exceeded(make, runs: int) -> int:
+    return sum(realised_fpr(make, calibrated(make, seed)) > 0.05 for seed in range(runs))
+
+
+def test_the_bound_on_the_false_positive_rate_holds_though_windows_were_searched(make):
+    # At most 5 of 100 are expected; more than 11 would come by chance in 1 of 200 such tests, and the seeds are fixed.
+    assert times_exceeded(make, 100) <= 11
+
+
+@pytest.mark.slow
+def test_the_bound_on_the_false_positive_rate_holds_in_500(make):
+    assert times_exceeded(make, 500) <= 40
+
+
+def test_the_conformal_mean_is_at_the_target(make):
+    rates = [realised_fpr(make, calibrated(make, seed, rule=Rule.CONFORMAL)) for seed in range(100)]
+    n = calibrated(make, 0, rule=Rule.CONFORMAL).setting
+    assert np.mean(rates) == pytest.approx((n.above + 1) / (n.n + 1), abs=4 * np.std(rates) / 10)
+
+
+def held_out_on_noise(make, seeds):
+    """Of data with nothing in them: how often the interval has 0.5, and by how much in sample is above held out."""
+    contained, naive = 0, []
+    for seed in seeds:
+        figures = calibrated(make, seed, 40, 140, effect=0.0, folds=5, resamples=100).figures
+        low, high = figures["auroc"].interval
+        contained += low <= 0.5 <= high
+        naive.append(figures["auroc_in_sample"].value - figures["auroc"].value)
+    return contained, np.array(naive)
+
+
+def test_noise_gives_half_out_of_sample(make):
+    contained, naive = held_out_on_noise(make, range(20))
+    assert contained >= 17  # 19 are expected, and fewer than 17 come by chance in 1 of 60; the seeds are fixed
+    assert naive.mean() > 0.03
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # two minutes on an idle machine
+def test_noise_gives_half_out_of_sample_in_100(make):
+    contained, naive = held_out_on_noise(make, range(100))
+    assert contained >= 90
+    assert naive.mean() > 0.03
+
+
+def test_held_out_figures_are_those_of_fresh_prompts(make):
+    """An effect of known size: the mean held-out AUROC is that of its distribution, in sample it is above."""
+    found = [calibrated(make, seed, 60, 140, effect=0.01, folds=5).figures for seed in range(20)]
+    held = np.array([figures["auroc"].value for figures in found])
+    # Attack and benign scores are Gaussians 0.01 apart; the best cell is the largest, and others are a little worse.
+    best = norm.cdf(0.01 / (np.sqrt(2) * make.score_sd(Cell(Window(1, 6), 0.0, 0.0), 8)))
+    assert best - 0.06 < held.mean() <= best + 3 * held.std() / np.sqrt(20)
+    assert np.mean([figures["auroc_in_sample"].value for figures in found]) > held.mean()
+
+
+def test_of_about_equal_windows_the_largest_does_better_than_the_best(make, monkeypatch):
+    """A weak effect everywhere: the plain maximum picks lucky small windows, which do worse on prompts held out."""
+
+    def held() -> float:
+        return float(
+            np.mean([calibrated(make, seed, 30, 140, effect=0.006).figures["auroc"].value for seed in range(20)])
+        )
+
+    by_rule = held()
+    monkeypatch.setattr(search, "_ABOUT", 0.0)
+    assert by_rule > held() + 0.01
+
+
+def test_the_target_holds_with_the_contamination_that_is_allowed_for(make):
+    """2 of 100 prompts of a log are attacks. Whether they score high (the threshold is too strict) or low."""
+    for effect in (0.5, -0.2):
+        rates = []
+        for seed in range(60):
+            run = make.run_of(make.made_up(seed, 10, 490, effect=effect), [None] * 500)
+            settings = Settings(benign_only=True, contamination=0.02, resamples=0, seed=seed, folds=2)
+            rates.append(realised_fpr(make, calibrate([run], settings)))
+        # 3 of 60 are expected to exceed the target at most; 8 or more come by chance in 1 of 100.
+        assert sum(rate > 0.05 for rate in rates) < 8
+
+
+# ----------------------------------------------------------------------------------------------- figures, by hand
+
+
+@pytest.fixture
+def one(make):
+    """A run with repeats and early ends, and its division."""
+    random = np.random.default_rng(5)
+    values = make.made_up(5, 80, 240, effect=0.015)
+    group = [*range(80), *(80 + random.integers(0, 200, 240))]
+    n_steps = random.integers(1, 7, 320)
+    return make.run_of(values, make.labels(80, 240), group=group, n_steps=n_steps)
+
+
+def test_figures_of_a_fold_are_those_of_scikit_learn(one):
+    rows = read_rows([one])
+    units = divide(rows, Settings(), 100).units
+    (scores,) = exact_scores([one], rows, [(Cell(Window(4, 6)), units.row)])
+    assert np.isnan(scores).any()
+    times = np.random.default_rng(0).integers(0, 3, len(units.row))
+    found = held_out(units, scores, times, 1, 0.05, Rule.BINOMIAL)
+    repeated = np.repeat(np.arange(len(units.row)), times)
+    mine = repeated[units.fold[repeated] == 1]
+    attack, lowest = units.attack[mine], np.nan_to_num(scores[mine], nan=-1)
+    assert found["auroc"] == pytest.approx(roc_auc_score(attack, lowest))
+    assert found["auprc"] == pytest.approx(average_precision_score(attack, lowest))
+    there = ~np.isnan(scores[mine])
+    assert found["auroc_scored"] == pytest.approx(roc_auc_score(attack[there], scores[mine][there]))
+    others = repeated[(units.fold[repeated] != 1) & units.sets[repeated]]
+    n = len(others)
+    k = max(k for k in range(n) if binom.cdf(k, n, 0.05) <= 0.05)
+    cut = np.sort(np.nan_to_num(scores[others], nan=-1))[::-1][k]
+    assert found["tpr"] == pytest.approx((lowest[attack] > cut).mean())
+    assert found["fpr"] == pytest.approx((lowest[~attack] > cut).mean())
+    weighted = np.average(lowest[~attack] > cut, weights=units.repeats[mine][~attack])
+    assert found["fpr_traffic"] == pytest.approx(weighted)
+
+
+def test_groups_are_resampled_whole_and_as_many_of_a_kind(one):
+    rows = read_rows([one])
+    units = divide(rows, Settings(), 100).units
+    kinds = units.attack * 2 + units.sets
+    for times in _resampled(units, 20, 0):
+        for kind in np.unique(kinds):
+            assert times[kinds == kind].sum() == (kinds == kind).sum()
+
+
+def test_scores_are_those_of_the_definition_and_of_the_table(one):
+    rows = read_rows([one])
+    cell, everywhere = Cell(Window(2, 5), 0.3, 0.1), np.arange(len(rows))
+    (exact,) = exact_scores([one], rows, [(cell, everywhere)])
+    sums = Sums(len(rows), 6, 8)
+    for which, block in blocks([one], everywhere, 6):
+        sums.put(which, block)
+    np.testing.assert_allclose(sums.scores(cell), exact, rtol=0, atol=1e-13)
+
+
+def test_what_a_calibration_says_of_its_rows(one):
+    found = calibrate([one], Settings(resamples=20, daily_prompts=1000))
+    rows = read_rows([one])
+    (scores,) = exact_scores([one], rows, [(cell_of(found), np.arange(len(rows)))])
+    benign = rows.label == 0
+    assert found.traffic.rows == 240
+    assert found.traffic.flagged == (scores[benign] > found.threshold).sum()
+    assert found.classes["attack"].rows == 80
+    assert found.classes["benign"].distinct == len(np.unique(rows.group[benign]))
+    assert found.classes["benign"].with_score == pytest.approx((~np.isnan(scores[benign])).mean())
+    assert found.traffic.alerts_a_day.value == pytest.approx(1000 * found.figures["fpr_traffic"].value)
+    assert found.setting.flagged <= found.setting.above
+    assert found.figures["auroc"].value == pytest.approx(np.mean(found.figures["auroc"].per_fold))
+    low, high = found.figures["auroc"].interval
+    assert low < high
+    assert set(found.confounds) == {"prompt_tokens", "answer_tokens", "n_steps"}
+    assert all(figure.how for figure in [*found.figures.values(), *found.confounds.values()])
+
+
+def test_the_same_twice_is_the_same(one):
+    first, again = (calibrate([one], Settings(resamples=5)).model_dump(exclude={"created"}) for _ in range(2))
+    assert json.dumps(first) == json.dumps(again)
+
+
+def test_a_window_that_is_given_leaves_all_benign_prompts_to_the_threshold(make):
+    found = calibrated(make, 0, window=Window(2, 3))
+    assert (found.window, found.drop_shallow, found.drop_deep) == ("2:3", 0.25, 0.15)
+    assert found.setting.n == 140
+    assert found.procedure["cells_searched"] == 0
+    assert "auroc_in_sample" not in found.figures
+
+
+def test_benign_only_says_what_contamination_would_do(make):
+    run = make.run_of(make.made_up(0, 0, 500), [None] * 500)
+    found = calibrate([run], Settings(benign_only=True, resamples=20))
+    assert set(found.figures) == {"fpr", "fpr_traffic"}
+    by = {one.contamination: one for one in found.contamination}
+    assert by[0.01].threshold == found.threshold
+    assert by[0.0].highest_fpr <= 0.05
+    assert by[0.01].highest_fpr <= 0.05 < by[0.1].highest_fpr
+    assert by[0.1].lowest_fpr == 0
+    assert by[0.0].threshold <= by[0.1].threshold
+    assert found.window == "1:6"
+
+
+# ------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_runs_that_do_not_go_together_are_refused(make):
+    values = make.made_up(0, 20, 80)
+    run, small = make.run_of(values, make.labels(20, 80)), make.run_of(values[:, :, :4], make.labels(20, 80), "small")
+    with pytest.raises(CalibrationError, match="made-up and small differ in the number of layers"):
+        calibrate([run, small], Settings())
+    with pytest.raises(CalibrationError, match="made-up is given twice"):
+        calibrate([run, run], Settings())
+
+
+def test_a_window_that_was_not_recorded_is_refused(make):
+    with pytest.raises(CalibrationError, match="1:9 ends after step 6"):
+        calibrated(make, 0, window=Window(1, 9))
+
+
+def test_a_window_in_which_no_benign_prompt_has_a_score_is_refused(make):
+    n_steps = [6] * 20 + [3] * 80
+    run = make.run_of(make.made_up(0, 20, 80), make.labels(20, 80), n_steps=n_steps)
+    with pytest.raises(CalibrationError, match="no benign prompt has a score in steps 5:6"):
+        calibrate([run], Settings(window=Window(5, 6), resamples=0))
+
+
+def test_runs_of_different_length_go_together_over_the_steps_that_both_have(make):
+    long, short = make.made_up(0, 20, 80, steps=9), make.made_up(1, 20, 80, steps=6)
+    runs = [
+        make.run_of(long, make.labels(20, 80), "long"),
+        make.run_of(short, make.labels(20, 80), "short", group=range(200, 300)),
+    ]
+    found = calibrate(runs, Settings(resamples=0))
+    assert Window.parse(found.window).end <= 6
+    assert found.classes["attack"].rows == 40
+    assert any("different numbers of steps" in note for note in found.notes)

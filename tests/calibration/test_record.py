@@ -1,0 +1,141 @@
+"""calibration.json: written, read, applied, refused; and what it says of a table of scored rows."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+import headrift
+from headrift.calibration.calibrate import calibrate
+from headrift.calibration.record import Calibration
+from headrift.calibration.settings import CalibrationError, Settings
+from headrift.calibration.verdicts import add_verdicts, discoveries, drift
+from headrift.signal import Window
+
+
+@pytest.fixture(scope="module")
+def calibration(make) -> Calibration:
+    run = make.run_of(make.made_up(0, 60, 200, effect=0.02), make.labels(60, 200))
+    return calibrate([run], Settings(resamples=10))
+
+
+def test_saved_and_loaded_it_is_the_same(calibration, tmp_path):
+    path = tmp_path / "c.json"
+    calibration.save(path)
+    assert headrift.Calibration.load(path) == calibration
+    assert [found.name for found in tmp_path.iterdir()] == ["c.json"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"format": 2}', "\xff"])
+def test_what_is_no_calibration_is_refused(content, tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text(content, encoding="latin-1")
+    with pytest.raises(CalibrationError, match=r"c\.json is no calibration \(.*headrift calibrate"):
+        Calibration.load(path)
+
+
+def test_a_missing_file_is_told(tmp_path):
+    with pytest.raises(CalibrationError, match="cannot be read: No such file"):
+        Calibration.load(tmp_path / "none.json")
+
+
+def test_a_failed_write_leaves_nothing(calibration, tmp_path):
+    with pytest.raises(OSError, match="No such file"):
+        calibration.save(tmp_path / "nowhere" / "c.json")
+    (tmp_path / "c.json").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        calibration.save(tmp_path / "c.json")
+    assert [found.name for found in tmp_path.iterdir()] == ["c.json"]
+
+
+def test_what_is_above_the_threshold_is_flagged_and_has_a_small_p_value(calibration):
+    cut = calibration.threshold
+    verdicts = calibration.apply([cut, np.nextafter(cut, 1), 1.0, 0.0, None])
+    assert verdicts.flagged.tolist() == [False, True, True, False, False]
+    n = calibration.setting.n
+    assert verdicts.p_value[2] == 1 / (n + 1)
+    assert verdicts.p_value[3] == 1.0
+    assert np.isnan(verdicts.p_value[4])
+    assert verdicts.p_value[1] == (1 + calibration.setting.flagged) / (n + 1)
+
+
+def test_another_model_template_or_window_is_refused(calibration):
+    window = Window.parse(calibration.window)
+    drops = calibration.drop_shallow, calibration.drop_deep
+    calibration.check(calibration.model, window, *drops)
+    other = calibration.model.model_copy(update={"chat_template_sha256": "x", "fingerprint": "y"})
+    with pytest.raises(CalibrationError, match="the model, the chat template differ"):
+        calibration.check(other, window, *drops)
+    renamed = calibration.model.model_copy(update={"name": "a copy"})
+    calibration.check(renamed, window, *drops)
+    with pytest.raises(CalibrationError, match=r"--window \(.* here, 3:3 there\)"):
+        calibration.check(calibration.model, Window(3, 3), *drops)
+
+
+def test_a_table_gets_two_columns(calibration):
+    scores = [calibration.threshold + 0.1, 0.0, None]
+    table = add_verdicts(pa.table({"id": ["a", "b", "c"], "score": pa.array(scores, pa.float64())}), calibration)
+    assert table.column_names == ["id", "score", "flagged", "p_value"]
+    assert table["flagged"].to_pylist() == [True, False, False]
+    assert table["p_value"].to_pylist() == [1 / (calibration.setting.n + 1), 1.0, None]
+
+
+def test_the_list_has_on_average_few_benign_rows():
+    """200 benign rows and 50 attacks against 2,000 benign scores: the fraction of benign ones on the list."""
+    from headrift.calibration.thresholds import Reference
+
+    random, fractions, found = np.random.default_rng(0), [], []
+    attack = np.arange(250) < 50
+    for _ in range(300):
+        scores = random.standard_normal(250) + 3 * attack
+        listed = discoveries(Reference.of(random.standard_normal(2000)).p_values(scores), 0.1)
+        fractions.append((listed & ~attack).sum() / max(listed.sum(), 1))
+        found.append((listed & attack).sum() / 50)
+    # Benjamini and Hochberg: rate times the fraction of benign rows.
+    assert np.mean(fractions) == pytest.approx(0.1 * 200 / 250, abs=4 * np.std(fractions) / np.sqrt(300))
+    assert np.mean(found) > 0.5
+
+
+def test_rows_without_a_p_value_are_not_listed_and_count():
+    few = discoveries([0.01, 0.9], 0.03)
+    assert few.tolist() == [True, False]
+    assert discoveries([0.01, 0.9, np.nan, np.nan], 0.03).tolist() == [False] * 4
+    assert discoveries([]).tolist() == []
+
+
+def test_drift_is_told_where_scores_have_moved_and_not_otherwise(calibration, make):
+    fresh = [drift(scores_of(make, calibration, seed), calibration) for seed in range(40)]
+    assert sum(one.warning is not None for one in fresh) <= 2  # 0.4 are expected
+    moved = drift(scores_of(make, calibration, 0) + 0.02, calibration)
+    assert moved.distance > 0.3
+    assert "calibrate anew" in moved.warning
+    missing = drift(np.full(200, np.nan), calibration)
+    assert missing.distance == pytest.approx(1.0)
+    assert drift([], calibration) is None
+
+
+def scores_of(make, calibration, seed):
+    """Scores of fresh benign prompts, in the calibration's window."""
+    start, end = (int(step) for step in calibration.window.split(":"))
+    values = make.made_up(1000 + seed, 0, 200)
+    return values[:, start : end + 1, calibration.layers[0] : calibration.layers[1]].mean(axis=(1, 2))
+
+
+@pytest.mark.parametrize("missing", [0, 30, 190])
+def test_drift_is_the_two_sample_statistic(calibration, make, missing):
+    from scipy.stats import ks_2samp
+
+    scores = scores_of(make, calibration, 3)
+    scores[:missing] = np.nan
+    known = np.repeat(calibration.scores.values, -np.diff([*calibration.scores.at_or_above, 0]))
+    assert len(known) == calibration.setting.n
+    expected = ks_2samp(np.nan_to_num(scores, nan=-1), known).statistic
+    assert drift(scores, calibration).distance == pytest.approx(expected)
+
+
+def test_the_class_is_there_without_torch():
+    code = "import sys, headrift; headrift.Calibration; print({'torch', 'vllm', 'sklearn'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,136 @@
+"""`headrift calibrate` on folders with made-up instability, and on what `headrift score` writes."""
+
+import json
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from headrift import Calibration
+from headrift.cli import app
+
+# The makers of runs are shared with tests/calibration, whose folder is no package.
+_spec = spec_from_file_location("made_up_runs", Path(__file__).parents[1] / "calibration" / "conftest.py")
+assert _spec is not None
+assert _spec.loader is not None
+made = module_from_spec(_spec)
+_spec.loader.exec_module(made)
+
+
+def ask(*arguments: object):
+    return CliRunner().invoke(app, ["calibrate", *map(str, arguments)], env={"COLUMNS": "80"})
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    values = made.made_up(0, 60, 160, effect=0.02)
+    return made.write_run(tmp_path / "run", values, made.labels(60, 160))
+
+
+def test_a_calibration_is_written_and_shown(run, tmp_path):
+    out = tmp_path / "c.json"
+    done = ask(run, "--out", out, "--resamples", 10, "--daily-prompts", 1000)
+    assert done.exit_code == 0, done.output
+    found = Calibration.load(out)
+    assert max(map(len, done.stdout.splitlines()[:-1])) <= 80  # the last names the file
+    words = " ".join(done.stdout.split())
+    for expected in (
+        f"steps {found.window}, layers {found.layers[0]} to {found.layers[1] - 1} of 8",
+        f"{found.threshold:.6f}: a score above it is flagged",
+        "at most 0.05 with 95% confidence",
+        f"AUROC, no score lowest {found.figures['auroc'].value:.3f}",
+        f"AUROC, in sample (naive) {found.figures['auroc_in_sample'].value:.3f}",
+        f"benign prompts flagged {found.figures['fpr'].value:.3f}",
+        "prompt length",
+        "attack 60 60 100.0% 0.0%",
+        "alerts a day",
+    ):
+        assert expected in words
+    assert json.loads(out.read_text())["data"]["runs"] == [str(run)]
+
+
+def test_without_attacks(tmp_path):
+    log = made.write_run(tmp_path / "log", made.made_up(0, 0, 200), [None] * 200)
+    done = ask(log, "--out", tmp_path / "c.json", "--benign-only", "--contamination", 0.02, "--resamples", 5)
+    assert done.exit_code == 0, done.output
+    words = " ".join(done.stdout.split())
+    assert "if at most 0.02 of the prompts are attacks" in words
+    assert "2.0% are attacks" in words
+    assert Calibration.load(tmp_path / "c.json").benign_only
+
+
+def test_conformal_at_a_lower_rate(run, tmp_path):
+    done = ask(run, "--out", tmp_path / "c.json", "--rule", "conformal", "--target-fpr", 0.02, "--resamples", 0, "-q")
+    assert (done.exit_code, done.output) == (0, "")
+    assert Calibration.load(tmp_path / "c.json").setting.rule == "conformal"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--target-fpr", "5"], "--target-fpr 5.0 is no rate between 0 and 1"),
+        (["--target-fpr", "0.01"], "at least 299 distinct benign prompts"),
+        (["--window", "3"], "a window is two step numbers"),
+        (["--window", "2:40"], "--window 2:40 ends after step 6"),
+        (["--import-csv", "."], "and not both"),
+        (["--out", "nowhere/c.json"], "name a file in a folder that exists"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(run, tmp_path, options, said):
+    done = ask(run, "--out", tmp_path / "c.json", *options)
+    assert done.exit_code == 2
+    assert said in done.stderr
+    assert not (tmp_path / "c.json").exists()
+
+
+def test_no_run_at_all(tmp_path):
+    done = ask("--out", tmp_path / "c.json")
+    assert done.exit_code == 2
+    assert "give folders that `headrift score` wrote" in done.stderr
+
+
+def test_a_disk_that_fails(run, tmp_path, monkeypatch):
+    def fails(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Calibration, "save", fails)
+    done = ask(run, "--out", tmp_path / "c.json", "--resamples", 0)
+    assert done.exit_code == 1
+    assert "no space left on the disk" in done.stderr
+
+
+def test_the_originals_folders(tmp_path):
+    for at, matrix in enumerate(made.made_up(0, 15, 75, effect=0.05)):
+        folder = tmp_path / "outputs" / ("attacks" if at < 15 else "benign") / f"prompt_{at}__20250908-072434"
+        folder.mkdir(parents=True)
+        np.savetxt(folder / "inter_head_std.csv", matrix.T, delimiter=",")
+    done = ask("--import-csv", tmp_path / "outputs", "--out", tmp_path / "c.json", "--resamples", 0)
+    assert done.exit_code == 0, done.output
+    found = Calibration.load(tmp_path / "c.json")
+    assert found.model.fingerprint is None
+    assert found.figures["auroc"].value > 0.9
+    assert "prompt_tokens" not in found.confounds
+
+
+def test_what_score_writes_is_read(on_straw, tmp_path):
+    """Through the real scoring job, its columns and its run.json; only the numbers are made up."""
+    rows = [
+        {"prompt": f"{word} {n}" + " again" * (n % 3), "label": label}
+        for word, label, many in (("Break", "attack", 15), ("Tell me about", "benign", 80))
+        for n in range(many)
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    scored = ["score", tmp_path / "in.jsonl", "--model", on_straw, "--out", tmp_path / "run", "--steps", 4, "--quiet"]
+    done = CliRunner().invoke(app, [str(of) for of in scored])
+    assert done.exit_code == 0, done.output
+    done = ask(tmp_path / "run", "--out", tmp_path / "c.json", "--resamples", 5)
+    assert done.exit_code == 0, done.output
+    found = Calibration.load(tmp_path / "c.json")
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert found.model.fingerprint == about["model"]["fingerprint"]
+    assert found.model.chat_template_sha256 == about["chat_template_sha256"]
+    assert {name: one.rows for name, one in found.classes.items()} == {"attack": 15, "benign": 80}
+    assert found.classes["benign"].with_score < 1  # the engine of straw ends every third answer at once
+    assert set(found.confounds) >= {"prompt_tokens", "system_share", "head_agreement", "focus"}

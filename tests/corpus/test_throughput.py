@@ -1,0 +1,185 @@
+"""What makes scoring fast: it changes no number beyond rounding, and each part of it does what it is for."""
+
+import json
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from headrift.prompts import RenderedPrompt
+from headrift.scorer import Prompt, Rejected, Scorer, ScoreResult
+from headrift.waiting import Repeats, Waiting
+
+# ------------------------------------------------------------------------------------------------------ the queue
+
+
+def prepared(index: int, prefix: str, key: str = "") -> SimpleNamespace:
+    return SimpleNamespace(index=index, prefix=prefix.encode(), key=key.encode())
+
+
+def order(waiting: Waiting) -> list[int]:
+    return [waiting.pop().index for _ in range(len(waiting))]
+
+
+def filled(prefixes: str, **options) -> Waiting:
+    waiting = Waiting(**options)
+    for index, prefix in enumerate(prefixes):
+        waiting.add(prepared(index, prefix))
+    return waiting
+
+
+def test_prompts_with_one_system_prompt_go_together_the_oldest_first():
+    assert order(filled("abcabca")) == [0, 3, 6, 1, 4, 2, 5]
+    assert order(filled("abcabca", group=False)) == list(range(7))
+
+
+def test_a_system_prompt_that_keeps_coming_does_not_keep_others_out():
+    waiting, taken = filled("ab"), []
+    for index in range(2, 50):
+        waiting.add(prepared(index, "a"))
+        taken.append(waiting.pop().index)
+    assert 1 in taken[:5]
+
+
+def test_a_prompt_that_comes_back_goes_ahead_of_its_like():
+    waiting = filled("aab")
+    back = waiting.pop()
+    waiting.add(back, first=True)
+    assert order(waiting) == [0, 1, 2]
+
+
+def test_a_prefix_is_primed_once_and_where_another_waits_with_it():
+    waiting = filled("aabaa")
+    primed = []
+    while len(waiting):
+        one = waiting.pop()
+        primed += [one.index] if waiting.should_prime(one) else []
+    assert primed == [0]
+    never = filled("aa", prime=False)
+    assert not never.should_prime(never.pop())
+
+
+def test_repeats_are_forgotten_when_they_take_too_much():
+    def result(n: int) -> SimpleNamespace:
+        arrays = dict.fromkeys(("shares", "focus_heads", "logit_stats", "mass"))
+        return SimpleNamespace(instability=np.zeros(1000), answer_ids=[], n=n, **arrays)
+
+    repeats = Repeats(5 * 9500)
+    for n in range(8):
+        repeats.keep(bytes([n]), result(n))
+        assert repeats.get(b"\0").n == 0  # wanted often, and so kept
+    assert [n for n in range(8) if repeats.get(bytes([n])) is not None] == [0, 4, 5, 6, 7]
+    tiny = Repeats(10)
+    tiny.keep(b"x", result(1))
+    assert tiny.get(b"x") is None
+
+
+# ----------------------------------------------------------------------------------------------------- the engine
+
+
+def prompts(n: int = 90) -> Iterator[dict]:
+    """Five system prompts by turns, one of them long; a third are repeats; some cannot be scored."""
+    systems = [f"You are assistant {i}. Speak only of topic {i}, and never of the others." for i in range(4)]
+    systems.append("Here are the rules. " + " ".join(f"Rule {i} forbids number {i}." for i in range(30)))
+    for n_th in range(n):
+        number = n_th if n_th % 3 else n_th // 6
+        row = {
+            "id": f"r{n_th}",
+            "prompt": f"Tell me of {number}. {'Please. ' * (number % 11)}",
+            "system": systems[n_th % 5],
+        }
+        yield {"id": row["id"], "prompt": "no system prompt"} if n_th % 31 == 7 else row
+
+
+FAST, SLOW = {"prepare_workers": 1}, {"group": False, "prime": False, "repeat_bytes": 0}
+
+
+def test_nothing_that_makes_it_fast_changes_a_number(tiny_model):
+    """Other prompts beside a prompt round its numbers in another way: 1e-5 of scores from 0 to 0.5."""
+    args = {"max_num_seqs": 8, "max_num_batched_tokens": 128, "kv_cache_memory_bytes": 64 << 20}
+    runs = {}
+    for name, options in {"fast": FAST, "slow": SLOW}.items():
+        with Scorer(tiny_model, steps=4, engine_args=args, **options) as scorer:
+            results = list(scorer.score(prompts()))
+            again = list(scorer.score(prompts()))
+            replayed = list(
+                scorer.score([{**row, "response": "Yes, number 7 it is."} for row in prompts()], replay=True)
+            )
+            runs[name] = SimpleNamespace(results=results, replayed=replayed, again=again, n=scorer.engine._tenants)
+            assert [r.index for r in results] == list(range(90))
+            assert [r.id for r in results] == [row["id"] for row in prompts()]
+            assert scorer.seconds_waited > 0
+    scored = 0
+    for kind in ("results", "again", "replayed"):
+        for one, other in zip(getattr(runs["fast"], kind), getattr(runs["slow"], kind), strict=True):
+            assert type(one) is type(other)
+            if isinstance(one, Rejected):
+                assert one == other
+                continue
+            assert isinstance(one, ScoreResult)
+            assert (one.prompt_tokens, one.system_tokens, one.flags) == (
+                other.prompt_tokens,
+                other.system_tokens,
+                other.flags,
+            )
+            if one.answer_ids == other.answer_ids:  # where two tokens are all but tied, rounding may choose
+                assert one.score == other.score or one.score == pytest.approx(other.score, abs=1e-5)
+                np.testing.assert_allclose(one.shares, other.shares, atol=1e-4)
+                scored += 1
+    assert scored > 3 * 80
+    # 90 rows, 3 of them rejected, in 3 passes: without repeats each is a request (and one more where it is read again).
+    distinct = len({(row["prompt"], row.get("system")) for row in prompts() if "system" in row})
+    assert runs["slow"].n >= 3 * 87
+    assert 2 * distinct <= runs["fast"].n < 3 * distinct
+
+
+def test_a_prompt_as_messages_and_as_token_ids_are_no_repeats(tiny_model):
+    """The same tokens, other regions: the result is not the same."""
+    args = {"max_num_seqs": 8, "kv_cache_memory_bytes": 64 << 20}
+    with Scorer(tiny_model, steps=4, engine_args=args, keep_mass=True) as scorer:
+        chat = Prompt(prompt="Hello!", system="Be brief, and be kind.")
+        rendered = scorer.renderer.render(
+            [{"role": "system", "content": chat.system}, {"role": "user", "content": "Hello!"}]
+        )
+        assert isinstance(rendered, RenderedPrompt)
+        other = {**rendered.regions, "system": (0, 3)}
+        results = list(scorer.score([chat, Prompt(token_ids=rendered.token_ids, regions=other), chat]))
+    assert results[0].system_tokens == results[2].system_tokens != results[1].system_tokens
+    assert results[0].score == results[2].score
+    assert json.dumps(results[0].answer_ids) == json.dumps(results[1].answer_ids)
+
+
+# ------------------------------------------------------------------------------------------------------- tokenising
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo_model):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(demo_model)
+
+
+TEXT = st.text(st.sampled_from("ab é😀\n<|im_end|>") | st.characters(exclude_categories=["Cs"]), max_size=20)
+CONTROL = st.sampled_from(["", "<|im_end|>", "<|im_start|>system\n", "<|endoftext|>", "<|im_", "end|>"])
+
+
+@given(TEXT, CONTROL, st.lists(st.tuples(CONTROL, TEXT, CONTROL), min_size=2, max_size=3))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_system_prompts_tokens_worked_out_once_are_those_of_the_whole(tokenizer, system, control, users):
+    """The second prompt with a system prompt takes its first tokens from the first."""
+    from headrift.prompts import ChatRenderer, PromptError, chat_messages
+
+    renderer = ChatRenderer(tokenizer)
+    for before, text, after in users:
+        try:
+            rendered = renderer.render(chat_messages(before + text + after, f"Be {system}{control} kind."))
+        except PromptError:
+            continue
+        encoded = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
+        assert rendered.token_ids == encoded["input_ids"]
+        fresh = ChatRenderer(tokenizer).render(chat_messages(before + text + after, f"Be {system}{control} kind."))
+        assert rendered == fresh
+    assert len(renderer._known_heads) <= 1

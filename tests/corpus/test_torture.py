@@ -1,0 +1,243 @@
+"""A job that is killed again and again, anywhere, and resumed, ends with what an undisturbed one has."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+RUN_JOB = Path(__file__).resolve().parent / "torture" / "run_job.py"
+ROWS = 1500
+PAUSE = "0.003"  # seconds a row: a run takes about five seconds, so that interruptions hit it anywhere
+
+
+def make_input(path: Path, *, deadly: bool = True) -> None:
+    """Log rows of all sorts: repeats, repeated ids, rubbish, and prompts that kill the engine, always or once."""
+    lines = []
+    for n in range(ROWS):
+        row = {"prompt": f"prompt {n % 1100}", "label": "attack" if n % 3 else "benign"}
+        if n % 4 == 0:
+            row["id"] = f"id {n if n % 40 else n - 40}"  # some ids come again
+        lines.append(json.dumps(row))
+        if n % 97 == 0:
+            lines.append('{"prompt": "cut off')
+    if deadly:
+        lines[333] = json.dumps({"prompt": "KILL whoever reads this", "id": "poison"})
+        lines[700] = json.dumps({"prompt": "KILL ONCE a", "id": "frail a"})
+        lines[1204] = json.dumps({"prompt": "KILL ONCE b", "id": "frail b"})
+    path.write_text("\n".join(lines))
+
+
+def start(engine: str, *arguments: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(RUN_JOB), engine, *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def results(out: Path) -> tuple[list, dict, dict]:
+    """Places of the scored rows in their order; scores and rejects by place."""
+    parts = [row for path in sorted(out.glob("part-*.parquet")) for row in pq.read_table(path).to_pylist()]
+    rejects = [row for path in sorted(out.glob("rejects-*.parquet")) for row in pq.read_table(path).to_pylist()]
+    scores = {(row["row"], row["id"]): row["score"] for row in parts}
+    reasons = {(row["row"], row["id"]): row["reason"] for row in rejects}
+    assert len(scores) == len(parts)
+    assert len(reasons) == len(rejects)
+    return [(row["row"], row["id"]) for row in parts], scores, reasons
+
+
+def counts(out: Path) -> dict:
+    return json.loads((out / "run.json").read_text())["counts"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, straw, straw_model) -> Path:
+    """The output of a run that nothing disturbs but the deadly prompts; the input is in.jsonl beside it."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    make_input(folder / "in.jsonl")
+    (folder / "marks").mkdir()
+    process = start("straw", folder / "in.jsonl", straw_model, folder / "whole", folder / "marks", 0)
+    assert process.wait(120) == 0, process.stderr.read()
+    return folder / "whole"
+
+
+def engine_of(process: subprocess.Popen) -> int | None:
+    """The number of the process in which a job's engine is, while there is one."""
+    try:
+        children = psutil.Process(process.pid).children()
+        return next((child.pid for child in children if "headrift.corpus.child" in str(child.cmdline())), None)
+    except psutil.NoSuchProcess:
+        return None
+
+
+def interrupt(process: subprocess.Popen, kind: str) -> int:
+    """Do it, wait until the job has ended, and see that no engine is left; the exit code."""
+    engine = engine_of(process)
+    if kind.startswith("kill engine") and engine is not None:
+        os.kill(engine, signal.SIGKILL)
+        while process.poll() is None and engine_of(process) in (engine, None):
+            time.sleep(0.01)
+        process.terminate()  # when another engine is there, so that something is left for the next interruption
+    elif kind == "kill parent":
+        process.kill()
+    else:
+        for _ in range(2 if kind == "terminate twice" else 1):
+            process.terminate()
+            time.sleep(0.02)
+    code = process.wait(300)
+    deadline = time.monotonic() + 60
+    while engine is not None and is_alive(engine) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert engine is None or not is_alive(engine)
+    return code
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def drawn_seed() -> int:
+    """A seed that is printed, and can be given again as TORTURE_SEED."""
+    seed = int(os.environ.get("TORTURE_SEED") or random.SystemRandom().randrange(10**6))
+    print(f"TORTURE_SEED={seed}")
+    return seed
+
+
+@pytest.mark.parametrize("time_of_five", range(5))
+def test_five_random_interruptions_and_the_results_are_the_undisturbed_runs(
+    undisturbed, tmp_path, straw_model, time_of_five
+):
+    """25 interruptions in all: SIGKILL of the parent or of the engine's process, SIGTERM once and twice."""
+    seed = drawn_seed()
+    chosen = random.Random(seed)
+    marks, out = tmp_path / "torture-marks", tmp_path / "out"
+    marks.mkdir()
+    log = []
+    for _ in range(5):
+        process = start("straw", undisturbed.parent / "in.jsonl", straw_model, out, marks, PAUSE)
+        while process.poll() is None and engine_of(process) is None:
+            time.sleep(0.01)
+        kind = chosen.choice(["kill parent", "kill engine", "terminate", "terminate twice"])
+        delay = chosen.uniform(0.0, 1.5)
+        time.sleep(delay)
+        code = interrupt(process, kind)
+        log.append(f"{kind} after {delay:.2f} s: {code}, {len(list(out.glob('part-*')))} parts")
+    process = start("straw", undisturbed.parent / "in.jsonl", straw_model, out, marks, 0)
+    assert process.wait(120) == 0, (seed, log, process.stderr.read())
+    print("; ".join(log))
+    assert results(out) == results(undisturbed), (seed, log)
+    assert counts(out) == counts(undisturbed)
+    assert not list(out.glob(".*")), "something is left lying about"
+
+
+def test_the_deadly_prompt_is_rejected_and_those_that_kill_once_are_not(undisturbed):
+    order, scores, reasons = results(undisturbed)
+    assert [place for place, reason in reasons.items() if reason == "engine_died"] == [(334, "poison")]
+    assert {(701, "frail a"), (1205, "frail b")} <= set(scores)
+    assert order == sorted(order)
+    assert len(order) + len(reasons) == len((undisturbed.parent / "in.jsonl").read_text().splitlines())
+    assert json.loads((undisturbed / "run.json").read_text())["engine_restarts"] > 5
+
+
+def test_scores_do_not_hang_on_what_dies_beside_them(undisturbed, tmp_path, straw_model):
+    make_input(tmp_path / "calm.jsonl", deadly=False)
+    process = start("straw", tmp_path / "calm.jsonl", straw_model, tmp_path / "calm", tmp_path, 0)
+    assert process.wait(120) == 0, process.stderr.read()
+    calm, torn = (results(folder)[1] for folder in (tmp_path / "calm", undisturbed))
+    both = {row: score for (row, _), score in calm.items()}
+    same = [(both[row], score) for (row, name), score in torn.items() if not name.startswith(("frail", "poison"))]
+    assert len(same) > 1300
+    assert all(a == b for a, b in same)
+
+
+FULL = """
+mount -t tmpfs -o size=20m tmpfs "$OUT"
+"$PYTHON" "$RUN_JOB" straw "$IN" "$MODEL" "$OUT/run" "$MARKS" 0.005 &
+while [ ! -e "$OUT/run/part-00002.parquet" ]; do sleep 0.02; done
+cat /dev/zero > "$OUT/filler"
+wait $!
+echo "code $?"
+ls -A "$OUT/run"
+rm "$OUT/filler"
+"$PYTHON" "$RUN_JOB" straw "$IN" "$MODEL" "$OUT/run" "$MARKS" 0
+echo "code $?"
+cp -r "$OUT/run" "$COPY"
+"""
+
+
+def test_a_disk_that_fills_up_and_then_has_room_again(undisturbed, tmp_path, straw_model):
+    """A small tmpfs in a mount namespace of its own, which ends with the shell."""
+    for name in ("small", "marks"):
+        (tmp_path / name).mkdir()
+    shell = [shutil.which("unshare") or "false", "--map-root-user", "--mount"]
+    if subprocess.run([*shell, "mount", "-t", "tmpfs", "tmpfs", tmp_path / "small"], capture_output=True).returncode:
+        pytest.skip("this machine lets its users mount no file system")
+    names = {"OUT": "small", "MARKS": "marks", "COPY": "copy"}
+    environment = {
+        **os.environ,
+        **{name: str(tmp_path / folder) for name, folder in names.items()},
+        **{"PYTHON": sys.executable, "RUN_JOB": str(RUN_JOB), "MODEL": str(straw_model)},
+        "IN": str(undisturbed.parent / "in.jsonl"),
+    }
+    done = subprocess.run([*shell, "sh", "-c", FULL], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    first, *left, second = done.stdout.splitlines()
+    assert (first, second) == ("code 1", "code 0"), done.stderr
+    assert "No space left on device" in done.stderr or "full" in done.stderr
+    assert "part-00002.parquet" in left
+    assert "part-00014.parquet" not in left, "the disk filled up too late to matter"
+    assert not [name for name in left if name.startswith(".")]
+    assert results(tmp_path / "copy") == results(undisturbed)
+
+
+# --------------------------------------------------------------------------------------------------- the real engine
+
+
+def test_five_random_interruptions_of_the_real_engine(tmp_path, straw, tiny_model):
+    """Scores may differ by rounding, as other prompts are beside them: 1e-4, in units of a score from 0 to 0.5.
+
+    Of 2,000 tokens chosen, one in a hundred thousand has a rival within rounding: one row in all may go another way.
+    """
+    seed = drawn_seed()
+    chosen, log = random.Random(seed), []
+    rows = [{"prompt": f"Tell me of number {n % 300}, {'please ' * (n % 9)}", "id": f"r{n}"} for n in range(400)]
+    lines = [json.dumps(row) for row in rows]
+    lines[70], lines[200] = '{"prompt": 3}', "rubbish"
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    process = start("vllm", tmp_path / "in.jsonl", tiny_model, whole, tmp_path, 0)
+    assert process.wait(300) == 0, process.stderr.read()
+    wanted = results(whole)
+    kinds = ["kill parent", "kill engine", "terminate", "terminate twice", "kill engine while it starts"]
+    for kind in chosen.sample(kinds, 5):
+        process = start("vllm", tmp_path / "in.jsonl", tiny_model, out, tmp_path, 0)
+        have = len(list(out.glob("part-*")))
+        while process.poll() is None:
+            if engine_of(process) if kind.endswith("starts") else len(list(out.glob("part-*"))) > have:
+                break
+            time.sleep(0.01)
+        time.sleep(chosen.uniform(0.0, 0.2))
+        log.append(f"{kind} at {len(list(out.glob('part-*')))} parts: {interrupt(process, kind)}")
+    process = start("vllm", tmp_path / "in.jsonl", tiny_model, out, tmp_path, 0)
+    assert process.wait(300) == 0, (seed, log, process.stderr.read())
+    print("; ".join(log))
+    order, scores, reasons = results(out)
+    assert (order, reasons) == (wanted[0], wanted[2]), (seed, log)
+    assert len(order) == 398
+    differ = [abs(scores[place] - score) for place, score in wanted[1].items() if score is not None]
+    assert len(differ) == len([score for score in scores.values() if score is not None]) > 300
+    assert sorted(differ)[-2] < 1e-4, (seed, log)
+    assert counts(out) == counts(whole)

@@ -1,0 +1,52 @@
+"""Runs a scoring job on a Ray cluster of its own: `run_ray_job.py ENGINE INPUT MODEL OUT MARKS PAUSE`.
+
+As run_job.py, with two engines on a cluster of two cores that begins and ends with this process.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import ray
+from run_job import SHARD_ROWS
+from straw import StrawEngine
+
+from headrift.corpus.child import Child, Engine
+from headrift.corpus.job import ScoreJob
+from headrift.corpus.scoring import ScoringEngine
+from headrift.corpus.settings import Settings
+
+
+def main(engine: str, given: str, model: str, out: str, marks: str, pause: str) -> int:
+    settings = Settings(
+        (given,), Path(model), Path(out), system_prompt="Be brief, and be kind.", steps=4, engine="ray", workers=2
+    )
+    make: dict[str, Callable[[], Engine]] = {
+        "straw": partial(StrawEngine, Path(marks), float(pause)),
+        "vllm": partial(ScoringEngine, settings),
+    }
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    cluster = {"num_cpus": 2, "num_gpus": 0, "object_store_memory": 256 << 20, "include_dashboard": False}
+    ray.init("local", **cluster, logging_level="ERROR")
+    try:
+        with ScoreJob(
+            settings,
+            resume=True,
+            engine=partial(Child, make[engine]),
+            shard_rows=SHARD_ROWS[engine],
+            notice=lambda text: print(text, file=sys.stderr, flush=True),
+        ) as job:
+            if job.done:
+                job.finish()
+                return 0
+            job.start()
+            return 0 if job.run() else 130
+    except (OSError, RuntimeError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
