@@ -61,7 +61,7 @@ def test_every_check_passes_on_a_sound_engine(model, tmp_path):
     found = {check["name"]: check for check in report["checks"]}
     assert [name for name, check in found.items() if check["passed"] is None] == ["throughput, plain / probed"]
     assert len(found) == 13
-    lines = done.stdout.splitlines()
+    lines = done.stdout.replace(str(tmp_path), "").splitlines()  # a path is as long as it is
     assert max(map(len, lines)) <= 80
     assert sum(line.startswith("PASS  ") for line in lines) == 12
     assert "12 of 12 checks passed; not judged: throughput, plain / probed" in lines
