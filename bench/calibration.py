@@ -134,7 +134,10 @@ def plot(found: dict, path: Path) -> None:
         axes.plot(n[-1], limit, "v", color="#d55e00", label="limit")
         if label == "seconds":
             axes.plot(n, np.array(n) * seconds[-1] / n[-1], ":", color="#777777", label="linear")
-        axes.set(xscale="log", yscale="log", xlabel="scored rows", ylabel=label)
+            axes.set(yscale="log")
+        else:
+            axes.set(ylim=(0, 1.1 * limit))
+        axes.set(xscale="log", xlabel="scored rows", ylabel=label)
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path)

@@ -12,6 +12,7 @@ from headrift.calibration.calibrate import calibrate
 from headrift.calibration.runs import blocks, exact_scores, read_rows
 from headrift.calibration.search import Cell, Sums
 from headrift.calibration.settings import CalibrationError, Rule, Settings
+from headrift.calibration.thresholds import highest_rate
 from headrift.calibration.units import divide
 from headrift.calibration.validation import _resampled, held_out
 from headrift.signal import Window
@@ -89,6 +90,17 @@ def test_held_out_figures_are_those_of_fresh_prompts(make):
     assert np.mean([figures["auroc_in_sample"].value for figures in found]) > held.mean()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_intervals_hold_the_expected_figure(make):
+    """Of 100 data sets with an effect: how often a 95% interval has the mean of all held-out figures."""
+    found = [calibrated(make, seed, 60, 140, effect=0.01, folds=5, resamples=100).figures for seed in range(100)]
+    for name in ("auroc", "auprc", "tpr_at_5", "fpr"):
+        expected = np.mean([figures[name].value for figures in found])
+        contained = sum(low <= expected <= high for low, high in (figures[name].interval for figures in found))
+        assert contained >= 89, name  # 95 expected; fewer than 89 come by chance in 1 of 150
+
+
 def test_of_about_equal_windows_the_largest_does_better_than_the_best(make, monkeypatch):
     """A weak effect everywhere: the plain maximum picks lucky small windows, which do worse on prompts held out."""
 
@@ -132,6 +144,8 @@ def test_figures_of_a_fold_are_those_of_scikit_learn(one):
     units = divide(rows, Settings(), 100).units
     (scores,) = exact_scores([one], rows, [(Cell(Window(4, 6)), units.row)])
     assert np.isnan(scores).any()
+    # Some of the fold's own are far above all others: a threshold that they had a part in would be another one.
+    scores[(units.fold == 1) & (units.row % 3 == 0)] += 1.0
     times = np.random.default_rng(0).integers(0, 3, len(units.row))
     found = held_out(units, scores, times, 1, 0.05, Rule.BINOMIAL)
     repeated = np.repeat(np.arange(len(units.row)), times)
@@ -149,6 +163,7 @@ def test_figures_of_a_fold_are_those_of_scikit_learn(one):
     assert found["fpr"] == pytest.approx((lowest[~attack] > cut).mean())
     weighted = np.average(lowest[~attack] > cut, weights=units.repeats[mine][~attack])
     assert found["fpr_traffic"] == pytest.approx(weighted)
+    assert found["fpr_traffic"] != pytest.approx(found["fpr"])
 
 
 def test_groups_are_resampled_whole_and_as_many_of_a_kind(one):
@@ -186,6 +201,8 @@ def test_what_a_calibration_says_of_its_rows(one):
     low, high = found.figures["auroc"].interval
     assert low < high
     assert set(found.confounds) == {"prompt_tokens", "answer_tokens", "n_steps"}
+    assert found.figures["tpr_at_1"].value is None  # some 40 benign prompts a fold
+    assert all(figure.interval is None for figure in found.figures.values() if figure.value is None)
     assert all(figure.how for figure in [*found.figures.values(), *found.confounds.values()])
 
 
@@ -208,6 +225,9 @@ def test_benign_only_says_what_contamination_would_do(make):
     assert set(found.figures) == {"fpr", "fpr_traffic"}
     by = {one.contamination: one for one in found.contamination}
     assert by[0.01].threshold == found.threshold
+    setting = found.setting
+    assert setting.highest_fpr == pytest.approx(highest_rate(setting.above, setting.n) / 0.99)
+    assert setting.highest_fpr <= 0.05
     assert by[0.0].highest_fpr <= 0.05
     assert by[0.01].highest_fpr <= 0.05 < by[0.1].highest_fpr
     assert by[0.1].lowest_fpr == 0

@@ -82,8 +82,8 @@ def show(console: Console, of: Calibration) -> None:
             for one in of.contamination
         ]
         print_table(console, ("if of these prompts", "benign flagged", "threshold for the target"), rows)
+    line()
     for note in of.notes:
-        line()
         line(f"note       {note}")
 
 

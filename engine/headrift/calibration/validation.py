@@ -98,10 +98,9 @@ def estimates(
     rule: Rule,
     resamples: int,
     seed: int,
-    progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Estimate]:
     """All figures. exact: for each fold all units' scores in the window that was chosen without it. choose: the cells
-    chosen without each fold where units count so many times. progress: called after each resample."""
+    chosen without each fold where units count so many times."""
 
     def by_fold(scores: Sequence[Floats], times: Ints) -> dict[str, list[float]]:
         folds = [held_out(units, scores[at], times, at, target, rule) for at in range(units.n_folds)]
@@ -123,10 +122,11 @@ def estimates(
         for name, values in again.items():
             # A resample may leave a fold without enough to set a threshold; the others still say how much it varies.
             drawn[name].append(float(np.nanmean(values)) if not np.isnan(values).all() else np.nan)
-        progress()
-    return {
-        name: Estimate(float(np.mean(values)), _interval(drawn[name], units), values) for name, values in once.items()
-    }
+    found = {}
+    for name, values in once.items():
+        mean = float(np.mean(values))
+        found[name] = Estimate(mean, None if np.isnan(mean) else _interval(drawn[name], units), values)
+    return found
 
 
 def chooser(n_folds: int, cells: Search | Cell) -> Callable[[Ints], Sequence[Cell]]:
