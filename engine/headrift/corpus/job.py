@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -91,6 +92,8 @@ class ScoreJob:
         except BaseException:
             self._open.close()
             raise
+        if on_ray is not None:  # the machines of a cluster have other working directories
+            settings = replace(settings, model=settings.model.resolve())
         make = engine or partial(Child, partial(ScoringEngine, settings, verbose=verbose), verbose=verbose)
         self._supervisor: Supervisor[Row | BadRow] | RayWorkers[Row | BadRow]
         if on_ray is None:

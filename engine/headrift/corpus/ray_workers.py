@@ -58,10 +58,16 @@ class _Actor(Generic[R]):
         self._model, self._notices = model, list[str]()
         self._supervisor = Supervisor(make, wanted, self._notices.append)
 
-    def begin(self) -> tuple[str, dict[str, Any]]:
-        """The machine's name, and what an engine says of itself (`about`) with what its numbers come from."""
-        machine = _machine(self._model)
-        return socket.gethostname(), {"about": self._supervisor.begin(), **machine}
+    def begin(self) -> tuple[str, dict[str, Any], dict[str, Any]]:
+        """The machine's name, what an engine says of itself, and what its numbers come from."""
+        name = socket.gethostname()
+        try:
+            machine = _machine(self._model)
+        except OSError as error:
+            raise EngineError(f"{name} does not have the model where this machine has it: {error}") from error
+        about = self._supervisor.begin()
+        # How much it wants to hold at once depends on the machine's cores, and changes no number.
+        return name, about, machine | {"engine": {what: of for what, of in about.items() if what != "in_flight"}}
 
     def score(self, rows: list[R]) -> Iterator[tuple[list[Any], _State]]:
         """The rows' answers, in order, and how the engine fares."""
@@ -127,10 +133,12 @@ class RayWorkers(Generic[R]):
         verbose: bool = False,
     ) -> None:
         self._make, self._wanted, self._notice = make, wanted, notice
-        self._model, self._shard_rows, self._asked, self._verbose = model.resolve(), shard_rows, workers, verbose
+        self._model, self._shard_rows, self._asked, self._verbose = model, shard_rows, workers, verbose
         self._workers: list[_Worker] = []
+        self._shards: deque[_Shard] = deque()  # under way, in order
         self._states: dict[_Worker, _State] = {}
-        self._expected: dict[str, Any] = {}
+        self._about: dict[str, Any] | None = None
+        self._expected: dict[str, Any] = {}  # of every worker, by what a user calls it
         self._lost = self._lost_in_a_row = 0
         self._connected = False
 
@@ -164,9 +172,9 @@ class RayWorkers(Generic[R]):
         self._expected = _machine(self._model)
         for _ in range(number):
             self._start()
-        while "about" not in self._expected:
-            self._wait(())
-        return self._expected["about"]
+        while self._about is None:
+            self._wait()
+        return self._about
 
     def _connect(self) -> None:
         try:
@@ -183,29 +191,30 @@ class RayWorkers(Generic[R]):
 
         EngineError where workers are lost and lost, or none is left.
         """
-        rows, shards = iter(rows), deque[_Shard]()
+        rows = iter(rows)
+        self._shards.clear()
         while True:
-            self._hand_out(rows, shards)
-            if not shards:
+            self._hand_out(rows)
+            if not self._shards:
                 return
-            if not shards[0].done:
-                self._wait(shards)
+            if not self._shards[0].done:
+                self._wait()
                 continue
-            yield from self._answers_of(shards[0])
-            if shards[0].done:
-                shards.popleft()
+            yield from self._answers_of(self._shards[0])
+            if self._shards[0].done:
+                self._shards.popleft()
 
-    def _hand_out(self, rows: Iterator[R], shards: deque[_Shard]) -> None:
+    def _hand_out(self, rows: Iterator[R]) -> None:
         """Give every worker all that it may hold: shards that were lost first, then new ones."""
-        for shard in shards:
+        for shard in self._shards:
             if shard.stream is None and (worker := self._free()):
                 self._give(shard, worker)
-        while len(shards) < _UNDER_WAY * len(self._workers) and (worker := self._free()):
+        while len(self._shards) < _UNDER_WAY * len(self._workers) and (worker := self._free()):
             batch = list(islice(rows, self._shard_rows))
             if not batch:
                 return
-            shards.append(_Shard(ray.put(batch)))
-            self._give(shards[-1], worker)
+            self._shards.append(_Shard(ray.put(batch)))
+            self._give(self._shards[-1], worker)
 
     def _free(self) -> _Worker | None:
         """The worker with the least to do, if any may hold one more shard."""
@@ -217,9 +226,11 @@ class RayWorkers(Generic[R]):
         shard.stream = worker.actor.score.options(num_returns="streaming").remote(shard.rows)
         worker.shards += 1
 
-    def _wait(self, shards: Iterable[_Shard]) -> None:
+    def _wait(self) -> None:
         """Wait until a worker is there, or a shard is done, or either is lost."""
-        running = {shard.stream.completed(): shard for shard in shards if shard.stream is not None and not shard.done}
+        running = {
+            shard.stream.completed(): shard for shard in self._shards if shard.stream is not None and not shard.done
+        }
         starting = {worker.ready: worker for worker in self._workers if worker.ready is not None}
         found, _ = ray.wait([*running, *starting], num_returns=1, fetch_local=False)
         for ref in found:
@@ -228,11 +239,14 @@ class RayWorkers(Generic[R]):
             try:
                 said = ray.get(ref)
             except RayTaskError as error:
-                if worker.ready is None or not isinstance(error.cause, EngineError | OSError):
+                if not isinstance(error.cause, EngineError):
                     raise
-                self._drop(worker, shards, str(error.cause))
+                self._drop(worker, str(error.cause))
             except RayError as error:
-                self._replace(worker, shards, error)
+                if ref in starting:  # it would again: headrift is not installed there, for one
+                    self._drop(worker, f"it did not start: {_last_line(error)}")
+                else:
+                    self._replace(worker, error)
             else:
                 if ref in starting:
                     self._welcome(worker, *said)
@@ -262,7 +276,7 @@ class RayWorkers(Generic[R]):
                     shard.answered += 1
                     yield row, answer
             if state.error is not None:
-                self._drop(worker, (), state.error)
+                self._drop(worker, state.error)
         if shard.answered < len(rows):
             shard.stream, shard.done = None, False
 
@@ -272,41 +286,47 @@ class RayWorkers(Generic[R]):
         )  # fmt: skip
         self._workers.append(_Worker(actor, actor.begin.remote()))
 
-    def _welcome(self, worker: _Worker, name: str, described: dict[str, Any]) -> None:
-        """A worker is ready: it has to score as the others do."""
+    def _welcome(self, worker: _Worker, name: str, about: dict[str, Any], described: dict[str, Any]) -> None:
+        """A worker is ready: it has to score as the first one does, and with what this machine has."""
         worker.name, worker.ready = name, None
-        self._expected.setdefault("about", described["about"])
         different = [what for what, value in self._expected.items() if described[what] != value]
         if different:
-            self._drop(worker, (), f"its {', '.join(different)} differ from those of the job or of other workers")
-
-    def _replace(self, worker: _Worker, shards: Iterable[_Shard], error: RayError) -> None:
-        """A worker is lost: another one is started."""
-        if worker not in self._workers:  # lost with another of its shards
+            self._drop(worker, f"its {' and '.join(different)} differ from this machine's or other workers'")
             return
+        self._expected, self._about = described, self._about or about
+
+    def _replace(self, worker: _Worker, error: RayError) -> None:
+        """A worker is lost: another one is started."""
         self._lost += 1
         self._lost_in_a_row += 1
         if self._lost_in_a_row == _MOST_LOST:
-            raise EngineError(f"{_MOST_LOST} workers were lost and no shard was finished in between: {error}")
-        self._remove(worker, shards)
+            raise EngineError(
+                f"{_MOST_LOST} workers were lost and no shard was finished in between: {_last_line(error)}"
+            )
+        self._remove(worker)
         self._notice(f"a worker on {worker.name} was lost; its shards go to others")
         self._start()
 
-    def _drop(self, worker: _Worker, shards: Iterable[_Shard], why: str) -> None:
+    def _drop(self, worker: _Worker, why: str) -> None:
         """A worker is of no use; EngineError where it was the last."""
-        if worker not in self._workers:
+        if worker not in self._workers:  # lost before it could say so
             return
-        self._remove(worker, shards)
+        self._remove(worker)
         if not self._workers:
             raise EngineError(why)
         self._notice(f"a worker on {worker.name} is left out: {why}")
 
-    def _remove(self, worker: _Worker, shards: Iterable[_Shard]) -> None:
+    def _remove(self, worker: _Worker) -> None:
         ray.kill(worker.actor)
         self._workers.remove(worker)
-        for shard in shards:
+        for shard in self._shards:
             if shard.worker is worker and not shard.done:
                 shard.stream = None
+
+
+def _last_line(error: RayError) -> str:
+    """Of a message with a traceback in it, what it is about."""
+    return str(error).strip().rpartition("\n")[2]
 
 
 def _machine(model: Path) -> dict[str, Any]:

@@ -19,8 +19,8 @@ _OPTIONS = {"columns": "column", "regions": "region"}  # that are called otherwi
 class Settings:
     """What `headrift score` is asked for. labels: one per input. save: kinds of parts.part_schema. regions: names that
     rows with token ids may use beside system, user and tool. redact: write no prompt and no answer anywhere. selection:
-    the rows to score. columns: for keys of a row that an input calls otherwise, its name there. engine: local, or ray: on a
-    Ray cluster; workers: how many engines are there, None for what suits the cluster."""
+    the rows to score. columns: for keys of a row that an input calls otherwise, its name there. engine: local, or ray:
+    on a Ray cluster; workers: how many engines are there, None for what suits the cluster."""
 
     inputs: tuple[str, ...]
     model: Path

@@ -1,6 +1,6 @@
 """Runs a scoring job on a Ray cluster of its own: `run_ray_job.py ENGINE INPUT MODEL OUT MARKS PAUSE`.
 
-As run_job.py, with two engines on a cluster of two cores that begins and ends with this process.
+As run_job.py, with two engines on a cluster of two nodes with a core each, which begins and ends with this process.
 """
 
 import os
@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import ray
+from ray.cluster_utils import Cluster
 from run_job import SHARD_ROWS
 from straw import StrawEngine
 
@@ -28,8 +29,10 @@ def main(engine: str, given: str, model: str, out: str, marks: str, pause: str) 
         "vllm": partial(ScoringEngine, settings),
     }
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    cluster = {"num_cpus": 2, "num_gpus": 0, "object_store_memory": 256 << 20, "include_dashboard": False}
-    ray.init("local", **cluster, logging_level="ERROR")
+    node = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 128 << 20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    cluster.add_node(**node)
+    ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
     try:
         with ScoreJob(
             settings,
@@ -46,6 +49,9 @@ def main(engine: str, given: str, model: str, out: str, marks: str, pause: str) 
     except (OSError, RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
+    finally:  # in this order: a driver whose cluster goes first ends with code 1
+        ray.shutdown()
+        cluster.shutdown()
 
 
 if __name__ == "__main__":

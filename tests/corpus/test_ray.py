@@ -1,0 +1,200 @@
+"""`--engine ray`: two engines on a real Ray cluster, two nodes on this machine, make what one local engine makes."""
+
+import json
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from headrift.cli import app
+from headrift.corpus.journal import Journal
+
+TORTURE = Path(__file__).resolve().parent / "torture"
+PAUSE = "0.004"  # seconds a row of straw: shards of 100 rows, so that there is a middle to be killed in
+
+NO_RAY = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'headrift[ray]'")
+
+
+def write_log(path: Path, rows: int, *, deadly: bool) -> Path:
+    """Log rows with ids that come again, rubbish and, for straw, prompts that kill the engine always or once."""
+    lines = [json.dumps({"prompt": f"Tell me of number {n}, {'please ' * (n % 9)}"}) for n in range(rows)]
+    lines[5] = lines[rows - 5] = json.dumps({"prompt": "Who is there?", "id": "twice"})
+    lines[rows // 4], lines[rows // 2] = '{"prompt": 3}', "rubbish"
+    if deadly:
+        lines[rows // 3] = json.dumps({"prompt": "KILL whoever reads this", "id": "poison"})
+        lines[rows // 5] = json.dumps({"prompt": "KILL ONCE a", "id": "frail"})
+    path.write_text("\n".join(lines))
+    return path
+
+
+class Jobs:
+    """Starts jobs on one input, each with the output folder that it is told."""
+
+    def __init__(self, engine: str, given: Path, model: Path) -> None:
+        self._engine, self._given, self._model = engine, given, model
+
+    def start(self, out: Path, *, ray: bool) -> subprocess.Popen:
+        marks = out.with_suffix(".marks")
+        marks.mkdir(exist_ok=True)
+        script = TORTURE / ("run_ray_job.py" if ray else "run_job.py")
+        arguments = [script, self._engine, self._given, self._model, out, marks, PAUSE if ray else "0"]
+        log = out.with_suffix(".log").open("a")
+        return subprocess.Popen([sys.executable, *map(str, arguments)], stderr=log, start_new_session=True)
+
+    def finish(self, out: Path, *, ray: bool) -> Path:
+        assert self.start(out, ray=ray).wait(300) == 0, log_of(out)
+        return out
+
+
+def log_of(out: Path) -> str:
+    return out.with_suffix(".log").read_text()
+
+
+@pytest.fixture
+def straw_jobs(tmp_path, straw, straw_model) -> Jobs:
+    return Jobs("straw", write_log(tmp_path / "in.jsonl", 1500, deadly=True), straw_model)
+
+
+@pytest.fixture
+def real_jobs(tmp_path, straw, tiny_model) -> Jobs:
+    return Jobs("vllm", write_log(tmp_path / "in.jsonl", 1200, deadly=False), tiny_model)
+
+
+def rows_of(out: Path, kind: str) -> list[dict]:
+    return [row for path in sorted(out.glob(f"{kind}-*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def assert_alike(found: Path, wanted: Path, tolerance: float) -> None:
+    """The same files with the same rows in the same order, the same rejects and counts, and scores within tolerance.
+
+    Of 6,000 tokens chosen, one in a hundred thousand has a rival within rounding: one row in all may go another way.
+    """
+    names = [sorted(path.name for path in out.iterdir() if not path.name.startswith(".")) for out in (found, wanted)]
+    assert names[0] == names[1]
+    assert [(r["row"], r["id"]) for r in rows_of(found, "part")] == [
+        (r["row"], r["id"]) for r in rows_of(wanted, "part")
+    ]
+    reasons = [[(r["row"], r["id"], r["reason"]) for r in rows_of(out, "rejects")] for out in (found, wanted)]
+    assert reasons[0] == reasons[1]
+    assert {"duplicate_id", "wrong_type", "bad_json"} <= {reason for _, _, reason in reasons[0]}
+    runs = [json.loads((out / "run.json").read_text()) for out in (found, wanted)]
+    assert runs[0]["status"] == runs[1]["status"] == "done"
+    assert runs[0]["counts"] == runs[1]["counts"]
+    scores = [[row["score"] for row in rows_of(out, "part")] for out in (found, wanted)]
+    assert [score is None for score in scores[0]] == [score is None for score in scores[1]]
+    differ = sorted(abs(a - b) for a, b in zip(*scores) if a is not None)
+    assert len(differ) > 300
+    assert differ[-2] <= tolerance, differ[-5:]
+
+
+def wait_for_parts(process: subprocess.Popen, out: Path, number: int) -> None:
+    deadline = time.monotonic() + 200
+    while len(list(out.glob("part-*.parquet"))) < number:
+        assert process.poll() is None, f"it ended too early to be disturbed: {log_of(out)}"
+        assert time.monotonic() < deadline, log_of(out)
+        time.sleep(0.01)
+
+
+def found_below(process: subprocess.Popen, name: str, parent: str) -> list[psutil.Process]:
+    """Processes that a job started, and those these did, by what is in their command line and in their parent's."""
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if name in str(child.cmdline()) and parent in str(child.parent().cmdline()):
+                found.append(child)
+    return found
+
+
+def actors_of(process: subprocess.Popen) -> list[psutil.Process]:
+    return found_below(process, "ray::_Actor", "raylet")
+
+
+@pytest.mark.slow
+@NO_RAY
+def test_two_engines_on_ray_make_what_one_here_makes(real_jobs, tmp_path):
+    """1e-4, in units of a score from 0 to 0.5: rounding, as other prompts are beside each."""
+    ray = real_jobs.finish(tmp_path / "ray", ray=True)
+    assert json.loads((ray / "run.json").read_text())["engine_restarts"] == 0
+    assert_alike(ray, real_jobs.finish(tmp_path / "local", ray=False), 1e-4)
+
+
+@pytest.mark.slow
+@NO_RAY
+@pytest.mark.parametrize(("of", "what"), [("straw", "machine"), ("real", "actor")])
+def test_what_is_lost_in_the_middle_costs_no_row(of, what, request, tmp_path):
+    """An actor's process is killed, or Ray's on a machine, which takes the actor along and leaves no room for another.
+
+    Tolerance as above; straw does not round.
+    """
+    jobs = request.getfixturevalue(f"{of}_jobs")
+    process = jobs.start(tmp_path / "ray", ray=True)
+    wait_for_parts(process, tmp_path / "ray", 2)
+    scoring = found_below(process, "ray::_Actor.score", "raylet")
+    if what == "actor":
+        scoring[0].kill()
+    else:  # not the one that the driver is on
+        next(actor.parent() for actor in scoring if "--head" not in actor.parent().cmdline()).kill()
+    assert process.wait(300) == 0, log_of(tmp_path / "ray")
+    assert "was lost; its shards go to others" in log_of(tmp_path / "ray")
+    assert json.loads((tmp_path / "ray" / "run.json").read_text())["engine_restarts"] >= 1
+    assert_alike(tmp_path / "ray", jobs.finish(tmp_path / "local", ray=False), 1e-4 if of == "real" else 0.0)
+
+
+@pytest.mark.slow
+@NO_RAY
+def test_a_killed_job_goes_on_on_ray_and_then_without(straw_jobs, tmp_path):
+    """The driver is killed twice, and its engines end with it. Prompts that kill engines are found on Ray."""
+    out = tmp_path / "ray"
+    for parts in (3, 7):
+        process = straw_jobs.start(out, ray=True)
+        wait_for_parts(process, out, parts)
+        while not (engines := found_below(process, "headrift.corpus.child", "ray::_Actor")):
+            time.sleep(0.01)  # they are being started again
+        started, actors = psutil.Process(process.pid).children(recursive=True), actors_of(process)
+        assert len(actors) == 2
+        process.kill()
+        process.wait()
+        try:
+            assert not psutil.wait_procs([*engines, *actors], timeout=60)[1]
+        finally:  # agents of Ray's, which the cluster of a killed driver leaves behind
+            for child in started:
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
+    with Journal(out) as journal:
+        names = [f"part-{shard.number:05d}.parquet" for shard in journal.finished()]
+    kept = {name: (out / name).stat().st_mtime_ns for name in names}
+    assert len(kept) >= 6
+    straw_jobs.finish(out, ray=False)
+    assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
+    assert_alike(out, straw_jobs.finish(tmp_path / "local", ray=False), 0.0)
+    assert [r["id"] for r in rows_of(out, "rejects") if r["reason"] == "engine_died"] == ["poison"]
+
+
+def score(folder: Path, *options: str) -> Result:
+    """`headrift score` in this process, with options that must not be."""
+    places = [folder / "in.txt", "--model", folder, "--out", folder / "out"]
+    return CliRunner().invoke(app, ["score", *map(str, places), *options])
+
+
+def test_without_ray_installed_one_line_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "headrift.corpus.ray_workers", raising=False)
+    done = score(tmp_path, "--engine", "ray")
+    assert done.exit_code == 2
+    assert done.stderr.startswith("Error: --engine ray needs Ray, which is not installed: pip install 'headrift[ray]'")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_number_of_workers_goes_with_ray(tmp_path):
+    done = score(tmp_path, "--workers", "2")
+    assert done.exit_code == 2
+    assert "--workers is the number of engines on a Ray cluster" in done.stderr
