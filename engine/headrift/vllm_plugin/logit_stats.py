@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
+from headrift.vllm_plugin.plugin import BACKEND
 from headrift.vllm_plugin.recorder import Recorder
 
 
@@ -13,6 +16,9 @@ def record(recorder: Recorder, logits: torch.Tensor, row_slot: torch.Tensor, row
     logits: [rows, vocab] float32. row_slot, row_step: [rows] int32; rows with slot -1 or a step outside the buffer are
     left alone.
     """
-    from headrift_kernels.cpu.logit_stats import logit_statistics
+    if os.environ.get(BACKEND, "cpu") == "cpu":
+        from headrift_kernels.cpu.logit_stats import logit_statistics
+    else:
+        from headrift_kernels.triton.logit_stats import logit_statistics
 
     logit_statistics(recorder.stats, logits, row_slot, row_step, recorder.n_rows)

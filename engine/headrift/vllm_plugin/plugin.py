@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 SWITCH = "HEADRIFT"
 VLLM_VERSION = "0.32."
-# Which of our backends CPU_ATTN is to be, told to every process of the engine.
+# Which of our backends attends, told to every process of the engine.
 BACKEND = "HEADRIFT_ATTENTION_BACKEND"
 BACKENDS = {
     "cpu": "headrift.vllm_plugin.backends.cpu.CPUMassBackend",

@@ -1,6 +1,8 @@
 """The GPU backends inside the real engine: masses against transformers' eager attention in every hard batch, and the
 stock backend's tokens. One engine a process; a token costs some 0.3 s."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -43,6 +45,7 @@ def test_every_mass_in_mixed_chunked_and_cached_batches(tiny, mixed, assert_agre
 
 def test_logit_statistics(tiny, mixed):
     _, oracle = tiny
+    assert "headrift_kernels.cpu.logit_stats" not in sys.modules, "the CPU's kernel cannot read a GPU's tensors"
     for item in mixed:
         if item.recording is None:
             continue
