@@ -5,6 +5,7 @@ Each engine process costs a minute or so; the push tier has both runners on two 
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,21 +60,7 @@ def test_interpreted_slow(case):
     _run(case)
 
 
-# Runs at the start of every Python process that has it on its path (see conftest.py for what is patched and why).
-SITECUSTOMIZE = """
-import torch
-import triton.backends
-
-
-class NoDriver:
-    @staticmethod
-    def is_active():
-        return False
-
-
-triton.backends.backends["cpu"] = triton.backends.Backend(compiler=None, driver=NoDriver)
-torch.cuda.get_device_capability = lambda *_, **__: (9, 0)
-"""
+# An entry point, since it imports vLLM (see conftest.py for why it is there).
 PATCH = """
 def register():
     import vllm.v1.sample.ops.topk_topp_sampler as topk_topp_sampler
@@ -85,7 +72,7 @@ def register():
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_model_runner_v2_in_a_process_of_its_own(tiny_model, oracle, assert_agrees, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    shutil.copy(FOLDER / "patches.py", tmp_path / "sitecustomize.py")
     (tmp_path / "no_top_k.py").write_text(PATCH)
     distribution = tmp_path / "no_top_k-1.dist-info"
     distribution.mkdir()

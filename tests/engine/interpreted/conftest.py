@@ -10,6 +10,8 @@ vLLM's and Triton's idea of the machine, nothing of headrift:
 """
 
 import os
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,15 +24,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED:
     collect_ignore_glob = ["test_*.py"]
 else:
-    import triton.backends
-
-    class _NoDriver:
-        @staticmethod
-        def is_active() -> bool:
-            return False
-
-    triton.backends.backends["cpu"] = triton.backends.Backend(compiler=None, driver=_NoDriver)
-    torch.cuda.get_device_capability = lambda *_, **__: (9, 0)
+    runpy.run_path(str(Path(__file__).with_name("patches.py")))
 
     import vllm.v1.attention.backends.triton_attn as triton_attn
     import vllm.v1.sample.ops.topk_topp_sampler as topk_topp_sampler
