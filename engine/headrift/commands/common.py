@@ -1,0 +1,88 @@
+"""What the commands share: options, notes and errors on standard error."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class DType(StrEnum):
+    """What --dtype takes."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class EngineName(StrEnum):
+    """What --engine takes."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
+class AttentionBackendName(StrEnum):
+    """What --attention-backend takes."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    TRITON = "triton"
+    FLASH = "flash"
+
+
+AttentionBackend = Annotated[
+    AttentionBackendName,
+    typer.Option(
+        metavar="NAME",
+        help="triton or flash on a GPU (flash: FlashAttention), cpu on a CPU; auto: triton or cpu.",
+    ),
+]
+
+
+def system_prompt_of(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--system-prompt-file {path} is not UTF-8 text: convert it to UTF-8") from error
+    except OSError as error:
+        raise ValueError(f"--system-prompt-file {path} cannot be read: {error.strerror}") from error
+    if not text:
+        raise ValueError(f"--system-prompt-file {path} is empty: there is nothing to measure attention on")
+    return text
+
+
+def say(text: str, quiet: bool) -> None:
+    if not quiet:
+        typer.echo(text, err=True)
+
+
+@contextmanager
+def errors(code: int, verbose: bool = False, kept: Callable[[], str] | None = None) -> Iterator[None]:
+    """End the command with one line on standard error where something expected goes wrong.
+
+    EngineError, RefusedError, TokenizerError, InputError and their kind are all RuntimeError or ValueError. kept: says
+    what there is to show for it.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        message, code = "Interrupted", 130
+    except (OSError, RuntimeError, ValueError) as error:
+        if verbose:
+            import traceback
+
+            traceback.print_exc()
+        message = f"Error: {error}"
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            message = "Error: no space left on the disk: make room, or choose another disk"
+    else:
+        return
+    typer.echo(f"{message} ({kept()})" if kept else message, err=True)
+    raise typer.Exit(code)
