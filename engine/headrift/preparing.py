@@ -1,7 +1,8 @@
 """From a prompt to an engine request: chat rendering, token ids, named spans, the logged answer.
 
 Here, or ahead of the engine in worker processes: rendering takes a third of a millisecond a prompt, so that one process
-feeds some 3,000 prompts/s.
+feeds some 3,000 prompts/s. A worker takes 100 MB, and a second to start: it gets the tokenizer ready-made and needs no
+torch.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import ctypes
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from signal import SIGKILL
@@ -29,9 +31,12 @@ if TYPE_CHECKING:
 
 # Regions that prompts from messages have: token ids may name them too, whether or not they are recorded.
 _OF_MESSAGES = ("system", "user", "tool")
-# Prompts that a worker gets at a time, and how many such batches are under way for each worker.
-_BATCH, _AHEAD = 16, 3
+# Prompts that a worker gets at a time, and how many such batches are under way: requests that began together end
+# together, and then as many prompts are wanted at once as an engine has slots.
+_BATCH, _AHEAD = 16, 24
 _MOST_WORKERS = 8
+# Prompts that are prepared without workers, which would not be up before so few are done.
+_BEFORE_WORKERS = 256
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
@@ -93,7 +98,8 @@ class Prepared:
 @dataclass(frozen=True, slots=True)
 class Rules:
     """What prompts are prepared for. tokenizer: a folder or name transformers can load. regions: names that may be
-    given; vocabulary: tokens that the model knows. The rest as Scorer has it."""
+    given; vocabulary: tokens that the model knows; answer_tokens: the most that an answer has. The rest as Scorer has
+    it."""
 
     tokenizer: str
     trust_remote_code: bool
@@ -102,7 +108,7 @@ class Rules:
     regions: tuple[str, ...]
     vocabulary: int
     max_model_len: int
-    most_prompt_tokens: int
+    answer_tokens: int
 
 
 class Preparer:
@@ -124,19 +130,23 @@ class Preparer:
             rendered, answer_ids = self._render(prompt, replay)
             if "system" not in rendered.regions or rendered.regions["system"][0] == rendered.regions["system"][1]:
                 raise PromptError("no_system_prompt", "the prompt names no system region, or an empty one")
-            fed = len(rendered.token_ids)
+            answer = rules.answer_tokens
             if answer_ids is not None:
-                fed += signal.n_steps(len(answer_ids), rules.steps) - rules.steps
-            if fed > rules.most_prompt_tokens:
+                answer = signal.n_steps(len(answer_ids), rules.steps) + 1
+            if len(rendered.token_ids) + answer > rules.max_model_len:
+                longer = rules.answer_tokens > rules.steps + 1
+                what = f"{answer} tokens of answer" if longer else f"{rules.steps} steps"
                 raise PromptError(
                     "prompt_too_long",
-                    f"the prompt has {len(rendered.token_ids)} tokens; with {rules.steps} steps at most "
-                    f"{rules.most_prompt_tokens} fit the context of {rules.max_model_len}: shorten it or record fewer "
-                    "steps",
+                    f"the prompt has {len(rendered.token_ids)} tokens; with {what} at most "
+                    f"{rules.max_model_len - answer} fit the context of {rules.max_model_len}: shorten it or "
+                    f"{'ask for shorter answers' if longer else 'record fewer steps'}",
                 )
         except PromptError as error:
             return Rejected(index, name, error.reason, str(error))
-        request = ProbeRequest(rendered.token_ids, rendered.regions, rules.steps, answer_ids)
+        request = ProbeRequest(
+            rendered.token_ids, rendered.regions, rules.steps, answer_ids, answer_tokens=rules.answer_tokens
+        )
         return Prepared(index, prompt.id, rendered, request, *_digests(rendered, answer_ids))
 
     def _render(self, prompt: Prompt, replay: bool) -> tuple[RenderedPrompt, list[int] | None]:
@@ -184,33 +194,40 @@ class Preparer:
 
 
 def workers_for_machine() -> int:
-    """How many processes should prepare prompts: none beside an engine on the CPU, which has all cores in use."""
+    """How many processes should prepare prompts: one beside an engine on the CPU, which wants the cores for itself."""
     import torch
 
+    cores = os.cpu_count() or 1
     gpu = torch.version.cuda is not None or torch.version.hip is not None
-    return min(_MOST_WORKERS, max(1, (os.cpu_count() or 1) - 2)) if gpu else 0
+    return min(_MOST_WORKERS, max(1, cores - 2)) if gpu else int(cores > 1)
 
 
 class Ahead:
-    """Prepares a stream of prompts in order, in so many worker processes, which start when they are first needed.
+    """Prepares streams of prompts in order, in so many worker processes, which start when a stream turns out long.
 
-    A context manager. The processes load the tokenizer themselves, and end with this one.
+    The processes end with this one, if `close` does not end them.
     """
 
-    def __init__(self, rules: Rules, workers: int) -> None:
-        self._workers = workers
-        self._pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin, initargs=(rules,))
+    def __init__(self, rules: Rules, tokenizer: PreTrainedTokenizerFast, workers: int) -> None:
+        # Code that came with the model is known by its name in this process only.
+        load = partial(load_tokenizer, rules.tokenizer, True) if rules.trust_remote_code else partial(_same, tokenizer)
+        self._pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin, initargs=(rules, load))
 
     @property
     def prompts_ahead(self) -> int:
         """How many prompts are taken, at most, before the first is handed back."""
-        return _BATCH * _AHEAD * self._workers
+        return _BATCH * _AHEAD
 
-    def prepared(self, prompts: Iterable[Any], replay: bool) -> Iterator[Prepared | Rejected]:
-        """Each prompt's request, or why there is none, in order."""
+    def prepared(self, prompts: Iterable[Any], replay: bool, here: Preparer) -> Iterator[Prepared | Rejected]:
+        """Each prompt's request, or why there is none, in order. here: prepares them until the workers are up."""
         numbered, under_way = enumerate(prompts), deque[Future[list[Prepared | Rejected]]]()
+        for index, given in islice(numbered, _BEFORE_WORKERS):
+            yield here.prepare(index, given, replay)
+        up = self._pool.submit(_prepare_all, [], replay)
+        while not up.done() and (one := next(numbered, None)) is not None:
+            yield here.prepare(*one, replay)
         while True:
-            while len(under_way) < _AHEAD * self._workers and (batch := list(islice(numbered, _BATCH))):
+            while len(under_way) < _AHEAD and (batch := list(islice(numbered, _BATCH))):
                 under_way.append(self._pool.submit(_prepare_all, batch, replay))
             if not under_way:
                 return
@@ -224,10 +241,14 @@ class Ahead:
 _of_process: list[Preparer] = []  # a worker's own
 
 
-def _begin(rules: Rules) -> None:
+def _begin(rules: Rules, load: Callable[[], PreTrainedTokenizerFast]) -> None:
     # Where the main process is killed nothing tells its workers, which would wait for work for ever.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, SIGKILL)
-    _of_process.append(Preparer(rules, load_tokenizer(rules.tokenizer, rules.trust_remote_code)))
+    _of_process.append(Preparer(rules, load()))
+
+
+def _same(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    return tokenizer
 
 
 def _prepare_all(batch: Sequence[tuple[int, Any]], replay: bool) -> list[Prepared | Rejected]:

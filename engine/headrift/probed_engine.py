@@ -36,7 +36,7 @@ class ProbeRequest:
     prompt_ids: P token ids. regions: token ranges [start, end) by name, of the engine's region names; `prompt` is
     always [0, P). steps: N, steps 0..N are recorded. ignore_eos: answer on past the end-of-text token. reread: compute
     every prompt token anew instead of taking cached ones. probed: False for a request that is to be answered and not
-    measured.
+    measured. answer_tokens: answer on past the recorded steps, to at most so many tokens, N + 1 at least.
     """
 
     prompt_ids: Sequence[int]
@@ -46,17 +46,22 @@ class ProbeRequest:
     ignore_eos: bool = False
     reread: bool = False
     probed: bool = True
+    answer_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A request that has run. answer_ids: the model's answer, or the replayed one; its last token was never fed."""
+    """A request that has run. answer_ids: the model's answer, or the replayed one; its last token was never fed.
+
+    answering: it has not finished, but its steps are all recorded, and it answers on; answer_ids are those so far.
+    """
 
     tenant: int
     request: ProbeRequest
     answer_ids: list[int]
     finish_reason: str | None
     cached_tokens: int
+    answering: bool = False
 
     @property
     def n_steps(self) -> int:
@@ -228,7 +233,7 @@ class ProbedEngine:
         if not self._free:
             raise RuntimeError("every slot is taken; collect finished requests first")
         fed = list(request.prompt_ids)
-        tokens = request.steps + 1
+        tokens = max(request.steps + 1, request.answer_tokens or 0)
         if request.answer_ids is not None:
             fed += list(request.answer_ids)[: signal.n_steps(len(request.answer_ids), request.steps)]
             tokens = 1
@@ -248,7 +253,7 @@ class ProbedEngine:
             max_tokens=tokens,
             ignore_eos=request.ignore_eos,
             detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            output_kind=RequestOutputKind.CUMULATIVE if _answers_on(request) else RequestOutputKind.FINAL_ONLY,
             skip_reading_prefix_cache=True if request.reread else None,
             extra_args={"headrift": extra} if request.probed else None,
         )
@@ -260,20 +265,36 @@ class ProbedEngine:
         return tenant
 
     def step(self) -> list[Finished]:
-        """Run the engine once; the requests that finished in it."""
+        """Run the engine once; the requests that finished in it, and those whose last step was recorded in it and that
+        answer on."""
         done = []
         for output in self.llm_engine.step():
-            if not output.finished:
+            if output.request_id not in self._running:  # stopped while this step ran
                 continue
-            slot, tenant, request = self._running.pop(output.request_id)
+            slot, tenant, request = self._running[output.request_id]
             completion = output.outputs[0]
             answer = list(completion.token_ids) if request.answer_ids is None else list(request.answer_ids)
-            self._slot_of[tenant] = slot
-            done.append(Finished(tenant, request, answer, completion.finish_reason, output.num_cached_tokens or 0))
+            cached = output.num_cached_tokens or 0
+            if output.finished:
+                del self._running[output.request_id]
+                self._slot_of[tenant] = slot
+                done.append(Finished(tenant, request, answer, completion.finish_reason, cached))
+            elif len(answer) == request.steps + 1:
+                done.append(Finished(tenant, request, answer, None, cached, answering=True))
         return done
 
+    def stop(self, tenant: int) -> bool:
+        """End a request that answers on, and free its slot; False where it has finished by now."""
+        if str(tenant) not in self._running:
+            return False
+        self.llm_engine.abort_request([str(tenant)])
+        slot, _, _ = self._running.pop(str(tenant))
+        self._free.append(slot)
+        return True
+
     def collect(self, finished: Sequence[Finished], want_mass: bool = False) -> Ticket:
-        """Start copying the recordings of finished requests off the device, all at once, and free their slots.
+        """Start copying the recordings of finished requests off the device, all at once, and free their slots; those
+        that answer on keep theirs.
 
         The copies need not have arrived before the next `step`: read them with `recordings` when it has run.
         """
@@ -282,7 +303,7 @@ class ProbedEngine:
         probed = ticket.probed
         if probed:
             rows = max(f.n_steps for f in probed) + 1
-            tenants = [(self._slot_of[f.tenant], f.tenant) for f in probed]
+            tenants = [(self._slot(f), f.tenant) for f in probed]
             system, prompt = self.regions.index("system"), self.regions.index("prompt")
             self._unread.add(ticket.number)
             self.llm_engine.collective_rpc(
@@ -290,8 +311,14 @@ class ProbedEngine:
             )
         # Every rank has enqueued its copies by now, ahead of whatever the slots' next tenants will have it do.
         for f in finished:
-            self._free.append(self._slot_of.pop(f.tenant))
+            if not f.answering:
+                self._free.append(self._slot_of.pop(f.tenant))
         return ticket
+
+    def _slot(self, finished: Finished) -> int:
+        """The slot that a request has; one that answers on may have finished since it was reported."""
+        running = self._running.get(str(finished.tenant))
+        return self._slot_of[finished.tenant] if running is None else running[0]
 
     def recordings(self, ticket: Ticket) -> list[Recording]:
         """The recordings of a ticket's probed requests, in their order; waits until they have arrived.
@@ -339,3 +366,7 @@ class ProbedEngine:
                 f"request {finished.tenant}: the heads' mass on the whole prompt at step 0 is "
                 f"{np.nanmin(prompt):.6f}..{np.nanmax(prompt):.6f}, not 1; the recording cannot be trusted"
             )
+
+
+def _answers_on(request: ProbeRequest) -> bool:
+    return request.answer_ids is None and (request.answer_tokens or 0) > request.steps + 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -41,8 +41,8 @@ class ScoreResult:
     window; focus: at step 0. instability: [T, layers] float32, NaN where a layer is not counted. shares: [T, layers,
     heads] float32. focus_heads: [layers, heads] float32. logit_stats: [T, 3] entropy, top-1 probability, margin, or
     None. mass: [T, layers, heads, regions] float32 with the regions in the order of `region_names`, NaN for those that
-    the prompt does not have, or None. flags: those of `prompts`, and `truncated` where the answer did not end by the
-    last recorded step.
+    the prompt does not have, or None. flags: those of `prompts`; `truncated` where the answer did not end by the last
+    recorded step, or within max_new_tokens; `stopped` where `stop_if` ended it.
     """
 
     index: int
@@ -80,7 +80,9 @@ class Scorer:
     default. drop_shallow, drop_deep: the fractions of layers left out at either end. logit_stats: record next-token
     entropy, top-1 probability and margin too. keep_mass: results hold the masses. regions: names of further key
     ranges that prompts given as token ids bring. attention_backend: auto, cpu, triton or flash. engine_args: passed
-    to vLLM as they are, over the defaults chosen for this machine. verbose: let vLLM log.
+    to vLLM as they are, over the defaults chosen for this machine. verbose: let vLLM log. max_new_tokens: answers go
+    on past step N, to so many tokens, in the same request. stop_if: is given each result as soon as its last step is
+    recorded, and ends the answer there where it says True.
 
     How it is made fast, which changes no number beyond rounding: group: prompts with the same system prompt go one
     after another; prime: a system prompt that several wait with is prefilled first; repeat_bytes: memory for results
@@ -111,8 +113,15 @@ class Scorer:
         prime: bool = True,
         repeat_bytes: int = REPEAT_BYTES,
         prepare_workers: int | None = 0,
+        max_new_tokens: int | None = None,
+        stop_if: Callable[[ScoreResult], bool] | None = None,
     ):
         self.window = check_settings(steps, window, drop_shallow, drop_deep)
+        if max_new_tokens is not None and max_new_tokens <= steps:
+            raise ValueError(
+                f"an answer of {max_new_tokens} tokens ends before step {steps}: raise max_new_tokens to {steps + 1} "
+                "or record fewer steps"
+            )
         self.model = str(model)
         self.system_prompt = system_prompt
         self.steps = steps
@@ -120,6 +129,7 @@ class Scorer:
         self.logit_stats = logit_stats
         self.keep_mass = keep_mass
         self.seconds_waited = 0.0
+        self._stop_if = stop_if
         self._waiting = partial(Waiting, group=group, prime=prime)
         self._primed: set[bytes] = set()
         self._repeats = Repeats(repeat_bytes) if repeat_bytes else None
@@ -142,13 +152,13 @@ class Scorer:
                 regions=tuple(self.engine.regions),
                 vocabulary=self.engine.vocabulary,
                 max_model_len=self.engine.max_model_len,
-                most_prompt_tokens=self.engine.most_prompt_tokens(steps),
+                answer_tokens=max_new_tokens or steps + 1,
             )
             self.tokenizer = load_tokenizer(rules.tokenizer, rules.trust_remote_code)
             self._preparer: Preparer | None = None
             self._rules = rules
             n_workers = workers_for_machine() if prepare_workers is None else prepare_workers
-            self._ahead = Ahead(rules, n_workers) if n_workers else None
+            self._ahead = Ahead(rules, self.tokenizer, n_workers) if n_workers else None
         except BaseException:
             self.engine.close()
             raise
@@ -232,9 +242,9 @@ class Scorer:
                     prepared = waiting.pop()
                     running[engine.submit(prepared.request)] = prepared
                     if waiting.should_prime(prepared):
-                        finished += engine.step()
+                        finished += self._step()
                 if engine.running:
-                    finished += engine.step()
+                    finished += self._step()
                 if collected is not None:
                     # Their numbers have left the device while this step ran.
                     for prepared, result in self._results(collected, running):
@@ -246,21 +256,26 @@ class Scorer:
                         for same in (prepared, *repeats.pop(prepared.key, ())):
                             ready[same.index] = replace(result, index=same.index, id=same.id)
                     collected = None
-                if finished and (len(finished) >= _DRAIN or not engine.free_slots or not engine.running):
+                urgent = not engine.free_slots or not engine.running or any(done.answering for done in finished)
+                if finished and (len(finished) >= _DRAIN or urgent):
                     collected = engine.collect(finished, self.keep_mass)
                     finished = []
                 while emitted in ready:
                     yield ready.pop(emitted)
                     emitted += 1
-                if exhausted and not (len(waiting) or running or ready):
+                if exhausted and not (len(waiting) or running or ready or collected):
                     return
         finally:
-            if running:
+            if running or finished or collected:
                 engine.abort()
+
+    def _step(self) -> list[Finished]:
+        """Run the engine once; what there is to collect."""
+        return [done for done in self.engine.step() if not done.answering or self._stop_if is not None]
 
     def _prepared(self, prompts: Iterator[Any], replay: bool) -> Iterator[Prepared | Rejected]:
         if self._ahead is not None:
-            return self._ahead.prepared(prompts, replay)
+            return self._ahead.prepared(prompts, replay, self.preparer)
         prepare = self.preparer.prepare
         return (prepare(index, given, replay) for index, given in enumerate(prompts))
 
@@ -279,22 +294,33 @@ class Scorer:
     def _results(
         self, collected: Ticket, running: dict[int, Prepared]
     ) -> Iterator[tuple[Prepared, ScoreResult | None]]:
-        """Results of collected requests; None where a step lay in a cached prefix and the prompt must run again."""
+        """Results of collected requests; None where a step lay in a cached prefix and the prompt must run again.
+
+        A request that answers on has a result here only if it is stopped, and if it is, no other when it has ended.
+        """
         for done, recording in zip(collected.finished, self.engine.recordings(collected), strict=True):
+            if done.answering:
+                stopped = self._stopped(running[done.tenant], done, recording)
+                if stopped is not None:
+                    yield running.pop(done.tenant), stopped
+                continue
+            if done.tenant not in running:
+                continue
             prepared = running.pop(done.tenant)
             if not recording.unwritten:
                 yield prepared, self._result(prepared, done, recording)
             elif not done.request.reread:
-                again = ProbeRequest(
-                    prepared.request.prompt_ids,
-                    prepared.request.regions,
-                    self.steps,
-                    prepared.request.answer_ids,
-                    reread=True,
-                )
-                yield replace(prepared, request=again), None
+                yield replace(prepared, request=replace(prepared.request, reread=True)), None
             else:
                 raise RuntimeError(_NEVER_COMPUTED.format(steps=recording.unwritten))
+
+    def _stopped(self, prepared: Prepared, done: Finished, recording: Recording) -> ScoreResult | None:
+        """The result of a request that answers on, which is then stopped; None where it may answer on."""
+        result = self._result(prepared, done, recording)
+        if self._stop_if is None or not self._stop_if(result):
+            return None
+        self.engine.stop(done.tenant)
+        return replace(result, flags=(*result.flags, "stopped"))
 
     def _result(self, prepared: Prepared, done: Finished, recording: Recording) -> ScoreResult:
         regions, share = prepared.rendered.regions, recording.share
