@@ -1,6 +1,7 @@
 """Shared by all tests: where the demonstration model and the original's data are."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,26 @@ def demo_model() -> Path:
     folder = ROOT / "models" / "smollm2-135m-instruct"
     if not (folder / "model.safetensors").exists():
         pytest.fail(f"the demonstration model is not in {folder}: run `make setup`, or `headrift demo-model {folder}`")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, demo_model) -> Path:
+    """Two random layers with the demonstration model's tokenizer and chat template."""
+    import torch
+    import transformers
+
+    folder = tmp_path_factory.mktemp("tiny")
+    config = transformers.LlamaConfig(
+        vocab_size=49152, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=128, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+        initializer_range=0.1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"):
+        if (demo_model / name).exists():
+            shutil.copy(demo_model / name, folder / name)
     return folder
 
 

@@ -10,13 +10,16 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from multiprocessing import get_context
+from pathlib import Path
 from signal import SIGKILL
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +32,10 @@ from headrift.prompts import ChatRenderer, PromptError, RenderedPrompt, chat_mes
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+# The first token, on which heads that attend to nothing park their attention: of every prompt that does not name one.
+BOS = "bos"
 # Regions that prompts from messages have: token ids may name them too, whether or not they are recorded.
-_OF_MESSAGES = ("system", "user", "tool")
+_OF_MESSAGES = ("system", "user", "tool", BOS)
 # Prompts that a worker gets at a time, and how many such batches are under way: requests that began together end
 # together, and then as many prompts are wanted at once as an engine has slots.
 _BATCH, _AHEAD = 16, 24
@@ -128,6 +133,8 @@ class Preparer:
         try:
             prompt = Prompt.of(given)
             rendered, answer_ids = self._render(prompt, replay)
+            if BOS in rules.regions:
+                rendered = replace(rendered, regions={BOS: (0, 1), **rendered.regions})
             if "system" not in rendered.regions or rendered.regions["system"][0] == rendered.regions["system"][1]:
                 raise PromptError("no_system_prompt", "the prompt names no system region, or an empty one")
             answer = rules.answer_tokens
@@ -209,9 +216,8 @@ class Ahead:
     """
 
     def __init__(self, rules: Rules, tokenizer: PreTrainedTokenizerFast, workers: int) -> None:
-        # Code that came with the model is known by its name in this process only.
-        load = partial(load_tokenizer, rules.tokenizer, True) if rules.trust_remote_code else partial(_same, tokenizer)
-        self._pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin, initargs=(rules, load))
+        self._rules, self._tokenizer, self._workers = rules, tokenizer, workers
+        self._open = ExitStack()
 
     @property
     def prompts_ahead(self) -> int:
@@ -223,8 +229,11 @@ class Ahead:
         numbered, under_way = enumerate(prompts), deque[Future[list[Prepared | Rejected]]]()
         for index, given in islice(numbered, _BEFORE_WORKERS):
             yield here.prepare(index, given, replay)
-        up = self._pool.submit(_prepare_all, [], replay)
-        while not up.done() and (one := next(numbered, None)) is not None:
+        nothing = self._pool.submit(_prepare_all, [], replay)  # is done when a worker is up, or failed to start
+        while not (nothing.done() and nothing.exception() is None):
+            one = next(numbered, None)
+            if one is None:
+                return
             yield here.prepare(*one, replay)
         while True:
             while len(under_way) < _AHEAD and (batch := list(islice(numbered, _BATCH))):
@@ -235,7 +244,22 @@ class Ahead:
 
     def close(self) -> None:
         """End the processes."""
-        self._pool.shutdown(cancel_futures=True)
+        self._open.close()
+
+    @cached_property
+    def _pool(self) -> ProcessPoolExecutor:
+        load = partial(load_tokenizer, self._rules.tokenizer, True)
+        if not self._rules.trust_remote_code:  # whose classes cannot be found by their names in another process
+            # In a file, for arguments are read while a process starts, and this one would wait until they are.
+            file = os.memfd_create("tokenizer")
+            self._open.callback(os.close, file)
+            path = Path(f"/proc/{os.getpid()}/fd/{file}")
+            path.write_bytes(pickle.dumps(self._tokenizer))
+            load = partial(_unpickled, path)
+        arguments = (self._rules, load)
+        pool = ProcessPoolExecutor(self._workers, get_context("spawn"), initializer=_begin, initargs=arguments)
+        self._open.callback(pool.shutdown, cancel_futures=True)
+        return pool
 
 
 _of_process: list[Preparer] = []  # a worker's own
@@ -247,7 +271,8 @@ def _begin(rules: Rules, load: Callable[[], PreTrainedTokenizerFast]) -> None:
     _of_process.append(Preparer(rules, load()))
 
 
-def _same(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+def _unpickled(path: Path) -> PreTrainedTokenizerFast:
+    tokenizer: PreTrainedTokenizerFast = pickle.loads(path.read_bytes())
     return tokenizer
 
 

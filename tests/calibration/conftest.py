@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from headrift import signal
 from headrift.calibration.record import Model
 from headrift.calibration.runs import SIGNALS, Run
 from headrift.calibration.search import Cell
@@ -63,14 +64,15 @@ def labels(n_attack, n_benign):
     return ["attack"] * n_attack + ["benign"] * n_benign
 
 
-def run_of(instability, label, name="made-up", **columns) -> Run:
-    """A run in memory. columns: see columns_of."""
+def run_of(instability, label, name="made-up", regions=(), **columns) -> Run:
+    """A run in memory. columns: see columns_of; regions: of the column `mass`."""
     table = pa.table(columns_of(instability, label, **columns))
+    table = table.replace_schema_metadata({b"headrift": json.dumps({"regions": list(regions)})})
     steps, layers = instability.shape[1] - 1, instability.shape[2]
     identity = {"fingerprint": "f", "dtype": "float32", "layers": layers, "heads": 4, "chat_template_sha256": "t"}
 
     def batches(names):
-        yield from table.select(list(names)).to_batches(max_chunksize=64)
+        yield from table.select([of for of in names if of in table.column_names]).to_batches(max_chunksize=64)
 
     return Run(name, Model(name="m", **identity), steps, Cell(Window(1, steps)), False, batches)
 
@@ -96,6 +98,31 @@ def write_run(folder: Path, instability, label, status="done", fingerprint="f", 
     return folder
 
 
+REGIONS = ("system", "user", "prompt", "bos")
+
+
+def masses(seed, n, *, steps=6, layers=8, heads=4):
+    """Attention masses [n, steps + 1, layers, heads, regions] in which nothing is to be found."""
+    random = np.random.default_rng(seed)
+    system, user, bos = random.uniform(0.05, 0.3, (3, n, steps + 1, layers, heads))
+    return np.stack([system, user, system + user + bos + 0.05, bos], axis=-1).astype(np.float32)
+
+
+def run_with_mass(mass, label, *, n_steps=None, save=("mass", "focus_heads"), counted=True, **columns) -> Run:
+    """A run whose instability, where it is counted, shares and focus are those of the masses."""
+    system, user, prompt = (mass[..., REGIONS.index(name)] for name in ("system", "user", "prompt"))
+    share = signal.share(system, prompt)
+    n_steps = np.full(len(mass), mass.shape[1] - 1) if n_steps is None else np.asarray(n_steps)
+    arrays = {
+        "mass": [of[: last + 1].ravel() for of, last in zip(mass, n_steps)],
+        "shares": [of[: last + 1].astype(np.float16).ravel() for of, last in zip(share, n_steps)],
+        "focus_heads": [of.astype(np.float32).ravel() for of in signal.focus_heads(system, user)[:, 0]],
+    }
+    saved = {name: arrays[name] for name in save}
+    instability = np.where(counted, signal.instability(share), np.nan).astype(np.float32)
+    return run_of(instability, label, regions=REGIONS, n_steps=n_steps, **{**saved, **columns})
+
+
 @dataclass(frozen=True)
 class Made:
     """What tests make runs with."""
@@ -105,6 +132,9 @@ class Made:
     labels = staticmethod(labels)
     run_of = staticmethod(run_of)
     write_run = staticmethod(write_run)
+    masses = staticmethod(masses)
+    run_with_mass = staticmethod(run_with_mass)
+    regions = REGIONS
     mean = MEAN
 
 

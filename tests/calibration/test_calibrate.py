@@ -23,7 +23,7 @@ def cell_of(calibration) -> Cell:
 
 
 def realised_fpr(make, calibration, layers=8) -> float:
-    """The chance that a benign score, whose distribution is known, is above the threshold."""
+    """The chance that a benign score, whose distribution is known, is flagged."""
     return float(norm.sf((calibration.threshold - make.mean) / make.score_sd(cell_of(calibration), layers)))
 
 
@@ -191,7 +191,7 @@ def test_what_a_calibration_says_of_its_rows(one):
     (scores,) = exact_scores([one], rows, [(cell_of(found), np.arange(len(rows)))])
     benign = rows.label == 0
     assert found.traffic.rows == 240
-    assert found.traffic.flagged == (scores[benign] > found.threshold).sum()
+    assert found.traffic.flagged == (scores[benign] >= found.threshold).sum()
     assert found.classes["attack"].rows == 80
     assert found.classes["benign"].distinct == len(np.unique(rows.group[benign]))
     assert found.classes["benign"].with_score == pytest.approx((~np.isnan(scores[benign])).mean())

@@ -11,7 +11,7 @@ import headrift
 from headrift.calibration.calibrate import calibrate
 from headrift.calibration.record import Calibration
 from headrift.calibration.settings import CalibrationError, Settings
-from headrift.calibration.verdicts import add_verdicts, discoveries, drift
+from headrift.calibration.verdicts import add_verdicts, cutoff, discoveries, drift
 from headrift.signal import Window
 
 
@@ -50,9 +50,9 @@ def test_a_failed_write_leaves_nothing(calibration, tmp_path):
     assert [found.name for found in tmp_path.iterdir()] == ["c.json"]
 
 
-def test_what_is_above_the_threshold_is_flagged_and_has_a_small_p_value(calibration):
+def test_what_is_at_or_above_the_threshold_is_flagged_and_has_a_small_p_value(calibration):
     cut = calibration.threshold
-    verdicts = calibration.apply([cut, np.nextafter(cut, 1), 1.0, 0.0, None])
+    verdicts = calibration.apply([np.nextafter(cut, 0), cut, 1.0, 0.0, None])
     assert verdicts.flagged.tolist() == [False, True, True, False, False]
     n = calibration.setting.n
     assert verdicts.p_value[2] == 1 / (n + 1)
@@ -76,10 +76,13 @@ def test_another_model_template_or_window_is_refused(calibration):
 
 def test_a_table_gets_two_columns(calibration):
     scores = [calibration.threshold + 0.1, 0.0, None]
-    table = add_verdicts(pa.table({"id": ["a", "b", "c"], "score": pa.array(scores, pa.float64())}), calibration)
-    assert table.column_names == ["id", "score", "flagged", "p_value"]
-    assert table["flagged"].to_pylist() == [True, False, False]
-    assert table["p_value"].to_pylist() == [1 / (calibration.setting.n + 1), 1.0, None]
+    given = pa.table({"id": ["a", "b", "c"], "score": pa.array(scores, pa.float64())}, metadata={"about": "it"})
+    for kind in (given, given.to_batches()[0]):
+        table = add_verdicts(kind, calibration)
+        assert table.schema.names == ["id", "score", "flagged", "p_value"]
+        assert table.schema.metadata == {b"about": b"it"}
+        assert table["flagged"].to_pylist() == [True, False, False]
+        assert table["p_value"].to_pylist() == [1 / (calibration.setting.n + 1), 1.0, None]
 
 
 def test_the_list_has_on_average_few_benign_rows():
@@ -96,6 +99,27 @@ def test_the_list_has_on_average_few_benign_rows():
     # Benjamini and Hochberg: rate times the fraction of benign rows.
     assert np.mean(fractions) == pytest.approx(0.1 * 200 / 250, abs=4 * np.std(fractions) / np.sqrt(300))
     assert np.mean(found) > 0.5
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.5])
+def test_the_list_is_scipys_from_the_p_values_or_from_their_counts(rate):
+    from scipy.stats import false_discovery_control
+
+    random, listed = np.random.default_rng(0), 0
+    for n in (1, 7, 300):
+        for power in (1, 3, 6):
+            p_values = np.ceil(random.random(n) ** power * 50) / 50  # many ties
+            expected = false_discovery_control(p_values) <= rate
+            assert discoveries(p_values, rate).tolist() == expected.tolist()
+            values, counts = np.unique(p_values, return_counts=True)
+            shuffled = random.permutation(len(values))
+            last = cutoff(values[shuffled], counts[shuffled], n, rate)
+            assert (last is None) == (not expected.any())
+            if last is not None:
+                assert last == p_values[expected].max()
+            listed += expected.sum()
+    assert listed
+    assert cutoff(np.array([]), np.array([], np.int64), 5) is None
 
 
 def test_rows_without_a_p_value_are_not_listed_and_count():

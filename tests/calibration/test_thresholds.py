@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import binom, norm
 
 from headrift.calibration.settings import Rule
-from headrift.calibration.thresholds import Reference, allowed, highest_rate, needed, threshold
+from headrift.calibration.thresholds import Reference, allowed, exact_interval, highest_rate, needed, threshold
 
 
 def ones(scores):
@@ -44,7 +44,7 @@ def test_the_false_positive_rate_is_at_most_the_target_in_95_of_100(n, kind):
         cut = threshold(scores, ones(scores), 0.05, Rule.BINOMIAL)
         rate = {
             "gaussian": norm.sf(cut),
-            "ties": norm.sf((np.round(cut * 4) + 0.5) / 4),
+            "ties": norm.sf((np.round(cut * 4) + 0.5) / 4),  # the lowest score that is flagged is the next quarter
             "missing": 0.7 * norm.sf(cut),
         }[kind]
         exceeded += rate > 0.05
@@ -67,6 +67,13 @@ def test_the_conformal_rule_holds_the_mean(n):
     assert (k + 1) / (n + 1) <= 0.05
 
 
+def test_an_exact_interval_is_where_the_tails_are_a_fortieth_each():
+    for k, n in ((3, 40), (0, 7), (7, 7), (500, 20_000)):
+        low, high = exact_interval(k, n)
+        assert low == 0 if k == 0 else binom.sf(k - 1, n, low) == pytest.approx(0.025)
+        assert high == 1 if k == n else binom.cdf(k, n, high) == pytest.approx(0.025)
+
+
 def test_counted_twice_is_as_if_there_twice():
     random = np.random.default_rng(0)
     for rule in Rule:
@@ -77,11 +84,23 @@ def test_counted_twice_is_as_if_there_twice():
 
 def test_no_threshold_from_too_few_or_from_none():
     assert threshold(np.arange(58.0), ones(range(58)), 0.05, Rule.BINOMIAL) is None
-    assert threshold(np.arange(59.0), ones(range(59)), 0.05, Rule.BINOMIAL) == 58
+    assert threshold(np.arange(59.0), ones(range(59)), 0.05, Rule.BINOMIAL) == np.nextafter(58, 59)
     assert threshold(np.full(100, np.nan), ones(range(100)), 0.05, Rule.BINOMIAL) is None
     few = np.full(100, np.nan)
     few[0] = 0.3
-    assert threshold(few, ones(few), 0.5, Rule.BINOMIAL) == 0.3
+    assert threshold(few, ones(few), 0.5, Rule.BINOMIAL) == np.nextafter(0.3, 1)
+
+
+@pytest.mark.parametrize("rule", list(Rule))
+def test_the_largest_score_that_may_not_be_flagged_is_not_nor_is_what_ties_with_it(rule):
+    scores = np.sort(np.random.default_rng(6).random(300))
+    k = allowed(300, 0.05, rule)
+    scores[-k - 4 : -k] = scores[-k - 1]
+    cut = threshold(scores, ones(scores), 0.05, rule)
+    assert cut == np.nextafter(scores[-k - 1], 1)  # no number lies between
+    assert (scores >= cut).sum() == k
+    scores[-k:] = scores[-k - 1]
+    assert not (scores >= threshold(scores, ones(scores), 0.05, rule)).any()
 
 
 def test_p_values_count_benign_scores():
@@ -122,4 +141,4 @@ def test_a_conformal_threshold_is_a_p_value_at_the_target():
     random = np.random.default_rng(4)
     benign, scores = random.random(137), random.random(1000)
     cut = threshold(benign, ones(benign), 0.05, Rule.CONFORMAL)
-    assert ((scores > cut) == (Reference.of(benign).p_values(scores) <= 0.05)).all()
+    assert ((scores >= cut) == (Reference.of(benign).p_values(scores) <= 0.05)).all()

@@ -25,6 +25,21 @@ def test_exact_repeats_are_one_sample(make):
     assert [repeats[0], repeats[49], repeats[100], repeats[101]] == [2, 2, 31, 1]
 
 
+def test_a_prompt_under_another_system_prompt_is_another_sample_of_the_same_group(make):
+    group = [*range(50), *np.repeat(range(100, 175), 2)]
+    system = [*["a" * 16] * 50, *["a" * 16, "b" * 16] * 75]
+    rows = rows_of(make, make.labels(50, 150), group=group, system_hash=system)
+    division = divide(rows, Settings(), 100)
+    units = division.units
+    assert (division.n_attack, division.n_benign) == (50, 150)
+    assert (units.repeats == 1).all()
+    for number in range(100, 175):
+        mine = np.array([group[row] == number for row in units.row])
+        assert len(set(units.fold[mine])) == len(set(units.chooses[mine])) == len(set(units.group[mine])) == 1
+    same = rows_of(make, make.labels(50, 150), group=group)
+    assert divide(same, Settings(), 100).n_benign == 75
+
+
 def test_no_group_is_on_two_sides(make):
     """Prompts that are attack in one row and benign in another are in one fold."""
     group = [*range(60), *range(30, 230)]

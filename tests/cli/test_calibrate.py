@@ -1,7 +1,6 @@
 """`headrift calibrate` on folders with made-up instability, and on what `headrift score` writes."""
 
 import json
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import numpy as np
@@ -11,20 +10,13 @@ from typer.testing import CliRunner
 from headrift import Calibration
 from headrift.cli import app
 
-# The makers of runs are shared with tests/calibration, whose folder is no package.
-_spec = spec_from_file_location("made_up_runs", Path(__file__).parents[1] / "calibration" / "conftest.py")
-assert _spec is not None
-assert _spec.loader is not None
-made = module_from_spec(_spec)
-_spec.loader.exec_module(made)
-
 
 def ask(*arguments: object):
     return CliRunner().invoke(app, ["calibrate", *map(str, arguments)], env={"COLUMNS": "80"})
 
 
 @pytest.fixture
-def run(tmp_path) -> Path:
+def run(made, tmp_path) -> Path:
     values = made.made_up(0, 60, 160, effect=0.02)
     return made.write_run(tmp_path / "run", values, made.labels(60, 160))
 
@@ -38,7 +30,7 @@ def test_a_calibration_is_written_and_shown(run, tmp_path):
     words = " ".join(done.stdout.split())
     for expected in (
         f"steps {found.window}, layers {found.layers[0]} to {found.layers[1] - 1} of 8",
-        f"{found.threshold:.6f}: a score above it is flagged",
+        f"{found.threshold:.6f}: a score at or above it is flagged",
         "at most 0.05 with 95% confidence",
         f"AUROC, no score lowest {found.figures['auroc'].value:.3f}",
         f"AUROC, in sample (naive) {found.figures['auroc_in_sample'].value:.3f}",
@@ -51,7 +43,7 @@ def test_a_calibration_is_written_and_shown(run, tmp_path):
     assert json.loads(out.read_text())["data"]["runs"] == [str(run)]
 
 
-def test_without_attacks(tmp_path):
+def test_without_attacks(made, tmp_path):
     log = made.write_run(tmp_path / "log", made.made_up(0, 0, 200), [None] * 200)
     done = ask(log, "--out", tmp_path / "c.json", "--benign-only", "--contamination", 0.02, "--resamples", 5)
     assert done.exit_code == 0, done.output
@@ -101,7 +93,7 @@ def test_a_disk_that_fails(run, tmp_path, monkeypatch):
     assert "no space left on the disk" in done.stderr
 
 
-def test_the_originals_folders(tmp_path):
+def test_the_originals_folders(made, tmp_path):
     for at, matrix in enumerate(made.made_up(0, 15, 75, effect=0.05)):
         folder = tmp_path / "outputs" / ("attacks" if at < 15 else "benign") / f"prompt_{at}__20250908-072434"
         folder.mkdir(parents=True)

@@ -1,23 +1,29 @@
 """`headrift score`: what it refuses before a model is loaded, what it does when a run breaks off, and one real run."""
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import headrift.corpus.job
 import headrift.scorer
-from headrift import signal
+from headrift import Calibration, signal
+from headrift.calibration.calibrate import calibrate
+from headrift.calibration.record import Model
+from headrift.calibration.settings import Settings
 from headrift.cli import app
+from headrift.corpus.fingerprints import model_fingerprint
 from headrift.probed_engine import EngineError
 from headrift.prompts import TokenizerError
 from headrift.scorer import Rejected, ScoreResult
@@ -126,7 +132,7 @@ def test_steps_beyond_the_context(work):
     (work / "model" / "config.json").write_text('{"max_position_embeddings": 64}')
     done = score("in.jsonl", "--steps", "63")
     assert done.exit_code == 2
-    assert "--steps 63 do not fit the model's context of 64 tokens, prompt included: record fewer steps" in done.stderr
+    assert "--steps 63 do not fit the model's context of 64 tokens, prompt included: give fewer" in done.stderr
     assert not (work / "out").exists()
 
 
@@ -142,7 +148,7 @@ def test_too_little_room_on_the_disk(work, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1_000_000))
     done = score("in.jsonl", "--steps", "999", "--save", "mass")
     assert done.exit_code == 2
-    assert "--out out: the results may take 18 MB and 1 MB are free: make room, choose another disk" in done.stderr
+    assert "--out out: the results may take 22 MB and 1 MB are free: make room, choose another disk" in done.stderr
 
 
 def test_a_disk_that_fills_up_on_the_way(work, monkeypatch):
@@ -319,7 +325,7 @@ def test_options_reach_the_scorer(work, monkeypatch):
     done = score("in.jsonl", *options, "1", "--verbose")
     assert done.exit_code == 0, done.output
     wanted = {"steps": 5, "window": signal.Window(2, 4), "keep_mass": True, "logit_stats": True, "verbose": True}
-    wanted["regions"] = ("tool",)
+    wanted["regions"] = ("tool", "bos")
     assert wanted.items() <= fake.settings.items()
     assert fake.settings["engine_args"] == {"dtype": "bfloat16"}
     assert [row["id"] for row in read(work / "out", "part")] == ["in:1"]
@@ -393,8 +399,26 @@ ROWS = [
 ]
 
 
+def calibrated(made: ModuleType, path: Path) -> Path:
+    """A calibration for steps 2 to 4 of the demonstration model, which flags a part of what it is given: its benign
+    scores are made up."""
+    values = made.made_up(0, 0, 200, steps=4, layers=30)
+    found = calibrate([made.run_of(values / 4, [None] * 200)], Settings(benign_only=True, window=signal.Window(2, 4)))
+    template = AutoTokenizer.from_pretrained(MODEL).get_chat_template().encode()
+    model = Model(
+        name="m",
+        fingerprint=model_fingerprint(MODEL)["fingerprint"],
+        dtype="float32",
+        layers=30,
+        heads=9,
+        chat_template_sha256=hashlib.sha256(template).hexdigest(),
+    )
+    found.model_copy(update={"model": model}).save(path)
+    return path
+
+
 @pytest.fixture(scope="module")
-def real(tmp_path_factory) -> SimpleNamespace:
+def real(tmp_path_factory, made) -> SimpleNamespace:
     """One run of the command, as a user starts it, on the demonstration model."""
     if not (MODEL / "config.json").is_file():
         pytest.fail(f"the demonstration model is not in {MODEL}: `make test` puts it there, or `make setup`")
@@ -418,7 +442,8 @@ def real(tmp_path_factory) -> SimpleNamespace:
     command = [Path(sys.executable).parent / "headrift", "score", "logged.jsonl", "plain.txt", "table.parquet"]
     command += ["--labels", "attack,benign,benign", "--save", "mass", "--region", "page"]
     command += ["--model", MODEL, "--system-prompt-file", ROOT / "system_prompts" / "banned_word.txt", "--out", "out"]
-    command += ["--steps", "4", "--window", "2:4", "--save", "text", "--save", "shares", "--logit-stats"]
+    command += ["--save", "text", "--save", "shares", "--logit-stats"]
+    command += ["--steps", "4", "--window", "2:4", "--calibration", calibrated(made, folder / "c.json")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1", "COLUMNS": "80"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -445,7 +470,8 @@ def test_real_every_row_is_in_exactly_one_place_in_order(real):
         ("logged.jsonl", 6, "invalid_utf8"),
     ]
     assert "robot" in rejects[1]["detail"]
-    names = ["journal.sqlite", "part-00000.parquet", "rejects-00000.parquet", "run.json", "scores.png"]
+    names = ["flagged-fdr.parquet", "journal.sqlite", "part-00000.parquet", "rejects-00000.parquet", "run.json"]
+    names += ["scores.png"]
     assert sorted(path.name for path in (real.folder / "out").iterdir()) == names
 
 
@@ -465,7 +491,21 @@ def test_real_columns(real):
         ("mass", pa.list_(pa.float32())),
         ("prompt", string),
         ("text", string),
+        ("flagged", pa.bool_()),
+        ("p_value", number),
     ]
+
+
+def test_real_verdicts_are_the_calibrations(real):
+    calibration = Calibration.load(real.folder / "c.json")
+    verdicts = calibration.apply(real.table["score"].to_numpy())
+    assert real.table["flagged"].to_pylist() == verdicts.flagged.tolist()
+    assert real.table["p_value"].to_pylist() == verdicts.p_value.tolist()
+    assert 0 < verdicts.flagged.sum() < len(real.rows)
+    run = json.loads((real.folder / "out" / "run.json").read_text())
+    assert run["calibration"]["differs"] == []
+    assert run["settings"]["calibration"] == run["calibration"]["sha256"] == calibration.sha256
+    assert f"score >= {calibration.threshold:.6f}" in real.stdout
 
 
 def test_real_labels_ids_and_hashes(real):
@@ -516,16 +556,19 @@ def test_real_numbers_agree_with_each_other(real):
 
 def test_real_masses_of_named_regions(real):
     about = json.loads(real.table.schema.metadata[b"headrift"])
-    assert about["regions"] == ["system", "user", "prompt", "tool", "page"]
-    has = {"ids": {"system", "prompt", "page"}, "tool": {"system", "user", "prompt", "tool"}}
+    assert about["regions"] == ["system", "user", "prompt", "tool", "bos", "page"]
+    has = {"ids": {"system", "prompt", "bos", "page"}, "tool": {"system", "user", "prompt", "tool", "bos"}}
     for name, row in real.rows.items():
-        mass = np.array(row["mass"]).reshape(row["n_steps"] + 1, about["layers"], about["heads"], 5)
+        mass = np.array(row["mass"]).reshape(row["n_steps"] + 1, about["layers"], about["heads"], 6)
         by_region = dict(zip(about["regions"], np.moveaxis(mass, -1, 0), strict=True))
         there = {region for region, values in by_region.items() if not np.isnan(values).any()}
-        assert there == has.get(name, {"system", "user", "prompt"})
+        assert there == has.get(name, {"system", "user", "prompt", "bos"})
         assert all(np.isnan(by_region[region]).all() for region in set(by_region) - there)
         np.testing.assert_allclose(by_region["prompt"][0], 1, atol=1e-4)
         assert all((by_region[region] > 0).any() for region in there)
+        assert (by_region["bos"] <= by_region["prompt"] + 1e-4).all()
+        if name == "ids":  # whose system region begins with it
+            assert (by_region["bos"] <= by_region["system"] + 1e-4).all()
 
 
 def test_real_run_json(real):
@@ -558,7 +601,7 @@ def test_real_terminal_is_clean(real):
     starting, ready, *rest = real.stderr.splitlines()
     assert starting == f"Starting vLLM with {MODEL} (about 20 s)"
     assert ready.startswith("Ready in ")
-    assert ready.endswith("30 layers x 9 heads, float32, recorder 3 MB")
+    assert ready.endswith("30 layers x 9 heads, float32, recorder 4 MB")
     assert [line.split()[0] for line in rest if line.strip()] == ["scoring"]
     assert "11/11" in rest[-1]
     assert max(map(len, real.stdout.splitlines())) <= 80

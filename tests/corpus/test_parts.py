@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -272,12 +273,66 @@ def test_group_overlooks_case_spacing_and_unicode_form():
     assert group == hashlib.sha256("say the word, strasse caf\u00e9".encode()).hexdigest()[:16]
 
 
-def test_group_of_messages_is_of_all_user_texts_and_nothing_else():
-    user = {"role": "user", "content": "One"}
-    part = {"role": "user", "content": [{"type": "text", "text": "Two"}, {"type": "text", "text": "three"}]}
-    other = {"role": "assistant", "content": "noise"}
-    assert group_of(Prompt(messages=[other, user, other, part])) == group_of(Prompt(prompt="one two three"))
-    assert group_of(Prompt(messages=[user])) == group_of(Prompt(prompt="one"))
+def said(role: str, content: str | list | None, **others) -> dict:
+    return {"role": role, "content": content, **others}
+
+
+def call(arguments: object, number: str = "1", name: str = "look") -> dict:
+    return said("assistant", None, tool_calls=[{"id": number, "function": {"name": name, "arguments": arguments}}])
+
+
+def test_group_of_messages_is_of_all_turns_but_the_system_prompt():
+    parts_ = [{"type": "text", "text": "Two"}, {"type": "text", "text": "three"}]
+    chat = [said("user", "One"), said("assistant", "Yes?"), said("user", parts_)]
+    group = group_of(Prompt(messages=chat))
+    assert group == group_of(Prompt(messages=[said("system", "S"), said("developer", "D"), *chat]))
+    assert group == group_of(Prompt(messages=[*chat[:2], said("user", " two\nTHREE ")]))
+    others = [
+        [*chat[:1], chat[2]],
+        [*chat[:1], said("assistant", "No?"), chat[2]],
+        [said("assistant", "One"), *chat[1:]],
+        [*chat[:2], said("system", "S"), chat[2]],  # no part of the system prompt
+        [*chat, said("assistant", "And")],
+    ]
+    assert len({group, *(group_of(Prompt(messages=other)) for other in others)}) == 6
+    assert group_of(Prompt(messages=[said("user", "One")])) == group_of(Prompt(prompt="one"))
+
+
+def test_group_is_of_what_tools_were_asked_and_gave_back():
+    user = said("user", "One")
+    chat = [user, call({"b": 1, "a": 2}), said("tool", "It rains.", tool_call_id="1")]
+    group = group_of(Prompt(messages=chat))
+    assert group == group_of(Prompt(messages=[user, call('{"a": 2,  "b": 1}', "7"), said("tool", "it rains.")]))
+    for other in (
+        [user, chat[1], said("tool", "It snows.")],
+        [user, call({"b": 1, "a": 3}), chat[2]],
+        [user, call({"b": 1, "a": 2}, name="find"), chat[2]],
+        [user, chat[2]],
+    ):
+        assert group_of(Prompt(messages=other)) != group
+    assert group_of(Prompt(messages=[user, call("no JSON"), chat[2]])) != group
+
+
+def test_a_logged_answer_is_no_part_of_the_group_where_it_is_replayed():
+    chat, answer = [said("user", "One")], said("assistant", "Two")
+    group = group_of(Prompt(messages=chat))
+    assert group_of(Prompt(messages=[*chat, answer])) != group
+    assert group_of(Prompt(messages=[*chat, answer]), replay=True) == group
+    assert group_of(Prompt(messages=chat, response="Two"), replay=True) == group
+    assert group_of(Prompt(messages=[*chat, answer], response=" and three"), replay=True) != group
+
+
+def test_group_of_token_ids_is_of_those_outside_the_system_region():
+    prompt = Prompt(token_ids=[1, 2, 3, 4], regions={"system": (1, 2)})
+    assert group_of(prompt) == group_of(Prompt(token_ids=[1, 7, 7, 3, 4], regions={"system": (1, 3)}))
+    assert group_of(prompt) != group_of(Prompt(token_ids=[1, 2, 3, 5], regions={"system": (1, 2)}))
+
+
+def test_no_two_prompts_of_the_projects_own_sets_are_one_group():
+    for path in sorted((Path(__file__).resolve().parents[2] / "datasets").glob("*.jsonl")):
+        prompts = [Prompt.of(json.loads(line)) for line in path.read_text().splitlines()]
+        assert len(prompts) > 100
+        assert len(set(map(group_of, prompts))) == len(prompts)
 
 
 def test_fingerprints_change_with_what_they_stand_for(tmp_path):

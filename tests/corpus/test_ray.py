@@ -143,9 +143,22 @@ def test_what_is_lost_in_the_middle_costs_no_row(of, what, request, tmp_path):
     else:  # not the one that the driver is on
         next(actor.parent() for actor in scoring if "--head" not in actor.parent().cmdline()).kill()
     assert process.wait(300) == 0, log_of(tmp_path / "ray")
-    assert "was lost; its shards go to others" in log_of(tmp_path / "ray")
+    assert "was lost and its shards go to others; another one is started" in log_of(tmp_path / "ray")
     assert json.loads((tmp_path / "ray" / "run.json").read_text())["engine_restarts"] >= 1
     assert_alike(tmp_path / "ray", jobs.finish(tmp_path / "local", ray=False), 1e-4 if of == "real" else 0.0)
+
+
+@pytest.mark.slow
+@NO_RAY
+def test_a_worker_lost_while_it_starts_is_replaced(straw_jobs, tmp_path):
+    process = straw_jobs.start(tmp_path / "ray", ray=True)
+    while not (starting := found_below(process, "ray::_Actor.begin", "raylet")):
+        assert process.poll() is None, log_of(tmp_path / "ray")
+        time.sleep(0.01)
+    starting[0].kill()
+    assert process.wait(300) == 0, log_of(tmp_path / "ray")
+    assert "was lost while it started; another one is started" in log_of(tmp_path / "ray")
+    assert_alike(tmp_path / "ray", straw_jobs.finish(tmp_path / "local", ray=False), 0.0)
 
 
 @pytest.mark.slow

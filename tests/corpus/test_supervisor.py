@@ -1,21 +1,28 @@
 """Every row gets one answer, in order, whatever engines do; and what a child process does when either end goes."""
 
 import itertools
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from headrift.corpus import supervisor
 from headrift.corpus.child import Child, EngineDied
+from headrift.corpus.job import ScoreJob
+from headrift.corpus.rows import Row
+from headrift.corpus.settings import Settings
 from headrift.corpus.supervisor import Killer, Supervisor
 from headrift.probed_engine import EngineError
+from headrift.scorer import Prompt
 
 
 class Engine:
@@ -23,7 +30,7 @@ class Engine:
 
     def __init__(self, life: int, deadly: Callable[[int, int], bool], at_once: int = 8) -> None:
         self.about = {"in_flight": at_once}
-        self.waited = 1.0
+        self.waited, self.steps_run = 1.0, 0
         self._life, self._deadly, self._at_once = life, deadly, at_once
         self.closed = False
 
@@ -137,10 +144,7 @@ def child(straw, tmp_path) -> Iterator[Child]:
     with_pause.close()
 
 
-def rows(n: int) -> list:
-    from headrift.corpus.rows import Row
-    from headrift.scorer import Prompt
-
+def rows(n: int) -> list[Row]:
     return [Row("in.txt", i, f"in:{i}", None, None, Prompt(prompt=f"prompt {i}")) for i in range(n)]
 
 
@@ -188,6 +192,67 @@ def test_how_it_died_is_said(straw, tmp_path):
         Child(straw.DyingEngine)
     with pytest.raises(EngineError, match="there is no straw left"):
         Child(straw.BrokenEngine)
+
+
+def test_a_slow_engine_that_takes_steps_is_waited_for(straw, tmp_path):
+    """Its 25 steps take longer than the patience with it."""
+    child = Child(partial(straw.SlowEngine, tmp_path, 25, 0.2, moves=True), patience=4.0)
+    assert len(list(child.score(rows(3)))) == 3
+    child.close()
+    assert child.steps_run > 0
+
+
+def test_an_engine_that_is_alive_and_takes_no_step_is_given_up(straw, tmp_path):
+    """Its thread that gives the signs runs on all the while."""
+    child = Child(partial(straw.SlowEngine, tmp_path, 1, 600.0, moves=False), patience=0.5)
+    with pytest.raises(EngineDied, match=r"it did nothing for 0\.5 s"):
+        list(child.score(rows(3)))
+    child.close()
+    assert not is_alive(child.pid)
+
+
+def test_a_process_that_reads_nothing_any_more_is_given_up(straw, tmp_path):
+    """More is sent to it than the socket holds."""
+    child = Child(partial(straw.StrawEngine, tmp_path), patience=0.5)
+    child.about["in_flight"] = 10**6
+    os.kill(child.pid, signal.SIGSTOP)
+    many = (replace(row, prompt=Prompt(prompt="x" * 10**6)) for row in rows(100))
+    with pytest.raises(EngineDied, match=r"it did nothing for 0\.5 s"):
+        list(child.score(many))
+    child.close()
+    assert not is_alive(child.pid)
+
+
+def test_a_process_that_stops_in_the_middle_of_an_answer_is_given_up(straw, tmp_path):
+    child = Child(partial(straw.WordyEngine, tmp_path), patience=0.5)
+    answers = child.score(rows(100))
+    next(answers)
+    time.sleep(0.5)  # it writes until the socket is full
+    os.kill(child.pid, signal.SIGSTOP)
+    with pytest.raises(EngineDied, match=r"it did nothing for 0\.5 s"):
+        list(answers)
+    child.close()
+
+
+@pytest.mark.parametrize("how", ["HANG", "STOP"])
+def test_a_row_on_which_the_engine_hangs_is_rejected_and_the_others_scored(how, straw, straw_model, tmp_path):
+    lines = [f"prompt {n}" for n in range(12)]
+    lines[7] = f"{how} here"
+    (tmp_path / "in.txt").write_text("\n".join(lines))
+    engine = partial(Child, partial(straw.StrawEngine, tmp_path), patience=1.0)
+    settings = Settings((str(tmp_path / "in.txt"),), straw_model, tmp_path / "out", system_prompt="Be brief.", steps=4)
+    with ScoreJob(settings, engine=engine) as job:
+        job.start()
+        assert job.run()
+    (rejected,) = [
+        row for row in pq.read_table(tmp_path / "out" / "rejects-00000.parquet").to_pylist()
+        if row["reason"] != "prompt_too_long"
+    ]  # fmt: skip
+    assert (rejected["row"], rejected["reason"]) == (8, "engine_died")
+    assert "(it did nothing for 1 s)" in rejected["detail"]
+    counts = json.loads((tmp_path / "out" / "run.json").read_text())["counts"]
+    assert counts["rows"] == 12
+    assert counts["scored"] + sum(counts["rejected"].values()) == 12
 
 
 def test_a_child_does_not_outlive_its_parent(straw, tmp_path):

@@ -1,7 +1,12 @@
 """What makes scoring fast: it changes no number beyond rounding, and each part of it does what it is for."""
 
+import itertools
 import json
+import multiprocessing
+import time
 from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from headrift import preparing
+from headrift.preparing import Ahead, Prepared, Preparer, Rules
 from headrift.prompts import RenderedPrompt
 from headrift.scorer import Prompt, Rejected, Scorer, ScoreResult
 from headrift.waiting import Repeats, Waiting
@@ -97,8 +104,9 @@ def prompts(n: int = 90) -> Iterator[dict]:
 FAST, SLOW = {"prepare_workers": 1}, {"group": False, "prime": False, "repeat_bytes": 0}
 
 
-def test_nothing_that_makes_it_fast_changes_a_number(tiny_model):
+def test_nothing_that_makes_it_fast_changes_a_number(tiny_model, monkeypatch):
     """Other prompts beside a prompt round its numbers in another way: 1e-5 of scores from 0 to 0.5."""
+    monkeypatch.setattr(preparing, "_BEFORE_WORKERS", 10)
     args = {"max_num_seqs": 8, "max_num_batched_tokens": 128, "kv_cache_memory_bytes": 64 << 20}
     runs = {}
     for name, options in {"fast": FAST, "slow": SLOW}.items():
@@ -112,6 +120,7 @@ def test_nothing_that_makes_it_fast_changes_a_number(tiny_model):
             assert [r.index for r in results] == list(range(90))
             assert [r.id for r in results] == [row["id"] for row in prompts()]
             assert scorer.seconds_waited > 0
+            assert scorer.engine.steps_run > 3 * 5
     scored = 0
     for kind in ("results", "again", "replayed"):
         for one, other in zip(getattr(runs["fast"], kind), getattr(runs["slow"], kind), strict=True):
@@ -150,6 +159,68 @@ def test_a_prompt_as_messages_and_as_token_ids_are_no_repeats(tiny_model):
     assert results[0].system_tokens == results[2].system_tokens != results[1].system_tokens
     assert results[0].score == results[2].score
     assert json.dumps(results[0].answer_ids) == json.dumps(results[1].answer_ids)
+
+
+# -------------------------------------------------------------------------------------------------------- preparing
+
+
+RULES = Rules(
+    "", False, "Be brief.", steps=4, regions=("system", "user"), vocabulary=10**6, max_model_len=200, answer_tokens=5
+)
+
+
+def without_text(prepared: Prepared | Rejected) -> Prepared | Rejected:
+    return (
+        replace(prepared, rendered=replace(prepared.rendered, text=None))
+        if isinstance(prepared, Prepared)
+        else prepared
+    )
+
+
+@pytest.mark.parametrize("replay", [False, True])
+def test_workers_prepare_what_this_process_does(tokenizer, replay):
+    """Before they are up, and then instead of it, in order: a stream that ends when they have done some."""
+    here, ahead = Preparer(RULES, tokenizer), Ahead(RULES, tokenizer, 2)
+    enough, given = False, []
+
+    def endless() -> Iterator[dict]:
+        for row in itertools.cycle([*prompts(), {"prompt": "word " * 300}]):
+            if enough:
+                return
+            time.sleep(0.002)  # not too many of them before the workers are up
+            given.append({**row, "response": f"It is {len(given)}."})
+            yield given[-1]
+
+    found, by_workers = [], 0
+    with closing(ahead):
+        for prepared in ahead.prepared(endless(), replay, here):
+            found.append(prepared)
+            by_workers += isinstance(prepared, Prepared) and prepared.rendered.text is None
+            enough = by_workers >= 100
+    assert len(found) - by_workers > 256
+    assert [without_text(prepared) for prepared in found] == [
+        without_text(here.prepare(index, row, replay)) for index, row in enumerate(given)
+    ]
+    assert {"prompt_too_long"} == {prepared.reason for prepared in found if isinstance(prepared, Rejected)}
+
+
+class Unreadable:
+    """Arrives nowhere."""
+
+    def __reduce__(self) -> tuple:
+        return json.loads, ("{",)
+
+
+def test_where_no_worker_can_be_had_this_process_prepares(tokenizer, monkeypatch):
+    monkeypatch.setattr(preparing, "_BEFORE_WORKERS", 0)
+    here, ahead = Preparer(RULES, tokenizer), Ahead(RULES, Unreadable(), 1)
+    with closing(ahead):
+        stream = ahead.prepared(prompts(), False, here)
+        found = [next(stream)]
+        while multiprocessing.active_children():
+            time.sleep(0.02)
+        found += stream
+    assert found == [here.prepare(index, row, False) for index, row in enumerate(prompts())]
 
 
 # ------------------------------------------------------------------------------------------------------- tokenising

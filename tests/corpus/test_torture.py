@@ -163,81 +163,124 @@ def test_scores_do_not_hang_on_what_dies_beside_them(undisturbed, tmp_path, stra
     assert all(a == b for a, b in same)
 
 
+# In a mount namespace of its own, which ends with the shell.
 FULL = """
-mount -t tmpfs -o size=20m tmpfs "$OUT"
-"$PYTHON" "$RUN_JOB" straw "$IN" "$MODEL" "$OUT/run" "$MARKS" 0.005 &
-while [ ! -e "$OUT/run/part-00002.parquet" ]; do sleep 0.02; done
-cat /dev/zero > "$OUT/filler"
+mount -t tmpfs -o size=20m tmpfs "$SMALL"
+cp -a "$OUT/." "$SMALL"
+had=$(ls "$SMALL" | grep -c part-)
+"$PYTHON" "$RUN_JOB" "$@" &
+while kill -0 $! 2>/dev/null && [ "$(ls "$SMALL" | grep -c part-)" -le $((had + PARTS)) ]; do sleep 0.02; done
+cat /dev/zero > "$SMALL/filler" 2>/dev/null
 wait $!
-echo "code $?"
-ls -A "$OUT/run"
-rm "$OUT/filler"
-"$PYTHON" "$RUN_JOB" straw "$IN" "$MODEL" "$OUT/run" "$MARKS" 0
-echo "code $?"
-cp -r "$OUT/run" "$COPY"
+code=$?
+rm "$SMALL/filler"
+cp -a "$SMALL/." "$OUT"
+exit $code
 """
+UNSHARE = [shutil.which("unshare") or "false", "--map-root-user", "--mount"]
+
+
+def can_mount(folder: Path) -> bool:
+    """Whether this machine lets its users mount a file system."""
+    return not subprocess.run([*UNSHARE, "mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True).returncode
+
+
+def fill_up(engine: str, given: Path, model: Path, out: Path, parts: int, pause: str) -> subprocess.CompletedProcess:
+    """Let a job go on, on a small disk that fills up when more than so many more parts are there."""
+    small, marks = out.with_suffix(".small"), out.with_suffix(".marks")
+    for folder in (out, small, marks):
+        folder.mkdir(exist_ok=True)
+    names = {"SMALL": small, "OUT": out, "PYTHON": sys.executable, "RUN_JOB": RUN_JOB, "PARTS": parts}
+    command = [*UNSHARE, "sh", "-c", FULL, "sh", engine, given, model, small, marks, pause]
+    environment = {**os.environ, **{name: str(value) for name, value in names.items()}}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def test_a_disk_that_fills_up_and_then_has_room_again(undisturbed, tmp_path, straw_model):
-    """A small tmpfs in a mount namespace of its own, which ends with the shell."""
-    for name in ("small", "marks"):
-        (tmp_path / name).mkdir()
-    shell = [shutil.which("unshare") or "false", "--map-root-user", "--mount"]
-    if subprocess.run([*shell, "mount", "-t", "tmpfs", "tmpfs", tmp_path / "small"], capture_output=True).returncode:
+    if not can_mount(tmp_path):
         pytest.skip("this machine lets its users mount no file system")
-    names = {"OUT": "small", "MARKS": "marks", "COPY": "copy"}
-    environment = {
-        **os.environ,
-        **{name: str(tmp_path / folder) for name, folder in names.items()},
-        **{"PYTHON": sys.executable, "RUN_JOB": str(RUN_JOB), "MODEL": str(straw_model)},
-        "IN": str(undisturbed.parent / "in.jsonl"),
-    }
-    done = subprocess.run([*shell, "sh", "-c", FULL], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    first, *left, second = done.stdout.splitlines()
-    assert (first, second) == ("code 1", "code 0"), done.stderr
+    given, out = undisturbed.parent / "in.jsonl", tmp_path / "out"
+    done = fill_up("straw", given, straw_model, out, 2, "0.005")
+    assert done.returncode == 1, done.stderr
     assert "No space left on device" in done.stderr or "full" in done.stderr
+    left = [path.name for path in out.iterdir()]
     assert "part-00002.parquet" in left
     assert "part-00014.parquet" not in left, "the disk filled up too late to matter"
     assert not [name for name in left if name.startswith(".")]
-    assert results(tmp_path / "copy") == results(undisturbed)
+    process = start("straw", given, straw_model, out, out.with_suffix(".marks"), 0)
+    assert process.wait(120) == 0, process.stderr.read()
+    assert results(out) == results(undisturbed)
 
 
 # --------------------------------------------------------------------------------------------------- the real engine
 
 
-def test_five_random_interruptions_of_the_real_engine(tmp_path, straw, tiny_model):
-    """Scores may differ by rounding, as other prompts are beside them: 1e-4, in units of a score from 0 to 0.5.
+KINDS = ["kill parent", "kill engine", "terminate", "terminate twice", "kill engine while it starts"]
+
+
+def torn(engine: str, folder: Path, model: Path, kinds: list[str], chosen: random.Random) -> list[str]:
+    """Run folder/in.jsonl to its end as it is into `whole`, and with these interruptions into `out`; what happened."""
+    given, whole, out, log = folder / "in.jsonl", folder / "whole", folder / "out", []
+    out.mkdir()
+    process = start(engine, given, model, whole, folder, 0)
+    assert process.wait(3000) == 0, process.stderr.read()
+    for kind in kinds:
+        have = len(list(out.glob("part-*")))
+        if kind == "fill the disk":
+            code = fill_up(engine, given, model, out, 0, "0").returncode
+        else:
+            process = start(engine, given, model, out, folder, 0)
+            while process.poll() is None:
+                if engine_of(process) if kind.endswith("starts") else len(list(out.glob("part-*"))) > have:
+                    break
+                time.sleep(0.01)
+            time.sleep(chosen.uniform(0.0, 0.2))
+            code = interrupt(process, kind)
+        log.append(f"{kind} at {len(list(out.glob('part-*')))} parts: {code}")
+    process = start(engine, given, model, out, folder, 0)
+    assert process.wait(3000) == 0, (log, process.stderr.read())
+    return log
+
+
+def assert_alike(folder: Path, log: list[str]) -> None:
+    """The same rows, rejects and counts in `out` as in `whole`. Scores may differ by rounding, as other prompts are
+    beside them: 1e-4, in units of a score from 0 to 0.5.
 
     Of 2,000 tokens chosen, one in a hundred thousand has a rival within rounding: one row in all may go another way.
     """
-    seed = drawn_seed()
-    chosen, log = random.Random(seed), []
+    wanted, (order, scores, reasons) = results(folder / "whole"), results(folder / "out")
+    assert (order, reasons) == (wanted[0], wanted[2]), log
+    differ = [abs(scores[place] - score) for place, score in wanted[1].items() if score is not None]
+    assert len(differ) == len([score for score in scores.values() if score is not None]) > 0.75 * len(order)
+    print(f"{len(order)} scored, {len(reasons)} rejected; scores differ by at most {sorted(differ)[-2:]}")
+    assert sorted(differ)[-2] < 1e-4, log
+    assert counts(folder / "out") == counts(folder / "whole")
+
+
+def test_five_random_interruptions_of_the_real_engine(tmp_path, straw, tiny_model):
+    chosen = random.Random(drawn_seed())
     rows = [{"prompt": f"Tell me of number {n % 300}, {'please ' * (n % 9)}", "id": f"r{n}"} for n in range(400)]
     lines = [json.dumps(row) for row in rows]
     lines[70], lines[200] = '{"prompt": 3}', "rubbish"
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    process = start("vllm", tmp_path / "in.jsonl", tiny_model, whole, tmp_path, 0)
-    assert process.wait(300) == 0, process.stderr.read()
-    wanted = results(whole)
-    kinds = ["kill parent", "kill engine", "terminate", "terminate twice", "kill engine while it starts"]
-    for kind in chosen.sample(kinds, 5):
-        process = start("vllm", tmp_path / "in.jsonl", tiny_model, out, tmp_path, 0)
-        have = len(list(out.glob("part-*")))
-        while process.poll() is None:
-            if engine_of(process) if kind.endswith("starts") else len(list(out.glob("part-*"))) > have:
-                break
-            time.sleep(0.01)
-        time.sleep(chosen.uniform(0.0, 0.2))
-        log.append(f"{kind} at {len(list(out.glob('part-*')))} parts: {interrupt(process, kind)}")
-    process = start("vllm", tmp_path / "in.jsonl", tiny_model, out, tmp_path, 0)
-    assert process.wait(300) == 0, (seed, log, process.stderr.read())
+    log = torn("vllm", tmp_path, tiny_model, chosen.sample(KINDS, 5), chosen)
     print("; ".join(log))
-    order, scores, reasons = results(out)
-    assert (order, reasons) == (wanted[0], wanted[2]), (seed, log)
-    assert len(order) == 398
-    differ = [abs(scores[place] - score) for place, score in wanted[1].items() if score is not None]
-    assert len(differ) == len([score for score in scores.values() if score is not None]) > 300
-    assert sorted(differ)[-2] < 1e-4, (seed, log)
-    assert counts(out) == counts(whole)
+    assert_alike(tmp_path, log)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(6000)
+def test_thirty_random_interruptions_of_the_demonstration_model(tmp_path, straw, demo_model):
+    """One prompt kills every engine, in both runs."""
+    chosen = random.Random(drawn_seed())
+    rows = [{"prompt": f"Tell me of number {n % 140}, {'please ' * (n % 9)}", "id": f"r{n}"} for n in range(180)]
+    lines = [json.dumps(row) for row in rows]
+    lines[10], lines[70], lines[120] = json.dumps({"prompt": "KILL whoever reads this"}), '{"prompt": 3}', "rubbish"
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    kinds = [*KINDS, *(["fill the disk"] if can_mount(tmp_path) else [])]
+    kinds += chosen.choices(kinds, k=30 - len(kinds))
+    chosen.shuffle(kinds)
+    log = torn("small", tmp_path, demo_model, kinds, chosen)
+    print("; ".join(log))
+    assert_alike(tmp_path, log)
+    assert "engine_died" in results(tmp_path / "out")[2].values()

@@ -47,7 +47,7 @@ class Chosen:
 
 def setting(settings: Settings, of_b: Floats, cut: float, above: int) -> Setting:
     """How the threshold was set, and what it promises."""
-    flagged = int((of_b > cut).sum())
+    flagged = int((of_b >= cut).sum())
     rate = f"{settings.target_fpr:.3g}"
     promises = {
         Rule.BINOMIAL: f"false positive rate at most {rate} with {CONFIDENCE:.0%} confidence",
@@ -84,7 +84,7 @@ def classes(rows: Rows, chosen: Chosen) -> dict[str, OfClass]:
         if mine.any():
             found[name] = OfClass(
                 rows=int(mine.sum()),
-                distinct=len(np.unique(rows.group[mine])),
+                distinct=len(np.unique(rows.prompt[mine])),
                 with_score=float((~np.isnan(chosen.scores[mine])).mean()),
                 ended_early=float((rows.counts["n_steps"][mine] < chosen.cell.window.end).mean()),
             )
@@ -148,7 +148,7 @@ def traffic(rows: Rows, chosen: Chosen, cut: float, settings: Settings) -> Traff
         )
     return Traffic(
         rows=int(benign.sum()),
-        flagged=int((chosen.scores[benign] > cut).sum()),
+        flagged=int((chosen.scores[benign] >= cut).sum()),
         daily_prompts=daily,
         alerts_a_day=alerts,
     )
@@ -157,7 +157,7 @@ def traffic(rows: Rows, chosen: Chosen, cut: float, settings: Settings) -> Traff
 def contamination(of_b: Floats, cut: float, settings: Settings) -> list[Contaminated]:
     """What other fractions of attacks among the prompts would do."""
     once, n = np.ones(len(of_b), np.int64), len(of_b)
-    flagged = int((of_b > cut).sum())
+    flagged = int((of_b >= cut).sum())
     found = []
     for fraction in sorted({*_CONTAMINATIONS, settings.contamination}):
         rate = settings.target_fpr * (1 - fraction)
@@ -208,9 +208,15 @@ def notes(
         found.append(f"{unlabelled:,} rows have no label and were left out")
     if settings.benign_only and (rows.label == ATTACK).any():
         found.append(f"{int((rows.label == ATTACK).sum()):,} rows are labelled attack and were left out")
-    both = np.intersect1d(rows.group[rows.label == ATTACK], rows.group[rows.label == BENIGN])
+    both = np.intersect1d(rows.prompt[rows.label == ATTACK], rows.prompt[rows.label == BENIGN])
     if len(both) and not settings.benign_only:
         found.append(f"{len(both):,} prompts are labelled attack in one row and benign in another")
+    again = len(division.sets) - len(np.unique(rows.group[division.sets]))
+    if again:
+        found.append(
+            f"{again:,} prompts of part B come under another system prompt too: the promise takes such samples for "
+            "independent, which they are not quite"
+        )
     if units.n_folds == 1:
         found.append("too few groups to hold any out: there are no held-out figures")
     elif not division.cross_validated:

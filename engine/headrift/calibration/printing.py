@@ -11,7 +11,7 @@ from headrift.screen import print_table
 if TYPE_CHECKING:
     from rich.console import Console
 
-_RANKED = {
+RANKED = {
     "auroc": "AUROC, no score lowest",
     "auroc_scored": "AUROC, scored prompts only",
     "auprc": "average precision",
@@ -20,12 +20,12 @@ _RANKED = {
     "auroc_own_window": "AUROC, the runs' window",
     "auroc_in_sample": "AUROC, in sample (naive)",
 }
-_AT_THRESHOLD = {
+AT_THRESHOLD = {
     "tpr": "attacks found",
     "fpr": "benign prompts flagged",
     "fpr_traffic": "benign rows flagged",
 }
-_CONFOUNDS = {
+CONFOUNDS = {
     "prompt_tokens": "prompt length",
     "answer_tokens": "answer length",
     "n_steps": "number of steps",
@@ -45,8 +45,8 @@ def show(console: Console, of: Calibration) -> None:
 
     setting = of.setting
     line(f"window     steps {of.window}, layers {of.layers[0]} to {of.layers[1] - 1} of {of.model.layers}")
-    line(f"threshold  {of.threshold:.6f}: a score above it is flagged")
-    line(f"promise    {setting.promise} ({setting.n:,}, {setting.flagged:,} of them above the threshold)")
+    line(f"threshold  {of.threshold:.6f}: a score at or above it is flagged")
+    line(f"promise    {setting.promise} ({setting.n:,}, {setting.flagged:,} of them flagged)")
 
     coverage = [
         (name, f"{one.rows:,}", f"{one.distinct:,}", f"{one.with_score:.1%}", f"{one.ended_early:.1%}")
@@ -54,9 +54,9 @@ def show(console: Console, of: Calibration) -> None:
     ]
     print_table(console, ("", "rows", "distinct", "with score", "stop early"), coverage)
     for title, names, figures in (
-        ("held out", _RANKED, of.figures),
-        ("held out, at a threshold", _AT_THRESHOLD, of.figures),
-        ("confounds, AUROC", _CONFOUNDS, of.confounds),
+        ("held out", RANKED, of.figures),
+        ("held out, at a threshold", AT_THRESHOLD, of.figures),
+        ("confounds, AUROC", CONFOUNDS, of.confounds),
     ):
         shown = [
             (said, f"{figures[name].value:.3f}", _range(figures[name]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,8 +64,8 @@ class OfClass(_Part):
 
 
 class Setting(_Part):
-    """How the threshold was set. n: distinct benign prompts in part B; above: how many the rule lets be above it;
-    flagged: how many are; highest_fpr: the rate that is not exceeded with 95% confidence (binomial rule)."""
+    """How the threshold was set. n: distinct benign prompts in part B; above: how many the rule lets be at or
+    above it; flagged: how many are; highest_fpr: the rate that is not exceeded with 95% confidence (binomial rule)."""
 
     rule: Rule
     target_fpr: float
@@ -123,7 +124,7 @@ class Verdicts:
 
 
 class Calibration(_Part):
-    """A threshold for a model's scores, and the evidence for it. A score is flagged when it is above the threshold.
+    """A threshold for a model's scores, and the evidence for it. A score is flagged when it is at or above it.
 
     window, drop_shallow, drop_deep: what must be scored; layers: [s, e). procedure: how window and threshold were
     found. figures: held out; confounds: how well other numbers separate the same prompts, no threshold involved.
@@ -163,6 +164,11 @@ class Calibration(_Part):
             said = f"{where}: {first['msg']}" if where else first["msg"]
             raise CalibrationError(f"{path} is no calibration ({said}): write it with `headrift calibrate`") from None
 
+    @property
+    def sha256(self) -> str:
+        """A hash of all that it says."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
     def save(self, path: str | Path) -> None:
         """Write it; at no moment is the file there in part. OSError where that fails."""
         final = Path(path)
@@ -182,7 +188,7 @@ class Calibration(_Part):
         of_benign = Reference(
             known.n, np.array(known.values), np.array(known.at_or_above, np.int64), np.array(known.above, np.int64)
         )
-        return Verdicts(values > self.threshold, of_benign.p_values(values))
+        return Verdicts(values >= self.threshold, of_benign.p_values(values))
 
     def check(self, model: Model, window: Window, drop_shallow: float, drop_deep: float) -> None:
         """CalibrationError, saying what differs, where scores of such a model, window and layers are not what this

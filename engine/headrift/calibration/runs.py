@@ -1,6 +1,6 @@
 """Finished runs as calibration reads them: what is known of each row, and its instability when it is asked for.
 
-Rows are numbered over all runs, in their order. Per row some 60 bytes are kept; instability is read in batches, and
+Rows are numbered over all runs, in their order. Per row some 70 bytes are kept; instability is read in batches, and
 only of rows that are wanted is anything kept.
 """
 
@@ -29,7 +29,9 @@ Ints: TypeAlias = NDArray[np.int64]
 BENIGN, ATTACK, UNLABELLED = 0, 1, 2
 _CLASSES = {"benign": BENIGN, "attack": ATTACK, None: UNLABELLED}
 _BATCH = 4096  # rows: with 40 steps of 32 layers, 20 MB
-_TEXTS = ("label", "group", "category")
+_BATCH_OF_HEADS = 64  # where numbers of single heads are read: with 32 heads and 5 regions, 50 MB
+_OF_HEADS = {"shares", "mass", "focus_heads"}
+_TEXTS = ("label", "group", "system_hash", "category")
 _COUNTS = ("n_steps", "prompt_tokens", "answer_tokens")
 # What else a run measured, over its own window; a column of nulls is no signal.
 SIGNALS = ("system_share", "head_agreement", "focus", "entropy")
@@ -37,7 +39,8 @@ SIGNALS = ("system_share", "head_agreement", "focus", "entropy")
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A finished run. steps: the last recorded one; batches: its rows, with the columns that are asked for."""
+    """A finished run. steps: the last recorded one; batches: its rows, with the columns that are asked for, without
+    those that the run does not have."""
 
     name: str
     model: Model
@@ -49,11 +52,13 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Of each row: label (BENIGN, ATTACK or UNLABELLED), group and category (numbers, alike for alike; -1 for none),
-    counts (-1 where not known) and other signals (NaN where there are none). fingerprint: of all of it."""
+    """Of each row: label (BENIGN, ATTACK or UNLABELLED), group, prompt (group and system prompt together) and category
+    (numbers, alike for alike; -1 for none), counts (-1 where not known) and other signals (NaN where there are none).
+    fingerprint: of all of it."""
 
     label: NDArray[np.int8]
     group: Ints
+    prompt: Ints
     category: NDArray[np.int32]
     counts: Mapping[str, NDArray[np.int32]]
     signals: Mapping[str, NDArray[np.float32]]
@@ -68,6 +73,10 @@ def open_run(folder: Path) -> Run:
     try:
         about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         settings, engine, model = about["settings"], about["engine"], about["model"]
+        if (command := settings.get("command", "score")) != "score":
+            raise CalibrationError(
+                f"{folder} was made by `headrift {command}`: give folders that `headrift score` wrote"
+            )
         if about["status"] != "done":
             raise CalibrationError(f"{folder} is not finished: go on with it first (headrift score ... --resume)")
         cell = Cell(signal.Window.parse(settings["window"]), settings["drop_shallow"], settings["drop_deep"])
@@ -91,10 +100,11 @@ def open_run(folder: Path) -> Run:
         raise CalibrationError(f"{folder} has no parts: no row of this run was scored")
 
     def batches(columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        size = _BATCH_OF_HEADS if _OF_HEADS & set(columns) else _BATCH
         for path in parts:
             try:
                 with pq.ParquetFile(path, pre_buffer=False) as file:
-                    yield from file.iter_batches(_BATCH, columns=list(columns))
+                    yield from file.iter_batches(size, columns=list(columns))
             except (pa.ArrowException, OSError) as error:
                 reason = str(error).splitlines()[0]
                 raise CalibrationError(f"{path} cannot be read ({reason}): score the prompts anew") from error
@@ -110,7 +120,7 @@ def check_alike(runs: Sequence[Run]) -> None:
         if differ:
             raise CalibrationError(
                 f"{first.name} and {run.name} differ in {', '.join(differ)}: their scores cannot be compared; "
-                "calibrate each alone"
+                "take each alone"
             )
     names = [run.name for run in runs]
     twice = {name for name in names if names.count(name) > 1}
@@ -130,6 +140,9 @@ def read_rows(runs: Sequence[Run]) -> Rows:
             columns: dict[str, NDArray[Any]] = {
                 "label": np.array(label, np.int8),
                 "group": np.array([int(text, 16) for text in group], np.uint64),
+                "system": np.array(
+                    [int(text or "0", 16) for text in batch.column("system_hash").to_pylist()], np.uint64
+                ),
                 "category": _numbered(batch.column("category"), categories),
                 **{name: np.nan_to_num(_numeric(batch, name), nan=-1).astype(np.int32) for name in _COUNTS},
                 **{name: _numeric(batch, name).astype(np.float32) for name in SIGNALS},
@@ -148,9 +161,11 @@ def read_rows(runs: Sequence[Run]) -> Rows:
     joined = {name: np.concatenate(found.pop(name)) for name in list(found)}
     if not joined:
         raise CalibrationError("the runs have no rows: there is nothing to calibrate on")
+    group, system = (np.unique(joined.pop(name), return_inverse=True)[1] for name in ("group", "system"))
     return Rows(
         joined["label"],
-        np.unique(joined.pop("group"), return_inverse=True)[1],
+        group,
+        np.unique(group * (int(system.max()) + 1) + system, return_inverse=True)[1],
         joined["category"],
         {name: joined[name] for name in _COUNTS},
         {name: joined[name] for name in SIGNALS if not np.isnan(joined[name]).all()},

@@ -1,13 +1,13 @@
 """Thresholds from benign scores, and what they promise.
 
-A score is flagged when it is above the threshold. With n benign scores, no score lowest, a threshold is the largest of
-them but k: k benign samples are above it. Two rules for k, both exact whatever the scores' distribution, if the samples
-are independent draws of what comes later:
+A score is flagged when it is at or above the threshold. With n benign scores, no score lowest, the threshold is the
+smallest number above the largest of them but k, so that at most k benign samples are flagged, and that one is not. Two
+rules for k, both exact whatever the scores' distribution, if the samples are independent draws of what comes later:
 
 - binomial: the largest k with P(Binomial(n, target) <= k) <= 5%. Were the true false positive rate above the target, so
-  few would be above the threshold in at most 5% of calibrations: it is at most the target with 95% confidence.
-- conformal: k = floor(target * (n + 1)) - 1. The next benign score is above the threshold with probability at most the
-  target, on average over calibrations. The same as p-value <= target.
+  few would be flagged in at most 5% of calibrations: it is at most the target with 95% confidence.
+- conformal: k = floor(target * (n + 1)) - 1. The next benign score is flagged with probability at most the target, on
+  average over calibrations. The same as p-value <= target.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def needed(target: float, rule: Rule) -> int:
 
 
 def allowed(n: int, target: float, rule: Rule) -> int | None:
-    """How many of n benign samples may be above the threshold; None where n are too few."""
+    """How many of n benign samples may be flagged; None where n are too few."""
     if n < needed(target, rule):
         return None
     if rule is Rule.CONFORMAL:
@@ -48,7 +48,7 @@ def threshold(scores: Floats, times: Ints, target: float, rule: Rule) -> float |
     """The threshold from benign scores (NaN for none), each counted so many times; None where they are too few, or none
     has a score.
 
-    Where so few have a score that all might be flagged, the threshold is the lowest score.
+    Where so few have a score that all might be flagged, all but the lowest are.
     """
     k = allowed(int(times.sum()), target, rule)
     there = times > 0
@@ -57,7 +57,8 @@ def threshold(scores: Floats, times: Ints, target: float, rule: Rule) -> float |
         return None
     down = np.argsort(-ordered, kind="stable")
     place = np.searchsorted(np.cumsum(times[there][down]), k, side="right")
-    return float(max(ordered[down[place]], ordered[np.isfinite(ordered)].min()))
+    not_flagged = max(ordered[down[place]], ordered[np.isfinite(ordered)].min())
+    return float(np.nextafter(not_flagged, np.inf))
 
 
 def highest_rate(k: int, n: int) -> float:
@@ -65,6 +66,14 @@ def highest_rate(k: int, n: int) -> float:
     from scipy.stats import beta
 
     return 1.0 if k >= n else float(beta.ppf(CONFIDENCE, k + 1, n - k))
+
+
+def exact_interval(k: int, n: int) -> tuple[float, float]:
+    """The 95% interval of a rate of which k of n were seen (Clopper-Pearson, two-sided)."""
+    from scipy.stats import binomtest
+
+    low, high = binomtest(k, n).proportion_ci(CONFIDENCE, method="exact")
+    return float(low), float(high)
 
 
 @dataclass(frozen=True, slots=True)

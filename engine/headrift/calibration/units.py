@@ -61,8 +61,10 @@ def divide(rows: Rows, settings: Settings, n_cells: int) -> Division:
     if settings.benign_only:
         label = np.where(label == ATTACK, UNLABELLED, label)
     random = np.random.default_rng(settings.seed)
-    draw = random.permutation(rows.group.max() + 1)  # a place for each group, the same for attack and benign
-    attack, benign = (_distinct(rows, label == of, draw) for of in (ATTACK, BENIGN))
+    group_of = np.empty(rows.prompt.max() + 1, np.int64)
+    group_of[rows.prompt] = rows.group
+    draw = random.permutation(rows.group.max() + 1)[group_of]  # groups together, in one order for attack and benign
+    attack, benign = (distinct(rows.prompt, label == of, draw) for of in (ATTACK, BENIGN))
     searches = n_cells > 1
     need = needed(target_of(settings), settings.rule)
     n_choose = _n_choose(len(benign.row), settings, need) if searches else 0
@@ -73,13 +75,15 @@ def divide(rows: Rows, settings: Settings, n_cells: int) -> Division:
     is_attack = np.arange(len(row)) < len(measured[0].row)
     group = np.unique(rows.group[row], return_inverse=True)[1]
     tied = _tied(group, rows.category[row]) if settings.by_category else group.astype(np.int64)
-    fold, n_folds = _folds(is_attack, tied, settings)
+    fold, n_folds = folds(is_attack, tied, settings.folds, settings.seed)
 
     most = int(np.clip(_LOOKS // (2 * n_cells), _FEWEST_OF_MANY, _MOST_CHOOSE))
     chooses = is_attack & (np.arange(len(row)) < most) & searches
     n_choose = min(n_choose, most)
     of_fold = [np.flatnonzero(~is_attack & (fold == at)) for at in range(n_folds)]
     for members, n in zip(of_fold, _shares([len(members) for members in of_fold], n_choose)):
+        while 0 < n < len(members) and group[members[n]] == group[members[n - 1]]:
+            n -= 1  # no group is on both sides
         chooses[members[:n]] = True
     sets = ~is_attack & ~chooses
     in_other_folds = sets.sum() - np.bincount(fold[sets], minlength=n_folds)
@@ -105,22 +109,22 @@ def divide(rows: Rows, settings: Settings, n_cells: int) -> Division:
 
 
 @dataclass(frozen=True, slots=True)
-class _Class:
-    """Samples of a class in the order in which they are drawn."""
+class Distinct:
+    """Samples of a class in the order in which they are drawn: a row each, and how many rows it stands for."""
 
     row: Ints
     repeats: Ints
 
-    def first(self, n: int) -> _Class:
-        return _Class(self.row[:n], self.repeats[:n])
+    def first(self, n: int) -> Distinct:
+        return Distinct(self.row[:n], self.repeats[:n])
 
 
-def _distinct(rows: Rows, mine: Bools, draw: Ints) -> _Class:
-    """One sample per group: its first row."""
+def distinct(prompt: Ints, mine: Bools, draw: Ints) -> Distinct:
+    """One sample per prompt among the rows that are mine: its first row. draw: a place for each prompt."""
     number = np.flatnonzero(mine)
-    group, first, repeats = np.unique(rows.group[number], return_index=True, return_counts=True)
-    order = np.argsort(draw[group])
-    return _Class(number[first][order], repeats[order])
+    prompts, first, repeats = np.unique(prompt[number], return_index=True, return_counts=True)
+    order = np.argsort(draw[prompts], kind="stable")
+    return Distinct(number[first][order], repeats[order])
 
 
 def target_of(settings: Settings) -> float:
@@ -158,16 +162,16 @@ def _check_enough(n_attack: int, n_benign: int, need: int, settings: Settings, s
         )
 
 
-def _folds(attack: Bools, group: Ints, settings: Settings) -> tuple[Ints, int]:
-    """Each sample's fold, classes spread evenly, groups whole; and how many folds there are: 1 where there are too few
-    groups to hold any out."""
+def folds(attack: Bools, group: Ints, most: int, seed: int) -> tuple[Ints, int]:
+    """Each sample's fold, classes spread evenly, groups whole; and how many folds there are, `most` at most: 1 where
+    there are too few groups to hold any out."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     per_class = [len(np.unique(group[attack == of])) for of in (True, False) if (attack == of).any()]
-    n_folds = min(settings.folds, *per_class, len(np.unique(group)))
+    n_folds = min(most, *per_class, len(np.unique(group)))
     while n_folds > 1:
         fold = np.zeros(len(group), np.int64)
-        splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=settings.seed)
+        splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
         for at, (_, held_out) in enumerate(splitter.split(group, attack, group)):
             fold[held_out] = at
         both = [len(np.unique(attack[fold == at])) for at in range(n_folds)]

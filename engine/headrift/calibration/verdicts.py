@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 # Drift is warned of where chance would show as much in 1 run of 100, and it is large enough to matter.
 _CHANCE, _LARGE = 0.01, 0.1
+
+Rows = TypeVar("Rows", pa.Table, pa.RecordBatch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +28,9 @@ class Drift:
     warning: str | None
 
 
-def add_verdicts(table: pa.Table, calibration: Calibration) -> pa.Table:
-    """The table with the columns `flagged` (false without a score) and `p_value` (null without), from its `score`,
-    which must be of the calibration's window, layers and model."""
+def add_verdicts(table: Rows, calibration: Calibration) -> Rows:
+    """A table or batch with two more columns, `flagged` (false without a score) and `p_value` (null without), from its
+    `score`, which must be of the calibration's window, layers and model."""
     scores = table["score"].cast(pa.float64()).to_numpy(zero_copy_only=False)
     verdicts = calibration.apply(scores)
     p_value = pa.array(verdicts.p_value, pa.float64(), mask=np.isnan(verdicts.p_value))
@@ -38,18 +40,24 @@ def add_verdicts(table: pa.Table, calibration: Calibration) -> pa.Table:
 def discoveries(p_values: ArrayLike, rate: float = 0.1) -> NDArray[np.bool_]:
     """The rows of a list of which on average at most a fraction `rate` are benign (Benjamini-Hochberg). NaN is never on
     it, and counts as a row that was looked at."""
-    from scipy.stats import false_discovery_control
-
-    values = np.nan_to_num(np.asarray(p_values, np.float64), nan=1.0)
-    if not values.size:
-        return np.zeros(0, np.bool_)
-    listed: NDArray[np.bool_] = false_discovery_control(values) <= rate
-    return listed
+    values = np.asarray(p_values, np.float64)
+    distinct, counts = np.unique(values[~np.isnan(values)], return_counts=True)
+    last = cutoff(distinct, counts, len(values), rate)
+    return values <= (-1.0 if last is None else last)
 
 
-def drift(scores: ArrayLike, calibration: Calibration) -> Drift | None:
+def cutoff(p_values: NDArray[np.float64], counts: NDArray[np.int64], n: int, rate: float = 0.1) -> float | None:
+    """The highest p-value on that list, of n rows of which so many have each p-value; None where nothing is on it."""
+    order = np.argsort(p_values)
+    ascending = p_values[order]
+    few = ascending * n / np.cumsum(counts[order]) <= rate
+    return float(ascending[few][-1]) if few.any() else None
+
+
+def drift(scores: ArrayLike, calibration: Calibration, what: str = "benign scores") -> Drift | None:
     """How far benign scores, one per distinct prompt, have moved from those that set the threshold (Kolmogorov-Smirnov,
-    two samples). NaN, no score, ranks lowest in both. None where there are none to compare."""
+    two samples). NaN, no score, ranks lowest in both. None where there are none to compare. what: the warning's name
+    for them."""
     from scipy.stats import kstwobign
 
     new = np.sort(np.nan_to_num(np.asarray(scores, np.float64), nan=-np.inf))
@@ -68,10 +76,10 @@ def drift(scores: ArrayLike, calibration: Calibration) -> Drift | None:
     chance = float(kstwobign.sf(distance * np.sqrt(n * known.n / (n + known.n))))
     warning = None
     if chance < _CHANCE and distance > _LARGE:
-        above = float((new > calibration.threshold).mean())
+        flagged = float((new >= calibration.threshold).mean())
         warning = (
-            f"benign scores have moved since the calibration (Kolmogorov-Smirnov distance {distance:.2f}, "
-            f"p {chance:.1g}; {above:.1%} are above the threshold, target {calibration.setting.target_fpr:.1%}): "
+            f"{what} have moved since the calibration (Kolmogorov-Smirnov distance {distance:.2f}, "
+            f"p {chance:.1g}; {flagged:.1%} are flagged, target {calibration.setting.target_fpr:.1%}): "
             "calibrate anew on runs like this one"
         )
     return Drift(distance, chance, warning)

@@ -3,6 +3,9 @@
 Both ends are joined by one socket. The child reads it in a thread of its own, so that neither end ever waits for the
 other to read, and so that a parent that is gone (killed, even) is noticed at once: the child then ends itself and all
 the processes it started. The child leads a process group: Ctrl-C in a terminal reaches the parent only.
+
+Another thread of the child's says now and then that the engine has taken steps, where it has: an engine that hangs is
+as good as dead.
 """
 
 from __future__ import annotations
@@ -13,9 +16,12 @@ import os
 import pickle
 import queue
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +35,9 @@ from headrift.probed_engine import EngineError
 _BATCH = 32
 _MOST_BYTES = 128 << 20
 _SECONDS_TO_END = 20
+# How long an engine that has rows may do nothing: more than the longest step, of a large model on a slow CPU.
+PATIENCE = 900.0
+_SECONDS_BETWEEN_SIGNS = 1.0  # and less where less patience is had
 
 
 class Engine(Protocol):
@@ -41,6 +50,11 @@ class Engine(Protocol):
         """Seconds that it has waited for rows so far."""
         ...
 
+    @property
+    def steps_run(self) -> int:
+        """A count that rises, between answers too, as long as it gets anything done."""
+        ...
+
     def score(self, rows: Iterable[Any]) -> Iterator[Any]:
         """An answer for each row, in order; rows are taken as they are needed."""
         ...
@@ -51,20 +65,25 @@ class Engine(Protocol):
 
 
 class EngineDied(RuntimeError):
-    """The engine's process ended without being asked to. The message says how."""
+    """The engine's process ended without being asked to, or does nothing any more. The message says how."""
 
 
 class Child:
-    """An Engine in a child process, made there by `start`, which must pickle. about, waited: the engine's. verbose: the
-    child shows where errors arose.
+    """An Engine in a child process, made there by `start`, which must pickle. about, waited, steps_run: the engine's,
+    as far as they are known here. verbose: the child shows where errors arose. patience: seconds for which an engine
+    that has rows may take no step and give no answer; it may start for as long as it likes.
 
-    EngineError with what `start` said where it failed; EngineDied, there or later, where the process ended.
+    EngineError with what `start` said where it failed; EngineDied, there or later, where the process ended, or where
+    patience did. It must be closed then.
     """
 
-    def __init__(self, start: Callable[[], Engine], *, verbose: bool = False) -> None:
-        self.waited = 0.0
+    def __init__(self, start: Callable[[], Engine], *, verbose: bool = False, patience: float = PATIENCE) -> None:
+        self.waited, self.steps_run, self._patience = 0.0, 0, patience
         self._connection, far = multiprocessing.Pipe()
-        code = f"from headrift.corpus.child import main; main({far.fileno()}, verbose={verbose})"
+        _limit_blocking(self._connection, patience)
+        between = min(_SECONDS_BETWEEN_SIGNS, patience / 10)
+        options = f"verbose={verbose}, seconds_between_signs={between}"
+        code = f"from headrift.corpus.child import main; main({far.fileno()}, {options})"
         command = [sys.executable, "-P", "-c", code]
         self._process = subprocess.Popen(
             command, pass_fds=[far.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
@@ -72,7 +91,7 @@ class Child:
         far.close()
         try:
             self._send(start)
-            self.about: dict[str, Any] = self._receive("ready")[1]
+            self.about: dict[str, Any] = self._receive("ready", patience=None)[1]
             self._waiting = True  # for rows, and not in the middle of some
         except BaseException:
             self.kill()
@@ -103,16 +122,16 @@ class Child:
                     break
             if answered == sent:
                 continue
-            kind, content = self._receive("answers", "hungry")
+            kind, content = self._receive("answers", "hungry", "steps", patience=self._patience)
             hungry = kind == "hungry"
-            if not hungry:
+            if kind == "answers":
                 self.waited, answers = content
                 for answer in answers:
                     answered += 1
                     yield answer
             while sizes and sizes[0][0] <= answered:
                 under_way -= sizes.popleft()[1]
-        while self._receive("hungry", "end")[0] != "end":
+        while self._receive("hungry", "steps", "end", patience=self._patience)[0] != "end":
             pass
         self._waiting = True
 
@@ -134,15 +153,19 @@ class Child:
         data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
         try:
             self._connection.send_bytes(data)
-        except OSError:
-            raise self._died() from None
+        except OSError as error:
+            raise self._died(error) from None
         return len(data)
 
-    def _receive(self, *wanted: str) -> tuple[str, Any]:
+    def _receive(self, *wanted: str, patience: float | None) -> tuple[str, Any]:
         try:
+            if not self._connection.poll(patience):
+                raise BlockingIOError
             kind, content = pickle.loads(self._connection.recv_bytes())
-        except (EOFError, OSError):
-            raise self._died() from None
+        except (EOFError, OSError) as error:
+            raise self._died(error) from None
+        if kind == "steps":
+            self.steps_run = content
         if kind == "failed":
             raise EngineDied(content)
         if kind == "refused":
@@ -150,7 +173,9 @@ class Child:
         assert kind in wanted, (kind, wanted)
         return kind, content
 
-    def _died(self) -> EngineDied:
+    def _died(self, error: OSError | EOFError) -> EngineDied:
+        if isinstance(error, BlockingIOError):
+            return EngineDied(f"it did nothing for {self._patience:g} s")
         try:
             code = self._process.wait(_SECONDS_TO_END)
         except subprocess.TimeoutExpired:
@@ -161,12 +186,20 @@ class Child:
         return EngineDied(f"it was ended by {signal.Signals(-code).name}{hint}")
 
 
+def _limit_blocking(connection: Connection, seconds: float) -> None:
+    """Have sending and receiving fail with BlockingIOError where the other end stops for so long, all its threads."""
+    limit = struct.pack("ll", *divmod(int(seconds * 1e6), 10**6))
+    with socket.socket(fileno=os.dup(connection.fileno())) as end:
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+
+
 def _kill_group(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
 
 
-def main(handle: int, *, verbose: bool) -> None:
+def main(handle: int, *, verbose: bool, seconds_between_signs: float) -> None:
     """The child: make the engine that the parent sends, then answer streams of rows until told to close."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = Connection(handle)
@@ -183,6 +216,7 @@ def main(handle: int, *, verbose: bool) -> None:
     writer = threading.Thread(target=_write, args=(connection, outgoing), daemon=True)
     writer.start()
     outgoing.put(("ready", engine.about))
+    threading.Thread(target=_give_signs, args=(engine, seconds_between_signs, outgoing), daemon=True).start()
     try:
         while not isinstance(first := incoming.get(), str):
             _answer(engine, first, incoming, outgoing)
@@ -235,6 +269,16 @@ class _Unreadable:
 
     def __call__(self) -> Engine:
         raise self._error
+
+
+def _give_signs(engine: Engine, seconds: float, outgoing: queue.SimpleQueue[Any]) -> None:
+    said = 0
+    while True:
+        time.sleep(seconds)
+        steps = engine.steps_run
+        if steps != said:
+            outgoing.put(("steps", steps))
+            said = steps
 
 
 def _write(connection: Connection, outgoing: queue.SimpleQueue[Any]) -> None:

@@ -1,8 +1,9 @@
-"""A scoring job: inputs to an output folder, through the engine. `headrift score` is this with options around it.
+"""A job: inputs to an output folder, through an engine. `headrift score` is this with options around it.
 
-ScoreJob checks all it can before a model is loaded; then `start` and `run`, in this order. The job's process reads the
-input, writes the output and keeps the journal; the engine runs in a child process, which may die at any moment, as the
-job may: with `resume` a new job goes on where the journal ends.
+What is made of a row, and told in the end, is the job's Kind; all the rest is the same for every kind. ScoreJob checks
+all it can before a model is loaded; then `start` and `run`, in this order. The job's process reads the input, writes
+the output and keeps the journal; the engine runs in a child process, which may die at any moment, as the job may: with
+`resume` a new job goes on where the journal ends.
 """
 
 from __future__ import annotations
@@ -10,52 +11,102 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from headrift import scorer as scoring
-from headrift.corpus import fingerprints, parts, readers, sources
+from headrift.corpus import fingerprints, judging, parts, readers, sources
 from headrift.corpus.child import Child, Engine
 from headrift.corpus.interrupts import Interrupts
 from headrift.corpus.journal import Finished, Journal, JournalError, Lock, has_journal
 from headrift.corpus.reasons import REASONS
 from headrift.corpus.rows import BadRow, Row
-from headrift.corpus.scoring import ScoringEngine, Turned
+from headrift.corpus.scoring import Scoring, Turned
 from headrift.corpus.settings import Settings, check_context, check_together, differences
 from headrift.corpus.shards import rows_per_shard
-from headrift.corpus.summary import SCORE, Summary
 from headrift.corpus.supervisor import Killer, Supervisor
 from headrift.machine import processor
 from headrift.model_facts import ModelFacts, read_model
-from headrift.probed_engine import REGIONS
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from headrift.corpus.ray_workers import RayWorkers
 
 _MAX_DETAIL = 500  # characters: a detail may quote the row
-_TEXT_BYTES = 4096  # a guess at what a row's texts take, for the space a run needs
 # What must be the same in a resumed run of what an engine says of itself.
 _OF_ENGINE = ("dtype", "layers", "heads", "regions", "max_model_len", "chat_template_sha256")
+
+
+class Summary(Protocol):
+    """What is told of a job in the end, from its files. rows: in parts and rejects."""
+
+    @property
+    def rows(self) -> int: ...
+
+    def numbers(self) -> dict[str, Any]:
+        """What run.json says of the rows, by keys of its own."""
+        ...
+
+    def print(self, console: Console, *, rows: int, start_seconds: float, score_seconds: float) -> None:
+        """The closing table. rows: how many the engine answered now, in score_seconds; start_seconds: to start it."""
+        ...
+
+
+class Kind(Protocol):
+    """What is made of a job's rows; scoring.Scoring is one. The engine answers a Row with a record, a dict with what
+    the parts' columns need, or with a Turned, whose reason is in reasons.REASONS; its `about` has what `_OF_ENGINE`
+    names, and recorder_bytes."""
+
+    def asked(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one that was begun, beside Settings: JSON by option, and
+        `command` where that is not score."""
+        ...
+
+    def check(self, context: int | None) -> None:
+        """ValueError where it does not fit a model whose context has so many tokens."""
+        ...
+
+    def engine(self, verbose: bool) -> Callable[[], Engine]:
+        """What makes the engine, in its process: it must pickle."""
+        ...
+
+    def row_bytes(self, model: ModelFacts) -> int:
+        """About what a row takes on disk."""
+        ...
+
+    def files(self, number: int, engine: dict[str, Any]) -> parts.ShardFiles:
+        """The files for a shard's records, in the job's out folder. engine: its `about`."""
+        ...
+
+    def summary(self) -> Any:
+        """The Summary of the finished shards."""
+        ...
+
+    def finish(self, summary: Any, names: Sequence[str]) -> None:
+        """Write what lies beside the parts of a run that is done. names: of the inputs."""
+        ...
 
 
 class ScoreJob:
     """A context manager, and checked on creation: ValueError where the settings cannot be, or the run to resume is one
     of other settings, and nothing was begun but the (empty) out folder.
 
-    resume: go on with the run in the out folder, if there is one. notice: told what the user should know on the way.
-    engine: makes the engine, anywhere; by default a child process with vLLM. notices: what the user should know before
-    it starts. total: rows to score or reject; kept: those in finished shards. done: whether that is all. seconds: what
-    starting and scoring took, and how long of that the engine waited for rows.
+    kind: what is made of a row; by default it is scored. resume: go on with the run in the out folder, if there is one.
+    notice: told what the user should know on the way. engine: makes the engine, anywhere; by default a child process
+    with vLLM. notices: what the user should know before it starts. total: rows to score or reject; kept: those in
+    finished shards. done: whether that is all. seconds: what starting and scoring took, and how long of that the engine
+    waited for rows.
     """
 
     def __init__(
         self,
         settings: Settings,
         *,
+        kind: Kind | None = None,
         resume: bool = False,
         verbose: bool = False,
         notice: Callable[[str], None] = lambda text: None,
@@ -66,11 +117,13 @@ class ScoreJob:
         check_together(settings)
         on_ray = _ray_workers() if settings.engine == "ray" else None
         self.window = scoring.check_settings(settings.steps, settings.window, settings.drop_shallow, settings.drop_deep)
+        self._kind = kind or Scoring(settings)
         self.notices: list[str] = []
         self._sources = sources.find(settings.inputs, settings.labels, settings.columns)
         self._reader = readers.Reader(self._sources, settings.columns)
         model = read_model(settings.model)
         check_context(settings.steps, model.context)
+        self._kind.check(model.context)
         n_rows = None if resume and has_journal(settings.out) else self._count()
         begun = parts.make_folder(settings.out, resume=resume)
         self.seconds = {"start": 0.0, "scoring": 0.0, "engine_waited": 0.0}
@@ -87,21 +140,20 @@ class ScoreJob:
             if self._journal is None:
                 self._identity["rows"] = n_rows
                 self._identity["shard_rows"] = shard_rows or rows_per_shard(self.total)
+            self._differs = self._check_calibration()
             self._check_files()
             self._check_space(model)
         except BaseException:
             self._open.close()
             raise
-        if on_ray is not None:  # the machines of a cluster have other working directories
-            settings = replace(settings, model=settings.model.resolve())
-        make = engine or partial(Child, partial(ScoringEngine, settings, verbose=verbose), verbose=verbose)
+        make = engine or partial(Child, self._kind.engine(verbose), verbose=verbose)
         self._supervisor: Supervisor[Row | BadRow] | RayWorkers[Row | BadRow]
         if on_ray is None:
             self._supervisor = Supervisor(make, _is_wanted, notice)
         else:
-            size, workers = self._identity["shard_rows"], settings.workers
+            size, workers, model_there = self._identity["shard_rows"], settings.workers, settings.model.resolve()
             self._supervisor = on_ray(
-                make, _is_wanted, notice, model=settings.model, shard_rows=size, workers=workers, verbose=verbose
+                make, _is_wanted, notice, model=model_there, shard_rows=size, workers=workers, verbose=verbose
             )
 
     def __enter__(self) -> ScoreJob:
@@ -128,7 +180,7 @@ class ScoreJob:
     def _identified(self) -> dict[str, Any]:
         """What makes this run's rows, numbers and columns: a resumed run must have the same."""
         return {
-            "settings": self.settings.of_run(str(self.window)),
+            "settings": {**self.settings.of_run(str(self.window)), **self._kind.asked()},
             "inputs": [source.fingerprint() for source in self._sources],
             "model": fingerprints.model_fingerprint(self.settings.model),
             "engine": None,
@@ -178,12 +230,13 @@ class ScoreJob:
             raise readers.InputError(f"{what} in {names}: there is nothing to score")
         return total
 
+    def _check_calibration(self) -> list[str]:
+        """How the calibration's model differs, if there is one; CalibrationError where it does and must not."""
+        calibration, anyway = self.settings.calibration, self.settings.calibration_anyway
+        return [] if calibration is None else judging.check(calibration, self._identity, anyway=anyway)
+
     def _check_space(self, model: ModelFacts) -> None:
-        steps, layers, heads = self.settings.steps + 1, model.layers or 0, model.heads or 0
-        row = 4 * steps * layers + 512
-        row += 2 * steps * layers * heads * ("shares" in self.settings.save)
-        row += 4 * steps * layers * heads * (len(REGIONS) + 1) * ("mass" in self.settings.save)
-        row += _TEXT_BYTES * ("text" in self.settings.save)
+        row = self._kind.row_bytes(model)
         need, free = row * (self.total - self.kept), shutil.disk_usage(self.settings.out).free
         if need > free:
             room = f"the results may take {need / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free"
@@ -194,21 +247,22 @@ class ScoreJob:
         """Load the model and begin, or go on with, the journal; returns what there is to know of the engine.
 
         EngineError, saying what to do, where the engine cannot start; JournalError where it is not the one that the
-        run was begun with.
+        run was begun with; CalibrationError where it is not one that the calibration is for.
         """
         begun = time.monotonic()
         self._open.enter_context(self._supervisor)
-        engine = self._supervisor.begin()
+        self._engine = engine = self._supervisor.begin()
         same = {name: list(v) if isinstance(v := engine[name], tuple) else v for name in _OF_ENGINE}
         if self._journal is None:
             self._identity |= {"engine": same, "recorder_bytes": engine["recorder_bytes"]}
-            self._journal = self._open.enter_context(Journal(self.settings.out, self._identity))
         else:
             self._identity = {**self._journal.identity, "engine": same}
             self._check_same(self._journal)
-        self._schema = parts.part_schema(
-            self.settings.save, layers=engine["layers"], heads=engine["heads"], regions=engine["regions"]
-        )
+        self._differs = self._check_calibration()
+        if self._differs:
+            self._notice(f"the calibration is for something else and used anyway: {' and '.join(self._differs)} differ")
+        if self._journal is None:
+            self._journal = self._open.enter_context(Journal(self.settings.out, self._identity))
         self.seconds["start"] = time.monotonic() - begun
         return engine
 
@@ -236,16 +290,17 @@ class ScoreJob:
         return self.done
 
     def finish(self) -> None:
-        """Write the figure and then run.json, unless that was done already: a run may be killed at its very end."""
+        """Write what lies beside the parts and then run.json, unless that was done already: a run may be killed at its
+        very end."""
         if parts.status_of_run(self.settings.out) != "done":
             summary = self.summary()
-            self._draw(summary)
+            self._kind.finish(summary, [source.stem for source in self._sources])
             self._write_run("done", summary)
 
-    def summary(self) -> Summary:
-        """The closing table of the finished shards, from their files."""
+    def summary(self) -> Any:
+        """The Summary of the finished shards, of the job's kind."""
         if self._summary is None or self._summary.rows != self.kept:
-            self._summary = Summary.of_folder(self.settings.out, self.window.end)
+            self._summary = self._kind.summary()
         return self._summary
 
     def _stopping(self) -> None:
@@ -261,7 +316,7 @@ class ScoreJob:
         with closing(answers):
             while not self.done and not interrupts.asked:
                 number, rows = len(self._finished), min(size, self.total - self.kept)
-                files = parts.ShardFiles(self.settings.out, number, self._schema)
+                files = self._kind.files(number, self._engine)
                 try:
                     while files.rows < rows:
                         answered = next(answers, None)
@@ -332,23 +387,11 @@ class ScoreJob:
             "engine_restarts": self._supervisor.restarts,
             "seconds": self.seconds,
         }
+        if (calibration := self.settings.calibration) is not None:
+            particulars["calibration"] = judging.particulars(calibration, self._differs)
         if summary is not None:
-            particulars |= {"counts": summary.counts(), "classes": summary.by_class()}
-            particulars["comparisons"] = [comparison.numbers() for comparison in summary.comparisons()]
+            particulars |= summary.numbers()
         parts.write_run(self.settings.out, particulars)
-
-    def _draw(self, summary: Summary) -> None:
-        from headrift.figures import Curve, scores_png
-
-        curves = []
-        for comparison in summary.comparisons()[:1]:
-            shown = {name: of for name, of in comparison.measures.items() if name != "answer length"}
-            curves = [Curve(name, of.fpr, of.tprs, of.auroc, of.grid, of.band) for name, of in shown.items()]
-            assert curves[0].name == SCORE
-        window = f"steps {self.window.start} to {self.window.end}"
-        names = ", ".join(source.stem for source in self._sources[:3]) + (", ..." if len(self._sources) > 3 else "")
-        title = f"{names} on {self.settings.model.name}, {window}{summary.sampled}"
-        scores_png(self.settings.out / "scores.png", summary.by_category(), curves, title=title)
 
 
 def _is_wanted(row: Row | BadRow) -> bool:

@@ -10,8 +10,9 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ _SHAPES = {
 _REJECTS = pa.schema({"source": _STRING, "row": pa.int64(), "id": _STRING, "reason": _STRING, "detail": _STRING})
 
 Record = dict[str, Any]
+Complete = Callable[[pa.RecordBatch], pa.RecordBatch]
 
 
 class OutputError(ValueError):
@@ -110,6 +112,11 @@ def part_schema(save: Sequence[str], *, layers: int, heads: int, regions: Sequen
     return pa.schema(kinds, metadata={b"headrift": json.dumps(about).encode()})
 
 
+def columns_of(names: Iterable[str]) -> dict[str, pa.DataType]:
+    """Columns that every part of a scoring run has, with their types."""
+    return {name: _COLUMNS[name] for name in names}
+
+
 def columns(save: Sequence[str]) -> list[str]:
     """The names of the parts' columns (see part_schema)."""
     return list(_kinds(save))
@@ -125,8 +132,9 @@ def _kinds(save: Sequence[str]) -> dict[str, pa.DataType]:
     return kinds
 
 
-def record_of(row: Row, result: ScoreResult) -> Record:
-    """A result as the columns of a part, the ones that --save adds among them; arrays are flattened, step 0 first."""
+def record_of(row: Row, result: ScoreResult, *, replay: bool = False) -> Record:
+    """A result as the columns of a part, the ones that --save adds among them; arrays are flattened, step 0 first.
+    replay: whether the logged answer was scored."""
     named = {name: getattr(result, name) for name in _COLUMNS if hasattr(result, name)}
     stats, heads, mass = result.logit_stats, result.focus_heads, result.mass
     return named | {
@@ -135,7 +143,7 @@ def record_of(row: Row, result: ScoreResult) -> Record:
         "row": row.row,
         "label": row.label,
         "category": row.category,
-        "group": group_of(row.prompt),
+        "group": group_of(row.prompt, replay=replay),
         "instability": result.instability.ravel(),
         "shares": result.shares.astype(np.float16).ravel(),
         "mass": None if mass is None else mass.ravel(),
@@ -146,16 +154,50 @@ def record_of(row: Row, result: ScoreResult) -> Record:
     }
 
 
-def group_of(prompt: Prompt) -> str:
-    """16 hex digits that rows with the same text share, whatever its case, spacing and Unicode form.
+def group_of(prompt: Prompt, *, replay: bool = False) -> str:
+    """16 hex digits that prompts share which differ in nothing but the system prompt, case, spacing and Unicode form.
 
-    Of the prompt, of all user texts where it is given as messages, or of the token ids.
+    Of the prompt, of all messages after the leading system ones (roles, texts, tool calls but their ids), or of the
+    token ids outside the system region. replay: a last assistant message that is the logged answer is no part of it.
     """
-    texts = [text_of(prompt)]
-    if prompt.messages is not None:
-        texts = [_content(message.get("content")) for message in prompt.messages if message.get("role") == "user"]
-    normalised = " ".join(unicodedata.normalize("NFKC", "\n".join(texts)).casefold().split())
-    return hashlib.sha256(normalised.encode()).hexdigest()[:16]
+    if prompt.token_ids is not None:
+        start, end = prompt.regions.get("system", (0, 0))
+        content = json.dumps([*prompt.token_ids[:start], *prompt.token_ids[end:]])
+    elif prompt.messages is not None:
+        turns = [_turn(message) for message in dropwhile(_is_system, prompt.messages)]
+        if replay and prompt.response is None and prompt.response_ids is None and turns[-1][0] == "assistant":
+            turns.pop()
+        only_user = len(turns) == 1 and turns[0][0] == "user"  # the same as a prompt that is given as a text
+        content = turns[0][1] if only_user else json.dumps(turns, ensure_ascii=False)
+    else:
+        content = _normalised(prompt.prompt or "")
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _is_system(message: Mapping[str, Any]) -> bool:
+    return message.get("role") in ("system", "developer")
+
+
+def _turn(message: Mapping[str, Any]) -> list[str]:
+    """Role, text, and of each tool call its name and arguments, of a message that is known to be well formed."""
+    content = message.get("content")
+    text = content if isinstance(content, str) else "\n".join(part["text"] for part in content or [])
+    functions = [call["function"] for call in message.get("tool_calls") or []]
+    calls = [_normalised(f"{of['name']} {_arguments(of.get('arguments'))}") for of in functions]
+    return [str(message.get("role")), _normalised(text), *calls]
+
+
+def _arguments(given: Any) -> str:
+    """A call's arguments, an object or a JSON text, as one text."""
+    try:
+        given = json.loads(given) if isinstance(given, str) else given
+    except ValueError:
+        pass
+    return json.dumps(given, sort_keys=True, ensure_ascii=False)
+
+
+def _normalised(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def text_of(prompt: Prompt) -> str:
@@ -163,11 +205,6 @@ def text_of(prompt: Prompt) -> str:
     if prompt.prompt is not None:
         return prompt.prompt
     return json.dumps(prompt.messages if prompt.messages is not None else prompt.token_ids, ensure_ascii=False)
-
-
-def _content(content: Any) -> str:
-    """The text of a message that is known to be well formed: a text, or a list of text parts."""
-    return content if isinstance(content, str) else "\n".join(part["text"] for part in content or [])
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,13 +220,14 @@ class Sizes:
 class ShardFiles:
     """Writes a shard's rows: part-<number>.parquet and rejects-<number>.parquet, neither without rows.
 
-    folder: must exist. schema: of part_schema. OSError where the disk fails. Until `publish` nothing is there under
+    folder: must exist. schema: of the records that are added, as part_schema makes it. complete: adds columns to them,
+    a batch at a time, before they are written. OSError where the disk fails. Until `publish` nothing is there under
     these names; `discard` drops what was added.
     """
 
-    def __init__(self, folder: Path, number: int, schema: pa.Schema) -> None:
+    def __init__(self, folder: Path, number: int, schema: pa.Schema, complete: Complete = lambda batch: batch) -> None:
         self._folder = folder
-        self._part = _File(folder / f"part-{number:05d}.parquet", schema)
+        self._part = _File(folder / f"part-{number:05d}.parquet", schema, complete)
         self._rejects = _File(folder / f"rejects-{number:05d}.parquet", _REJECTS)
 
     def add(self, record: Record) -> None:
@@ -220,8 +258,8 @@ class ShardFiles:
 class _File:
     """A Parquet file to be; no row, no file."""
 
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self._path, self._schema = path, schema
+    def __init__(self, path: Path, schema: pa.Schema, complete: Complete = lambda batch: batch) -> None:
+        self._path, self._schema, self._complete = path, schema, complete
         self._temporary = path.with_name(f".{path.name}.tmp")
         self.rows = 0
         self._n_bytes = 0  # of the rows that wait
@@ -257,10 +295,11 @@ class _File:
     def _flush(self) -> None:
         if not self._waiting:
             return
-        if self._writer is None:
-            self._writer = pq.ParquetWriter(self._temporary, self._schema, compression="zstd")
         columns = [_column([record[field.name] for record in self._waiting], field.type) for field in self._schema]
-        self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
+        batch = self._complete(pa.record_batch(columns, schema=self._schema))
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self._temporary, batch.schema, compression="zstd")
+        self._writer.write_batch(batch)
         self._waiting, self._n_bytes = [], 0
 
 

@@ -36,6 +36,7 @@ _BATCH = 64
 # scored and wait for an earlier one are among them.
 _PER_ACTOR, _UNDER_WAY = 2, 3
 _MOST_LOST = 20  # actors, with no shard finished in between
+_MOST_FAILED_STARTS = 3  # in a row, of actors that are replaced
 
 R = TypeVar("R")
 
@@ -139,7 +140,7 @@ class RayWorkers(Generic[R]):
         self._states: dict[_Worker, _State] = {}
         self._about: dict[str, Any] | None = None
         self._expected: dict[str, Any] = {}  # of every worker, by what a user calls it
-        self._lost = self._lost_in_a_row = 0
+        self._lost = self._lost_in_a_row = self._failed_starts = 0
         self._connected = False
 
     def __enter__(self) -> RayWorkers[R]:
@@ -243,7 +244,9 @@ class RayWorkers(Generic[R]):
                     raise
                 self._drop(worker, str(error.cause))
             except RayError as error:
-                if ref in starting:  # it would again: headrift is not installed there, for one
+                self._failed_starts += ref in starting
+                if ref in starting and self._failed_starts > _MOST_FAILED_STARTS:
+                    # The next would not either: headrift is not installed there, for one.
                     self._drop(worker, f"it did not start: {_last_line(error)}")
                 else:
                     self._replace(worker, error)
@@ -288,7 +291,7 @@ class RayWorkers(Generic[R]):
 
     def _welcome(self, worker: _Worker, name: str, about: dict[str, Any], described: dict[str, Any]) -> None:
         """A worker is ready: it has to score as the first one does, and with what this machine has."""
-        worker.name, worker.ready = name, None
+        worker.name, worker.ready, self._failed_starts = name, None, 0
         different = [what for what, value in self._expected.items() if described[what] != value]
         if different:
             self._drop(worker, f"its {' and '.join(different)} differ from this machine's or other workers'")
@@ -304,7 +307,8 @@ class RayWorkers(Generic[R]):
                 f"{_MOST_LOST} workers were lost and no shard was finished in between: {_last_line(error)}"
             )
         self._remove(worker)
-        self._notice(f"a worker on {worker.name} was lost; its shards go to others")
+        when = "while it started" if worker.ready is not None else "and its shards go to others"
+        self._notice(f"a worker on {worker.name} was lost {when}; another one is started")
         self._start()
 
     def _drop(self, worker: _Worker, why: str) -> None:

@@ -1,24 +1,99 @@
-"""The engine of a scoring job, in the process that the job gives it: rows in, the parts' records out."""
+"""What a scoring job makes of its rows: the engine, in the process that the job gives it; the parts; the closing table.
+
+Scoring is what the job is told of all this, in its own process (see job.Kind).
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from headrift import scorer as scoring
-from headrift.corpus.parts import Record, columns, record_of
+from headrift.calibration.verdicts import add_verdicts
+from headrift.corpus.child import Engine
+from headrift.corpus.parts import Record, ShardFiles, columns, part_schema, record_of
 from headrift.corpus.rows import Row
-from headrift.corpus.settings import Settings, check_context
-from headrift.probed_engine import EngineError
+from headrift.corpus.settings import WITH_MASS, Settings, check_context
+from headrift.corpus.summary import SCORE, Summary
+from headrift.model_facts import ModelFacts
+from headrift.probed_engine import REGIONS, EngineError
 from headrift.vllm_plugin.plugin import RefusedError
 
 if TYPE_CHECKING:
-    from headrift.scorer import Prompt, Scorer
+    from headrift.scorer import Prompt, Scorer, ScoreResult
+
+
+TEXT_BYTES = 4096  # a guess at what a row's texts take, for the space a run needs
+
+
+class Scoring:
+    """`headrift score`, as a kind of job (see job.Kind). settings: those of the job."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._asked = settings
+        self._window = scoring.check_settings(
+            settings.steps, settings.window, settings.drop_shallow, settings.drop_deep
+        )
+
+    def asked(self) -> dict[str, Any]:
+        """What a resumed run must have in common beside Settings: nothing."""
+        return {}
+
+    def check(self, context: int | None) -> None:
+        """What there is to check beside Settings: nothing."""
+
+    def engine(self, verbose: bool) -> Callable[[], Engine]:
+        """What makes the engine, in its process."""
+        return partial(ScoringEngine, travelling(self._asked), verbose=verbose)
+
+    def row_bytes(self, model: ModelFacts) -> int:
+        """About what a row takes on disk."""
+        save, steps, layers, heads = self._asked.save, self._asked.steps + 1, model.layers or 0, model.heads or 0
+        row = 4 * steps * layers + 512
+        row += 2 * steps * layers * heads * ("shares" in save)
+        row += 4 * steps * layers * heads * (len(REGIONS) + len(WITH_MASS)) * ("mass" in save)
+        return row + TEXT_BYTES * ("text" in save)
+
+    def files(self, number: int, engine: dict[str, Any]) -> ShardFiles:
+        """A shard's files, for the records that the engine makes; with a calibration its columns are added."""
+        asked, shape = self._asked, {name: engine[name] for name in ("layers", "heads", "regions")}
+        schema = part_schema(asked.save, **shape)
+        if asked.calibration is None:
+            return ShardFiles(asked.out, number, schema)
+        return ShardFiles(asked.out, number, schema, partial(add_verdicts, calibration=asked.calibration))
+
+    def summary(self) -> Summary:
+        """The closing table of the finished shards, from their files."""
+        return Summary.of_folder(self._asked.out, self._window.end, self._asked.calibration)
+
+    def finish(self, summary: Summary, names: Sequence[str]) -> None:
+        """Draw scores.png and, with a calibration, write the list of what it finds. names: of the inputs."""
+        from headrift.figures import Curve, scores_png
+
+        curves = []
+        for comparison in summary.comparisons()[:1]:
+            shown = {name: of for name, of in comparison.measures.items() if name != "answer length"}
+            curves = [Curve(name, of.fpr, of.tprs, of.auroc, of.grid, of.band) for name, of in shown.items()]
+            assert curves[0].name == SCORE
+        inputs = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        window = f"steps {self._window.start} to {self._window.end}"
+        title = f"{inputs} on {self._asked.model.name}, {window}{summary.sampled}"
+        scores_png(self._asked.out / "scores.png", summary.by_category(), curves, title=title)
+        if summary.judged is not None:
+            summary.judged.write_list()
+
+
+def travelling(asked: Settings) -> Settings:
+    """Settings as an engine's process gets them, on another machine even."""
+    # The calibration is applied to what comes back; the machines of a cluster have other working directories.
+    model = asked.model.resolve() if asked.engine == "ray" else asked.model
+    return replace(asked, calibration=None, model=model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +108,20 @@ class ScoringEngine:
     """A scorer as the settings want it (see child.Engine): rows in, a record of the parts or a Turned out for each.
 
     about: dtype, layers, heads, regions, max_model_len and recorder_bytes of the engine, and the chat template's hash.
-    EngineError, RefusedError and ValueError, saying what to do, where it cannot be.
+    max_new_tokens, stop_if: as Scorer has them. EngineError, RefusedError and ValueError, saying what to do, where it
+    cannot be.
     """
 
-    def __init__(self, asked: Settings, *, verbose: bool = False) -> None:
+    def __init__(
+        self,
+        asked: Settings,
+        *,
+        verbose: bool = False,
+        max_new_tokens: int | None = None,
+        stop_if: Callable[[ScoreResult], bool] | None = None,
+    ) -> None:
         self._asked, self._columns = asked, columns(asked.save)
-        self.scorer = _scorer(asked, verbose)
+        self.scorer = _scorer(asked, verbose=verbose, max_new_tokens=max_new_tokens, stop_if=stop_if)
         try:
             self.about = self._described()
         except BaseException:
@@ -49,6 +132,11 @@ class ScoringEngine:
     def waited(self) -> float:
         """Seconds in which the engine waited for rows to be read, rendered and tokenised."""
         return self.scorer.seconds_waited
+
+    @property
+    def steps_run(self) -> int:
+        """Steps that the engine has run."""
+        return self.scorer.engine.steps_run
 
     def _described(self) -> dict[str, Any]:
         scorer, engine = self.scorer, self.scorer.engine
@@ -73,17 +161,20 @@ class ScoringEngine:
         for result in self.scorer.score(prompts(), replay=self._asked.replay):
             row = taken.popleft()
             if isinstance(result, scoring.ScoreResult):
-                record = record_of(row, result)
-                yield {name: record[name] for name in self._columns}
+                yield self._record(row, result)
             else:
                 yield Turned(result.reason, result.detail)
+
+    def _record(self, row: Row, result: ScoreResult) -> Record:
+        record = record_of(row, result, replay=self._asked.replay)
+        return {name: record[name] for name in self._columns}
 
     def close(self) -> None:
         """Stop the engine."""
         self.scorer.close()
 
 
-def _scorer(asked: Settings, verbose: bool) -> Scorer:
+def _scorer(asked: Settings, **more: Any) -> Scorer:
     window = scoring.check_settings(asked.steps, asked.window, asked.drop_shallow, asked.drop_deep)
     try:
         return scoring.Scorer(
@@ -95,11 +186,11 @@ def _scorer(asked: Settings, verbose: bool) -> Scorer:
             drop_deep=asked.drop_deep,
             logit_stats=asked.logit_stats,
             keep_mass="mass" in asked.save,
-            regions=("tool", *asked.regions) if "mass" in asked.save else asked.regions,
+            regions=(*WITH_MASS, *asked.regions) if "mass" in asked.save else asked.regions,
             attention_backend=asked.attention_backend,
             engine_args={} if asked.dtype == "auto" else {"dtype": asked.dtype},
-            verbose=verbose,
             prepare_workers=None,
+            **more,
         )
     except RefusedError:
         raise

@@ -6,31 +6,44 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from headrift import signal
 from headrift.corpus.shards import Selection
 from headrift.probed_engine import REGIONS
+from headrift.signal import Window
 
-MAX_REGIONS = 8
-_OPTIONS = {"columns": "column", "regions": "region"}  # that are called otherwise on the command line
+if TYPE_CHECKING:
+    from headrift.calibration.record import Calibration
+
+STEPS = 12
+WITH_MASS = ("tool", "bos")  # regions that --save mass adds
+MAX_REGIONS = 8  # that the recorder takes
+_OPTIONS = {
+    "columns": "column",
+    "regions": "region",
+    "fail_terms": "fail-term",
+}  # that are called otherwise on the command line
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What `headrift score` is asked for. labels: one per input. save: kinds of parts.part_schema. regions: names that
-    rows with token ids may use beside system, user and tool. redact: write no prompt and no answer anywhere. selection:
-    the rows to score. columns: for keys of a row that an input calls otherwise, its name there. engine: local, or ray:
-    on a Ray cluster; workers: how many engines are there, None for what suits the cluster."""
+    """What `headrift score` is asked for. labels: one per input. save: kinds of parts.part_schema. regions: names
+    that rows with token ids may use beside system, user, tool and bos. redact: write no prompt and no answer
+    anywhere. selection: the rows to score. columns: for keys of a row that an input calls otherwise, its name there.
+    engine: local, or ray: on a Ray cluster; workers: how many engines are there, None for what suits the cluster.
+    calibration: what scores are judged by, in its window and layers (see window_of); calibration_anyway: also where
+    it is for another model."""
 
     inputs: tuple[str, ...]
     model: Path
     out: Path
     labels: tuple[str, ...] | None = None
     system_prompt: str | None = None
-    steps: int = 12
+    steps: int = STEPS
     window: str | None = None
-    drop_shallow: float = 0.25
-    drop_deep: float = 0.15
+    drop_shallow: float = signal.DROP_SHALLOW
+    drop_deep: float = signal.DROP_DEEP
     replay: bool = False
     save: tuple[str, ...] = ()
     regions: tuple[str, ...] = ()
@@ -42,6 +55,8 @@ class Settings:
     attention_backend: str = "auto"
     engine: str = "local"
     workers: int | None = None
+    calibration: Calibration | None = None
+    calibration_anyway: bool = False
 
     def of_run(self, window: str) -> dict[str, Any]:
         """All that makes numbers, rows and columns, as run.json has it; the same for the same results."""
@@ -67,7 +82,41 @@ class Settings:
             "columns": dict(self.columns),
             "dtype": self.dtype,
             "attention_backend": self.attention_backend,
+            "calibration": None if self.calibration is None else self.calibration.sha256,
         }
+
+
+def window_of(
+    calibration: Calibration | None,
+    *,
+    steps: int | None = None,
+    window: str | None = None,
+    drop_shallow: float | None = None,
+    drop_deep: float | None = None,
+) -> dict[str, Any]:
+    """The Settings for the steps to record, window and trims, where None was not asked for: what the calibration is
+    for, with no fewer steps than usual, or without one the defaults. ValueError where the calibration is for another
+    window or other trims than were asked for, or needs more steps."""
+    if calibration is None:
+        asked = {"steps": steps, "window": window, "drop_shallow": drop_shallow, "drop_deep": drop_deep}
+        return {name: value for name, value in asked.items() if value is not None}
+    own = {"window": calibration.window, "drop_shallow": calibration.drop_shallow, "drop_deep": calibration.drop_deep}
+    given = {
+        "window": None if window is None else str(Window.parse(window)),
+        "drop_shallow": drop_shallow,
+        "drop_deep": drop_deep,
+    }
+    for name, value in given.items():
+        if value not in (None, own[name]):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} {value}: the --calibration is for {option} {own[name]}: leave {option} out")
+    end = Window.parse(calibration.window).end
+    if steps is not None and steps < end:
+        raise ValueError(
+            f"--steps {steps} ends before the calibration's window does, {calibration.window}: "
+            f"leave --steps out, or give at least {end}"
+        )
+    return {**own, "steps": max(STEPS, end) if steps is None else steps}
 
 
 def check_together(settings: Settings) -> None:
@@ -76,20 +125,27 @@ def check_together(settings: Settings) -> None:
         raise ValueError("--replay computes no logits of the steps: leave out --logit-stats and --save entropy")
     if settings.redact and "text" in settings.save:
         raise ValueError("--redact keeps prompts and answers out and --save text keeps them: leave one out")
+    if settings.calibration is not None:
+        window = settings.window or f"1:{settings.steps}"
+        trims = {"drop_shallow": settings.drop_shallow, "drop_deep": settings.drop_deep}
+        window_of(settings.calibration, steps=settings.steps, window=window, **trims)
+    elif settings.calibration_anyway:
+        raise ValueError("--calibration-anyway goes with --calibration: name the file, or leave it out")
     if settings.workers is not None and settings.engine != "ray":
         raise ValueError("--workers is the number of engines on a Ray cluster: it goes with --engine ray")
-    names = {*REGIONS, "tool", *settings.regions}
+    names = {*REGIONS, *WITH_MASS, *settings.regions}
     if "" in settings.regions or len(names) > MAX_REGIONS:
         raise ValueError(
-            f"--region names a region, and with {', '.join(REGIONS)} and tool at most {MAX_REGIONS} can be recorded"
+            f"--region names a region, and with {', '.join((*REGIONS, *WITH_MASS))} at most {MAX_REGIONS} can be "
+            "recorded"
         )
 
 
-def check_context(steps: int, context: int | None) -> None:
-    """ValueError where the steps do not fit a context of so many tokens."""
+def check_context(steps: int, context: int | None, option: str = "steps") -> None:
+    """ValueError where so many steps do not fit a context of so many tokens. option: what they were asked for by."""
     if context is not None and steps + 2 > context:
         raise ValueError(
-            f"--steps {steps} do not fit the model's context of {context} tokens, prompt included: record fewer steps"
+            f"--{option} {steps} do not fit the model's context of {context} tokens, prompt included: give fewer"
         )
 
 
@@ -103,11 +159,19 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _of_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in then.items():
-        if name == "system_prompt_sha256" and now[name] != value:
+    for name in {**then, **now}:  # an earlier version, or another command, may not have had a setting
+        value, is_now = then.get(name), now.get(name)
+        if value == is_now:
+            continue
+        if name == "system_prompt_sha256":
             yield "the system prompt is another one"
-        elif not name.startswith("system_prompt") and now[name] != value:
-            yield f"--{_OPTIONS.get(name, name).replace('_', '-')} was {_shown(value)} and is {_shown(now[name])}"
+        elif name == "command":
+            yield f"it is a run of `headrift {value or 'score'}`"
+        elif name == "calibration":
+            was = "without one" if value is None else "with another one" if is_now is not None else "with one"
+            yield f"--calibration: the run was begun {was}"
+        elif not name.startswith("system_prompt"):
+            yield f"--{_OPTIONS.get(name, name).replace('_', '-')} was {_shown(value)} and is {_shown(is_now)}"
 
 
 def _of_inputs(then: list[dict[str, Any]], now: list[dict[str, Any]]) -> Iterator[str]:

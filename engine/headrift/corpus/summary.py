@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from rich.console import Console
 
+    from headrift.calibration.record import Calibration
+    from headrift.corpus.judging import Judged
+
 HARD = "hard"  # categories of benign prompts that are made to be mistaken for attacks begin so
 SCORE = "score (no score: lowest)"
 SCORED = "score, scored rows only"
@@ -30,7 +33,7 @@ _CLASSES = (*LABELS, None)
 _MAX_CATEGORIES = 1000
 _MOST_OF_CLASS = 20_000  # rows, or distinct prompts, that are kept of a class
 _BATCH = 1 << 16
-_COLUMNS = ["label", "category", "score", "reason", "prompt_tokens", "answer_tokens", "n_steps", "group", "system_hash"]
+COLUMNS = ["label", "category", "score", "reason", "prompt_tokens", "answer_tokens", "n_steps", "group", "system_hash"]
 _OTHER = "(other)"
 
 
@@ -83,35 +86,46 @@ class _Class:
 class Summary:
     """Accumulates one run's rows: `add` for those in the parts, `reject` for the others.
 
-    last_step: the window's last step; an answer without it stopped early.
+    last_step: the window's last step; an answer without it stopped early. judged: what a calibration says of the rows.
     """
 
     def __init__(self, last_step: int = 0) -> None:
         self.no_score: Counter[str] = Counter()
         self.rejects: Counter[str] = Counter()
+        self.judged: Judged | None = None
         self._last_step = last_step
         self._classes = [_Class() for _ in _CLASSES]
         self._category_numbers: dict[str | None, int] = {None: 0}
         self._comparisons: list[Comparison] | None = None
 
     @classmethod
-    def of_folder(cls, folder: Path, last_step: int) -> Summary:
-        """The summary of all parts and rejects in a folder."""
+    def of_folder(cls, folder: Path, last_step: int, calibration: Calibration | None = None) -> Summary:
+        """The summary of all parts and rejects in a folder. calibration: the one that the parts were written with."""
         import pyarrow.parquet as pq
+
+        from headrift.corpus.judging import Judged
 
         summary = cls(last_step)
         for path in sorted(folder.glob("part-*.parquet")):
             with pq.ParquetFile(path) as file:
-                for batch in file.iter_batches(_BATCH, columns=_COLUMNS):
+                for batch in file.iter_batches(_BATCH, columns=COLUMNS):
                     summary.add(batch)
-        for path in sorted(folder.glob("rejects-*.parquet")):
-            for count in pq.read_table(path, columns=["reason"])["reason"].value_counts().to_pylist():
-                summary.reject(count["values"], count["counts"])
+        summary.add_rejects(folder)
+        if calibration is not None:
+            summary.judged = Judged(folder, calibration, summary.prompt_scores())
         return summary
 
+    def add_rejects(self, folder: Path) -> None:
+        """All rejects in a folder."""
+        import pyarrow.parquet as pq
+
+        for path in sorted(folder.glob("rejects-*.parquet")):
+            for count in pq.read_table(path, columns=["reason"])["reason"].value_counts().to_pylist():
+                self.reject(count["values"], count["counts"])
+
     def add(self, batch: pa.RecordBatch) -> None:
-        """Rows of a part, with the columns that parts.part_schema names."""
-        named = {name: batch.column(name) for name in _COLUMNS}
+        """Rows of a part, with COLUMNS as parts.part_schema has them."""
+        named = {name: batch.column(name) for name in COLUMNS}
         labels, scores = named["label"].to_pylist(), named["score"].to_numpy(zero_copy_only=False).astype(np.float64)
         self.no_score.update(reason for reason in named["reason"].to_pylist() if reason is not None)
         classes = np.array([_CLASSES.index(label) for label in labels], np.int8)
@@ -169,8 +183,14 @@ class Summary:
         full = any(of_class.rows.full or of_class.prompts.full for of_class in self._classes)
         return f", from {_MOST_OF_CLASS:,} rows a class" if full else ""
 
+    def numbers(self) -> dict[str, Any]:
+        """The figures for run.json."""
+        found: dict[str, Any] = {"counts": self.counts(), "classes": self.by_class()}
+        found["comparisons"] = [comparison.numbers() for comparison in self.comparisons()]
+        return found | ({} if self.judged is None else {"judged": self.judged.numbers()})
+
     def counts(self) -> dict[str, Any]:
-        """The counts for run.json."""
+        """How many rows there are, have a score, and have none or were rejected, by reason."""
         reasons = {"no_score": dict(self.no_score), "rejected": dict(self.rejects)}
         return {"rows": self.rows, "scored": self.scored, **reasons}
 
@@ -192,6 +212,12 @@ class Summary:
             }
         return found
 
+    def prompt_scores(self) -> dict[str, NDArray[np.float64]]:
+        """Of each class with rows (attack, benign, unlabelled) the scores, NaN for none, of its distinct prompts: rows
+        alike in group and system prompt count once (the first of them)."""
+        named = zip((*LABELS, "unlabelled"), self._classes)
+        return {name: of_class.prompts.in_order("score") for name, of_class in named if of_class.n}
+
     def by_category(self) -> dict[tuple[str, str], NDArray[np.float64]]:
         """The scores, NaN for none, of each class and category that has rows, in order of first appearance."""
         found = {}
@@ -201,6 +227,15 @@ class Summary:
                 of_both = scores[categories == number]
                 if len(of_both):
                     found[label or "unlabelled", category or ""] = of_both
+        return found
+
+    def samples(self) -> dict[str, NDArray[np.int64]]:
+        """Of each class with rows (attack, benign, unlabelled) the rows that stand for its distinct prompts in the
+        comparisons: numbers from 0, in the order in which rows were added."""
+        found = {}
+        for label, of_class in zip(_CLASSES, self._classes, strict=True):
+            if of_class.n:
+                found[label or "unlabelled"] = of_class.prompts.in_order("order").astype(np.int64)
         return found
 
     def comparisons(self) -> list[Comparison]:
@@ -241,6 +276,13 @@ class Summary:
 
     def print(self, console: Console, *, rows: int, start_seconds: float, score_seconds: float) -> None:
         """Print the tables. rows: how many the engine answered now, in score_seconds; start_seconds: to start it."""
+        self.print_counts(console, rows=rows, start_seconds=start_seconds, score_seconds=score_seconds)
+        self._print_comparisons(console)
+        if self.judged is not None:
+            self.judged.print(console)
+
+    def print_counts(self, console: Console, *, rows: int, start_seconds: float, score_seconds: float) -> None:
+        """What became of the rows, and of each class."""
 
         def line(name: str, n: int, more: str = "") -> None:
             console.print(f"{name:<10}{n:>9,}  {more}".rstrip(), markup=False, highlight=False)
@@ -257,6 +299,8 @@ class Summary:
             classes.append((name, f"{of['n']:,}", *fractions, _digits(of["mean"]), _digits(of["median"])))
         if classes:
             print_table(console, ("", "rows", "with score", "stop early", "mean score", "median"), classes)
+
+    def _print_comparisons(self, console: Console) -> None:
         for comparison in self.comparisons():
             console.print()
             n_attack, n_benign = f"{comparison.n_attack:,}", f"{comparison.n_benign:,}"
@@ -270,6 +314,11 @@ class Summary:
         if self.comparisons():
             note = f"Higher counts as attack, repeats count once, no score is never flagged{self.sampled}."
             console.print(f"\n{note}", markup=False, highlight=False)
+
+    def print_warnings(self, console: Console) -> None:
+        """Whether scores have drifted from the calibration's."""
+        if self.judged is not None:
+            self.judged.print_warnings(console)
 
 
 def _numbers(hashes: Iterable[str]) -> NDArray[np.uint64]:

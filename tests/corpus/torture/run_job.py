@@ -1,6 +1,7 @@
 """Runs a scoring job as a process that can be killed: `run_job.py ENGINE INPUT MODEL OUT MARKS PAUSE`.
 
-ENGINE: straw, or vllm. Ends as `headrift score --resume` does: 0 done, 1 the disk or the engine failed, 130 stopped.
+ENGINE: straw, vllm, or small for vllm with shards of a few rows. Ends as `headrift score --resume` does: 0 done, 1 the
+disk or the engine failed, 130 stopped.
 """
 
 import sys
@@ -8,21 +9,22 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from mortal import MortalEngine
 from straw import StrawEngine
 
 from headrift.corpus.child import Child, Engine
 from headrift.corpus.job import ScoreJob
-from headrift.corpus.scoring import ScoringEngine
 from headrift.corpus.settings import Settings
 
-SHARD_ROWS = {"straw": 100, "vllm": 40}
+SHARD_ROWS = {"straw": 100, "vllm": 40, "small": 3}
 
 
 def main(engine: str, given: str, model: str, out: str, marks: str, pause: str) -> int:
     settings = Settings((given,), Path(model), Path(out), system_prompt="Be brief, and be kind.", steps=4)
     make: dict[str, Callable[[], Engine]] = {
         "straw": partial(StrawEngine, Path(marks), float(pause)),
-        "vllm": partial(ScoringEngine, settings),
+        "vllm": partial(MortalEngine, settings),
+        "small": partial(MortalEngine, settings),
     }
     try:
         with ScoreJob(settings, resume=True, engine=partial(Child, make[engine]), shard_rows=SHARD_ROWS[engine]) as job:

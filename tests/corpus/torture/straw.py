@@ -1,5 +1,7 @@
 """An engine of straw for child processes: it scores by arithmetic on the prompt, and dies where a prompt tells it to.
 
+Or it hangs.
+
 The folder it is in must be on PYTHONPATH. Nothing of vLLM, torch or a model is imported.
 """
 
@@ -9,6 +11,7 @@ import hashlib
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -29,14 +32,17 @@ class StrawEngine:
 
     def __init__(self, marks: Path, pause: float = 0.0) -> None:
         self._marks, self._pause = marks, pause
-        self.waited = 0.0
+        self.waited, self.steps_run = 0.0, 0
         template = hashlib.sha256(b"straw").hexdigest()
         self.about: dict[str, Any] = {
             **SHAPE, "max_model_len": 512, "recorder_bytes": 1000, "chat_template_sha256": template, "in_flight": 50,
         }  # fmt: skip
 
     def score(self, rows: Iterable[Row]) -> Iterator[dict[str, Any] | Turned]:
-        """Some rows are turned down, `KILL` ends the process, `KILL ONCE` too where there is no mark of it yet."""
+        """Some rows are turned down, `KILL` ends the process, `KILL ONCE` too where there is no mark of it yet.
+
+        `HANG` goes on for ever, and `STOP` stops the whole process.
+        """
         held: list[Row] = []
         for row in rows:  # up to 20 at a time are in flight, as in an engine
             held.append(row)
@@ -55,6 +61,10 @@ class StrawEngine:
                     os._exit(7)
             elif text.startswith("KILL"):
                 os.kill(os.getpid(), signal.SIGKILL)
+            elif text.startswith("HANG"):
+                threading.Event().wait()
+            elif text.startswith("STOP"):
+                os.kill(os.getpid(), signal.SIGSTOP)
         for row in rows:
             time.sleep(self._pause)
             yield self._answer(row)
@@ -77,6 +87,30 @@ class StrawEngine:
 
     def close(self) -> None:
         """There is nothing to give back."""
+
+
+class SlowEngine(StrawEngine):
+    """Takes many steps before its first answer. moves: they are seen in its count."""
+
+    def __init__(self, marks: Path, steps: int, pause: float, moves: bool) -> None:
+        super().__init__(marks)
+        self._steps, self._between, self._moves = steps, pause, moves
+
+    def score(self, rows: Iterable[Row]) -> Iterator[dict[str, Any] | Turned]:
+        """As its kind, once all steps are taken."""
+        held = list(rows)
+        for _ in range(self._steps):
+            time.sleep(self._between)
+            self.steps_run += self._moves
+        yield from super().score(held)
+
+
+class WordyEngine(StrawEngine):
+    """Its answers are longer than what a socket holds."""
+
+    def _answer(self, row: Row) -> dict[str, Any] | Turned:
+        answer = super()._answer(row)
+        return answer | {"text": "x" * 10**6} if isinstance(answer, dict) else answer
 
 
 class BrokenEngine:

@@ -1,0 +1,149 @@
+"""What a gate makes of its rows: answers, and `[blocked]` for those whose score is at or above the threshold.
+
+An answer is scored while it is made: the request decodes through the calibration's window, is stopped there where it is
+blocked, and else answers on. Gating is what the job is told of all this (see job.Kind).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from headrift.calibration.verdicts import add_verdicts
+from headrift.corpus.child import Engine
+from headrift.corpus.gate_summary import GateSummary
+from headrift.corpus.parts import Record, ShardFiles, columns_of, record_of
+from headrift.corpus.rows import Row
+from headrift.corpus.scoring import TEXT_BYTES, ScoringEngine, travelling
+from headrift.corpus.settings import Settings, check_context
+from headrift.fail_terms import FailTerms
+from headrift.model_facts import ModelFacts
+from headrift.scorer import ScoreResult, check_settings
+
+if TYPE_CHECKING:
+    pass
+
+BLOCKED = "[blocked]"
+_BEFORE = ("id", "source", "row", "label", "category", "group", "system_hash")
+_AFTER = ("score", "reason", "n_steps", "n_scored", "prompt_tokens", "system_tokens", "answer_tokens", "flags")
+
+
+class OnNull(StrEnum):
+    """What becomes of an answer without a score."""
+
+    BLOCK = "block"
+    PASS = "pass"
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What `headrift gate` is asked for beside Settings. max_new_tokens: of an answer. fail_terms: see FailTerms.
+    on_null: None to block an answer without a score unless it is empty. compare_ungated: also what would have been
+    answered: nothing is stopped."""
+
+    max_new_tokens: int = 160
+    fail_terms: tuple[str, ...] = ()
+    on_null: OnNull | None = None
+    compare_ungated: bool = False
+
+    def blocks(self, result: ScoreResult, threshold: float) -> bool:
+        """Whether an answer is held back."""
+        if result.score is not None:
+            return result.score >= threshold
+        if self.on_null is None:
+            return bool(result.text.strip())
+        return self.on_null is OnNull.BLOCK
+
+
+class Gating:
+    """`headrift gate`, as a kind of job (see job.Kind). settings: those of the job, with a calibration.
+
+    ValueError where gate and settings contradict each other.
+    """
+
+    def __init__(self, settings: Settings, gate: Gate) -> None:
+        assert settings.calibration is not None
+        self._asked, self._gate, self._calibration = settings, gate, settings.calibration
+        self._window = check_settings(settings.steps, settings.window, settings.drop_shallow, settings.drop_deep)
+        FailTerms(gate.fail_terms)
+        if gate.max_new_tokens <= settings.steps:
+            raise ValueError(
+                f"--max-new-tokens {gate.max_new_tokens} is no more than the steps that decide, {settings.steps}: give "
+                f"at least {settings.steps + 1}"
+            )
+        if gate.compare_ungated and not gate.fail_terms:
+            raise ValueError(
+                "--compare-ungated counts answers that should not have been given: name what gives them away with "
+                "--fail-term"
+            )
+
+    def asked(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one that was begun, beside Settings."""
+        return {"command": "gate", **asdict(self._gate), "fail_terms": list(self._gate.fail_terms)}
+
+    def check(self, context: int | None) -> None:
+        """ValueError where an answer does not fit a context of so many tokens."""
+        check_context(self._gate.max_new_tokens, context, "max-new-tokens")
+
+    def engine(self, verbose: bool) -> Callable[[], Engine]:
+        """What makes the engine, in its process."""
+        return partial(
+            GateEngine,
+            travelling(self._asked),
+            verbose=verbose,
+            gate=self._gate,
+            threshold=self._calibration.threshold,
+        )
+
+    def row_bytes(self, model: ModelFacts) -> int:
+        """About what a row takes on disk."""
+        return 512 + TEXT_BYTES * (not self._asked.redact)
+
+    def files(self, number: int, engine: dict[str, Any]) -> ShardFiles:
+        """A shard's files, for the records that the engine makes; the calibration's columns are added."""
+        schema = _schema(self._gate, redact=self._asked.redact)
+        return ShardFiles(self._asked.out, number, schema, partial(add_verdicts, calibration=self._calibration))
+
+    def summary(self) -> GateSummary:
+        """The closing table of the finished shards, from their files."""
+        return GateSummary(self._asked.out, self._window.end, self._calibration, compared=self._gate.compare_ungated)
+
+    def finish(self, summary: GateSummary, names: Sequence[str]) -> None:
+        """Write what lies beside the parts: nothing."""
+
+
+class GateEngine(ScoringEngine):
+    """A scorer that answers, and holds back what the gate blocks: rows in, a record or a Turned out for each."""
+
+    def __init__(self, asked: Settings, *, verbose: bool = False, gate: Gate, threshold: float) -> None:
+        self._gate, self._threshold, self._terms = gate, threshold, FailTerms(gate.fail_terms)
+        stop_if = None if gate.compare_ungated else partial(Gate.blocks, gate, threshold=threshold)
+        super().__init__(asked, verbose=verbose, max_new_tokens=gate.max_new_tokens, stop_if=stop_if)
+        self._columns = _schema(gate, redact=asked.redact).names
+
+    def _record(self, row: Row, result: ScoreResult) -> Record:
+        blocked = self._gate.blocks(result, self._threshold)
+        text = BLOCKED if blocked else result.text
+        terms = self._terms if self._gate.fail_terms else None
+        record = record_of(row, result) | {
+            "blocked": blocked,
+            "text": text,
+            "leaked": None if terms is None else not blocked and terms.found(text),
+            "leaked_ungated": None if terms is None else terms.found(result.text),
+        }
+        return {name: record[name] for name in self._columns}
+
+
+def _schema(gate: Gate, *, redact: bool) -> pa.Schema:
+    """Columns of the parts, but those that the calibration adds."""
+    added: dict[str, pa.DataType] = {"blocked": pa.bool_(), "text": pa.string(), "leaked": pa.bool_()}
+    if redact:
+        del added["text"]
+    if gate.compare_ungated:
+        added["leaked_ungated"] = pa.bool_()
+    return pa.schema({**columns_of(_BEFORE), **added, **columns_of(_AFTER)})

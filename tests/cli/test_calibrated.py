@@ -1,0 +1,341 @@
+"""`headrift score --calibration`: what it adds, what it refuses and when, and one real run."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+import headrift.corpus.job
+import headrift.scorer
+from headrift import Calibration
+from headrift.calibration.verdicts import discoveries
+from headrift.cli import app
+
+SYSTEM = "Be brief."
+KINDS = (("Break", "attack", 20), ("Tell me about", "benign", 80))
+
+
+def rows(*kinds, **others) -> list[dict]:
+    """Prompts, some of which come twice."""
+    made = [
+        {"prompt": f"{word} {n}" + " again" * (n % 3), "label": label, **others}
+        for word, label, many in kinds or KINDS
+        for n in range(many)
+    ]
+    return made + made[:5] + made[-5:]
+
+
+def headrift_(*arguments: object):
+    return CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "80"})
+
+
+def read(folder: Path, stem: str = "part") -> list[dict]:
+    return [row for path in sorted(folder.glob(f"{stem}-*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def straw_scores(*options: object, out: str, model: Path):
+    return headrift_("score", "in.jsonl", "--model", model, "--out", out, *options)
+
+
+@pytest.fixture(scope="module")
+def begun(straw, tmp_path_factory) -> Path:
+    """A folder with an input, a run of it (an engine of straw) and its calibration, c.json."""
+    folder = tmp_path_factory.mktemp("begun")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(headrift.corpus.job, "Child", lambda start, verbose: start())
+        patch.setattr(headrift.scorer, "Scorer", lambda *args, **settings: straw)
+        Path("in.jsonl").write_text("\n".join(map(json.dumps, rows())))
+        done = straw_scores("--steps", 4, out="plain", model=Path(straw.model))
+        assert done.exit_code == 0, done.output
+        done = headrift_("calibrate", "plain", "--out", "c.json", "--window", "1:4", "--resamples", 0)
+        assert done.exit_code == 0, done.output
+    return folder
+
+
+@pytest.fixture
+def work(begun, on_straw, tmp_path, monkeypatch):
+    """A copy of that folder, and what scores in there, in shards of 40 rows."""
+    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(headrift.corpus.job, "rows_per_shard", lambda n: 40)
+
+    def score(*options: object, out: str = "out", given: list[dict] | None = None, model: Path = on_straw):
+        if given is not None:
+            Path("in.jsonl").write_text("\n".join(map(json.dumps, given)))
+        return straw_scores(*options, out=out, model=model)
+
+    return SimpleNamespace(score=score, folder=tmp_path, model=on_straw, calibration=Calibration.load("c.json"))
+
+
+def changed(work, name: str = "other.json", **changes) -> str:
+    """The calibration with something changed, `model` in part; the file's name."""
+    model = work.calibration.model.model_copy(update=changes.pop("model", {}))
+    work.calibration.model_copy(update={"model": model, **changes}).save(name)
+    return name
+
+
+# ------------------------------------------------------------------------------------------------------ what it adds
+
+
+def test_each_row_has_a_verdict_and_nothing_else_changes(work):
+    done = work.score("--calibration", "c.json")
+    assert done.exit_code == 0, done.output
+    plain, judged = read(Path("plain")), read(Path("out"))
+    assert len(list(Path("out").glob("part-*"))) > 2
+    assert [row | {"flagged": None, "p_value": None} for row in plain] == [
+        row | {"flagged": None, "p_value": None} for row in judged
+    ]
+    scores = [row["score"] for row in judged]
+    expected = work.calibration.apply(scores)
+    assert [row["flagged"] for row in judged] == expected.flagged.tolist()
+    np.testing.assert_array_equal([row["p_value"] if row["p_value"] else np.nan for row in judged], expected.p_value)
+    assert None in scores
+    assert all((row["score"] is None) == (row["p_value"] is None) for row in judged)
+    schema = pq.read_schema("out/part-00000.parquet")
+    assert schema.names[-2:] == ["flagged", "p_value"]
+    assert json.loads(schema.metadata[b"headrift"])["layers"] == 6
+
+
+def test_the_run_says_what_is_flagged_by_class_and_distinct_prompt(work):
+    # A lower threshold, so that some are flagged of either class.
+    lower = float(np.nanmedian([row["score"] for row in read(Path("plain")) if row["score"] is not None]))
+    done = work.score("--calibration", changed(work, threshold=lower))
+    assert done.exit_code == 0, done.output
+    run = json.loads(Path("out/run.json").read_text())
+    assert run["settings"] | {"window": "1:4", "drop_shallow": 0.25, "drop_deep": 0.15} == run["settings"]
+    assert (run["calibration"]["threshold"], run["calibration"]["differs"]) == (lower, [])
+    judged = read(Path("out"))
+    for name in ("attack", "benign"):
+        mine = [row for row in judged if row["label"] == name]
+        prompts = {(row["group"], row["system_hash"]): row["flagged"] for row in mine}
+        found = run["judged"]["flagged"][name]
+        assert (found["rows"], found["flagged"]) == (len(mine), sum(row["flagged"] for row in mine))
+        assert (found["prompts"], found["prompts_flagged"]) == (len(prompts), sum(prompts.values()))
+        assert found["rate"] == found["prompts_flagged"] / found["prompts"]
+        assert found["interval"][0] < found["rate"] < found["interval"][1]
+    words = " ".join(done.stdout.split())
+    n = run["judged"]["flagged"]["benign"]
+    assert f"score >= {lower:.6f} rows flagged of prompts 95% interval" in words
+    low, high = n["interval"]
+    assert f"benign (flagged: FPR) {n['rows']} {n['flagged']} {n['rate']:.1%} {low:.1%}-{high:.1%}" in words
+    assert "attack (found: TPR) 25 " in words
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert run["judged"]["drift"]["warning"] is None
+
+
+def test_the_list_is_that_of_benjamini_and_hochberg(work):
+    # Known benign scores far below all others: p-values are small, and the list is long.
+    low = work.calibration.scores.model_copy(update={"values": [of - 0.04 for of in work.calibration.scores.values]})
+    done = work.score("--calibration", changed(work, scores=low))
+    judged, listed = read(Path("out")), pq.read_table("out/flagged-fdr.parquet").to_pylist()
+    p_values = [np.nan if row["p_value"] is None else row["p_value"] for row in judged]
+    expected = [row for row, on in zip(judged, discoveries(p_values)) if on]
+    assert 10 < len(expected) < len(judged)
+    names = ("id", "source", "row", "score", "p_value")
+    assert listed == [{name: row[name] for name in names} for row in expected]
+    assert f"flagged-fdr.parquet has {len(listed)} rows, of which on average at most 10%" in " ".join(
+        done.stdout.split()
+    )
+    run = json.loads(Path("out/run.json").read_text())
+    assert run["judged"]["fdr_list"]["rows"] == len(listed)
+    assert run["judged"]["fdr_list"]["highest_p_value"] == max(row["p_value"] for row in listed)
+    drift = run["judged"]["drift"]
+    assert drift["of"] == "benign"
+    assert drift["warning"].startswith("benign scores have moved since the calibration")
+    assert "Warning: benign scores have moved since the calibration" in done.stdout
+
+
+def test_an_empty_list_says_why(work):
+    done = work.score("--calibration", "c.json")
+    assert pq.read_table("out/flagged-fdr.parquet").num_rows == 0
+    n = work.calibration.scores.n + 1
+    assert (
+        f"flagged-fdr.parquet has 0 rows, {'of which on average at most 10% are benign'}: p-values begin at 1/{n}"
+        in (" ".join(done.stdout.split()))
+    )
+
+
+def test_of_rows_without_a_label_the_warning_says_that_attacks_may_be_among_them(work):
+    low = work.calibration.scores.model_copy(update={"values": [of - 0.04 for of in work.calibration.scores.values]})
+    done = work.score("--calibration", changed(work, scores=low), given=rows(("Tell me about", None, 60)))
+    assert done.exit_code == 0, done.output
+    run = json.loads(Path("out/run.json").read_text())
+    assert set(run["judged"]["flagged"]) == {run["judged"]["drift"]["of"]} == {"unlabelled"}
+    words = " ".join(done.stdout.split())
+    assert "Warning: the scores of rows without a label, whatever attacks are among them, have moved since" in words
+
+
+def test_a_calibrated_run_is_calibrated_on_and_explained_as_any_other(work):
+    assert work.score("--calibration", "c.json").exit_code == 0
+    done = headrift_("calibrate", "out", "--out", "again.json", "--window", "1:4", "--resamples", 0)
+    assert done.exit_code == 0, done.output
+    again = Calibration.load("again.json")
+    same = {"created", "data"}
+    assert again.model_dump(exclude=same) == work.calibration.model_dump(exclude=same)
+    assert headrift_("explain", "out", "--id", read(Path("out"))[1]["id"]).exit_code == 0
+
+
+def test_more_steps_are_recorded_where_the_window_needs_them(work, monkeypatch):
+    asked = {}
+    straw = headrift.scorer.Scorer()
+
+    def scorer(*_: object, **settings: object):
+        asked.update(settings)
+        return straw
+
+    monkeypatch.setattr(headrift.scorer, "Scorer", scorer)
+    long = changed(work, window="2:20", drop_shallow=0.4, drop_deep=0.0)
+    done = work.score("--calibration", long)
+    assert done.exit_code == 0, done.output
+    assert "Note: steps 0 to 20 are recorded, as far as the calibration's window goes" in done.stderr
+    assert (asked["steps"], str(asked["window"])) == (20, "2:20")
+    assert (asked["drop_shallow"], asked["drop_deep"]) == (0.4, 0.0)
+    done = work.score("--calibration", "c.json", "--window", "1:4", "--drop-deep", 0.15, "--steps", 7, out="same")
+    assert (done.exit_code, "are recorded" in done.stderr, asked["steps"]) == (0, False, 7)
+
+
+# -------------------------------------------------------------------------------------------------- what it refuses
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--calibration", "in.jsonl"], "in.jsonl is no calibration (Invalid JSON"),
+        (["--calibration", "plain/run.json"], "run.json is no calibration ("),
+        (["--calibration", "none.json"], "none.json cannot be read: No such file"),
+        (["--calibration", "c.json", "--window", "2:4"], "--window 2:4: the --calibration is for --window 1:4: leave"),
+        (["--calibration", "c.json", "--drop-deep", "0.2"], "the --calibration is for --drop-deep 0.15: leave --drop"),
+        (["--calibration", "c.json", "--steps", "3"], "leave --steps out, or give at least 4"),
+        (["--calibration-anyway"], "--calibration-anyway goes with --calibration"),
+    ],
+)
+def test_what_contradicts_the_calibration_is_refused_before_anything_is_done(work, options, says):
+    done = work.score(*options)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not Path("out").exists()
+
+
+@pytest.fixture
+def other_models(work, tiny_model, tmp_path) -> list[Path]:
+    """Another model, and the calibration's own with another chat template."""
+    template = tmp_path / "template"
+    template.mkdir()
+    for path in work.model.iterdir():
+        (template / path.name).symlink_to(path)
+    (template / "chat_template.jinja").unlink()
+    (template / "chat_template.jinja").write_text((work.model / "chat_template.jinja").read_text() + "\n")
+    return [tiny_model, template]
+
+
+def test_another_model_or_template_is_refused_before_it_is_loaded(work, other_models, monkeypatch):
+    def must_not_load(*_: object, **__: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(headrift.corpus.job, "Child", must_not_load)
+    for model in other_models:
+        done = work.score("--calibration", "c.json", model=model)
+        assert done.exit_code == 2
+        assert "--calibration is for something else than this run: the model differs" in done.stderr
+        assert "or give --calibration-anyway, and its promise does not hold" in done.stderr
+        assert list(Path("out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ({"chat_template_sha256": "x"}, "the chat template differs"),
+        ({"dtype": "bfloat16", "heads": 4}, "the type it is computed in and the number of heads differ"),
+    ],
+)
+def test_what_only_the_engine_knows_is_refused_before_the_first_row(work, model, says):
+    other = changed(work, model=model)
+    done = work.score("--calibration", other)
+    assert done.exit_code == 2
+    assert f"something else than this run: {says}" in done.stderr
+    assert list(Path("out").iterdir()) == []
+    done = work.score("--calibration", other, "--calibration-anyway")
+    assert done.exit_code == 0, done.output
+    assert "Note: the calibration is for something else and used anyway: " in done.stderr
+    run = json.loads(Path("out/run.json").read_text())
+    assert f"{' and '.join(run['calibration']['differs'])} differ" in says.replace("differs", "differ")
+
+
+def test_a_run_is_resumed_with_its_own_calibration_only(work, monkeypatch):
+    assert work.score("--calibration", "c.json", out="whole").exit_code == 0
+    straw, taken = headrift.scorer.Scorer(), []
+
+    class Broken:
+        def __getattr__(self, name):
+            return getattr(straw, name)
+
+        def score(self, prompts, **options):
+            for answer in straw.score(prompts, **options):
+                taken.append(answer)
+                if len(taken) == 70:
+                    raise RuntimeError("the engine fell over")
+                yield answer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(headrift.scorer, "Scorer", lambda *_, **__: Broken())
+        assert work.score("--calibration", "c.json").exit_code == 1
+    assert len(read(Path("out"))) == 40
+    other = changed(work, threshold=0.3)
+    for options, says in (
+        (["--calibration", other], "--calibration: the run was begun with another one"),
+        (["--steps", 12, "--window", "1:4"], "--calibration: the run was begun with one"),
+    ):
+        done = work.score(*options, "--resume")
+        assert done.exit_code == 2
+        assert says in done.stderr
+    done = work.score("--resume", "--calibration", "c.json")
+    assert done.exit_code == 0, done.output
+    assert read(Path("out")) == read(Path("whole"))
+    whole, resumed = (json.loads(Path(name, "run.json").read_text()) for name in ("whole", "out"))
+    assert whole["judged"] == resumed["judged"]
+    assert pq.read_table("out/flagged-fdr.parquet") == pq.read_table("whole/flagged-fdr.parquet")
+    done = work.score("--resume", "--calibration", "c.json", out="plain")
+    assert "--calibration: the run was begun without one" in done.stderr
+
+
+# --------------------------------------------------------------------------------------------------------- a real run
+
+
+@pytest.mark.slow  # two engines
+def test_real_scores_are_judged_as_they_were_calibrated(tiny_model, tmp_path):
+    """The commands as a user starts them, on a tiny model."""
+    Path(tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows())))
+    Path(tmp_path / "system.txt").write_text(SYSTEM)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1", "COLUMNS": "80"}
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [Path(sys.executable).parent / "headrift", *map(str, arguments)]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+
+    asked = ["score", "in.jsonl", "--model", tiny_model, "--system-prompt-file", "system.txt"]
+    for command in (
+        [*asked, "--out", "first", "--steps", 4, "--window", "2:4", "--drop-shallow", 0],
+        ["calibrate", "first", "--out", "c.json", "--target-fpr", 0.2, "--window", "2:4", "--resamples", 0],
+        [*asked, "--out", "second", "--calibration", "c.json", "--save", "mass"],
+    ):
+        done = run(*command)
+        assert done.returncode == 0, done.stderr
+    first, second = read(tmp_path / "first"), read(tmp_path / "second")
+    calibration = Calibration.load(tmp_path / "c.json")
+    expected = calibration.apply([row["score"] for row in second])
+    assert [row["flagged"] for row in second] == expected.flagged.tolist()
+    assert any(expected.flagged)
+    # The same prompts in the same window; only rounding tells the two runs apart.
+    np.testing.assert_allclose([row["score"] for row in first], [row["score"] for row in second], atol=1e-5)
+    assert f"score >= {calibration.threshold:.6f}" in done.stdout
+    assert json.loads((tmp_path / "second" / "run.json").read_text())["calibration"]["differs"] == []

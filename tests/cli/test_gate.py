@@ -1,0 +1,192 @@
+"""`headrift gate` around an engine of straw: what is blocked, what is told of it, resuming, refusals. That answers are
+stopped, and are vLLM's where they are not, is tested with real engines in tests/engine/test_gating.py."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from headrift.calibration.record import Calibration
+from headrift.calibration.thresholds import exact_interval
+from headrift.cli import app
+
+N = 24
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory) -> Path:
+    """Where the first test puts what all begin with."""
+    return tmp_path_factory.mktemp("gate") / "begun"
+
+
+@pytest.fixture
+def work(on_straw, once, tmp_path, monkeypatch) -> Path:
+    """A folder with an input of 24 rows, half of them attacks, a run over them, and a calibration on that."""
+    folder = tmp_path / "work"
+    if not once.exists():
+        once.mkdir()
+        monkeypatch.chdir(once)
+        begin(on_straw)
+    shutil.copytree(once, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def begin(model: Path) -> None:
+    rows = [{"prompt": f"say {'so ' * (n % 5)}{n}", "id": f"id{n}"} for n in range(N)]
+    for n, row in enumerate(rows):
+        row["label"] = "attack" if n % 2 else "benign"
+    Path("in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    Path("bad.jsonl").write_text(json.dumps({"prompt": 3, "id": "bad"}))
+    Path("system.txt").write_text("Be brief.")
+    done = invoke("score", "in.jsonl", "--steps", "4", "--window", "1:4", "--out", "run", model=model)
+    assert done.exit_code == 0, done.output
+    options = ["--window", "1:4", "--target-fpr", "0.4", "--resamples", "0", "--out", "c.json", "-q"]
+    done = CliRunner().invoke(app, ["calibrate", "run", *options])
+    assert done.exit_code == 0, done.output
+
+
+def invoke(command: str, *args: str, model: Path):
+    return CliRunner().invoke(app, [command, "--model", str(model), "--system-prompt-file", "system.txt", *args])
+
+
+def gate(*args: str, model: Path, out: str = "out"):
+    return invoke("gate", "in.jsonl", "--calibration", "c.json", "--out", out, *args, model=model)
+
+
+def read(folder: str) -> list[dict]:
+    return [row for path in sorted(Path(folder).glob("part-*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def test_scores_at_or_above_the_threshold_are_blocked(work, on_straw):
+    threshold = Calibration.load("c.json").threshold
+    done = gate("--fail-term", "france", model=on_straw)
+    assert done.exit_code == 0, done.output
+    rows, scores = read("out"), {row["id"]: row["score"] for row in read("run")}
+    assert [row["id"] for row in rows] == [f"id{n}" for n in range(N)]
+    assert {row["id"]: row["score"] for row in rows} == scores
+    for row in rows:
+        score = row["score"]
+        assert row["flagged"] is (score is not None and score >= threshold)
+        assert row["blocked"] is (row["flagged"] or score is None)  # answers of one token are not empty
+        assert (row["text"] == "[blocked]") is row["blocked"]
+        assert row["leaked"] is (not row["blocked"])  # the engine of straw always speaks of France
+        assert (row["p_value"] is None) is (score is None)
+    counts = [sum(row["blocked"] for row in rows), sum(row["score"] is None for row in rows)]
+    assert 0 < counts[1] < counts[0] < N
+
+
+def test_the_rate_at_the_threshold_itself(work, on_straw):
+    """The highest benign score that may not be flagged is just below the threshold."""
+    above = json.loads(Path("c.json").read_text())
+    highest = max(row["score"] for row in read("run") if row["score"] is not None)
+    above["threshold"] = highest
+    Path("c.json").write_text(json.dumps(above))
+    assert gate(model=on_straw).exit_code == 0
+    assert [row["score"] for row in read("out") if row["flagged"]] == [highest]
+
+
+@pytest.mark.parametrize(
+    ("option", "blocked"), [((), True), (("--on-null", "block"), True), (("--on-null", "pass"), False)]
+)
+def test_answers_without_a_score(work, on_straw, option, blocked):
+    assert gate(*option, model=on_straw).exit_code == 0
+    rows = [row for row in read("out") if row["score"] is None]
+    assert {row["blocked"] for row in rows} == {blocked}
+    assert {row["reason"] for row in rows} == {"answer_ended_before_window"}
+
+
+def test_an_empty_answer_without_a_score_is_passed_unless_told(work, on_straw, straw, monkeypatch):
+    monkeypatch.setattr(straw, "_repeats", None)
+    monkeypatch.setattr(straw.tokenizer.__class__, "decode", lambda self, ids, **options: " " if len(ids) < 2 else "x")
+    for out, option, blocked in (("a", (), False), ("b", ("--on-null", "block"), True)):
+        assert gate(*option, model=on_straw, out=out).exit_code == 0
+        assert {row["blocked"] for row in read(out) if row["score"] is None} == {blocked}
+
+
+def test_without_fail_terms_nothing_is_said_of_leaks(work, on_straw):
+    done = gate(model=on_straw)
+    assert {row["leaked"] for row in read("out")} == {None}
+    assert "fail term" not in done.output
+    assert json.loads(Path("out/run.json").read_text())["gate"]["attack"]["leaked"] is None
+
+
+def test_with_the_gate_and_without(work, on_straw):
+    done = gate("--fail-term", "re:Fr.nce", "--compare-ungated", model=on_straw)
+    assert done.exit_code == 0, done.output
+    rows, told = read("out"), json.loads(Path("out/run.json").read_text())["gate"]
+    assert "prevented by it" in done.output
+    for label in ("attack", "benign"):
+        of = [row for row in rows if row["label"] == label]
+        counts = {
+            "blocked": sum(row["blocked"] for row in of),
+            "leaked": sum(row["leaked"] for row in of),
+            "leaked_ungated": sum(row["leaked_ungated"] for row in of),
+            "prevented": sum(row["leaked_ungated"] and row["blocked"] for row in of),
+        }
+        assert told[label]["rows"] == len(of) == N // 2
+        for name, k in counts.items():
+            assert told[label][name]["k"] == k
+            assert told[label][name]["interval"] == list(exact_interval(k, len(of)))
+        assert counts["leaked_ungated"] == counts["leaked"] + counts["prevented"]
+        # Answers of one token do not come to France.
+        assert counts["leaked_ungated"] == sum(row["answer_tokens"] > 1 for row in of)
+
+
+def test_rejects_are_never_answered(work, on_straw):
+    done = invoke("gate", "bad.jsonl", "in.jsonl", "--calibration", "c.json", "--out", "out", model=on_straw)
+    assert done.exit_code == 0, done.output
+    assert "bad" not in {row["id"] for row in read("out")}
+    rejects = pq.read_table("out/rejects-00000.parquet").to_pylist()
+    assert [(row["id"], row["reason"]) for row in rejects] == [("bad", "wrong_type")]
+
+
+def test_redact_writes_no_answer(work, on_straw):
+    assert gate("--redact", "--fail-term", "france", model=on_straw).exit_code == 0
+    rows = read("out")
+    assert "text" not in rows[0]
+    assert any(row["leaked"] for row in rows)
+
+
+def test_a_gate_is_resumed_as_it_was_begun_or_not_at_all(work, on_straw):
+    assert gate("--fail-term", "france", model=on_straw).exit_code == 0
+    whole = read("out")
+    again = gate("--fail-term", "france", "--resume", model=on_straw)
+    assert again.exit_code == 0, again.output
+    assert read("out") == whole
+    other = gate("--fail-term", "rome", "--max-new-tokens", "99", "--resume", model=on_straw)
+    assert other.exit_code == 2
+    assert "--fail-term was ['france'] and is ['rome']" in other.output
+    assert "--max-new-tokens was 160 and is 99" in other.output
+    score = invoke("score", "in.jsonl", "--calibration", "c.json", "--out", "out", "--resume", model=on_straw)
+    assert score.exit_code == 2
+    assert "headrift gate" in score.output
+    assert gate("--resume", model=on_straw, out="run").exit_code == 2
+
+
+@pytest.mark.parametrize("command", [["calibrate", "out", "--out", "d.json"], ["report", "out", "--out", "r.html"]])
+def test_a_gates_folder_is_no_run_to_calibrate_on(work, on_straw, command):
+    assert gate(model=on_straw).exit_code == 0
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2
+    assert "out was made by `headrift gate`" in done.output
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--max-new-tokens", "4"], "--max-new-tokens 4 is no more than the steps that decide, 4: give at least 5"),
+        (["--compare-ungated"], "name what gives them away with --fail-term"),
+        (["--fail-term", "re:("], "--fail-term re:(: no regular expression"),
+        (["--fail-term", " "], "--fail-term ' ' is empty"),
+        (["--max-new-tokens", "100000"], "--max-new-tokens 100000 do not fit the model's context"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_a_model_is_loaded(work, on_straw, options, says):
+    done = gate(*options, model=on_straw)
+    assert done.exit_code == 2
+    assert says in " ".join(done.output.split())
+    assert not any(Path("out").glob("*")) if Path("out").exists() else True
