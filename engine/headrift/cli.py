@@ -11,6 +11,8 @@ from headrift.commands.calibrate import calibrate
 from headrift.commands.demo_model import demo_model
 from headrift.commands.doctor import doctor
 from headrift.commands.explain import explain
+from headrift.commands.gate import gate
+from headrift.commands.report import report
 from headrift.commands.score import score
 from headrift.commands.selftest import selftest
 
@@ -39,7 +41,7 @@ def main(
     """Score prompts for inter-head attention instability while vLLM answers them."""
 
 
-for command in (score, calibrate, explain, doctor, selftest, demo_model):
+for command in (score, gate, calibrate, report, explain, doctor, selftest, demo_model):
     app.command()(command)
 
 

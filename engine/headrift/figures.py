@@ -46,16 +46,16 @@ def scores_png(
     """
     if not any(np.isfinite(scores).any() for scores in groups.values()):
         return
-    shown = _with_totals(_largest(groups), groups)
+    shown = to_show(groups)
     height = max(4.2, 1.6 + 0.34 * len(shown))
-    figure = _figure(12.5 if curves else 7.5, height)
+    figure = new_figure(12.5 if curves else 7.5, height)
     left, *right = figure.subplots(1, 2, width_ratios=(1.25, 1), squeeze=False)[0] if curves else [figure.subplots()]
-    _draw_scores(left, shown)
+    draw_scores(left, shown)
     if right:
-        _draw_curves(right[0], curves)
+        draw_curves(right[0], curves)
     if title:
-        figure.suptitle(_short(title, 110), fontsize=10, parse_math=False)
-    _save(figure, path)
+        figure.suptitle(short(title, 110), fontsize=10, parse_math=False)
+    save(figure, path)
 
 
 def heatmaps_png(
@@ -63,27 +63,47 @@ def heatmaps_png(
 ) -> None:
     """Each panel [steps, layers] as a heatmap, NaN hatched; the scored steps window[0]..window[1] and layers
     layers[0]..layers[1]-1 are framed. panels: by the colour bar's label. OSError where the file cannot be written."""
+    n_steps, n_layers = next(iter(panels.values())).shape
+    figure = new_figure(1.2 + len(panels) * max(3.6, 0.25 * n_steps + 2), max(3.4, 0.13 * n_layers + 1.4))
+    for axes, (label, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        draw_heatmap(axes, values, label, window=window, layers=layers)
+    below = "framed: the steps and layers that are scored"
+    figure.suptitle(f"{short(title, 60)}\n{below}", fontsize=10, parse_math=False)
+    save(figure, path)
+
+
+def draw_heatmap(
+    axes: Axes,
+    values: Floats,
+    label: str,
+    *,
+    window: tuple[int, int],
+    layers: tuple[int, int],
+    frame: str = "#D55E00",
+    **colours: Any,
+) -> None:
+    """A heatmap [steps, layers] as in heatmaps_png, with its colour bar. colours: for imshow."""
     from matplotlib.patches import Rectangle
 
-    n_steps, n_layers = next(iter(panels.values())).shape
-    figure = _figure(1.2 + len(panels) * max(3.6, 0.25 * n_steps + 2), max(3.4, 0.13 * n_layers + 1.4))
-    for axes, (label, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        axes.patch.set(hatch="xx", edgecolor="#999999", facecolor="white")
-        image = axes.imshow(
-            np.ma.masked_invalid(values.T), aspect="auto", origin="upper", cmap="viridis", interpolation="nearest"
-        )
-        last = min(window[1], n_steps - 1)
-        if window[0] <= last:
-            corner = (window[0] - 0.5, layers[0] - 0.5)
-            size = (last - window[0] + 1, layers[1] - layers[0])
-            axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor="#D55E00", linewidth=2))
-        axes.set_xlabel("step (0: the prompt's last token)")
-        axes.set_ylabel("layer (0: nearest the input)")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        figure.colorbar(image, ax=axes, label=label)
-    below = "framed: the steps and layers that are scored"
-    figure.suptitle(f"{_short(title, 60)}\n{below}", fontsize=10, parse_math=False)
-    _save(figure, path)
+    axes.patch.set(hatch="xx", edgecolor="#999999", facecolor="white")
+    colours = {"cmap": "viridis", **colours}
+    image = axes.imshow(
+        np.ma.masked_invalid(values.T), aspect="auto", origin="upper", interpolation="nearest", **colours
+    )
+    last = min(window[1], len(values) - 1)
+    if window[0] <= last:
+        corner = (window[0] - 0.5, layers[0] - 0.5)
+        size = (last - window[0] + 1, layers[1] - layers[0])
+        axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor=frame, linewidth=2))
+    axes.set_xlabel("step (0: the prompt's last token)")
+    axes.set_ylabel("layer (0: nearest the input)")
+    axes.locator_params(axis="x", integer=True)
+    axes.figure.colorbar(image, ax=axes, label=label)
+
+
+def to_show(groups: Mapping[tuple[str, str], Floats]) -> dict[tuple[str, str], Floats]:
+    """The groups with most rows, those of a class with several categories led by all rows of the class."""
+    return _with_totals(_largest(groups), groups)
 
 
 def _largest(groups: Mapping[tuple[str, str], Floats]) -> dict[tuple[str, str], Floats]:
@@ -105,7 +125,8 @@ def _with_totals(
     return found
 
 
-def _draw_scores(axes: Axes, groups: Mapping[tuple[str, str], Floats]) -> None:
+def draw_scores(axes: Axes, groups: Mapping[tuple[str, str], Floats]) -> None:
+    """Scores by (class, category), NaN for none: points, a box where there are a few, and how many have a score."""
     random = np.random.default_rng(0)
     names = list(groups)
     for place, (label, category) in enumerate(names):
@@ -114,7 +135,7 @@ def _draw_scores(axes: Axes, groups: Mapping[tuple[str, str], Floats]) -> None:
         drawn = there if len(there) <= _MOST_POINTS else random.choice(there, _MOST_POINTS, replace=False)
         heights = place + random.uniform(-0.24, 0.24, len(drawn))
         marker = "^" if label == "attack" else "o"
-        axes.scatter(drawn, heights, s=20, marker=marker, color=colour, alpha=0.6, linewidth=0)
+        axes.scatter(drawn, heights, s=20, marker=marker, color=colour, alpha=0.6, linewidth=0, rasterized=True)
         if len(there) >= _FEWEST_IN_BOX:
             line = {"color": "black", "linewidth": 1}
             axes.boxplot(
@@ -123,10 +144,17 @@ def _draw_scores(axes: Axes, groups: Mapping[tuple[str, str], Floats]) -> None:
             )  # fmt: skip
         text = f"{len(there)} of {len(scores)}"
         axes.annotate(
-            text, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8, annotation_clip=False
+            text,
+            (1.01, place),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize="small",
+            annotation_clip=False,
         )
-    axes.annotate("with a score", (1.01, -0.9), xycoords=("axes fraction", "data"), fontsize=8, annotation_clip=False)
-    labels = [": ".join(filter(None, (label, _short(name)))) for label, name in names]
+    axes.annotate(
+        "with a score", (1.01, -0.9), xycoords=("axes fraction", "data"), fontsize="small", annotation_clip=False
+    )
+    labels = [": ".join(filter(None, (label, short(name)))) for label, name in names]
     axes.set_yticks(range(len(names)), labels, parse_math=False)
     for tick, (label, _) in zip(axes.get_yticklabels(), names, strict=True):
         tick.set_color(COLOURS[label])
@@ -135,13 +163,14 @@ def _draw_scores(axes: Axes, groups: Mapping[tuple[str, str], Floats]) -> None:
     axes.grid(axis="x", alpha=0.3)
 
 
-def _draw_curves(axes: Axes, curves: Sequence[Curve]) -> None:
+def draw_curves(axes: Axes, curves: Sequence[Curve]) -> None:
+    """ROC curves, the first with its band."""
     for i, curve in enumerate(curves):
         colour, style = _CURVES[i % len(_CURVES)], _STYLES[i % len(_STYLES)]
         if i == 0 and curve.band is not None:
             low, high = curve.band
             label = f"{curve.name}: 95% interval"
-            axes.fill_between(curve.grid, low, high, step="post", color=colour, alpha=0.15, linewidth=0, label=label)
+            axes.fill_between(curve.grid, low, high, color=colour, alpha=0.15, linewidth=0, label=label)
         label = f"{curve.name}: AUROC {curve.auroc:.3f}"
         width, order = (2, 3) if i == 0 else (1.4, 2)
         axes.plot(curve.fpr, curve.tpr, color=colour, linestyle=style, linewidth=width, zorder=order, label=label)
@@ -150,22 +179,24 @@ def _draw_curves(axes: Axes, curves: Sequence[Curve]) -> None:
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
     axes.set_xlabel("false positive rate (fraction of benign; dots: 5%)")
     axes.set_ylabel("true positive rate (fraction of attacks)")
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="lower right", fontsize="small")
 
 
-def _short(name: str, most: int = 24) -> str:
+def short(name: str, most: int = 24) -> str:
+    """A name that a figure has room for, without characters that print nothing."""
     name = "".join(character if character.isprintable() else "?" for character in name)
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """A figure of so many inches that lays itself out."""
     # Not pyplot: it keeps figures, and looks for a screen.
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in a script that the font does not have

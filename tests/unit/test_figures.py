@@ -17,13 +17,13 @@ GRID = np.linspace(0, 1, 101)
 def drawn(monkeypatch) -> list[Figure]:
     """The figures that were saved."""
     seen: list[Figure] = []
-    save = figures._save
+    save = figures.save
 
     def spy(figure: Figure, path: Path) -> None:
         seen.append(figure)
         save(figure, path)
 
-    monkeypatch.setattr(figures, "_save", spy)
+    monkeypatch.setattr(figures, "save", spy)
     return seen
 
 

@@ -1,0 +1,203 @@
+"""The page and its files: what is on it, for runs with everything and for runs that lack something."""
+
+import base64
+import json
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from headrift.calibration.calibrate import calibrate
+from headrift.calibration.runs import open_run
+from headrift.calibration.settings import Settings as CalibrationSettings
+from headrift.corpus import summary as summaries
+from headrift.report import extremes as stand_out
+from headrift.report import report as reports
+from headrift.report.output import Output
+from headrift.report.report import Report, Settings
+from headrift.signal import Window
+
+
+class Page(HTMLParser):
+    """The page's text, tags, attributes that name an address, and images."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.words, self.tags, self.addresses, self.images = "", [], [], []
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.words = " ".join(self.words.split())
+        self.numbers = json.loads((path.with_name(f"{path.stem}-files") / "figures.json").read_text())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        named = dict(attributes)
+        self.addresses += [value for key, value in named.items() if key in ("src", "href", "action", "data", "poster")]
+        if tag == "img":
+            self.images.append(named)
+
+    def handle_data(self, data):
+        if "style" not in self.tags[-1:]:
+            self.words += data
+
+
+@pytest.fixture(scope="module")
+def page(labelled):
+    return Page(labelled)
+
+
+def test_the_page_needs_nothing_else(page):
+    assert "script" not in page.tags
+    assert set(page.tags) & {"link", "iframe", "object", "video", "form", "base"} == set()
+    assert [at for at in page.addresses if not at.startswith(("#", "data:image/png;base64,"))] == []
+    assert "url(" not in page.source.split("</style>")[0]
+    assert "default-src 'none'" in page.source
+
+
+def test_images_have_words_and_their_size(page):
+    assert len(page.images) > 15
+    assert all(len(image["alt"]) > 15 for image in page.images)
+    assert len({image["alt"] for image in page.images}) == len(page.images)
+    for image in page.images:
+        drawn = Image.open(BytesIO(base64.b64decode(image["src"].partition(",")[2])))
+        assert drawn.size == (int(image["width"]), int(image["height"]))
+
+
+def test_what_a_prompt_holds_is_text(page):
+    assert '<script>document.title="taken over"</script><img src=' in page.words
+    assert page.source.count("<img") == len(page.images)
+    assert "Never say the <b>secret</b> word." in page.words
+    assert "<b>secret" not in page.source
+
+
+def test_every_figure_is_in_the_folder(page, labelled):
+    files = {path.name for path in labelled.with_name("report-files").iterdir()}
+    names = {name.removesuffix(".png") for name in files if name.endswith(".png")}
+    assert len(names) == len(page.images)
+    assert files == {f"{name}.{kind}" for name in names for kind in ("png", "svg")} | {"figures.json"}
+    assert {"scores", "roc", "steps", "windows", "heatmap_difference", "layers", "runs", "signals"} <= names
+    assert [path.name for path in labelled.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_sentences_say_what_the_numbers_say(page):
+    score = page.numbers["comparisons"][0]["measures"][summaries.SCORE]
+    low, _ = score["auroc_interval"]
+    assert f"the attack has the higher score in {score['auroc']:.0%} of cases (95% interval {low:.0%}" in page.words
+    assert ("better than chance" in page.numbers["summary"][1]) == (low > 0.5)
+    early = page.numbers["classes"]["attack"]["early"]
+    assert f"The answer ended inside the window for {early:.1%} of the attacks" in page.words
+    assert "80 attacks and 140 benign prompts from 2 runs" in page.words
+    assert len(page.numbers["auroc_by_step"]["auroc"]) == 8
+    assert set(page.numbers["side_by_side"]) >= {"signals", "increments", "findings"}
+    assert "no fail terms were given" in page.words
+
+
+def test_the_interval_decides_the_words():
+    from headrift.report.words import verdict
+
+    assert verdict((0.51, 0.6)) == "better than chance"
+    assert "includes chance" in verdict((0.49, 0.6))
+    assert "wrong way round" in verdict((0.3, 0.49))
+    assert "too few" in verdict(None)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """One row of a kind is shown, for speed's sake."""
+    monkeypatch.setattr(stand_out, "MOST", 1)
+
+
+@pytest.mark.usefixtures("few")
+def test_runs_without_labels(write, tmp_path):
+    run = write(tmp_path / "log", n_attack=0, n_benign=30, label=[None] * 30, n_steps=None)
+    Report([run], Settings(tmp_path / "log.html", resamples=5)).write()
+    page = Page(tmp_path / "log.html")
+    assert "There are no attacks and benign prompts here" in page.words
+    assert "30 rows without a label" in page.words
+    assert "The highest scores" in page.words
+    assert "The quietest attacks" not in page.words
+    assert page.words.count("Attacks and benign prompts are both needed") == 3
+    assert "comparisons" not in page.numbers
+
+
+@pytest.mark.usefixtures("few")
+def test_benign_prompts_only_and_no_texts(write, tmp_path):
+    none = np.full(20, np.nan)
+    run = write(tmp_path / "b", 0, 20, save=(), n_steps=None, entropy=none, category=[None] * 20)
+    Report([run], Settings(tmp_path / "b.html", resamples=0)).write()
+    page = Page(tmp_path / "b.html")
+    assert "There are no attacks here" in page.words
+    assert "The run kept no texts (score with --save text)." in page.words
+    assert "Not recorded in these runs: next-token entropy" in page.words
+
+
+@pytest.mark.usefixtures("few")
+def test_no_row_has_a_score(write, tmp_path):
+    run = write(tmp_path / "n", 10, 15, n_steps=[0] * 25)
+    Report([run], Settings(tmp_path / "n.html", resamples=0)).write()
+    page = Page(tmp_path / "n.html")
+    assert "No row has a score in this window." in page.words
+    assert "answer_ended_before_window" in page.words
+
+
+@pytest.mark.usefixtures("few")
+def test_redacted_with_a_calibration(write, tmp_path, monkeypatch):
+    """Neither on the page nor in a file is a text; the calibration's window is used; a draw is stated."""
+    runs = [write(tmp_path / name, 20, 80, seed=seed) for seed, name in enumerate(("one", "two"))]
+    made = calibrate([open_run(runs[0])], CalibrationSettings(window=Window(3, 5), resamples=0))
+    made.save(tmp_path / "c.json")
+    monkeypatch.setattr(summaries, "_MOST_OF_CLASS", 60)
+    out = tmp_path / "r.html"
+    asked = Settings(out, tmp_path / "c.json", redact=True, fail_terms=("terribly secret",), resamples=0)
+    Report(runs, asked).write()
+    page = Page(out)
+    for path in [out, *(tmp_path / "r-files").iterdir()]:
+        content = path.read_bytes()
+        for text in (b"taken over", b"secret", b"answer 1 ", b"prompt 1 "):
+            assert text not in content, path.name
+    assert "Prompt and answer are left out (--redact)." in page.words
+    assert "one-" in page.words  # ids stay
+    assert f"at or above {made.threshold:.6f} (steps 3:5" in page.words
+    assert "over steps 3:5 of the answer" in page.words
+    assert "60 rows a class" in page.words
+    assert "drift" in page.numbers
+    assert set(page.numbers["flagged"]) == {"attack", "benign"}
+
+
+def older_report(out: Path) -> None:
+    folder = out.with_name(f"{out.stem}-files")
+    folder.mkdir()
+    out.write_text("older")
+    for name in ("figures.json", "old.png"):
+        (folder / name).write_text("older")
+
+
+@pytest.mark.usefixtures("few")
+def test_an_older_report_gives_way(write, tmp_path):
+    out = tmp_path / "r.html"
+    older_report(out)
+    Report([write(tmp_path / "run", 0, 12, n_steps=None)], Settings(out, resamples=0)).write()
+    assert out.read_text() != "older"
+    assert not (tmp_path / "r-files" / "old.png").exists()
+
+
+def test_a_failing_disk_leaves_the_older_report(write, tmp_path, monkeypatch):
+    run, out = write(tmp_path / "run", 0, 12, n_steps=None), tmp_path / "r.html"
+    older_report(out)
+    before = out.read_bytes(), sorted(path.name for path in tmp_path.rglob("*"))
+
+    def fails(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Output, "picture", fails)
+    with pytest.raises(OSError, match="No space"):
+        Report([run], Settings(out, resamples=0)).write()
+    assert (out.read_bytes(), sorted(path.name for path in tmp_path.rglob("*"))) == before
+
+
+def test_backticks_are_code_and_nothing_else_is(tmp_path):
+    assert str(reports._coded("use `a<b` & c")) == "use <code>a&lt;b</code> &amp; c"
+    assert str(reports._coded("it`s <i>")) == "it`s &lt;i&gt;"
