@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from headrift import signal
+from headrift import ablation, signal
 from headrift.engine_setup import (
     EngineError,
     attention_args,
@@ -36,7 +36,10 @@ class ProbeRequest:
     prompt_ids: P token ids. regions: token ranges [start, end) by name, of the engine's region names; `prompt` is
     always [0, P). steps: N, steps 0..N are recorded. ignore_eos: answer on past the end-of-text token. reread: compute
     every prompt token anew instead of taking cached ones. probed: False for a request that is to be answered and not
-    measured. answer_tokens: answer on past the recorded steps, to at most so many tokens, N + 1 at least.
+    measured. answer_tokens: answer on past the recorded steps, to at most so many tokens, N + 1 at least. ablate:
+    (layer, head, kind) of the heads that are ablated at every position, and epsilon, see `headrift.ablation`. keep_as:
+    keep the next-token distribution at the last prompt token as reference number so; compare_with: record how far it
+    is from that of a reference, which has to have been kept.
     """
 
     prompt_ids: Sequence[int]
@@ -47,6 +50,10 @@ class ProbeRequest:
     reread: bool = False
     probed: bool = True
     answer_tokens: int | None = None
+    ablate: Sequence[ablation.HeadAblation] = ()
+    epsilon: float = ablation.EPSILON
+    keep_as: int | None = None
+    compare_with: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +81,15 @@ class Recording:
     """What was recorded of one request: T = n_steps + 1 rows, NaN where a step was never computed.
 
     share: [T, layers, heads]; first: [layers, heads, regions], the masses of step 0; stats: [T, 3] next-token entropy
-    (nats), top-1 probability and margin, NaN unless asked for; mass: [T, layers, heads, regions] or None.
+    (nats), top-1 probability and margin, NaN unless asked for; mass: [T, layers, heads, regions] or None. divergence:
+    KL in nats of the reference's next-token distribution to this one's at step 0, NaN unless compared.
     """
 
     share: np.ndarray
     first: np.ndarray
     stats: np.ndarray
     mass: np.ndarray | None
+    divergence: float = float("nan")
 
     @property
     def unwritten(self) -> list[int]:
@@ -108,7 +117,8 @@ class ProbedEngine:
     model: a folder or name vLLM can load. steps: N, the most steps (0..N) a request may record. regions: names of the
     key ranges, `system` and `prompt` among them. slots: the most requests in flight (twice max_num_seqs by default).
     logit_stats: record next-token statistics too. attention_backend: auto, cpu, triton or flash. engine_args: passed to
-    vLLM as they are, over the defaults chosen for this machine. verbose: let vLLM log.
+    vLLM as they are, over the defaults chosen for this machine. verbose: let vLLM log. ablation: requests may ablate
+    heads. references: so many next-token distributions can be kept to compare others with.
     """
 
     # The engine that runs in this very process, where there is one.
@@ -125,6 +135,8 @@ class ProbedEngine:
         attention_backend: str = "auto",
         engine_args: Mapping[str, Any] | None = None,
         verbose: bool = False,
+        ablation: bool = False,
+        references: int = 0,
     ):
         if not {"system", "prompt"} <= set(regions) or len(set(regions)) != len(regions):
             raise ValueError(
@@ -136,6 +148,8 @@ class ProbedEngine:
         args = {"model": os.fspath(model), "disable_log_stats": True, **machine_defaults(ranks), **given}
         self.regions = tuple(regions)
         self.steps = steps
+        self.ablates = ablation
+        self.references = references
         self.slots = slots or 2 * args["max_num_seqs"]
         additional = args.get("additional_config", {})
         recorder = {
@@ -144,6 +158,8 @@ class ProbedEngine:
             "regions": len(regions),
             "prompt_region": self.regions.index("prompt"),
             "logit_stats": logit_stats,
+            "ablation": ablation,
+            "references": references,
             **additional.get("headrift", {}),
         }
         args["additional_config"] = {**additional, "headrift": recorder}
@@ -151,6 +167,7 @@ class ProbedEngine:
         config = engine_config(args)
         self.max_model_len: int = config.model_config.max_model_len
         self.vocabulary: int = config.model_config.get_vocab_size()
+        self._ranks = config.parallel_config.tensor_parallel_size
         self._start(config)
         described = merge_descriptions(self.llm_engine.collective_rpc("headrift_describe"))
         self.layers: int = described["layers"]
@@ -165,6 +182,7 @@ class ProbedEngine:
         self._slot_of: dict[int, int] = {}
         self._tickets = 0
         self._unread: set[int] = set()
+        self.steps_run = 0
 
     def _start(self, config: VllmConfig) -> None:
         from vllm.v1.engine.llm_engine import LLMEngine
@@ -224,7 +242,8 @@ class ProbedEngine:
     def submit(self, request: ProbeRequest) -> int:
         """Queue a request; returns its tenant number.
 
-        RuntimeError without a free slot; ValueError where prompt and steps do not fit the context.
+        RuntimeError without a free slot; ValueError where prompt and steps do not fit the context, and where heads are
+        to be ablated that the model does not have, or in a way this engine cannot.
         """
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
@@ -239,6 +258,7 @@ class ProbedEngine:
             tokens = 1
         if len(fed) + tokens > self.max_model_len:
             raise ValueError(f"{len(fed)} tokens and {tokens} more do not fit the context of {self.max_model_len}")
+        self._check_ablation(request)
         slot, tenant = self._free[-1], self._tenants
         regions = {**request.regions, "prompt": (0, len(request.prompt_ids))}
         extra: dict[str, Any] = {
@@ -248,6 +268,9 @@ class ProbedEngine:
             "regions": [list(regions.get(name, (0, 0))) for name in self.regions],
             "steps": request.steps,
         }
+        if request.ablate:
+            extra |= {"ablate": [list(entry) for entry in request.ablate], "epsilon": request.epsilon}
+        extra |= {k: v for k, v in (("keep", request.keep_as), ("compare", request.compare_with)) if v is not None}
         params = SamplingParams(
             temperature=0.0,
             max_tokens=tokens,
@@ -258,17 +281,42 @@ class ProbedEngine:
             extra_args={"headrift": extra} if request.probed else None,
         )
         name = str(tenant)
-        self.llm_engine.add_request(name, TokensPrompt(prompt_token_ids=fed), params)
+        prompt = TokensPrompt(prompt_token_ids=fed)
+        salt = ablation.salt(request.ablate, request.epsilon)
+        if salt is not None:
+            prompt["cache_salt"] = salt
+        self.llm_engine.add_request(name, prompt, params)
         self._free.pop()
         self._tenants += 1
         self._running[name] = (slot, tenant, request)
         return tenant
 
+    def _check_ablation(self, request: ProbeRequest) -> None:
+        """ValueError where the request's heads cannot be ablated, or what it refers to is not kept."""
+        for reference in (request.keep_as, request.compare_with):
+            if reference is not None and not 0 <= reference < self.references:
+                raise ValueError(f"there is no reference {reference}; this engine keeps {self.references}")
+        if not request.ablate:
+            return
+        if not self.ablates:
+            raise ValueError("heads are to be ablated, and this engine was not started for that: set ablation=True")
+        ablation.check(request.ablate, request.epsilon)
+        ablation.check_heads(request.ablate, self.layers, self.heads)
+        if not request.probed:
+            raise ValueError("a request that ablates heads has to be probed: leave `probed` at True")
+        if self._ranks > 1 and any(kind in ablation.MEANS for *_, kind in request.ablate):
+            raise ValueError(
+                "the mean over heads needs all of them on one device: use one rank (tensor_parallel_size=1), or "
+                f"another kind of ablation ({', '.join(kind for kind in ablation.SIDES if kind not in ablation.MEANS)})"
+            )
+
     def step(self) -> list[Finished]:
         """Run the engine once; the requests that finished in it, and those whose last step was recorded in it and that
         answer on."""
         done = []
-        for output in self.llm_engine.step():
+        outputs = self.llm_engine.step()
+        self.steps_run += 1
+        for output in outputs:
             if output.request_id not in self._running:  # stopped while this step ran
                 continue
             slot, tenant, request = self._running[output.request_id]
@@ -337,7 +385,8 @@ class ProbedEngine:
         for i, f in enumerate(ticket.probed):
             n = f.n_steps + 1
             mass = arrays["mass"][i, :n] if ticket.want_mass else None
-            recordings.append(Recording(arrays["share"][i, :n], arrays["first"][i], arrays["stats"][i, :n], mass))
+            kl = float(arrays["divergence"][i]) if "divergence" in arrays else float("nan")
+            recordings.append(Recording(arrays["share"][i, :n], arrays["first"][i], arrays["stats"][i, :n], mass, kl))
             self._check(f, recordings[-1])
         return recordings
 

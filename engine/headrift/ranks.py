@@ -10,6 +10,8 @@ from safetensors.numpy import load
 
 # The axis of the layers, after which comes that of the heads, by the array's name.
 _LAYER_AXIS = {"share": 2, "first": 1, "mass": 2}
+# What comes from the one rank that has the logits.
+_OF_LOGITS = {"stats", "divergence"}
 
 
 class RanksError(RuntimeError):
@@ -46,18 +48,18 @@ def merge_recordings(answers: Sequence[bytes], layers: int, heads: int) -> dict[
     """All ranks' `headrift_fetch` of one ticket as the arrays of one rank with the whole model, by name.
 
     share: [n, rows, layers, heads]; first: [n, layers, heads, regions]; stats: [n, rows, 3]; mass: [n, rows, layers,
-    heads, regions], where it was asked for. RanksError where the answers are not of the same requests, or a layer and
+    heads, regions], where it was asked for; divergence: [n], where references are kept. RanksError where the answers are not of the same requests, or a layer and
     head is missing or there twice.
     """
     parts = [load(answer) for answer in answers]
-    kinds = {(frozenset(part) - {"stats"}, *part["share"].shape[:2], part["tenants"].tobytes()) for part in parts}
+    kinds = {(frozenset(part) - _OF_LOGITS, *part["share"].shape[:2], part["tenants"].tobytes()) for part in parts}
     if len(kinds) > 1:
         raise RanksError(f"the {len(parts)} ranks answered with different requests, steps or arrays")
-    stats = [part["stats"] for part in parts if "stats" in part]
+    stats = [{name: part[name] for name in _OF_LOGITS & part.keys()} for part in parts if "stats" in part]
     if len(stats) != 1:
         raise RanksError(f"{len(stats)} ranks answered with next-token statistics; one of them has the logits")
     _check_cover(parts, layers, heads)
-    whole = {"stats": stats[0]}
+    whole = stats[0]
     for name, axis in _LAYER_AXIS.items():
         if name not in parts[0]:
             continue

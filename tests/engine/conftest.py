@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -110,15 +111,53 @@ class Oracle:
         attentions = self.run(fed, len(prompt_ids) - 1).attentions
         return np.stack([attentions[..., start:end].sum(-1) for start, end in spans], -1)
 
+    @contextmanager
+    def ablated(self, entries, epsilon: float = 1e-5):
+        """The model with (layer, head, kind) ablated, by hooks on transformers' own modules.
+
+        The query is changed before its rotary embedding (behind its norm, where there is one), which turns every head
+        of a position alike: a factor and a mean over heads come out the same behind it.
+        """
+        handles = []
+        for layer, decoder in enumerate(self.model.model.layers):
+            attention = decoder.self_attn
+            own = [(head, kind) for at, head, kind in entries if at == layer]
+            query = attention.q_norm if hasattr(attention, "q_norm") else attention.q_proj
+            # Gemma-3's norm sees [batch, heads, tokens, dim]; Qwen3's [batch, tokens, heads, dim].
+            heads_first = type(attention).__name__ == "Gemma3Attention"
+
+            def change(values, side, own=own, heads_first=heads_first):
+                rows = values.transpose(1, 2) if heads_first and side == "query" else values
+                split = rows.reshape(*rows.shape[:2], self.model.config.num_attention_heads, -1)
+                changed = split.clone()
+                for head, kind in own:
+                    if kind == {"query": "undifferentiated", "output": "scaling"}[side]:
+                        changed[:, :, head] = split[:, :, head] * epsilon
+                    elif kind == f"mean_{side}":
+                        changed[:, :, head] = split.mean(2)
+                changed = changed.reshape(rows.shape)
+                return changed.transpose(1, 2) if heads_first and side == "query" else changed
+
+            handles.append(query.register_forward_hook(lambda m, a, out, change=change: change(out, "query")))
+            handles.append(
+                attention.o_proj.register_forward_pre_hook(lambda m, args, change=change: (change(args[0], "output"),))
+            )
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
 
 @pytest.fixture(scope="session")
 def oracle(tiny_model, demo_model):
-    """The oracle of a model by name ("demo" for the demonstration model), loaded once."""
-    loaded: dict[str, Oracle] = {}
+    """The oracle of a model by name ("demo" for the demonstration model) or folder, loaded once."""
+    loaded: dict[str | Path, Oracle] = {}
 
-    def of(name: str) -> Oracle:
+    def of(name: str | Path) -> Oracle:
         if name not in loaded:
-            loaded[name] = Oracle(demo_model if name == "demo" else tiny_model(name))
+            folder = name if isinstance(name, Path) else demo_model if name == "demo" else tiny_model(name)
+            loaded[name] = Oracle(folder)
         return loaded[name]
 
     return of

@@ -79,6 +79,7 @@ class Drain:
         gathered = self.recorder.gather(tenants, n_rows, system, prompt, want_mass)
         if not self.place.logits:
             del gathered["stats"]
+            gathered.pop("divergence", None)
         on_host, copied = _start_copying(gathered)
         arrays: dict[str, np.ndarray] = {
             "tenants": np.array([tenant for _, tenant in tenants], np.int64),
@@ -91,8 +92,8 @@ class Drain:
     def fetch(self, ticket: int) -> bytes:
         """The arrays of a ticket in safetensors form, once. KeyError where there is no such ticket (any more).
 
-        With those of `Recorder.gather` (stats from one rank only) go tenants [n] int64, and layers and heads, int32:
-        the model's own numbers of the layers and heads along the axes.
+        With those of `Recorder.gather` (stats and divergence from one rank only) go tenants [n] int64, and layers and
+        heads, int32: the model's own numbers of the layers and heads along the axes.
         """
         arrays, copied = self._under_way.pop(ticket)
         if copied is not None:

@@ -89,6 +89,7 @@ def refusals(config: VllmConfig) -> list[str]:
     reasons += _model_refusals(config)
     reasons += _engine_refusals(config)
     reasons += _platform_refusals(config)
+    reasons += _ablation_refusals(config)
     return reasons
 
 
@@ -185,6 +186,16 @@ def _cpu_refusals(config: VllmConfig) -> list[str]:
     if config.cache_config.cache_dtype not in ("auto", "bfloat16", "float32"):
         reasons.append(f"a {config.cache_config.cache_dtype} KV cache on a CPU: leave kv_cache_dtype at auto")
     return reasons
+
+
+def _ablation_refusals(config: VllmConfig) -> list[str]:
+    """Why heads cannot be ablated, where they are to be."""
+    if not (settings_of(config) or {}).get("ablation"):
+        return []
+    attention = config.attention_config.backend
+    if os.environ.get(BACKEND) == "flash" or (attention is not None and attention.name == STOCK_BACKENDS["flash"]):
+        return ["heads are not ablated with the attention backend 'flash': use 'triton'"]
+    return []
 
 
 def settings_of(config: VllmConfig) -> dict[str, Any] | None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from headrift import ablation
+from headrift.vllm_plugin.ablation import AblatedStep, Ablations
 from headrift.vllm_plugin.plugin import RefusedError, refusals, settings_of
 
 if TYPE_CHECKING:
@@ -26,7 +28,8 @@ class Settings:
     """What one engine records. slots: requests in flight; steps: N of steps 0..N; regions: key ranges per request.
 
     prompt_region: the region that is [0, prompt_len) in every request, if there is one. splits: programs that share a
-    decode row's keys on a GPU; 0: as many as fill it.
+    decode row's keys on a GPU; 0: as many as fill it. ablation: requests may ablate heads. references: how many
+    requests' logits at step 0 are kept for others to be compared with.
     """
 
     slots: int
@@ -35,25 +38,42 @@ class Settings:
     prompt_region: int | None = None
     splits: int = 0
     logit_stats: bool = False
+    ablation: bool = False
+    references: int = 0
 
     def __post_init__(self) -> None:
         if self.slots < 1 or self.steps < 0 or not 1 <= self.regions <= 8:
             raise ValueError(f"headrift settings: slots >= 1, steps >= 0 and 1..8 regions are needed, not {self}")
+        if self.references < 0:
+            raise ValueError(f"headrift settings: references are 0 or more, not {self.references}")
 
     @property
     def rows(self) -> int:
         return self.steps + 1
 
+    @property
+    def reads_logits(self) -> bool:
+        """Whether anything is taken from the rows' logits."""
+        return self.logit_stats or self.references > 0
+
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One request's `extra_args["headrift"]`, checked. tenant: a number no other request of this engine has."""
+    """One request's `extra_args["headrift"]`, checked. tenant: a number no other request of this engine has.
+
+    ablate, epsilon: see `headrift.ablation`. keep: the reference that the logits of step 0 become; compare: the one
+    that they are compared with.
+    """
 
     slot: int
     tenant: int
     prompt_len: int
     regions: list[list[int]]
     steps: int
+    ablate: Sequence[ablation.HeadAblation] = ()
+    epsilon: float = ablation.EPSILON
+    keep: int | None = None
+    compare: int | None = None
 
     @classmethod
     def of(cls, params: SamplingParams | None, settings: Settings) -> Probe | None:
@@ -77,6 +97,12 @@ class Probe:
             raise ValueError(f"{len(probe.regions)} regions were asked for; this engine records {settings.regions}")
         if any(len(r) != 2 or not 0 <= r[0] <= r[1] for r in probe.regions):
             raise ValueError(f"regions are [start, end) with 0 <= start <= end, not {probe.regions}")
+        ablation.check(probe.ablate, probe.epsilon)
+        if probe.ablate and not settings.ablation:
+            raise ValueError("heads are to be ablated, and this engine was not started for that: set ablation=True")
+        for reference in (probe.keep, probe.compare):
+            if reference is not None and not 0 <= reference < settings.references:
+                raise ValueError(f"there is no reference {reference}; this engine keeps {settings.references}")
         return probe
 
 
@@ -88,11 +114,23 @@ class Recorder:
     the running step, -1 where the row is not probed; row_step: [rows] int32, the step of the row's last query. All of
     them keep their address, so that a captured CUDA graph may read and write them.
 
+    ablations: what the slots' requests ablate, None where the engine was not started for that. kept: [references,
+    vocab] float32, logits at step 0; divergence: [S] float32, NaN where unwritten.
+
     On the host, where a step is planned: slots, [rows of the running step] int32, as row_slot; prompt_lens and
-    rows_wanted, [S] int32, as prompt_len and n_rows.
+    rows_wanted, [S] int32, as prompt_len and n_rows; keeps and compares, [S], the slots' references, -1 for none.
     """
 
-    def __init__(self, settings: Settings, layers: int, heads: int, batch_rows: int, device: torch.device):
+    def __init__(
+        self,
+        settings: Settings,
+        layers: int,
+        heads: int,
+        batch_rows: int,
+        device: torch.device,
+        vocab: int = 0,
+        first_head: int = 0,
+    ):
         self.settings = settings
         shape = (settings.slots, settings.rows, layers, heads, settings.regions)
         on_device: dict[str, Any] = {"device": device}
@@ -103,14 +141,21 @@ class Recorder:
         self.n_rows = torch.zeros(settings.slots, dtype=torch.int32, **on_device)
         self.row_slot = torch.full((batch_rows,), -1, dtype=torch.int32, **on_device)
         self.row_step = torch.full((batch_rows,), -1, dtype=torch.int32, **on_device)
+        self.kept = torch.full((settings.references, vocab), torch.nan, dtype=torch.float32, **on_device)
+        self.divergence = torch.full((settings.slots,), torch.nan, dtype=torch.float32, **on_device)
+        self.ablations = Ablations(settings.slots, layers, heads, device, first_head) if settings.ablation else None
         self.windows: list[int | None] = [None] * layers
         # Attention sinks take a part of every head's mass, so that the keys' masses sum to less than 1.
         self.sinks = False
         # Written by rows.py: the slot of each row the model runner knows (V1: batch rows, V2: req_idx).
         self.runner_rows = np.full(batch_rows, -1, np.int32)
         self.slots = np.empty(0, np.int32)
+        # Of the running step.
+        self.ablated: AblatedStep | None = None
         self.prompt_lens = np.ones(settings.slots, np.int32)
         self.rows_wanted = np.zeros(settings.slots, np.int32)
+        self.keeps = np.full(settings.slots, -1, np.int32)
+        self.compares = np.full(settings.slots, -1, np.int32)
         self.rooms: dict[str, torch.Tensor] = {}
         # The metadata builder that publishes the rows of each step: the first of an engine.
         self.publisher: Any = None
@@ -133,12 +178,15 @@ class Recorder:
             if reasons:
                 raise RefusedError(reasons)
             model, parallel = config.model_config, config.parallel_config
+            heads = model.get_num_attention_heads(parallel)
             recorder = Recorder(
                 Settings(**asked),
                 layers=model.get_num_layers(parallel),
-                heads=model.get_num_attention_heads(parallel),
+                heads=heads,
                 batch_rows=_most_rows(config),
                 device=torch.device(config.device_config.device_type),
+                vocab=model.get_vocab_size(),
+                first_head=parallel.rank % parallel.tensor_parallel_size * heads,
             )
             _RECORDERS[config.instance_id] = recorder
         return recorder
@@ -155,7 +203,8 @@ class Recorder:
     def nbytes(self) -> int:
         """Bytes of device memory the recorder holds."""
         tensors = [v for v in vars(self).values() if isinstance(v, torch.Tensor)]
-        return sum(tensor.nbytes for tensor in [*tensors, *self.rooms.values()])
+        ablations = self.ablations.nbytes if self.ablations is not None else 0
+        return ablations + sum(tensor.nbytes for tensor in [*tensors, *self.rooms.values()])
 
     def reserve(self, name: str, floats: int) -> None:
         """Room of at least so many float32 in `rooms`, for kernels of all layers in turn; at start-up only."""
@@ -174,6 +223,10 @@ class Recorder:
             self._tenants[probe.slot] = probe.tenant
             self.prompt_lens[probe.slot] = probe.prompt_len
             self.rows_wanted[probe.slot] = probe.steps + 1
+            self.keeps[probe.slot] = -1 if probe.keep is None else probe.keep
+            self.compares[probe.slot] = -1 if probe.compare is None else probe.compare
+            if self.ablations is not None:
+                self.ablations.admit(probe.slot, probe.ablate, probe.epsilon)
             self._newcomers[probe.slot] = probe
         return probe.slot
 
@@ -198,8 +251,8 @@ class Recorder:
         self.slots = slots[:n]
         self._install_newcomers()
         if was_probed or probed:
-            self.row_slot.copy_(self._staged(slots), non_blocking=True)
-        if probed and self.settings.logit_stats:
+            self.row_slot.copy_(self.staged(slots), non_blocking=True)
+        if probed and self.settings.reads_logits:
             prompt_len = self.prompt_len[self.row_slot[:n].clamp(min=0).long()]
             self.row_step[:n] = seq_lens[:n] - prompt_len
 
@@ -208,7 +261,11 @@ class Recorder:
         """Whether any row of the running step is probed."""
         return bool((self.slots >= 0).any())
 
-    def _staged(self, array: np.ndarray) -> torch.Tensor:
+    def index(self, array: np.ndarray) -> torch.Tensor:
+        """`array` as an int64 index on the device; waits for nothing."""
+        return self.staged(array.astype(np.int64)).to(self.mass.device, non_blocking=True)
+
+    def staged(self, array: np.ndarray) -> torch.Tensor:
         """`array` as a tensor that the device can copy while the host goes on to the next step.
 
         The pinned memory is fresh: torch hands it out again only after the copies from it are done.
@@ -227,15 +284,20 @@ class Recorder:
             row[: len(probe.regions)] = np.reshape(probe.regions, (-1, 2))
         taken = np.array([p.slot for p in probes], np.int64)
         device = self.mass.device
-        slots = self._staged(taken).to(device, non_blocking=True)
+        slots = self.index(taken)
         for tensor, values in (
             (self.bounds, bounds),
             (self.prompt_len, self.prompt_lens[taken]),
             (self.n_rows, self.rows_wanted[taken]),
         ):
-            tensor.index_copy_(0, slots, self._staged(values).to(device, non_blocking=True))
-        for tensor in (self.mass, self.stats):
+            tensor.index_copy_(0, slots, self.staged(values).to(device, non_blocking=True))
+        for tensor in (self.mass, self.stats, self.divergence):
             tensor.index_fill_(0, slots, torch.nan)
+        kept = self.keeps[taken]
+        if (kept >= 0).any():
+            self.kept.index_fill_(0, self.index(kept[kept >= 0]), torch.nan)
+        if self.ablations is not None:
+            self.ablations.install(taken.tolist(), slots, self.staged)
 
     def gather(
         self, tenants: Sequence[tuple[int, int]], n_rows: int, system: int, prompt: int, want_mass: bool
@@ -244,8 +306,8 @@ class Recorder:
 
         share: [n, n_rows, layers, heads] mass[system] / mass[prompt], 0 where the prompt's mass is below 1e-9, NaN
         where unwritten. first: [n, layers, heads, regions] masses of step 0. stats: [n, n_rows, 3]. mass: [n, n_rows,
-        layers, heads, regions], only when asked for. The work is enqueued and not waited for. KeyError where a slot
-        has another tenant by now.
+        layers, heads, regions], only when asked for. divergence: [n], only where references are kept. The work is
+        enqueued and not waited for. KeyError where a slot has another tenant by now.
         """
         gone = [(slot, tenant) for slot, tenant in tenants if self._tenants[slot] != tenant]
         if gone:
@@ -258,6 +320,8 @@ class Recorder:
         out = {"share": share, "first": mass[:, 0].contiguous(), "stats": stats}
         if want_mass:
             out["mass"] = mass
+        if self.settings.references:
+            out["divergence"] = torch.stack([self.divergence[slot] for slot, _ in tenants])
         return out
 
 

@@ -15,6 +15,7 @@ from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1Proce
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcRequestState
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2Processor
 
+from headrift.vllm_plugin.divergence import keep_and_compare
 from headrift.vllm_plugin.logit_stats import record
 from headrift.vllm_plugin.recorder import Probe, Recorder, Settings
 
@@ -33,7 +34,17 @@ def batch_rows(metadata: CommonAttentionMetadata) -> np.ndarray:
 
 def _validate(params: SamplingParams) -> None:
     # The engine's own limits are not known here; they are checked again when the request is admitted.
-    Probe.of(params, Settings(slots=2**31, steps=2**31, regions=8))
+    Probe.of(params, Settings(slots=2**31, steps=2**31, regions=8, ablation=True, references=2**31))
+
+
+def _read(recorder: Recorder, logits: torch.Tensor) -> None:
+    """Take what is wanted of the logits."""
+    # Without speculative decoding, which is refused, a row of them is a batch row.
+    n = logits.shape[0]
+    if recorder.settings.logit_stats:
+        record(recorder, logits, recorder.row_slot[:n], recorder.row_step[:n])
+    if recorder.settings.references and recorder.probed:
+        keep_and_compare(recorder, logits)
 
 
 class RowsV1(V1Processor):
@@ -63,12 +74,10 @@ class RowsV1(V1Processor):
 
     def is_argmax_invariant(self) -> bool:
         # False makes the sampler call `apply` for greedy batches too; the logits are never changed.
-        return not self.recorder.settings.logit_stats
+        return not self.recorder.settings.reads_logits
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        if self.recorder.settings.logit_stats:
-            n = logits.shape[0]
-            record(self.recorder, logits, self.recorder.row_slot[:n], self.recorder.row_step[:n])
+        _read(self.recorder, logits)
         return logits
 
 
@@ -85,13 +94,11 @@ class RowsV2(V2Processor):
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         slot = self.recorder.admit(sampling_params)
         self.recorder.runner_rows[req_idx] = slot
-        return slot >= 0 and self.recorder.settings.logit_stats
+        return slot >= 0 and self.recorder.settings.reads_logits
 
     def apply_staged_writes(self) -> None:
         self.recorder.begin_step()
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
-        # Without speculative decoding, which is refused, a row of logits is a batch row.
-        n = logits.shape[0]
-        record(self.recorder, logits, self.recorder.row_slot[:n], self.recorder.row_step[:n])
+        _read(self.recorder, logits)
         return logits

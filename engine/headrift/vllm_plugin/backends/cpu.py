@@ -18,6 +18,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from headrift.vllm_plugin.ablation import ablating
 from headrift.vllm_plugin.measure import MeasuringBuilder, MeasuringImpl
 from headrift.vllm_plugin.plugin import RefusedError
 from headrift.vllm_plugin.recorder import Recorder
@@ -149,6 +150,7 @@ class CPUMassImpl(MeasuringImpl, CPUAttentionBackendImpl):
 
     _attention: PagedAttention | None = None
 
+    @ablating
     def forward(
         self,
         layer: AttentionLayer,

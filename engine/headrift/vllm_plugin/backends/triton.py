@@ -19,6 +19,7 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from headrift.vllm_plugin.ablation import ablating
 from headrift.vllm_plugin.measure import MeasuringBuilder, MeasuringImpl
 from headrift.vllm_plugin.recorder import Recorder
 from headrift_kernels.triton.decode_mass import SplitScratch, decode_mass, splits_for
@@ -122,6 +123,7 @@ class TritonMassImpl(MeasuringImpl, TritonAttentionImpl):
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         return self.recorder is None and super().fused_output_quant_supported(quant_key)
 
+    @ablating
     def forward(
         self,
         layer: AttentionLayer,
