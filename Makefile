@@ -9,7 +9,9 @@ ARGS ?=
 AT_ONCE ?= 2
 # A Python with headrift[gpu]: `make setup` installs vLLM for CPUs.
 GPU_PYTHON ?= $(BIN)/python
-BENCH ?= $(sort $(filter-out bench/_%,$(wildcard bench/*.py)))
+# Those that measure; the other two write tables of what was measured.
+BENCH ?= $(sort $(filter-out bench/_% bench/readme_table.py bench/roofline.py,$(wildcard bench/*.py)))
+BENCH_SHORT ?= bench/overhead.py bench/peers.py bench/scaling.py
 
 # The repository root stays off sys.path: its folder datasets/ would pass for the `datasets` library.
 export PYTHONSAFEPATH := 1
@@ -24,7 +26,7 @@ export DO_NOT_TRACK := 1
 export GOMP_SPINCOUNT := 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow lint format bench gpu-check lock clean
+.PHONY: help setup run test test-slow lint format bench bench-full gpu-check lock clean
 
 help: ## Show this list
 	@echo "headrift scores prompts for inter-head attention instability inside vLLM."
@@ -71,9 +73,13 @@ format: setup ## Let ruff format the code and mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## Run the benchmarks (BENCH=bench/x.py: only that one), into bench/results/
-	@[ -n "$(strip $(BENCH))" ] || echo "There is no benchmark in bench/ yet."
+bench: setup ## Short benchmarks, some five minutes, into runs/bench/
+	@for script in $(BENCH_SHORT); do echo "== $$script"; $(BIN)/python "$$script" --short $(ARGS) || exit 1; done
+
+bench-full: setup ## All benchmarks (BENCH=bench/x.py: only that one), into bench/results/ and README.md
 	@for script in $(BENCH); do echo "== $$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; done
+	@$(BIN)/python bench/roofline.py
+	@$(BIN)/python bench/readme_table.py
 
 gpu-check: ## On a GPU: selftest, gpu tests, kernel benchmark (has never run on one)
 	@command -v $(GPU_PYTHON) >/dev/null || { echo "gpu-check: there is no $(GPU_PYTHON) (make setup, or GPU_PYTHON=...)" >&2; exit 1; }

@@ -35,7 +35,7 @@ class EmptyEngine:
         shape = {"dtype": "float32", "layers": LAYERS, "heads": HEADS, "regions": ["system", "user", "prompt"]}
         sizes = {"max_model_len": 8192, "recorder_bytes": 0, "in_flight": 640, "chat_template_sha256": ""}
         self.about: dict[str, Any] = {**shape, **sizes}
-        self.waited = 0.0
+        self.waited, self.steps_run = 0.0, 0
         self._instability = np.random.default_rng(0).random((STEPS + 1) * LAYERS, np.float32)
         self._same: dict[str, Any] = dict.fromkeys(columns([]))
         self._same |= {"n_steps": STEPS, "n_scored": STEPS, "answer_tokens": STEPS + 1, "flags": [], "score": 0.1}

@@ -2,7 +2,8 @@
 
 scored: N log rows through a whole job, 12 steps. shared, unshared: N short prompts with one system prompt of 100
 tokens, 12 steps; with its prefix primed and small KV blocks, and without and with vLLM's blocks of 128 tokens.
-generate, replay: N short prompts with 40 answer tokens, made and then taken from the log. repeats: N times one prompt.
+generate, replay: N short prompts with 40 answer tokens each, made and then taken from the log. repeats: N times one
+prompt.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import _corpus_rows
+
+if TYPE_CHECKING:
+    from headrift.scorer import Scorer
 
 SYSTEM = "You answer questions about a library. " + " ".join(
     f"Rule {n}: never speak about shelf {n}." for n in range(9)
@@ -43,17 +47,32 @@ def scored(model: Path, n: int) -> dict[str, Any]:
     return {"seconds": seconds, "engine_waited": job.seconds["engine_waited"] / seconds, "counts": counts}
 
 
-def timed(model: Path, rows: list[dict[str, Any]], *, replay: bool = False, steps: int = 12, **options: Any) -> dict:
+def with_whole_answers(scorer: Scorer, n: int) -> list[dict[str, Any]]:
+    """The first N prompts, of many that ask for a long answer, whose answers do not end before the last step; with
+    their answers. Nothing of them is left in the scorer's caches."""
+    words = _corpus_rows.WORDS.split()
+    asked = [
+        {"prompt": f"Tell a long story of {words[i % len(words)]} number {i}.", "system": SYSTEM} for i in range(3 * n)
+    ]
+    made = list(zip(asked, scorer.score(asked), strict=True))
+    scorer.engine.llm_engine.reset_prefix_cache()
+    scorer._primed.clear()
+    whole = [(row, result) for row, result in made if result.answer_tokens == scorer.steps + 1]
+    assert len(whole) >= n, f"{len(whole)} of {len(made)} answers are long enough"
+    return [{**row, "response_ids": result.answer_ids} for row, result in whole[:n]]
+
+
+def timed(
+    model: Path, rows: list[dict[str, Any]] | int, *, replay: bool = False, steps: int = 12, **options: Any
+) -> dict[str, Any]:
+    """rows: to be scored, or how many of `with_whole_answers`."""
     from headrift.scorer import Scorer
 
     with Scorer(model, steps=steps, **options) as scorer:
         warm = [{**row, "system": "Warm up."} for row in prompts(8)]
         list(scorer.score(warm))
-        if replay:
-            made = list(scorer.score(rows))
-            rows = [{**row, "response_ids": result.answer_ids} for row, result in zip(rows, made, strict=True)]
-            scorer.engine.llm_engine.reset_prefix_cache()
-            scorer._primed.clear()
+        if isinstance(rows, int):
+            rows = with_whole_answers(scorer, rows)
         begun, cpu = time.monotonic(), time.process_time()
         results = list(scorer.score(rows, replay=replay))
         seconds, cpu_seconds = time.monotonic() - begun, time.process_time() - cpu
@@ -72,8 +91,8 @@ def main(case: str, model: Path, n: int) -> None:
         "scored": lambda: scored(model, n),
         "shared": lambda: timed(model, prompts(n), repeat_bytes=0),
         "unshared": lambda: timed(model, prompts(n), **PLAIN, **blocks),
-        "generate": lambda: timed(model, prompts(n), steps=39, repeat_bytes=0),
-        "replay": lambda: timed(model, prompts(n), steps=39, repeat_bytes=0, replay=True),
+        "generate": lambda: timed(model, n, steps=39, repeat_bytes=0),
+        "replay": lambda: timed(model, n, steps=39, repeat_bytes=0, replay=True),
         "repeats": lambda: timed(model, prompts(1) * n),
     }
     found = cases[case]()

@@ -47,15 +47,16 @@ def with_model(case: str, model: Path, n: int) -> dict:
     return found
 
 
-def make_tiny_model(folder: Path, model: Path) -> Path:
-    """Two random layers, with another model's tokenizer and chat template."""
+def make_tiny_model(folder: Path, model: Path, layers: int = 2, hidden: int = 128) -> Path:
+    """Random layers with heads of 32, with another model's tokenizer and chat template."""
     import torch
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=128, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+        vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 64, intermediate_size=hidden, max_position_embeddings=4096,
+        bos_token_id=1, eos_token_id=2, pad_token_id=2,
     )  # fmt: skip
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)

@@ -1,0 +1,238 @@
+"""What decoding moves and computes on GPUs, what the masses add, what leaves the device: arithmetic, no measurement.
+
+    python bench/roofline.py
+
+writes the tables of docs/performance.md, from the models' shapes, the data sheets' figures, and what traffic.json,
+aot.json and host_cost.json in bench/results say of headrift's kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from _generated import filled
+from _model_math import Shapes, keys_attended, recorded_bytes_bound
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs/performance.md"
+ITEM = 2  # bytes of a bfloat16
+REGIONS = 3
+STEPS = 12
+CONTEXT = 2048
+BATCHES = (1, 8, 64, 256)
+USED = 0.9  # of a device's memory, vLLM's default
+PCIE = 64e9  # bytes a second, PCIe 5.0 x16, one direction
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A data sheet's figures: bytes a second, dense bfloat16 FLOP a second, bytes of memory."""
+
+    bandwidth: float
+    flops: float
+    memory: float
+
+
+MODELS = {
+    "Llama-3-8B": Shapes(32, 4096, 32, 8, 128, 14336, 128256),
+    "Mistral-7B v0.3": Shapes(32, 4096, 32, 8, 128, 14336, 32768),
+    "Llama-3-70B": Shapes(80, 8192, 64, 8, 128, 28672, 128256),
+}
+DEVICES = {
+    "H100 SXM": Device(3.35e12, 989e12, 80e9),
+    "MI300X": Device(5.3e12, 1307e12, 192e9),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Bytes moved and floating point operations."""
+
+    bytes: float
+    flops: float
+
+    def seconds(self, device: Device, devices: int) -> float:
+        """At the device's limits, divided among so many of them; what they tell each other takes no time."""
+        return max(self.bytes / device.bandwidth, self.flops / device.flops) / devices
+
+    def bound(self, device: Device) -> str:
+        return "memory" if self.bytes / device.bandwidth >= self.flops / device.flops else "arithmetic"
+
+
+def forward(shapes: Shapes, rows: int, cached: int, tokens: int) -> Work:
+    """A pass over `tokens` tokens of each of so many rows with `cached` tokens before them; one row of logits each."""
+    weights = ITEM * (shapes.layer_weights + shapes.vocabulary_weights)
+    kv = rows * shapes.kv_bytes(cached + tokens, ITEM)
+    return Work(weights + kv, shapes.flops(rows * tokens, rows * keys_attended(cached, tokens), rows))
+
+
+def devices_needed(shapes: Shapes, device: Device, batch: int, context: int) -> int:
+    """The least power of two of devices that holds weights, and K and V of the batch."""
+    need, n = ITEM * shapes.parameters + batch * shapes.kv_bytes(context, ITEM), 1
+    while need > n * USED * device.memory:
+        n *= 2
+    return n
+
+
+def extra_attention_bytes(traffic: dict[str, Any]) -> float:
+    """Bytes that the masses add to decode attention, by row, layer and query head: counted, 2,048 keys, split."""
+    (counted,) = [
+        row
+        for row in traffic["decode"]
+        if row["shape"].startswith("Llama-3-8B") and row["context"] == CONTEXT and row["splits"] > 1
+    ]
+    rows, heads = 2, 32  # of the counted case
+    return counted["all_bytes"] * (1 - 1 / counted["all_ratio"]) / rows / heads
+
+
+def extra_instructions(aot: dict[str, Any]) -> float:
+    """Instructions in the loop over K and V with masses over those without: sm_90, heads of 128, 2,048 keys, split."""
+    (compiled,) = [
+        of
+        for of in aot["compiled"]
+        if (of["target"], of["shape"]["kernel"], of["shape"]["head_dim"]) == ("sm_90", "decode", 128)
+        and of["shape"]["dtype"] == "bf16"
+        and not of["shape"]["cache"]
+        and of["shape"]["splits"] > 1
+        and of["shape"]["regions"] == REGIONS
+        and of["shape"]["flags"] == ["MASS"]
+    ]
+    return compiled["ratios"][str(CONTEXT)]
+
+
+def host_seconds(host_cost: dict[str, Any]) -> float:
+    """Host time that probing adds to a step, the most of all batches."""
+    return max(row["added"] for row in host_cost["rows"]) * 1e-6
+
+
+def recorded_bytes(shapes: Shapes, steps: int) -> int:
+    """What leaves the device for a prompt: shares, the masses of step 0, next-token statistics."""
+    heads = shapes.layers * shapes.heads
+    return (steps + 1) * heads * 4 + heads * REGIONS * 4 + (steps + 1) * 12
+
+
+def size(n: float) -> str:
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if n >= unit:
+            return f"{n / unit:,.1f} {name}"
+    return f"{n:,.0f} B"
+
+
+def rows_of(lines: list[list[str]], head: list[str]) -> str:
+    body = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in body)
+
+
+def decode_table() -> str:
+    lines = []
+    for model, shapes in MODELS.items():
+        for name, device in DEVICES.items():
+            for batch in BATCHES:
+                work = forward(shapes, batch, CONTEXT - 1, 1)
+                n = devices_needed(shapes, device, batch, CONTEXT)
+                ms = 1e3 * work.seconds(device, n)
+                kv = batch * shapes.kv_bytes(CONTEXT, ITEM) / work.bytes
+                lines.append(
+                    [model, f"{n} x {name}", str(batch), f"{work.bytes / 1e9:.1f}", f"{kv:.0%}"]
+                    + [f"{work.flops / 1e9:,.0f}", f"{ms:.2f}", work.bound(device), f"{1e3 * batch / ms:,.0f}"]
+                )
+    head = ["model", "devices", "batch", "GB", "of it K, V", "GFLOP", "ms", "bound by", "tokens/s"]
+    return rows_of(lines, head)
+
+
+def added_table(traffic: dict[str, Any], aot: dict[str, Any], host_cost: dict[str, Any]) -> str:
+    per_head, instructions, host = extra_attention_bytes(traffic), extra_instructions(aot), host_seconds(host_cost)
+    lines = []
+    for model, shapes in MODELS.items():
+        for name, device in DEVICES.items():
+            for batch in BATCHES:
+                work = forward(shapes, batch, CONTEXT - 1, 1)
+                n = devices_needed(shapes, device, batch, CONTEXT)
+                step = work.seconds(device, n)
+                extra = batch * shapes.layers * shapes.heads * per_head
+                attention = batch * shapes.kv_bytes(CONTEXT, ITEM) / device.bandwidth / n
+                by_bytes = extra / device.bandwidth / n / step
+                by_instructions = attention * (instructions - 1) / step
+                lines.append(
+                    [model, f"{n} x {name}", str(batch), size(extra), f"{by_bytes:.3%}"]
+                    + [f"{by_instructions:.2%}", f"{by_instructions + host / step:.2%}"]
+                )
+    head = ["model", "devices", "batch", "bytes added", "by bytes", "by instructions", "and the host's time"]
+    return rows_of(lines, head)
+
+
+def leaving_table() -> str:
+    lines = []
+    for model, shapes in MODELS.items():
+        heads, rows = shapes.layers * shapes.heads, STEPS + 1
+        ours, keys = recorded_bytes(shapes, STEPS), shapes.kv_bytes(CONTEXT, ITEM) // 2
+        queries = rows * heads * shapes.head_dim * ITEM
+        ways = {
+            "headrift: shares of all heads, masses of step 0": ours,
+            "the bound it is held to (`bench/overhead.py`)": recorded_bytes_bound(STEPS, shapes.layers, shapes.heads),
+            f"headrift with `--save mass`, {REGIONS} regions": recorded_bytes(shapes, STEPS)
+            + rows * heads * REGIONS * 4,
+            "K of the prompt, all layers, bfloat16": keys,
+            f"K, and the queries of {rows} steps": keys + queries,
+            f"whole rows of attention, {rows} steps, float32": rows * heads * CONTEXT * 4,
+            "whole maps of the prompt, float16": heads * CONTEXT**2 * 2,
+        }
+        lines += [[model, way, size(n), f"{n / ours:,.1f}", f"{1e3 * n / PCIE:,.3f}"] for way, n in ways.items()]
+    table = rows_of(
+        lines, ["model", f"for a prompt of {CONTEXT:,} tokens", "bytes", "times headrift's", "ms over PCIe"]
+    )
+    shapes = MODELS["Llama-3-8B"]
+    shares, keys = (1e3 * n for n in (recorded_bytes(shapes, STEPS), shapes.kv_bytes(CONTEXT, ITEM) // 2))
+    return (
+        f"{table}\n\nAt 1,000 prompts/s those of an 8B model are {shares / 1e6:.0f} MB/s; its K alone would be "
+        f"{keys / 1e9:.0f} GB/s, {keys / PCIE:.1f} times what the bus carries."
+    )
+
+
+def replay_table() -> str:
+    prompt, cached, batch = 300, 100, 64
+    lines = []
+    for model, shapes in MODELS.items():
+        for name, device in DEVICES.items():
+            n = devices_needed(shapes, device, batch, prompt + 160)
+            for answer in (12, 160):
+                prefill = forward(shapes, batch, cached, prompt - cached).seconds(device, n)
+                decoding = sum(forward(shapes, batch, prompt + t, 1).seconds(device, n) for t in range(answer))
+                replay = forward(shapes, batch, cached, prompt - cached + answer).seconds(device, n)
+                times = prefill + decoding
+                lines.append(
+                    [model, f"{n} x {name}", str(answer), f"{1e3 * times:,.0f}", f"{1e3 * replay:,.0f}"]
+                    + [f"{times / replay:.1f}"]
+                )
+    head = ["model", "devices", "answer tokens", "generate, ms", "replay, ms", "times"]
+    return rows_of(lines, head)
+
+
+def page(text: str) -> str:
+    """docs/performance.md with its tables as they are to be."""
+    read = {
+        name: json.loads((ROOT / f"bench/results/{name}.json").read_text(encoding="utf-8"))
+        for name in ("traffic", "aot", "host_cost")
+    }
+    parts = {
+        "decode": decode_table(),
+        "added": added_table(**read),
+        "leaving": leaving_table(),
+        "replay": replay_table(),
+    }
+    return filled(text, "bench/roofline.py", parts)
+
+
+def main() -> None:
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"{PAGE.relative_to(ROOT)} written")
+
+
+if __name__ == "__main__":
+    main()
