@@ -12,6 +12,7 @@ from headrift.commands.demo_model import demo_model
 from headrift.commands.doctor import doctor
 from headrift.commands.explain import explain
 from headrift.commands.gate import gate
+from headrift.commands.heads import heads
 from headrift.commands.report import report
 from headrift.commands.score import score
 from headrift.commands.selftest import selftest
@@ -43,6 +44,7 @@ def main(
 
 for command in (score, gate, calibrate, report, explain, doctor, selftest, demo_model):
     app.command()(command)
+app.add_typer(heads)
 
 
 if __name__ == "__main__":

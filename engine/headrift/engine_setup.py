@@ -76,6 +76,10 @@ def attention_args(asked: str) -> dict[str, Any]:
     except ValueError as error:
         raise EngineError(str(error)) from error
     os.environ[plugin.BACKEND] = backend
+    if backend == "cpu":
+        from headrift.vllm_plugin import cpu_ops
+
+        return {"ir_op_priority": cpu_ops.PRIORITY}
     if not gpu:
         return {}
     from vllm.platforms import current_platform
@@ -160,7 +164,7 @@ def machine_defaults(ranks: int = 1) -> dict[str, Any]:
 
     sharers = ranks * int(os.environ.get(ENGINES_PER_MACHINE, "1"))
     return {
-        "max_num_seqs": 64,
+        "max_num_seqs": 128,
         "use_tqdm_on_load": False,
         # Small blocks let short system prompts be shared; vLLM's CPU default of 128 tokens seldom does.
         "block_size": 32,

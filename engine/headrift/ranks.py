@@ -47,9 +47,9 @@ def merge_descriptions(described: Sequence[Mapping[str, Any]]) -> dict[str, Any]
 def merge_recordings(answers: Sequence[bytes], layers: int, heads: int) -> dict[str, np.ndarray]:
     """All ranks' `headrift_fetch` of one ticket as the arrays of one rank with the whole model, by name.
 
-    share: [n, rows, layers, heads]; first: [n, layers, heads, regions]; stats: [n, rows, 3]; mass: [n, rows, layers,
-    heads, regions], where it was asked for; divergence: [n], where references are kept. RanksError where the answers are not of the same requests, or a layer and
-    head is missing or there twice.
+    share: [n, rows, layers, heads]; first: [n, layers, heads, regions - 1]; astray: [n]; stats: [n, rows, 3]; mass: [n,
+    rows, layers, heads, regions], where it was asked for; divergence: [n], where references are kept. RanksError where
+    the answers are not of the same requests, or a layer and head is missing or there twice.
     """
     parts = [load(answer) for answer in answers]
     kinds = {(frozenset(part) - _OF_LOGITS, *part["share"].shape[:2], part["tenants"].tobytes()) for part in parts}
@@ -59,7 +59,7 @@ def merge_recordings(answers: Sequence[bytes], layers: int, heads: int) -> dict[
     if len(stats) != 1:
         raise RanksError(f"{len(stats)} ranks answered with next-token statistics; one of them has the logits")
     _check_cover(parts, layers, heads)
-    whole = stats[0]
+    whole = stats[0] | {"astray": np.max([part["astray"] for part in parts], axis=0)}
     for name, axis in _LAYER_AXIS.items():
         if name not in parts[0]:
             continue

@@ -14,7 +14,7 @@ import numpy as np
 
 from headrift import signal
 from headrift.preparing import Ahead, Prepared, Preparer, Prompt, Rejected, Rules, load_tokenizer, workers_for_machine
-from headrift.probed_engine import REGIONS, Finished, ProbedEngine, ProbeRequest, Recording, Ticket
+from headrift.probed_engine import REGIONS, Finished, ProbedEngine, Recording, Ticket
 from headrift.signal import Window
 from headrift.waiting import Repeats, Waiting
 
@@ -333,7 +333,8 @@ class Scorer:
         names = self.engine.regions
         focus_heads = None
         if "user" in regions:
-            system_mass, user_mass = (recording.first[..., names.index(name)] for name in ("system", "user"))
+            without_prompt = [name for name in names if name != "prompt"]
+            system_mass, user_mass = (recording.first[..., without_prompt.index(name)] for name in ("system", "user"))
             focus_heads = signal.focus_heads(system_mass, user_mass)
         replayed = done.request.answer_ids is not None
         truncated = len(done.answer_ids) > self.steps + 1 if replayed else done.finish_reason == "length"

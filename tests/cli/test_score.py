@@ -601,7 +601,7 @@ def test_real_terminal_is_clean(real):
     starting, ready, *rest = real.stderr.splitlines()
     assert starting == f"Starting vLLM with {MODEL} (about 20 s)"
     assert ready.startswith("Ready in ")
-    assert ready.endswith("30 layers x 9 heads, float32, recorder 4 MB")
+    assert ready.endswith("30 layers x 9 heads, float32, recorder 8 MB")
     assert [line.split()[0] for line in rest if line.strip()] == ["scoring"]
     assert "11/11" in rest[-1]
     assert max(map(len, real.stdout.splitlines())) <= 80

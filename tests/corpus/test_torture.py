@@ -218,7 +218,9 @@ def test_a_disk_that_fills_up_and_then_has_room_again(undisturbed, tmp_path, str
 KINDS = ["kill parent", "kill engine", "terminate", "terminate twice", "kill engine while it starts"]
 
 
-def torn(engine: str, folder: Path, model: Path, kinds: list[str], chosen: random.Random) -> list[str]:
+def torn(
+    engine: str, folder: Path, model: Path, kinds: list[str], chosen: random.Random, pause: float = 0.0
+) -> list[str]:
     """Run folder/in.jsonl to its end as it is into `whole`, and with these interruptions into `out`; what happened."""
     given, whole, out, log = folder / "in.jsonl", folder / "whole", folder / "out", []
     out.mkdir()
@@ -227,9 +229,9 @@ def torn(engine: str, folder: Path, model: Path, kinds: list[str], chosen: rando
     for kind in kinds:
         have = len(list(out.glob("part-*")))
         if kind == "fill the disk":
-            code = fill_up(engine, given, model, out, 0, "0").returncode
+            code = fill_up(engine, given, model, out, 0, str(pause)).returncode
         else:
-            process = start(engine, given, model, out, folder, 0)
+            process = start(engine, given, model, out, folder, pause)
             while process.poll() is None:
                 if engine_of(process) if kind.endswith("starts") else len(list(out.glob("part-*"))) > have:
                     break
@@ -271,16 +273,29 @@ def test_five_random_interruptions_of_the_real_engine(tmp_path, straw, tiny_mode
 @pytest.mark.slow
 @pytest.mark.timeout(6000)
 def test_thirty_random_interruptions_of_the_demonstration_model(tmp_path, straw, demo_model):
-    """One prompt kills every engine, in both runs."""
     chosen = random.Random(drawn_seed())
     rows = [{"prompt": f"Tell me of number {n % 140}, {'please ' * (n % 9)}", "id": f"r{n}"} for n in range(180)]
     lines = [json.dumps(row) for row in rows]
-    lines[10], lines[70], lines[120] = json.dumps({"prompt": "KILL whoever reads this"}), '{"prompt": 3}', "rubbish"
+    lines[70], lines[120] = '{"prompt": 3}', "rubbish"
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     kinds = [*KINDS, *(["fill the disk"] if can_mount(tmp_path) else [])]
     kinds += chosen.choices(kinds, k=30 - len(kinds))
     chosen.shuffle(kinds)
-    log = torn("small", tmp_path, demo_model, kinds, chosen)
+    log = torn("small", tmp_path, demo_model, kinds, chosen, pause=0.1)
+    print("; ".join(log))
+    assert not [entry for entry in log if entry.endswith(": 0")], "some came when all was done"
+    assert_alike(tmp_path, log)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(6000)
+def test_a_prompt_that_kills_the_demonstration_models_engine(tmp_path, straw, demo_model):
+    """It is found and rejected, and interruptions of the search for it change nothing."""
+    chosen = random.Random(drawn_seed())
+    lines = [json.dumps({"prompt": f"Tell me of number {n}.", "id": f"r{n}"}) for n in range(9)]
+    lines[4] = json.dumps({"prompt": "KILL whoever reads this", "id": "poison"})
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    log = torn("small", tmp_path, demo_model, ["kill parent", "terminate"], chosen)
     print("; ".join(log))
     assert_alike(tmp_path, log)
-    assert "engine_died" in results(tmp_path / "out")[2].values()
+    assert results(tmp_path / "out")[2] == {(5, "poison"): "engine_died"}

@@ -72,7 +72,8 @@ def test_ranks_make_up_the_model_in_its_own_order(masses, stages, shares, order)
     whole = merge_recordings(answers, LAYERS, HEADS)
     expected = masses[[slot for slot, _ in TENANTS], :ROWS].numpy()
     np.testing.assert_array_equal(whole["mass"], expected)
-    np.testing.assert_array_equal(whole["first"], expected[:, 0])
+    np.testing.assert_array_equal(whole["first"], np.delete(expected[:, 0], PROMPT, -1))
+    np.testing.assert_array_equal(whole["astray"], np.abs(expected[:, 0, ..., PROMPT] - 1).max(axis=(1, 2)))
     with np.errstate(invalid="ignore"):
         share = np.where(expected[..., PROMPT] == 0, 0, expected[..., SYSTEM] / expected[..., PROMPT])
     np.testing.assert_array_equal(whole["share"], share)
@@ -83,7 +84,7 @@ def test_ranks_make_up_the_model_in_its_own_order(masses, stages, shares, order)
 def test_masses_leave_only_when_asked_for(masses):
     ranks = grid(masses, ALL_LAYERS, THREE_SHARES)
     whole = merge_recordings([answer(drain, want_mass=False) for drain in ranks], LAYERS, HEADS)
-    assert set(whole) == {"share", "first", "stats"}
+    assert set(whole) == {"share", "first", "astray", "stats"}
 
 
 def without_statistics(part: bytes) -> bytes:

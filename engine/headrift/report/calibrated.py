@@ -8,9 +8,9 @@ from headrift.calibration.printing import AT_THRESHOLD, CONFOUNDS, RANKED
 from headrift.calibration.record import Calibration, Figure
 from headrift.calibration.runs import Run
 from headrift.calibration.search import Cell
+from headrift.calibration.thresholds import exact_interval
 from headrift.calibration.verdicts import drift
 from headrift.report.gather import Gathered, ReportError
-from headrift.report.measure import fraction_interval
 from headrift.report.output import Block, Output, Points, Section, Table, Text
 from headrift.report.words import interval, sentence
 from headrift.signal import Window
@@ -68,7 +68,7 @@ def _of_these_runs(calibration: Calibration, of: Gathered, output: Output) -> Ta
     for label in of.classes:
         mine = of.samples.row[of.samples.mine(label)]
         flagged = int(calibration.apply(of.score[mine]).flagged.sum())
-        bounds = fraction_interval(flagged, len(mine))
+        bounds = exact_interval(flagged, len(mine))
         rows.append((label, f"{len(mine):,}", f"{flagged:,}", f"{flagged / len(mine):.1%}", interval(bounds, 3)))
         numbers[label] = {"prompts": len(mine), "flagged": flagged, "interval": bounds}
     output.numbers(flagged=numbers)

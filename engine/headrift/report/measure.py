@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from headrift.corpus.summary import SCORE
 from headrift.report.gather import Floats, Gathered, Ints, means
-from headrift.separation import Interval, Separation, area, curve, ranks, separation
+from headrift.separation import Separation, area, curve, ranks, separation
 
 _MOST_GRID_STEPS = 60  # of more steps, the grid's windows begin and end at this many, evenly spread
 LENGTH = "prompt length"
@@ -117,14 +117,6 @@ def by_run(of: Gathered) -> list[OfRun]:
         n = {label: int(numbers["n"] or 0) for label, numbers in summary.by_class().items()}
         found.append(OfRun(name, n, measures.get(SCORE), measures.get(LENGTH)))
     return found
-
-
-def fraction_interval(n: int, of: int) -> Interval:
-    """Wilson's 95% interval of a fraction."""
-    from scipy.stats import binomtest
-
-    found = binomtest(n, of).proportion_ci(method="wilson")
-    return float(found.low), float(found.high)
 
 
 def _along(of: Gathered, values: Floats, at: Ints, resamples: int) -> Along:

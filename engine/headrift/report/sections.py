@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from headrift.calibration.thresholds import exact_interval
 from headrift.corpus.summary import SCORED
 from headrift.explain import printable
 from headrift.figures import Curve
 from headrift.report import plots
 from headrift.report.extremes import Example, extremes
 from headrift.report.gather import Floats, Gathered
-from headrift.report.measure import OfRun, by_layer, by_step, fraction_interval, grid, relation
+from headrift.report.measure import OfRun, by_layer, by_step, grid, relation
 from headrift.report.output import Block, Card, Cards, Missing, Output, Picture, Pictures, Section, Table, Text
 from headrift.report.words import interval, percents
 from headrift.separation import TARGET_FPR
@@ -149,7 +150,7 @@ def _coverage(of: Gathered, output: Output) -> tuple[Picture, list[Block]]:
     for label, numbers in of.summary.by_class().items():
         n = int(numbers["n"] or 0)
         for name, fraction in zip(counted, (1 - float(numbers["coverage"] or 0), float(numbers["early"] or 0))):
-            counted[name][label] = (fraction, *fraction_interval(round(fraction * n), n))
+            counted[name][label] = (fraction, *exact_interval(round(fraction * n), n))
     output.numbers(coverage=counted, no_score=dict(of.summary.no_score), rejected=dict(of.summary.rejects))
     picture = output.picture(
         "coverage",

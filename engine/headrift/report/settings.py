@@ -23,7 +23,7 @@ def settings(of: Gathered, redact: bool) -> Section:
         values = [one.get(name, "") for one in described]
         (alike if len(set(values)) == 1 else differ).append((name, values))
     rows = [("report made by", f"headrift {__version__}"), *((name, values[0]) for name, values in alike)]
-    blocks: list[Block] = [Table(("of all runs" if len(of.runs) > 1 else "", ""), rows)]
+    blocks: list[Block] = [Table(("setting", "of all runs" if len(of.runs) > 1 else "value"), rows)]
     if differ:
         names = [name for name, _ in differ]
         blocks.append(

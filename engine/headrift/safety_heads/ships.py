@@ -8,7 +8,7 @@ head's ablation is a row of a batch that is compared with it there: one number p
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -57,7 +57,7 @@ def ships(
     kind: str = ablation.UNDIFFERENTIATED,
     epsilon: float = ablation.EPSILON,
     on_rows: Callable[[int], None] | None = None,
-) -> Iterator[NDArray[np.float64]]:
+) -> Generator[NDArray[np.float64], None, None]:
     """The scores [layers, heads] of each prompt, in order, in nats; NaN for heads that were not asked for.
 
     engine: started with `ablation=True` and `references`. prompts: token ids. heads: (layer, head), all by default.
@@ -82,7 +82,7 @@ def _run(
     kind: str,
     epsilon: float,
     on_rows: Callable[[int], None],
-) -> Iterator[NDArray[np.float64]]:
+) -> Generator[NDArray[np.float64], None, None]:
     free = list(range(engine.references))
     under_way: deque[_Prompt] = deque()
     running: dict[int, tuple[_Prompt, Head | None]] = {}

@@ -43,6 +43,10 @@ def register() -> None:
     register_backend(AttentionBackendEnum.CPU_ATTN, BACKENDS[os.environ.get(BACKEND, "cpu")])
     for ours, stock in STOCK_BACKENDS.items():
         register_backend(AttentionBackendEnum[stock], BACKENDS[ours])
+    if os.environ.get(BACKEND, "cpu") == "cpu":
+        from headrift.vllm_plugin import cpu_ops
+
+        cpu_ops.register()
 
 
 def backend_for(asked: str, gpu: bool) -> str:

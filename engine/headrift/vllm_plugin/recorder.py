@@ -305,9 +305,10 @@ class Recorder:
         """Steps 0..n_rows-1 of finished requests, one entry per (slot, tenant), in fresh tensors on the device.
 
         share: [n, n_rows, layers, heads] mass[system] / mass[prompt], 0 where the prompt's mass is below 1e-9, NaN
-        where unwritten. first: [n, layers, heads, regions] masses of step 0. stats: [n, n_rows, 3]. mass: [n, n_rows,
-        layers, heads, regions], only when asked for. divergence: [n], only where references are kept. The work is
-        enqueued and not waited for. KeyError where a slot has another tenant by now.
+        where unwritten. first: [n, layers, heads, regions - 1] masses of step 0 of all regions but the prompt, and
+        astray: [n], how far from 1 any head's mass on that is. stats: [n, n_rows, 3]. mass: [n, n_rows, layers, heads,
+        regions], only when asked for. divergence: [n], only where references are kept. The work is enqueued and not
+        waited for. KeyError where a slot has another tenant by now.
         """
         gone = [(slot, tenant) for slot, tenant in tenants if self._tenants[slot] != tenant]
         if gone:
@@ -317,7 +318,9 @@ class Recorder:
         stats = torch.stack([self.stats[slot, :n_rows] for slot, _ in tenants])
         whole = mass[..., prompt]
         share = (mass[..., system] / whole).masked_fill_(whole < 1e-9, 0.0)
-        out = {"share": share, "first": mass[:, 0].contiguous(), "stats": stats}
+        first = torch.cat([mass[:, 0, ..., :prompt], mass[:, 0, ..., prompt + 1 :]], dim=-1)
+        astray = (whole[:, 0] - 1.0).abs().amax(dim=(1, 2))
+        out = {"share": share, "first": first, "astray": astray, "stats": stats}
         if want_mass:
             out["mass"] = mass
         if self.settings.references:

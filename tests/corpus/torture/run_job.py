@@ -23,8 +23,8 @@ def main(engine: str, given: str, model: str, out: str, marks: str, pause: str) 
     settings = Settings((given,), Path(model), Path(out), system_prompt="Be brief, and be kind.", steps=4)
     make: dict[str, Callable[[], Engine]] = {
         "straw": partial(StrawEngine, Path(marks), float(pause)),
-        "vllm": partial(MortalEngine, settings),
-        "small": partial(MortalEngine, settings),
+        "vllm": partial(MortalEngine, settings, float(pause)),
+        "small": partial(MortalEngine, settings, float(pause)),
     }
     try:
         with ScoreJob(settings, resume=True, engine=partial(Child, make[engine]), shard_rows=SHARD_ROWS[engine]) as job:

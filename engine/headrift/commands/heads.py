@@ -1,0 +1,205 @@
+"""`headrift heads`: attention heads ablated one by one, and what that does to the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headrift.commands.common import (
+    AttentionBackend,
+    AttentionBackendName,
+    DType,
+    errors,
+    say,
+    system_prompt_of,
+)
+
+heads = typer.Typer(
+    name="heads",
+    help="Ablate attention heads one by one: which of them does a refusal hang on?",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+class KindName(StrEnum):
+    """What --kind takes; the kinds of headrift.ablation."""
+
+    UNDIFFERENTIATED = "undifferentiated"
+    SCALING = "scaling"
+    MEAN_QUERY = "mean_query"
+    MEAN_OUTPUT = "mean_output"
+
+
+class FormName(StrEnum):
+    """What --as takes; the forms of headrift.safety_heads.queries."""
+
+    CHAT = "chat"
+    QUERY = "query"
+    TEXT = "text"
+
+
+@heads.callback()
+def _group() -> None:
+    """Ablate attention heads one by one: which of them does a refusal hang on?"""
+
+
+@heads.command()
+def ships(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar="INPUT...", help="Queries: .txt, .jsonl, .csv or .parquet.", show_default=False),
+    ],
+    model: Annotated[Path, typer.Option(metavar="DIR", help="The model's folder.", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="A new folder for the results.", show_default=False)],
+    kind: Annotated[
+        KindName,
+        typer.Option(metavar="KIND", help="undifferentiated, scaling, mean_query or mean_output: see above."),
+    ] = KindName.UNDIFFERENTIATED,
+    epsilon: Annotated[
+        float, typer.Option(metavar="X", help="The factor of an undifferentiated query or a scaled output.")
+    ] = 1e-5,
+    only: Annotated[
+        str | None,
+        typer.Option("--heads", metavar="L:H,...", help="Only these heads, as in 3:0,11:7.", show_default=False),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A look: 64 heads drawn at random, the first 5 queries.")
+    ] = False,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="The first N queries only.", show_default=False)
+    ] = None,
+    form: Annotated[
+        FormName,
+        typer.Option(
+            "--as",
+            metavar="FORM",
+            help="chat: a message in the model's chat template; query: '## Query:... ## Answer:'; text: as it is.",
+        ),
+    ] = FormName.CHAT,
+    system_prompt_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="System prompt of queries that bring none.", show_default=False),
+    ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=NAME",
+            help="What the inputs call a key, as in prompt=goal. A column `input` is known. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    top: Annotated[int, typer.Option(metavar="N", min=1, help="How many heads the table shows.")] = 20,
+    dtype: Annotated[
+        DType, typer.Option(metavar="TYPE", help="float32, bfloat16 or float16; auto suits the machine.")
+    ] = DType.AUTO,
+    attention_backend: AttentionBackend = AttentionBackendName.AUTO,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in the folder.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Let vLLM log, and show where errors arose.")
+    ] = False,
+) -> None:
+    """Rank a model's heads by how far the ablation of each moves the first token of the answer (SHIPS).
+
+    Every head's ablation is a row of the engine's batches. A score is KL(p || p_ablated) in nats, at the last prompt
+    token. undifferentiated: the head's query is all but nothing, so that it attends everything alike; scaling: its
+    output is; mean_query, mean_output: the mean over the layer's heads stands in. No weight is changed or written.
+
+    \b
+    Into the folder: scores/ (Parquet, a file a query, a row a head), ships.json
+    (settings, ranking), heatmap.png.
+
+    \b
+    Exit codes:
+      0    done
+      1    broken off: the engine or the disk failed; go on with --resume
+      2    nothing was begun, because of what was asked for
+      130  interrupted; go on with --resume
+    """
+    from headrift.safety_heads.job import Asked, ShipsJob
+    from headrift.safety_heads.ranking import table
+
+    with errors(2, verbose):
+        asked = Asked(
+            inputs=tuple(inputs),
+            model=model,
+            out=out,
+            kind=kind.value,
+            epsilon=epsilon,
+            heads=_heads(only),
+            quick=quick,
+            limit=limit,
+            form=form.value,
+            system_prompt=None if system_prompt_file is None else system_prompt_of(system_prompt_file),
+            columns=dict(map(_column, column or ())),
+            dtype=dtype.value,
+            attention_backend=attention_backend.value,
+            resume=resume,
+        )
+        job = ShipsJob(asked)
+    queries, of_query = len(job.queries), len(job.heads)
+    rows = (of_query + 1) * (queries - len(job.done))
+    say(f"{queries} queries, {of_query} heads: {rows:,} rows to run", quiet)
+
+    def kept() -> str:
+        return f"{len(job.done)} of {queries} queries are done; go on with --resume"
+
+    with errors(1, verbose, kept), _bar(rows, quiet) as on_rows:
+        found = job.run(on_rows, verbose)
+    typer.echo(table(found.ranked, queries, top))
+    if found.agreement is not None:
+        typer.echo(f"the queries' rankings agree with a mean rank correlation of {found.agreement:.2f}")
+    say(f"{found.seconds:.1f} s in the engine; results: {out}", quiet)
+
+
+def _heads(given: str | None) -> tuple[tuple[int, int], ...] | None:
+    if given is None:
+        return None
+    found = []
+    for part in given.split(","):
+        layer, colon, head = part.partition(":")
+        if not colon or not layer.strip().isdecimal() or not head.strip().isdecimal():
+            raise ValueError(f"--heads {given}: {part.strip()!r} is not LAYER:HEAD, as in 3:0,11:7")
+        found.append((int(layer), int(head)))
+    if len(set(found)) < len(found):
+        raise ValueError(f"--heads {given} names a head twice")
+    return tuple(found)
+
+
+def _column(given: str) -> tuple[str, str]:
+    key, equals, name = given.partition("=")
+    if not equals or not key or not name:
+        raise ValueError(f"--column {given} is not KEY=NAME, as in prompt=goal")
+    return key, name
+
+
+@contextmanager
+def _bar(rows: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar of the rows that have run, on standard error."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("rows"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=quiet or not rows) as bar:
+        task = bar.add_task("", total=rows)
+        yield lambda n: bar.update(task, advance=n)
