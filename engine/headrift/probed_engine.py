@@ -82,7 +82,8 @@ class Recording:
 
     share: [T, layers, heads]; first: [layers, heads, regions - 1], the masses of step 0 but the prompt's; stats: [T, 3]
     next-token entropy (nats), top-1 probability and margin, NaN unless asked for; mass: [T, layers, heads, regions] or
-    None. divergence: KL in nats of the reference's next-token distribution to this one's at step 0, NaN unless compared.
+    None. divergence: KL in nats of the reference's next-token distribution to this one's at step 0, NaN unless
+    compared.
     """
 
     share: np.ndarray

@@ -502,3 +502,9 @@ def test_a_draw_and_rows_left_out_are_noted(make, monkeypatch):
     assert "60 of 70 distinct attacks were compared, drawn at random" in found.notes
     assert "60 of 90 distinct benign prompts were compared, drawn at random" in found.notes
     assert "1 rows without a label were left out" in found.notes
+
+
+def test_runs_in_which_no_row_has_a_score_are_refused(make):
+    run = make.run_of(make.made_up(0, 12, 24), make.labels(12, 24), n_steps=np.zeros(36, int))
+    with pytest.raises(CalibrationError, match="no row has a score in steps 1:6"):
+        side_by_side([run], CELL, resamples=0, seed=0, fail_terms=None)

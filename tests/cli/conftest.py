@@ -67,7 +67,8 @@ class StubEngine:
         shape = (done.n_steps + 1, self.layers, self.heads)
         mass = random.random((*shape, len(self.regions)), np.float32)
         stats = random.random((shape[0], 3), np.float32)
-        return Recording(random.random(shape, np.float32), np.delete(mass[0], 2, -1), stats, mass if want_mass else None)
+        first = np.delete(mass[0], self.regions.index("prompt"), -1)
+        return Recording(random.random(shape, np.float32), first, stats, mass if want_mass else None)
 
     def abort(self) -> None:
         self._queue = []

@@ -82,6 +82,31 @@ def test_flash_attention_is_refused_before_the_model_loads(tiny_model, monkeypat
         ProbedEngine(tiny_model("llama-3to1"), steps=1, ablation=True, attention_backend="flash", engine_args=settings)
 
 
+@pytest.mark.slow
+def test_two_ranks_ablate_each_its_own_heads(tiny_model, oracle, settings_of_tests, run, assert_agrees):
+    settings = {**settings_of_tests, "skip_tokenizer_init": True, "max_num_seqs": 8, "max_model_len": 256}
+    settings["tensor_parallel_size"] = 2
+    ids = np.random.default_rng(5).integers(3, 200, 60).tolist()
+    regions = {"system": (2, 14), "user": (15, 24), "prompt": (0, 60)}
+    # Heads 0 to 2 are the first rank's, 3 to 5 the second's.
+    sets = [[(0, 1, "undifferentiated")], [(1, 4, "scaling")], [(0, 5, "undifferentiated"), (2, 0, "scaling")]]
+    options = {"steps": 2, "slots": 6, "ablation": True, "references": 1}
+    with ProbedEngine(tiny_model("llama-3to1"), **options, engine_args=settings) as engine:
+        with pytest.raises(ValueError, match="one device"):
+            engine.submit(ProbeRequest(ids, regions, 0, ablate=[(0, 1, "mean_output")]))
+        run(engine, [ProbeRequest(ids, regions, 0, keep_as=0)])
+        rows = [ProbeRequest(ids, regions, 2, ignore_eos=True, ablate=heads, compare_with=0) for heads in sets]
+        items = run(engine, rows)
+    model = oracle("llama-3to1")
+    log_p = torch.log_softmax(model.run(ids, 59).logits[0].double(), -1)
+    for item, heads in zip(items, sets, strict=True):
+        with model.ablated(heads):
+            assert assert_agrees(model, [item]) == 3
+            log_q = torch.log_softmax(model.run(ids, 59).logits[0].double(), -1)
+        expected = float((log_p.exp() * (log_p - log_q)).sum())
+        assert item.recording.divergence == pytest.approx(expected, rel=DIVERGENCE["rtol"], abs=DIVERGENCE["atol"])
+
+
 @pytest.fixture(scope="module", params=MODELS)
 def tiny(request, tiny_model, oracle, settings_of_tests):
     """A tiny model's engine with chunks, cached prefixes and ablation, and its oracle."""

@@ -79,7 +79,8 @@ def test_the_demonstration_model(demo_model, oracle, settings_of_tests):
     heads = [(0, 4), (9, 1), (20, 8)]
     with engine_of(demo_model, settings_of_tests, kv_cache_memory_bytes=256 << 20) as engine:
         for kind in ablation.SIDES:
-            for prompt, found in zip(ids, ships(engine, ids, heads=heads, kind=kind), strict=True):
+            some = ids if kind == ablation.UNDIFFERENTIATED else ids[:1]
+            for prompt, found in zip(some, ships(engine, some, heads=heads, kind=kind), strict=True):
                 expected = one_pass_a_head(oracle("demo"), prompt, heads, kind)
                 np.testing.assert_allclose(found[tuple(np.transpose(heads))], expected, rtol=2e-3, atol=1e-8)
         group = [(*head, ablation.SCALING) for head in heads]
@@ -93,6 +94,7 @@ def test_the_demonstration_model(demo_model, oracle, settings_of_tests):
     np.testing.assert_allclose(p, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_job_is_broken_off_and_taken_up_again(demo_model, tmp_path):
     """`headrift heads ships`: what is in the folder stays, what is missing is scored, and the ranking is of all."""
     queries = tmp_path / "queries.csv"

@@ -23,12 +23,20 @@ Floats: TypeAlias = NDArray[np.float64]
 _CONTAMINATIONS = (0.0, 0.001, 0.01, 0.05, 0.1)
 CONFOUNDS = {
     "prompt_tokens": "prompt length",
-    "answer_tokens": "answer length, as far as it was made",
-    "n_steps": "number of steps: how early the answer ended",
-    "system_share": "the heads' mean share of the system prompt, over the run's own window",
+    "answer_tokens": "answer length",
+    "n_steps": "number of steps",
+    "system_share": "system share",
+    "head_agreement": "head agreement",
+    "focus": "focus score",
+    "entropy": "entropy",
+}
+_EXACTLY = {
+    "answer_tokens": "as far as it was made",
+    "n_steps": "how early the answer ended",
+    "system_share": "the heads' mean, over the run's own window",
     "head_agreement": "mean correlation of the heads, over the run's own window",
-    "focus": "Attention Tracker's focus score at step 0, over all heads",
-    "entropy": "next-token entropy, over the run's own window",
+    "focus": "Attention Tracker's, at step 0, over all heads",
+    "entropy": "of the next token, over the run's own window",
 }
 
 
@@ -129,7 +137,8 @@ def confounds(rows: Rows, division: Division, resamples: int) -> dict[str, Figur
         if len(np.unique(of_units)) < 2:
             continue
         measured = separation.separation(of_units, units.attack, units.group, resamples=resamples)
-        how = f"AUROC of {CONFOUNDS[name]}, higher counted as attack (below 0.5: lower is), on the same prompts"
+        what = CONFOUNDS[name] + (f" ({_EXACTLY[name]})" if name in _EXACTLY else "")
+        how = f"AUROC of {what}, higher counted as attack (below 0.5: lower is), on the same prompts"
         found[name] = Figure(value=measured.auroc, interval=measured.auroc_interval, how=how)
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from textwrap import wrap
 from typing import TYPE_CHECKING
 
+from headrift.calibration.evidence import CONFOUNDS
 from headrift.calibration.record import Calibration, Figure
 from headrift.screen import print_table
 
@@ -24,15 +25,6 @@ AT_THRESHOLD = {
     "tpr": "attacks found",
     "fpr": "benign prompts flagged",
     "fpr_traffic": "benign rows flagged",
-}
-CONFOUNDS = {
-    "prompt_tokens": "prompt length",
-    "answer_tokens": "answer length",
-    "n_steps": "number of steps",
-    "system_share": "system share",
-    "head_agreement": "head agreement",
-    "focus": "focus score",
-    "entropy": "entropy",
 }
 
 

@@ -46,7 +46,7 @@ def side_by_side(
 
     resamples: of whole groups, for the intervals; 0 for none. fail_terms: what tells a successful attack, None where
     it is not known. say: told of each stage. CalibrationError where the runs cannot be compared: different models, a
-    window past the recorded steps, a class that is missing.
+    window past the recorded steps, a class that is missing, no row with a score.
     """
     check_alike(runs)
     steps = min(run.steps for run in runs)
@@ -56,6 +56,8 @@ def side_by_side(
     rows = read_rows(runs)
     samples = sampling.take(runs, rows, seed)
     signals = reading.read(runs, samples, cell, fail_terms=fail_terms, important_heads=important_heads, say=say)
+    if "instability" not in signals.values:
+        raise CalibrationError(f"no row has a score in steps {cell.window}: choose an earlier window")
     draws = Draws(samples.attack, samples.group, resamples, seed)
     say(f"comparing {len(signals.values)} signals, {resamples} resamples")
     among = strata(samples, cell)

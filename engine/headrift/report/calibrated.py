@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from headrift.calibration.printing import AT_THRESHOLD, CONFOUNDS, RANKED
+from headrift.calibration.evidence import CONFOUNDS
+from headrift.calibration.printing import AT_THRESHOLD, RANKED
 from headrift.calibration.record import Calibration, Figure
 from headrift.calibration.runs import Run
 from headrift.calibration.search import Cell

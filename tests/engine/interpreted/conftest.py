@@ -114,7 +114,8 @@ def tiny(case, tiny_model, oracle, settings_of_tests):
         "additional_config": {"headrift": {"splits": int(case["splits"])}},
     }
     backend = case["backend"]
-    with ProbedEngine(
-        tiny_model(case["model"]), steps=8, slots=4, logit_stats=True, attention_backend=backend, engine_args=settings
-    ) as engine:
+    options = {"steps": 8, "slots": 4, "logit_stats": True, "attention_backend": backend}
+    if backend == "triton":
+        options |= {"ablation": True, "references": 2}
+    with ProbedEngine(tiny_model(case["model"]), **options, engine_args=settings) as engine:
         yield engine, oracle(case["model"])

@@ -77,6 +77,9 @@ def put_on_device(engine, patch: pytest.MonkeyPatch) -> list:
                 patch.setattr(recorder, name, on_device(value))
         rooms = {name: on_device(room) for name, room in recorder.rooms.items()}
         patch.setattr(recorder, "rooms", rooms)
+        for side in (recorder.ablations.query, recorder.ablations.output):
+            patch.setattr(side, "factor", on_device(side.factor))
+            patch.setattr(side, "mean", on_device(side.mean))
         for layer in worker.vllm_config.compilation_config.static_forward_context.values():
             for name in ("_q_scale", "_k_scale", "_v_scale"):
                 patch.setattr(layer, name, on_device(getattr(layer, name)))
@@ -111,10 +114,12 @@ def test_a_measured_step_never_waits(only_once, tiny, assert_agrees):
     # Two of these prompts fill a step of 64 tokens: the first answer while the others are prefilled.
     prompts = np.random.default_rng(11).integers(3, 200, (4, 30)).tolist()
     spans = {"system": (2, 14), "user": (15, 24), "prompt": (0, 30)}
-    requests = [ProbeRequest(ids, spans, steps=3, ignore_eos=True) for ids in prompts[1:]]
+    requests = [ProbeRequest(ids, spans, steps=3, ignore_eos=True) for ids in prompts[1:3]]
+    entries = [(0, 1, "undifferentiated"), (1, 0, "scaling"), (1, 2, "mean_output"), (1, 3, "mean_query")]
+    ablated = ProbeRequest(prompts[3], spans, 3, ignore_eos=True, ablate=entries, keep_as=0, compare_with=0)
     unprobed = ProbeRequest(prompts[0], {}, 3, ignore_eos=True, probed=False)
     finished = []
-    for request in [*requests, unprobed]:
+    for request in [*requests, ablated, unprobed]:
         engine.submit(request)
     with pytest.MonkeyPatch.context() as patch:
         steps = put_on_device(engine, patch)
@@ -122,7 +127,9 @@ def test_a_measured_step_never_waits(only_once, tiny, assert_agrees):
             finished += engine.step()
     recordings = iter(engine.drain(finished, want_mass=True))
     items = [SimpleNamespace(done=f, recording=next(recordings) if f.request.probed else None) for f in finished]
-    assert assert_agrees(oracle, items) == 3 * 4
+    with oracle.ablated(entries):
+        assert assert_agrees(oracle, [item for item in items if item.done.request.ablate]) == 4
+    assert assert_agrees(oracle, [item for item in items if not item.done.request.ablate]) == 2 * 4
     measured = [step for step in steps if step is not None]
     assert any(step.decode_rows and step.rest is None for step in measured), "no decode step was measured"
     assert any(step.decode_rows and step.rest_measured for step in measured), "no mixed step was measured"
