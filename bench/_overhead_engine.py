@@ -18,6 +18,7 @@ _SECTIONS = {
     "cache_config": ("block_size", "kv_cache_memory_bytes", "enable_prefix_caching", "cache_dtype"),
     "scheduler_config": ("max_num_seqs", "max_num_batched_tokens", "enable_chunked_prefill", "async_scheduling"),
     "compilation_config": ("mode", "cudagraph_mode"),
+    "kernel_config": ("ir_op_priority",),
 }
 
 

@@ -4,9 +4,10 @@
 
 Each arm is an engine in a process of its own, with identical settings, stopped while another works. `plain`: vLLM
 with no plugin loaded. `idle`: headrift's engine, requests that are not measured. `probing`, `logits`: measured, the
-second with next-token statistics. (Attention entropy is no arm: the engine does not take it yet.) All arms answer the
-same token ids with the same number of tokens (`ignore_eos`). The prompts are in the prefix cache, so that what is timed
-is decoding, the last tokens of each prompt and, where there are any, the drains: the case in which probing weighs most.
+second with next-token statistics. `headrift as it comes`: probing, with the norms that headrift takes on a CPU, the one
+arm with another setting. (Attention entropy is no arm: the engine does not take it yet.) All arms answer the same token
+ids with the same number of tokens (`ignore_eos`). The prompts are in the prefix cache, so that what is timed is
+decoding, the last tokens of each prompt and, where there are any, the drains: the case in which probing weighs most.
 
 Arms take turns (idle, plain, probing, logits), mirrored every other time, so that what drifts on the machine falls to
 all of them as ABBA does it, and plain lies beside those that matter most. A ratio is throughput over plain's in the
@@ -48,11 +49,13 @@ KV_ROOM = 1.25  # of what the cases' prompts and answers take
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """An engine to start. kind: plain, idle, probing or logits. attention: for plain vLLM's backend, else ours."""
+    """An engine to start. kind: plain, idle, probing or logits. attention: for plain vLLM's backend, else ours.
+    as_it_comes: with headrift's own settings where these are faster, and not with vLLM's."""
 
     kind: str
     attention: str = "auto"
     regions: tuple[str, ...] = REGIONS
+    as_it_comes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,7 @@ class Case:
         return self.batch * (own + PAGE) + (self.context if self.shared else 0)
 
 
-ALL = ("idle", PLAIN, "probing", "logits")
+ALL = ("idle", PLAIN, "probing", "logits", "headrift as it comes")
 BASE = Case("base: batch 8, context 1,000, 10 steps, 3 regions", arms=ALL)
 CASES = (
     BASE,
@@ -104,6 +107,7 @@ CPU_ARMS = {
     "probing": Arm("probing"),
     "logits": Arm("logits"),
     "idle": Arm("idle"),
+    "headrift as it comes": Arm("probing", as_it_comes=True),
     "probing, 2 regions": Arm("probing", regions=FEWEST_REGIONS),
 }
 GPU_ARMS = {
@@ -128,7 +132,7 @@ def for_gpu(case: Case) -> Case:
     """The case with every plain arm, and both of headrift's backends where probing is one."""
     plain = tuple(name for name, arm in GPU_ARMS.items() if arm.kind == PLAIN)
     flash = ("probing, flash",) if "probing" in case.arms else ()
-    return replace(case, arms=(*plain, *(name for name in case.arms if name != PLAIN), *flash))
+    return replace(case, arms=(*plain, *(name for name in case.arms if name in GPU_ARMS), *flash))
 
 
 def engine_settings(model: Path, cases: tuple[Case, ...], gpu: bool) -> dict[str, Any]:
@@ -147,6 +151,8 @@ def engine_settings(model: Path, cases: tuple[Case, ...], gpu: bool) -> dict[str
         "kv_cache_memory_bytes": max(room, 64 << 20),
         "seed": 0,
         "disable_log_stats": True,
+        # headrift takes other norms on a CPU, which has nothing to do with probing.
+        **({} if gpu else {"ir_op_priority": {"rms_norm": ["native"], "fused_add_rms_norm": ["native"]}}),
         # vLLM checks that so much of a GPU is free, whatever the cache takes: all arms share one.
         **({"gpu_memory_utilization": 0.9 / len(GPU_ARMS)} if gpu else {}),
     }
@@ -173,6 +179,8 @@ def start(arm: Arm, settings: dict[str, Any], steps: int, processes: ExitStack, 
         return child, child.ask("start", kind=PLAIN, settings=settings | backend)
     options = {"regions": arm.regions, "steps": steps, "logit_stats": arm.kind == "logits"}
     probed = arm.kind != "idle"
+    if arm.as_it_comes:
+        settings = {name: value for name, value in settings.items() if name != "ir_op_priority"}
     return child, child.ask(
         "start", kind=arm.kind, settings=settings, probed=probed, attention=arm.attention, **options
     )
@@ -181,7 +189,11 @@ def start(arm: Arm, settings: dict[str, Any], steps: int, processes: ExitStack, 
 def check_same(engines: dict[str, dict[str, Any]]) -> None:
     """SystemExit where the arms do not run with the same settings."""
     # Which graphs can be captured is the attention backend's affair. It is in the report.
-    resolved = {name: {**about["resolved"], "cudagraph_mode": None} for name, about in engines.items()}
+    resolved = {
+        name: {**about["resolved"], "cudagraph_mode": None}
+        for name, about in engines.items()
+        if not about["as_it_comes"]
+    }
     if any(of != next(iter(resolved.values())) for of in resolved.values()):
         raise SystemExit(f"the arms' settings differ: {json.dumps(resolved, indent=1)}")
 

@@ -19,6 +19,8 @@ MODELS = ["llama-3to1", "qwen3", "gemma3"]
 REFERENCES = 24
 # Further from 0 than the default, so that a factor that is not applied, or applied twice, shows.
 EPSILON = 0.3
+# For tests of what no model changes.
+one_model = pytest.mark.parametrize("tiny", MODELS[:1], indirect=True)
 
 
 def random_heads(rng, engine, n: int) -> list[tuple[int, int, str]]:
@@ -157,6 +159,7 @@ def test_an_undifferentiated_head_attends_every_key_it_may_see_alike(tiny, run):
     assert (np.abs(others / np.array(uniform)[:, None] - 1) > 1e-2).all()
 
 
+@one_model
 def test_divergence_from_a_kept_clean_row(tiny, random_requests, run):
     engine, oracle = tiny
     rng = np.random.default_rng(8)
@@ -181,6 +184,7 @@ def test_divergence_from_a_kept_clean_row(tiny, random_requests, run):
     assert np.median(expected) > 1e-4
 
 
+@one_model
 def test_a_reference_that_was_not_kept_gives_no_number(tiny, run):
     engine, _ = tiny
     ids = np.random.default_rng(4).integers(3, 200, 70).tolist()
@@ -194,6 +198,7 @@ def test_a_reference_that_was_not_kept_gives_no_number(tiny, run):
     assert np.isnan(item.recording.divergence)
 
 
+@one_model
 def test_rows_beside_an_ablated_one_are_the_same_bit_for_bit(tiny, run):
     engine, _ = tiny
     prompts = np.random.default_rng(15).integers(3, 200, (4, 45)).tolist()
@@ -212,6 +217,7 @@ def test_rows_beside_an_ablated_one_are_the_same_bit_for_bit(tiny, run):
         np.testing.assert_array_equal(one.recording.stats, other.recording.stats)
 
 
+@one_model
 def test_a_slot_keeps_nothing_of_a_former_tenants_ablation(tiny, random_requests, run, assert_agrees):
     engine, oracle = tiny
     everything = [(layer, head, "scaling") for layer in range(engine.layers) for head in range(engine.heads)]
@@ -237,7 +243,7 @@ def test_a_slot_keeps_nothing_of_a_former_tenants_ablation(tiny, random_requests
         ({"compare_with": -1}, "no reference -1"),
     ],
 )
-@pytest.mark.parametrize("tiny", ["llama-3to1"], indirect=True)
+@one_model
 def test_requests_that_are_refused_leave_the_engine_as_it_was(tiny, run, fields, message):
     engine, _ = tiny
     request = ProbeRequest([5, 6, 7], {"prompt": (0, 3)}, 0, **fields)

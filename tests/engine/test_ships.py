@@ -127,6 +127,7 @@ def test_a_job_is_broken_off_and_taken_up_again(demo_model, tmp_path):
         (query, layer) for query in range(n) for layer in (0, 9)
     ]
     found = json.loads((out / "ships.json").read_text(encoding="utf-8"))
+    assert found["heads_by_label"] == {}
     means = table.group_by(["layer", "head"]).aggregate([("kl", "mean")]).sort_by([("kl_mean", "descending")])
     assert [(h["layer"], h["head"]) for h in found["heads"]] == [(r["layer"], r["head"]) for r in means.to_pylist()]
     assert [h["mean"] for h in found["heads"]] == pytest.approx(means["kl_mean"].to_pylist())

@@ -37,6 +37,8 @@ def test_the_set_of_this_project():
         for i, one in enumerate(of_label):
             for other in of_label[:i]:
                 assert SequenceMatcher(None, one, other).ratio() < NEAR, (one, other)
+    attacks = read_rows([str(SET)], label="attack", limit=7)
+    assert [row.id for row in attacks] == [row["id"] for row in rows[:14:2]]
     # At the level of a topic: a query is one short sentence.
     assert max(len(text) for text in texts) < 100
 
@@ -73,6 +75,8 @@ def test_what_cannot_be_asked(tmp_path, tokenizer):
     with pytest.raises(InputError, match="prompt"):
         read_rows([str(file)])
     assert read_rows([str(file)], {"prompt": "question"})[0].prompt.prompt == "Hm?"
+    with pytest.raises(InputError, match="no query with the label attack"):
+        read_rows([str(file)], {"prompt": "question"}, label="attack")
     empty = tmp_path / "none.txt"
     empty.write_text("# nothing\n", encoding="utf-8")
     with pytest.raises(InputError, match="no query"):

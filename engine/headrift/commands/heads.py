@@ -36,6 +36,13 @@ class KindName(StrEnum):
     MEAN_OUTPUT = "mean_output"
 
 
+class LabelName(StrEnum):
+    """What --label takes."""
+
+    ATTACK = "attack"
+    BENIGN = "benign"
+
+
 class FormName(StrEnum):
     """What --as takes; the forms of headrift.safety_heads.queries."""
 
@@ -71,6 +78,10 @@ def ships(
     quick: Annotated[
         bool, typer.Option("--quick", help="A look: 64 heads drawn at random, the first 5 queries.")
     ] = False,
+    label: Annotated[
+        LabelName | None,
+        typer.Option(metavar="LABEL", help="Only queries labelled attack, or benign.", show_default=False),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="The first N queries only.", show_default=False)
     ] = None,
@@ -134,6 +145,7 @@ def ships(
             epsilon=epsilon,
             heads=_heads(only),
             quick=quick,
+            label=None if label is None else label.value,
             limit=limit,
             form=form.value,
             system_prompt=None if system_prompt_file is None else system_prompt_of(system_prompt_file),
@@ -156,6 +168,42 @@ def ships(
     if found.agreement is not None:
         typer.echo(f"the queries' rankings agree with a mean rank correlation of {found.agreement:.2f}")
     say(f"{found.seconds:.1f} s in the engine; results: {out}", quiet)
+
+
+@heads.command()
+def overlap(
+    first: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that ships wrote.", show_default=False)],
+    second: Annotated[Path, typer.Argument(metavar="RUN", help="Another one.", show_default=False)],
+    top: Annotated[int, typer.Option(metavar="N", min=1, help="How many heads of each ranking are compared.")] = 10,
+    label: Annotated[
+        LabelName | None,
+        typer.Option(metavar="LABEL", help="By queries labelled attack, or benign, alone.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the figures to this JSON file.", show_default=False)
+    ] = None,
+) -> None:
+    """Do two runs find the same heads? Of two models of one family, say, or by two sets of queries.
+
+    \b
+    Exit codes: 0 shown, 1 the figures could not be written, 2 the runs cannot be compared
+    """
+    import json
+
+    from headrift.safety_heads.overlap import overlap as compare
+
+    with errors(2):
+        found = compare(first, second, top, None if label is None else label.value)
+    shared = ", ".join(f"{layer}:{head}" for layer, head in found.shared) or "none"
+    typer.echo(f"of the first {top} heads of {found.heads}, {len(found.shared)} are the same: {shared}")
+    typer.echo(
+        f"Jaccard {found.jaccard:.2f}; by chance {found.by_chance:.1f} heads would be the same, and so many or more "
+        f"with a probability of {found.p_value:.2g}"
+    )
+    typer.echo(f"rank correlation of all {found.heads} heads: {found.rank_correlation:.3f}")
+    with errors(1):
+        if out is not None:
+            out.write_text(json.dumps(found.numbers(), indent=1) + "\n", encoding="utf-8")
 
 
 def _heads(given: str | None) -> tuple[tuple[int, int], ...] | None:

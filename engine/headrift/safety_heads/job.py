@@ -28,7 +28,7 @@ from headrift.safety_heads.ships import IN_FLIGHT, Head, all_heads, sampled_head
 
 # --quick: so many heads, drawn at random, and the first so many queries.
 QUICK_HEADS, QUICK_QUERIES = 64, 5
-_SETTINGS, _SCORES, _FIGURE = "ships.json", "scores", "heatmap.png"
+SETTINGS, _SCORES, _FIGURE = "ships.json", "scores", "heatmap.png"
 _SCHEMA = pa.schema(
     [
         ("query", pa.int32()),
@@ -48,8 +48,8 @@ class JobError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What `headrift heads ships` is asked for. heads: None for all; form: of queries.FORMS. limit: the first so many
-    queries. quick: QUICK_HEADS of the heads and QUICK_QUERIES of the queries."""
+    """What `headrift heads ships` is asked for. heads: None for all; form: of queries.FORMS. label: only queries with
+    this one; limit: the first so many of them. quick: QUICK_HEADS of the heads and QUICK_QUERIES of the queries."""
 
     inputs: tuple[str, ...]
     model: Path
@@ -58,6 +58,7 @@ class Asked:
     epsilon: float = ablation.EPSILON
     heads: tuple[Head, ...] | None = None
     quick: bool = False
+    label: str | None = None
     limit: int | None = None
     form: str = CHAT
     system_prompt: str | None = None
@@ -98,7 +99,7 @@ class ShipsJob:
         self.heads = _heads(asked, *self._shape)
         ablation.check([(*head, asked.kind) for head in self.heads], asked.epsilon)
         limit = min(asked.limit or QUICK_QUERIES, QUICK_QUERIES) if asked.quick else asked.limit
-        rows = read_rows(asked.inputs, asked.columns, limit)
+        rows = read_rows(asked.inputs, asked.columns, asked.label, limit)
         self.queries = prepare(rows, load_tokenizer(str(asked.model), False), asked.form, asked.system_prompt)
         for query in self.queries:
             if facts.context is not None and len(query.token_ids) + 1 > facts.context:
@@ -142,7 +143,7 @@ class ShipsJob:
     def _begin(self) -> None:
         """Make the folder, or make sure that what lies in it was begun with the same settings."""
         out, settings = self.asked.out, self._settings()
-        path = out / _SETTINGS
+        path = out / SETTINGS
         if path.exists() and not self.asked.resume:
             raise JobError(f"--out {out} has results already: give another folder, or --resume to go on with them")
         if path.exists():
@@ -166,7 +167,7 @@ class ShipsJob:
             "model": model_fingerprint(asked.model)["fingerprint"],
             "kind": asked.kind,
             "epsilon": asked.epsilon,
-            "heads": [list(head) for head in self.heads],
+            "heads": " ".join(f"{layer}:{head}" for layer, head in self.heads),
             "queries": len(self.queries),
             "tokens of the queries": tokens.hexdigest(),
             "dtype": asked.dtype,
@@ -192,6 +193,11 @@ class ShipsJob:
             layers, heads, kl = (table[name].to_numpy() for name in ("layer", "head", "kl"))
             scores[number, layers, heads] = kl
         ranked, agreed = rank(scores), agreement(scores)
+        labels = [query.label for query in self.queries]
+        by_label = {
+            label: [head.numbers() for head in rank(scores[[other == label for other in labels]])]
+            for label in sorted({label for label in labels if label is not None})
+        }
         self._write_json(
             {
                 "settings": self._settings(),
@@ -199,6 +205,7 @@ class ShipsJob:
                 "engine_seconds": round(seconds, 2),
                 "agreement_of_queries": agreed,
                 "heads": [head.numbers() for head in ranked],
+                "heads_by_label": by_label,
             }
         )
         n = len(self.queries)
@@ -208,7 +215,7 @@ class ShipsJob:
         return Outcome(ranked, scores, agreed, seconds)
 
     def _write_json(self, value: dict[str, Any]) -> None:
-        path = self.asked.out / _SETTINGS
+        path = self.asked.out / SETTINGS
         unfinished = path.with_name(f".{path.name}.tmp")
         unfinished.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
         unfinished.replace(path)

@@ -32,10 +32,16 @@ class Query:
     token_ids: list[int] = field(repr=False)
 
 
-def read_rows(inputs: Sequence[str], columns: Mapping[str, str] | None = None, limit: int | None = None) -> list[Row]:
+def read_rows(
+    inputs: Sequence[str],
+    columns: Mapping[str, str] | None = None,
+    label: str | None = None,
+    limit: int | None = None,
+) -> list[Row]:
     """The rows of .txt, .jsonl, .csv and .parquet files, as `headrift score` takes them; a column `input` is a prompt.
 
-    limit: the first so many. InputError, which names the row, where there is none or one cannot be used.
+    label: only rows with this one. limit: the first so many of them. InputError, which names the row, where there is
+    none or one cannot be used.
     """
     found = sources.find(inputs)
     try:
@@ -53,9 +59,11 @@ def read_rows(inputs: Sequence[str], columns: Mapping[str, str] | None = None, l
             break
         if isinstance(row, BadRow):
             raise InputError(f"{row.source}, row {row.row}: {row.detail}")
-        rows.append(row)
+        if label in (None, row.label):
+            rows.append(row)
     if not rows:
-        raise InputError(f"there is no query in {', '.join(inputs)}: give a file with at least one")
+        what = "query" if label is None else f"query with the label {label}"
+        raise InputError(f"there is no {what} in {', '.join(inputs)}: give a file with at least one")
     return rows
 
 
