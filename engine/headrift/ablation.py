@@ -34,10 +34,12 @@ def check(ablate: Sequence[Any], epsilon: Any) -> None:
             raise ValueError(f"there is no kind of ablation {kind!r}; choose {', '.join(SIDES)}")
         if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (layer, head)):
             raise ValueError(f"layers and heads are numbers from 0 on, not {entry!r}")
-    sides = [(layer, head, SIDES[kind]) for layer, head, kind in ablate]
-    for layer, head, side in sides:
-        if sides.count((layer, head, side)) > 1:
+    seen = set()
+    for layer, head, kind in ablate:
+        side = SIDES[kind]
+        if (layer, head, side) in seen:
             raise ValueError(f"the {side} of layer {layer} head {head} is ablated twice in one request; leave one out")
+        seen.add((layer, head, side))
     check_epsilon(epsilon)
 
 

@@ -10,6 +10,7 @@ from vllm import SamplingParams
 from vllm import _custom_ops as ops
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.inputs import TokensPrompt
 from vllm.outputs import RequestOutput
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends import cpu_attn
@@ -125,6 +126,10 @@ def test_sampling_params_carry_extra_args_and_can_skip_cached_prefixes():
     params = SamplingParams(extra_args={"headrift": {"slot": 1}}, skip_reading_prefix_cache=True)
     assert params.clone().extra_args == {"headrift": {"slot": 1}}
     assert params.skip_reading_prefix_cache is True
+
+
+def test_a_prompt_can_have_a_part_of_the_prefix_cache_of_its_own():
+    assert "cache_salt" in TokensPrompt.__annotations__
 
 
 def test_scheduler_preempts_by_the_method_the_tests_watch():

@@ -137,7 +137,10 @@ class Ablations:
         query, output = (self._tokens(side, row_slots, query_start, staged) for side in (self.query, self.output))
         return None if query is None and output is None else AblatedStep(query, output)
 
-    def _tokens(self, side: Side, row_slots: np.ndarray, query_start: np.ndarray, staged: Staged) -> Any:
+    def _tokens(
+        self, side: Side, row_slots: np.ndarray, query_start: np.ndarray, staged: Staged
+    ) -> AblatedTokens | None:
+        """The tokens of the step that some layer changes on this side; None for none."""
         probed = row_slots >= 0
         touched = side.touched[row_slots] & probed[:, None]
         layers, rows = np.nonzero(touched.T)
