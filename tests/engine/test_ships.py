@@ -62,6 +62,7 @@ def _recorder(worker):
     return Recorder.required(worker.vllm_config)
 
 
+@pytest.mark.slow
 def test_the_demonstration_model(demo_model, oracle, settings_of_tests):
     """Every kind, next-token distributions and scores, with the prompt's chat template shared in the cache."""
     from transformers import AutoTokenizer
