@@ -136,7 +136,7 @@ def test_models_are_asked_of_vllm_without_loading_them(tmp_path):
         "8,192 tokens, prompt and answer together",
         "538.1 MB in float32 (269.1 MB on disk in bfloat16)",
         "46.1 kB a token",
-        "recorder    5.4 MB for 128 requests in flight, steps 0 to 12, 3 regions",
+        "recorder    10.8 MB for 256 requests in flight, steps 0 to 12, 3 regions",
         "it has layers without attention",
         "has model type `fancy9` but Transformers does not recognize",
     ):
