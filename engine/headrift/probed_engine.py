@@ -147,6 +147,8 @@ class ProbedEngine:
         given = {**attention_args(attention_backend), **(engine_args or {})}
         ranks = given.get("tensor_parallel_size", 1)
         args = {"model": os.fspath(model), "disable_log_stats": True, **machine_defaults(ranks), **given}
+        if "max_num_seqs" not in given and "max_num_batched_tokens" in given:  # vLLM refuses more of the former
+            args["max_num_seqs"] = min(args["max_num_seqs"], given["max_num_batched_tokens"])
         self.regions = tuple(regions)
         self.steps = steps
         self.ablates = ablation
