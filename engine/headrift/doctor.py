@@ -77,7 +77,9 @@ def _gpu() -> str:
         return "unknown without torch"
     import torch
 
-    if torch.version.cuda is None and torch.version.hip is None:
+    from headrift.engine_setup import has_gpu
+
+    if not has_gpu():
         return "not looked for: this torch is built for CPUs"
     if not torch.cuda.is_available():
         return "none that torch can use"

@@ -70,7 +70,7 @@ def plan_engine(model: str | os.PathLike[str]) -> EnginePlan:
 
 def attention_args(asked: str) -> dict[str, Any]:
     """Engine arguments for the attention backend asked for, which every process of the engine is told of too."""
-    gpu = _has_gpu()
+    gpu = has_gpu()
     try:
         backend = plugin.backend_for(asked, gpu)
     except ValueError as error:
@@ -99,14 +99,14 @@ def prepare_environment(verbose: bool) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     defaults = {"VLLM_LOGGING_LEVEL": "INFO" if verbose else "ERROR", "TOKENIZERS_PARALLELISM": "false"}
     if not verbose:
-        # torch reads this once, when it is imported, and `_has_gpu` imports it.
+        # torch reads this once, when it is imported, and `has_gpu` imports it.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         # While it is imported vLLM has warnings to print and no logging configuration yet.
         logging.getLogger("vllm").setLevel(logging.ERROR)
         # What it logs comes as an error as well. A level would be undone when vLLM sets its logging up.
         logging.getLogger("vllm.transformers_utils.repo_utils").disabled = True
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
-    if not _has_gpu():
+    if not has_gpu():
         # One process, or one for each rank: the front end has little to do.
         defaults |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     for name, value in defaults.items():
@@ -135,7 +135,7 @@ def cores_divided(ranks: int) -> Iterator[None]:
     import vllm.envs
 
     name = "VLLM_CPU_OMP_THREADS_BIND"
-    if _has_gpu() or name in os.environ:
+    if has_gpu() or name in os.environ:
         yield
         return
     cores = sorted(os.sched_getaffinity(0))
@@ -150,7 +150,8 @@ def cores_divided(ranks: int) -> Iterator[None]:
         del os.environ[name]
 
 
-def _has_gpu() -> bool:
+def has_gpu() -> bool:
+    """Whether torch is a build for GPUs."""
     import torch
 
     return torch.version.cuda is not None or torch.version.hip is not None
@@ -158,7 +159,7 @@ def _has_gpu() -> bool:
 
 def machine_defaults(ranks: int = 1) -> dict[str, Any]:
     """Engine arguments for an engine of so many ranks on this machine; `engine_args` overrides each."""
-    if _has_gpu():
+    if has_gpu():
         return {"max_num_seqs": 256, "use_tqdm_on_load": False}
     import psutil
 

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from headrift import signal
+from headrift.engine_setup import has_gpu
 from headrift.probed_engine import EngineError, ProbeRequest
 from headrift.prompts import ChatRenderer, PromptError, RenderedPrompt, chat_messages, from_token_ids
 
@@ -202,11 +203,8 @@ class Preparer:
 
 def workers_for_machine() -> int:
     """How many processes should prepare prompts: one beside an engine on the CPU, which wants the cores for itself."""
-    import torch
-
     cores = os.cpu_count() or 1
-    gpu = torch.version.cuda is not None or torch.version.hip is not None
-    return min(_MOST_WORKERS, max(1, cores - 2)) if gpu else int(cores > 1)
+    return min(_MOST_WORKERS, max(1, cores - 2)) if has_gpu() else int(cores > 1)
 
 
 class Ahead:

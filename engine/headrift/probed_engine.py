@@ -324,14 +324,15 @@ class ProbedEngine:
                 continue
             slot, tenant, request = self._running[output.request_id]
             completion = output.outputs[0]
-            answer = list(completion.token_ids) if request.answer_ids is None else list(request.answer_ids)
-            cached = output.num_cached_tokens or 0
             if output.finished:
                 del self._running[output.request_id]
                 self._slot_of[tenant] = slot
-                done.append(Finished(tenant, request, answer, completion.finish_reason, cached))
-            elif len(answer) == request.steps + 1:
-                done.append(Finished(tenant, request, answer, None, cached, answering=True))
+            elif len(completion.token_ids) != request.steps + 1:
+                continue
+            answer = list(completion.token_ids if request.answer_ids is None else request.answer_ids)
+            cached = output.num_cached_tokens or 0
+            reason, answering = completion.finish_reason, not output.finished
+            done.append(Finished(tenant, request, answer, reason, cached, answering))
         return done
 
     def stop(self, tenant: int) -> bool:

@@ -1,8 +1,9 @@
-"""Says on standard error what is being done, for commands that take a while."""
+"""Says on standard error what is being done, for work that takes a while."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,3 +27,41 @@ class Reporter:
         else:
             self.say(f"{text} ...")
             yield None
+
+
+@contextmanager
+def progress_bar(
+    what: str, total: int | None, done: int = 0, *, unit: str, hidden: bool = False
+) -> Iterator[Callable[[int], None]]:
+    """A bar with rate and time left, told how many more are done. total: how many there will be, None if that is not
+    known; done: how many of them were done before."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=hidden) as bar:
+        task = bar.add_task(what, total=total, completed=done, rate="")
+        begun, n = time.monotonic(), 0
+
+        def advance(more: int) -> None:
+            nonlocal n
+            n += more
+            # Results come in bursts, so the rate is over all of the run.
+            bar.update(task, advance=more, rate=f"{n / (time.monotonic() - begun):.1f} {unit}")
+
+        yield advance

@@ -15,6 +15,7 @@ import numpy as np
 from headrift import signal
 from headrift.preparing import Ahead, Prepared, Preparer, Prompt, Rejected, Rules, load_tokenizer, workers_for_machine
 from headrift.probed_engine import REGIONS, Finished, ProbedEngine, Recording, Ticket
+from headrift.reporter import progress_bar
 from headrift.signal import Window
 from headrift.waiting import Repeats, Waiting
 
@@ -394,29 +395,7 @@ def check_settings(
 
 def with_progress(results: Iterator[T], total: int | None, done: int = 0) -> Generator[T, None, None]:
     """The results, with a bar on standard error. total: how many there will be; done: how many of them came before."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("scoring", total=total, completed=done, rate="")
-        start = time.monotonic()
-        for n, result in enumerate(results, 1):
-            # Results come in bursts, so the rate is over all of the run.
-            bar.update(task, advance=1, rate=f"{n / (time.monotonic() - start):.1f} prompts/s")
+    with progress_bar("scoring", total, done, unit="prompts/s") as advance:
+        for result in results:
+            advance(1)
             yield result

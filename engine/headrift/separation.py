@@ -17,6 +17,7 @@ Bools: TypeAlias = NDArray[np.bool_]
 Interval: TypeAlias = tuple[float, float]
 
 TARGET_FPR = 0.05
+HARD = "hard"  # categories of benign prompts that are made to be mistaken for attacks begin so
 RESAMPLES = 1000
 # Below this many distinct prompts in a class a bootstrap interval says little, and looks as if it said much.
 MIN_FOR_INTERVAL = 10

@@ -68,10 +68,10 @@ def _said(of: Signal) -> str:
     return f"{of.label} ({_number(of.auroc)}{direction})"
 
 
-def _number(of: Estimate | None) -> str:
+def _number(of: Estimate | None, form: str = ".3f") -> str:
     if of is None or of.value is None:
         return "not known"
-    return f"{of.value:.3f}" + (f", {of.interval[0]:.3f} to {of.interval[1]:.3f}" if of.interval else "")
+    return f"{of.value:{form}}" + (f", {of.interval[0]:{form}} to {of.interval[1]:{form}}" if of.interval else "")
 
 
 def _change(of: Increment) -> str:
@@ -80,9 +80,7 @@ def _change(of: Increment) -> str:
 
 
 def _signed(of: Estimate | None) -> str:
-    if of is None or of.value is None:
-        return "not known"
-    return f"{of.value:+.3f}" + (f", {of.interval[0]:+.3f} to {of.interval[1]:+.3f}" if of.interval else "")
+    return _number(of, "+.3f")
 
 
 def _difference(of: Before) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from headrift.beside import written_beside
 from headrift.calibration.settings import CalibrationError, Rule
 from headrift.calibration.thresholds import Reference
 from headrift.signal import Window
@@ -171,14 +172,8 @@ class Calibration(_Part):
 
     def save(self, path: str | Path) -> None:
         """Write it; at no moment is the file there in part. OSError where that fails."""
-        final = Path(path)
-        temporary = final.with_name(f".{final.name}.tmp")
-        try:
+        with written_beside(Path(path)) as temporary:
             temporary.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-            temporary.replace(final)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
 
     def apply(self, scores: ArrayLike | Sequence[float | None]) -> Verdicts:
         """Verdicts on scores, one-dimensional, None or NaN for none. They must be of this window, these layers and this

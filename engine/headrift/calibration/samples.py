@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from headrift.calibration.runs import ATTACK, BENIGN, Rows, Run
 from headrift.calibration.settings import CalibrationError
 from headrift.calibration.units import distinct, folds
+from headrift.separation import HARD
 
 Ints: TypeAlias = NDArray[np.int64]
 Bools: TypeAlias = NDArray[np.bool_]
@@ -47,8 +48,8 @@ class Samples:
 
     @property
     def hard(self) -> Bools:
-        """Benign prompts that were written to look like attacks: their category begins with "hard"."""
-        return ~self.attack & np.char.startswith(self.category, "hard")
+        """Benign prompts that were written to look like attacks, by their category."""
+        return ~self.attack & np.char.startswith(self.category, HARD)
 
     def other_folds(self, seed: int) -> Ints:
         """Another division into folds."""

@@ -44,6 +44,19 @@ AttentionBackend = Annotated[
         help="triton or flash on a GPU (flash: FlashAttention), cpu on a CPU; auto: triton or cpu.",
     ),
 ]
+Model = Annotated[Path, typer.Option(metavar="DIR", help="The model's folder.", show_default=False)]
+DTypeOption = Annotated[
+    DType, typer.Option(metavar="TYPE", help="float32, bfloat16 or float16; auto suits the machine.")
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Let vLLM log, and show where errors arose.")]
+
+
+def column_of(given: str) -> tuple[str, str]:
+    """A --column as key and name. ValueError where it is none."""
+    key, equals, name = given.partition("=")
+    if not equals or not key or not name:
+        raise ValueError(f"--column {given} is not KEY=NAME, as in prompt=text")
+    return key, name
 
 
 def system_prompt_of(path: Path) -> str:

@@ -8,30 +8,17 @@ from typing import Annotated
 
 import typer
 
-from headrift.commands.common import AttentionBackend, AttentionBackendName, DType, EngineName, errors, say
-from headrift.commands.jobs import (
-    CalibrationAnyway,
-    Column,
+from headrift.commands import jobs
+from headrift.commands.common import (
+    AttentionBackend,
+    AttentionBackendName,
+    DType,
     DTypeOption,
-    Engine,
-    Inputs,
-    Labels,
-    Limit,
+    EngineName,
     Model,
-    Out,
-    Quiet,
-    Redact,
-    Region,
-    Resume,
-    Sample,
-    Seed,
-    Shard,
-    SystemPromptFile,
     Verbose,
-    Workers,
-    asked_of_rows,
-    carry_out,
-    check_verbosity,
+    errors,
+    say,
 )
 
 
@@ -43,7 +30,7 @@ class OnNullName(StrEnum):
 
 
 def gate(
-    inputs: Inputs,
+    inputs: jobs.Inputs,
     model: Model,
     calibration: Annotated[
         Path,
@@ -53,8 +40,8 @@ def gate(
             show_default=False,
         ),
     ],
-    out: Out,
-    resume: Resume = False,
+    out: jobs.Out,
+    resume: jobs.Resume = False,
     max_new_tokens: Annotated[
         int, typer.Option(metavar="N", min=1, help="The most tokens of an answer that is not blocked.")
     ] = 160,
@@ -83,21 +70,21 @@ def gate(
             help="Finish the blocked answers too, to say what the gate prevents and what it costs; needs --fail-term.",
         ),
     ] = False,
-    calibration_anyway: CalibrationAnyway = False,
-    labels: Labels = None,
-    system_prompt_file: SystemPromptFile = None,
-    region: Region = None,
-    column: Column = None,
-    redact: Redact = False,
-    limit: Limit = None,
-    sample: Sample = None,
-    seed: Seed = 0,
-    shard: Shard = None,
+    calibration_anyway: jobs.CalibrationAnyway = False,
+    labels: jobs.Labels = None,
+    system_prompt_file: jobs.SystemPromptFile = None,
+    region: jobs.Region = None,
+    column: jobs.Column = None,
+    redact: jobs.Redact = False,
+    limit: jobs.Limit = None,
+    sample: jobs.Sample = None,
+    seed: jobs.Seed = 0,
+    shard: jobs.Shard = None,
     dtype: DTypeOption = DType.AUTO,
     attention_backend: AttentionBackend = AttentionBackendName.AUTO,
-    engine: Engine = EngineName.LOCAL,
-    workers: Workers = None,
-    quiet: Quiet = False,
+    engine: jobs.Engine = EngineName.LOCAL,
+    workers: jobs.Workers = None,
+    quiet: jobs.Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Answer prompts, but for those whose score is at or above a calibration's threshold.
@@ -120,14 +107,14 @@ def gate(
     from headrift.signal import Window
 
     with errors(2):
-        check_verbosity(quiet, verbose)
+        jobs.check_verbosity(quiet, verbose)
         judge = Calibration.load(calibration)
         settings = Settings(
             inputs=tuple(inputs),
             model=model,
             out=out,
             **window_of(judge, steps=Window.parse(judge.window).end),
-            **asked_of_rows(
+            **jobs.asked_of_rows(
                 labels=labels,
                 system_prompt_file=system_prompt_file,
                 limit=limit,
@@ -150,4 +137,4 @@ def gate(
         job = ScoreJob(
             settings, kind=kind, resume=resume, verbose=verbose, notice=lambda text: say(f"Note: {text}", quiet)
         )
-    carry_out(job, quiet=quiet, verbose=verbose)
+    jobs.carry_out(job, quiet=quiet, verbose=verbose)

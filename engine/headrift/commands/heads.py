@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +12,10 @@ from headrift.commands.common import (
     AttentionBackend,
     AttentionBackendName,
     DType,
+    DTypeOption,
+    Model,
+    Verbose,
+    column_of,
     errors,
     say,
     system_prompt_of,
@@ -62,7 +64,7 @@ def ships(
         list[str],
         typer.Argument(metavar="INPUT...", help="Queries: .txt, .jsonl, .csv or .parquet.", show_default=False),
     ],
-    model: Annotated[Path, typer.Option(metavar="DIR", help="The model's folder.", show_default=False)],
+    model: Model,
     out: Annotated[Path, typer.Option(metavar="DIR", help="A new folder for the results.", show_default=False)],
     kind: Annotated[
         KindName,
@@ -106,15 +108,11 @@ def ships(
         ),
     ] = None,
     top: Annotated[int, typer.Option(metavar="N", min=1, help="How many heads the table shows.")] = 20,
-    dtype: Annotated[
-        DType, typer.Option(metavar="TYPE", help="float32, bfloat16 or float16; auto suits the machine.")
-    ] = DType.AUTO,
+    dtype: DTypeOption = DType.AUTO,
     attention_backend: AttentionBackend = AttentionBackendName.AUTO,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in the folder.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Let vLLM log, and show where errors arose.")
-    ] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Rank a model's heads by how far the ablation of each moves the first token of the answer (SHIPS).
 
@@ -133,6 +131,7 @@ def ships(
       2    nothing was begun, because of what was asked for
       130  interrupted; go on with --resume
     """
+    from headrift.reporter import progress_bar
     from headrift.safety_heads.job import Asked, ShipsJob
     from headrift.safety_heads.ranking import table
 
@@ -149,7 +148,7 @@ def ships(
             limit=limit,
             form=form.value,
             system_prompt=None if system_prompt_file is None else system_prompt_of(system_prompt_file),
-            columns=dict(map(_column, column or ())),
+            columns=dict(map(column_of, column or ())),
             dtype=dtype.value,
             attention_backend=attention_backend.value,
             resume=resume,
@@ -162,7 +161,7 @@ def ships(
     def kept() -> str:
         return f"{len(job.done)} of {queries} queries are done; go on with --resume"
 
-    with errors(1, verbose, kept), _bar(rows, quiet) as on_rows:
+    with errors(1, verbose, kept), progress_bar("rows", rows, unit="rows/s", hidden=quiet or not rows) as on_rows:
         found = job.run(on_rows, verbose)
     typer.echo(table(found.ranked, queries, top))
     if found.agreement is not None:
@@ -218,36 +217,3 @@ def _heads(given: str | None) -> tuple[tuple[int, int], ...] | None:
     if len(set(found)) < len(found):
         raise ValueError(f"--heads {given} names a head twice")
     return tuple(found)
-
-
-def _column(given: str) -> tuple[str, str]:
-    key, equals, name = given.partition("=")
-    if not equals or not key or not name:
-        raise ValueError(f"--column {given} is not KEY=NAME, as in prompt=goal")
-    return key, name
-
-
-@contextmanager
-def _bar(rows: int, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A bar of the rows that have run, on standard error."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("rows"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=quiet or not rows) as bar:
-        task = bar.add_task("", total=rows)
-        yield lambda n: bar.update(task, advance=n)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headrift.commands.common import AttentionBackendName, DType, EngineName, errors, say, system_prompt_of
+from headrift.commands.common import AttentionBackendName, DType, EngineName, column_of, errors, say, system_prompt_of
 
 if TYPE_CHECKING:
     from headrift.corpus.job import ScoreJob
@@ -22,7 +22,6 @@ Inputs = Annotated[
         show_default=False,
     ),
 ]
-Model = Annotated[Path, typer.Option(metavar="DIR", help="The model's folder.", show_default=False)]
 Out = Annotated[
     Path,
     typer.Option(metavar="DIR", help="A new or empty folder for the results; or see --resume.", show_default=False),
@@ -77,9 +76,6 @@ Shard = Annotated[
         show_default=False,
     ),
 ]
-DTypeOption = Annotated[
-    DType, typer.Option(metavar="TYPE", help="float32, bfloat16 or float16; auto suits the machine.")
-]
 Engine = Annotated[
     EngineName,
     typer.Option(metavar="NAME", help="local: an engine on this machine; ray: engines on a Ray cluster."),
@@ -94,7 +90,6 @@ Workers = Annotated[
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Let vLLM log, and show where errors arose.")]
 
 
 def check_verbosity(quiet: bool, verbose: bool) -> None:
@@ -126,7 +121,7 @@ def asked_of_rows(
         "system_prompt": None if system_prompt_file is None else system_prompt_of(system_prompt_file),
         "selection": Selection(limit, sample, seed, None if shard is None else parse_shard(shard)),
         "regions": tuple(region or ()),
-        "columns": dict(map(_column, column or ())),
+        "columns": dict(map(column_of, column or ())),
         "dtype": dtype.value,
         "attention_backend": attention_backend.value,
         "engine": engine.value,
@@ -167,10 +162,3 @@ def carry_out(job: ScoreJob, *, quiet: bool, verbose: bool) -> None:
         seconds = {"start_seconds": job.seconds["start"], "score_seconds": job.seconds["scoring"]}
         job.summary().print(console, rows=job.kept - before, **seconds)
         console.print(f"\nResults are in {out}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _column(given: str) -> tuple[str, str]:
-    key, equals, name = given.partition("=")
-    if not equals or not name:
-        raise ValueError(f"--column {given} is not KEY=NAME, as in prompt=text")
-    return key, name

@@ -8,30 +8,17 @@ from typing import Annotated
 
 import typer
 
-from headrift.commands.common import AttentionBackend, AttentionBackendName, DType, EngineName, errors, say
-from headrift.commands.jobs import (
-    CalibrationAnyway,
-    Column,
+from headrift.commands import jobs
+from headrift.commands.common import (
+    AttentionBackend,
+    AttentionBackendName,
+    DType,
     DTypeOption,
-    Engine,
-    Inputs,
-    Labels,
-    Limit,
+    EngineName,
     Model,
-    Out,
-    Quiet,
-    Redact,
-    Region,
-    Resume,
-    Sample,
-    Seed,
-    Shard,
-    SystemPromptFile,
     Verbose,
-    Workers,
-    asked_of_rows,
-    carry_out,
-    check_verbosity,
+    errors,
+    say,
 )
 
 
@@ -46,12 +33,12 @@ class Save(StrEnum):
 
 
 def score(
-    inputs: Inputs,
+    inputs: jobs.Inputs,
     model: Model,
-    out: Out,
-    resume: Resume = False,
-    labels: Labels = None,
-    system_prompt_file: SystemPromptFile = None,
+    out: jobs.Out,
+    resume: jobs.Resume = False,
+    labels: jobs.Labels = None,
+    system_prompt_file: jobs.SystemPromptFile = None,
     steps: Annotated[
         int | None,
         typer.Option(
@@ -95,7 +82,7 @@ def score(
             show_default=False,
         ),
     ] = None,
-    calibration_anyway: CalibrationAnyway = False,
+    calibration_anyway: jobs.CalibrationAnyway = False,
     save: Annotated[
         list[Save] | None,
         typer.Option(
@@ -108,18 +95,18 @@ def score(
     logit_stats: Annotated[
         bool, typer.Option("--logit-stats", help="Record next-token entropy, top-1 probability and margin.")
     ] = False,
-    region: Region = None,
-    column: Column = None,
-    redact: Redact = False,
-    limit: Limit = None,
-    sample: Sample = None,
-    seed: Seed = 0,
-    shard: Shard = None,
+    region: jobs.Region = None,
+    column: jobs.Column = None,
+    redact: jobs.Redact = False,
+    limit: jobs.Limit = None,
+    sample: jobs.Sample = None,
+    seed: jobs.Seed = 0,
+    shard: jobs.Shard = None,
     dtype: DTypeOption = DType.AUTO,
     attention_backend: AttentionBackend = AttentionBackendName.AUTO,
-    engine: Engine = EngineName.LOCAL,
-    workers: Workers = None,
-    quiet: Quiet = False,
+    engine: jobs.Engine = EngineName.LOCAL,
+    workers: jobs.Workers = None,
+    quiet: jobs.Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Score prompts for inter-head attention instability.
@@ -142,14 +129,14 @@ def score(
 
     kinds = sorted({kind.value for kind in save or []})
     with errors(2):
-        check_verbosity(quiet, verbose)
+        jobs.check_verbosity(quiet, verbose)
         judge = None if calibration is None else Calibration.load(calibration)
         settings = Settings(
             inputs=tuple(inputs),
             model=model,
             out=out,
             **window_of(judge, steps=steps, window=window, drop_shallow=drop_shallow, drop_deep=drop_deep),
-            **asked_of_rows(
+            **jobs.asked_of_rows(
                 labels=labels,
                 system_prompt_file=system_prompt_file,
                 limit=limit,
@@ -173,4 +160,4 @@ def score(
         job = ScoreJob(settings, resume=resume, verbose=verbose, notice=lambda text: say(f"Note: {text}", quiet))
         if steps is None and settings.steps > STEPS:
             job.notices.append(f"steps 0 to {settings.steps} are recorded, as far as the calibration's window goes")
-    carry_out(job, quiet=quiet, verbose=verbose)
+    jobs.carry_out(job, quiet=quiet, verbose=verbose)

@@ -12,18 +12,19 @@ from headrift.commands.common import (
     AttentionBackend,
     AttentionBackendName,
     DType,
+    DTypeOption,
+    Model,
+    Verbose,
     errors,
 )
 
 
 def selftest(
-    model: Annotated[Path, typer.Option(metavar="DIR", help="The model's folder.", show_default=False)],
+    model: Model,
     prompts: Annotated[int, typer.Option(metavar="N", min=2, help="How many prompts; built-in chats.")] = 16,
     steps: Annotated[int, typer.Option(metavar="N", min=1, help="Record steps 0 to N of each answer.")] = 12,
     rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Rounds of the timing with and without probes.")] = 5,
-    dtype: Annotated[
-        DType, typer.Option(metavar="TYPE", help="float32, bfloat16 or float16; auto suits the machine.")
-    ] = DType.AUTO,
+    dtype: DTypeOption = DType.AUTO,
     reference: Annotated[
         bool, typer.Option("--reference/--no-reference", help="Compare with transformers, if the model fits in memory.")
     ] = True,
@@ -39,9 +40,7 @@ def selftest(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write all figures to this JSON file.", show_default=False)
     ] = None,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Let vLLM log, and show where errors arose.")
-    ] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Check on this machine, with this model, that what headrift measures is right.
 

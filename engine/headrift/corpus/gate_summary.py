@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from headrift.calibration.thresholds import exact_interval
+from headrift.corpus.parts import read_batches
 from headrift.corpus.summary import Summary
 from headrift.screen import print_table
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from headrift.calibration.record import Calibration
-
-_BATCH = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,26 +67,25 @@ class GateSummary:
         wanted = np.sort(np.concatenate([*drawn.values(), np.array([], np.int64)]))
         columns = ["label", "blocked", "leaked", "answer_tokens", *(["leaked_ungated"] if compared else [])]
         rows, blocked, tokens = Counter[str](), Counter[str](), Counter[str]()
-        seen: Counter[tuple[str, str]] = Counter()
+        seen: Counter[tuple[str, str]] = Counter()  # of the prompts that were drawn
         first = 0
-        for path in sorted(folder.glob("part-*.parquet")):
-            with pq.ParquetFile(path) as file:
-                for batch in file.iter_batches(_BATCH, columns=columns):
-                    of = {name: batch[name].to_pylist() for name in columns}
-                    labels = [label or "unlabelled" for label in of["label"]]
-                    rows.update(labels)
-                    blocked.update(label for label, is_blocked in zip(labels, of["blocked"]) if is_blocked)
-                    for label, n in zip(labels, of["answer_tokens"]):
-                        tokens[label] += n
-                    start, stop = np.searchsorted(wanted, [first, first + len(batch)])
-                    for at in (wanted[start:stop] - first).tolist():
-                        label = labels[at]
-                        seen.update((label, name) for name in columns if name != "label" and of[name][at] is True)
-                        if compared and of["leaked_ungated"][at] and of["blocked"][at]:
-                            seen[label, "prevented"] += 1
-                        if of["leaked"][at] is not None:
-                            seen[label, "looked"] += 1
-                    first += len(batch)
+        for batch in read_batches(folder, columns):
+            of = {name: batch[name].to_pylist() for name in columns}
+            labels = [label or "unlabelled" for label in of["label"]]
+            rows.update(labels)
+            blocked.update(label for label, is_blocked in zip(labels, of["blocked"]) if is_blocked)
+            for label, n in zip(labels, of["answer_tokens"]):
+                tokens[label] += n
+            start, stop = np.searchsorted(wanted, [first, first + len(batch)])
+            for at in (wanted[start:stop] - first).tolist():
+                row = {name: column[at] for name, column in of.items()}
+                true = {
+                    **{name: row.get(name) is True for name in ("blocked", "leaked", "leaked_ungated")},
+                    "prevented": row.get("leaked_ungated") is True and row["blocked"],
+                    "looked": row["leaked"] is not None,
+                }
+                seen.update((labels[at], name) for name, is_true in true.items() if is_true)
+            first += len(batch)
         self.classes = {}
         for label, of_class in drawn.items():
             n = len(of_class)

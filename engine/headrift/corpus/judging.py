@@ -7,7 +7,7 @@ rows of which few are benign, in two passes over the parts: memory is flat in th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from textwrap import wrap
@@ -19,9 +19,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from headrift.beside import written_beside
 from headrift.calibration.settings import CalibrationError
 from headrift.calibration.thresholds import exact_interval
 from headrift.calibration.verdicts import Drift, cutoff, drift
+from headrift.corpus.parts import read_batches
 from headrift.screen import print_table
 
 if TYPE_CHECKING:
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
 
 LIST = "flagged-fdr.parquet"
 FDR = 0.1  # the fraction of rows on the list that may be benign, on average
-_BATCH = 1 << 16
 _ON_LIST = ["id", "source", "row", "score", "p_value"]
 _CLASSES = {"attack": "attack (found: TPR)", "benign": "benign (flagged: FPR)", "unlabelled": "unlabelled"}
 _SCORES_OF = {
@@ -102,7 +103,7 @@ class Judged:
     ) -> None:
         self._folder, self._calibration = folder, calibration
         rows, flagged, p_values = Counter[str](), Counter[str](), Counter[float]()
-        for batch in _batches(folder, ["label", "flagged", "p_value"]):
+        for batch in read_batches(folder, ["label", "flagged", "p_value"]):
             labels = batch["label"].fill_null("unlabelled")
             rows.update(labels.to_pylist())
             flagged.update(labels.filter(batch["flagged"]).to_pylist())
@@ -131,8 +132,6 @@ class Judged:
 
     def write_list(self) -> None:
         """Write the rows on the list, in their order, to flagged-fdr.parquet. OSError where that fails."""
-        path = self._folder / LIST
-        temporary = path.with_name(f".{LIST}.tmp")
         fields = pa.schema(
             {
                 "id": pa.string(),
@@ -142,16 +141,14 @@ class Judged:
                 "p_value": pa.float64(),
             }
         )
-        try:
-            with pq.ParquetWriter(temporary, fields, compression="zstd") as writer:
-                for batch in _batches(self._folder, _ON_LIST if self.cutoff is not None else []):
-                    on_list = batch.filter(pc.less_equal(batch["p_value"], self.cutoff))
-                    if len(on_list):
-                        writer.write_batch(on_list)
-            temporary.replace(path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+        with (
+            written_beside(self._folder / LIST) as temporary,
+            pq.ParquetWriter(temporary, fields, compression="zstd") as writer,
+        ):
+            for batch in read_batches(self._folder, _ON_LIST) if self.cutoff is not None else ():
+                on_list = batch.filter(pc.less_equal(batch["p_value"], self.cutoff))
+                if len(on_list):
+                    writer.write_batch(on_list)
 
     def print(self, console: Console) -> None:
         """Print what is flagged, how long the list is, and whether scores have drifted."""
@@ -185,10 +182,3 @@ def _print(console: Console, text: str) -> None:
     console.print()
     for line in wrap(text, min(console.width, 100)):
         console.print(line, markup=False, highlight=False)
-
-
-def _batches(folder: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """The rows of all parts, in order; none where no column is asked for."""
-    for path in sorted(folder.glob("part-*.parquet")) if columns else []:
-        with pq.ParquetFile(path) as file:
-            yield from file.iter_batches(_BATCH, columns=columns)

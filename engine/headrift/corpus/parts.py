@@ -10,7 +10,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import dropwhile
 from pathlib import Path
@@ -26,6 +26,7 @@ from headrift.corpus.rows import BadRow, Row
 from headrift.scorer import Prompt, ScoreResult
 
 _ROW_GROUP_BYTES = 32 << 20  # rows wait in memory up to this, then go into the unfinished file as a row group
+_BATCH = 1 << 16  # rows that are read at a time
 _FILES = re.compile(r"\.?(?:part|rejects)-(\d{5,})\.parquet(?:\.tmp)?")
 
 _STRING, _FLOAT, _COUNT = pa.string(), pa.float64(), pa.int32()
@@ -301,6 +302,13 @@ class _File:
             self._writer = pq.ParquetWriter(self._temporary, batch.schema, compression="zstd")
         self._writer.write_batch(batch)
         self._waiting, self._n_bytes = [], 0
+
+
+def read_batches(folder: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """The rows of all finished parts in the folder, in order, with these columns, some 65,000 at a time."""
+    for path in sorted(folder.glob("part-*.parquet")):
+        with pq.ParquetFile(path) as file:
+            yield from file.iter_batches(_BATCH, columns=list(columns))
 
 
 def shard_files(folder: Path) -> dict[str, int]:

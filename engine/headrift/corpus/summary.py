@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from headrift.corpus.rows import LABELS
 from headrift.screen import print_table
-from headrift.separation import TARGET_FPR, Interval, Separation, separation
+from headrift.separation import HARD, TARGET_FPR, Interval, Separation, separation
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,13 +26,11 @@ if TYPE_CHECKING:
     from headrift.calibration.record import Calibration
     from headrift.corpus.judging import Judged
 
-HARD = "hard"  # categories of benign prompts that are made to be mistaken for attacks begin so
 SCORE = "score (no score: lowest)"
 SCORED = "score, scored rows only"
 _CLASSES = (*LABELS, None)
 _MAX_CATEGORIES = 1000
 _MOST_OF_CLASS = 20_000  # rows, or distinct prompts, that are kept of a class
-_BATCH = 1 << 16
 COLUMNS = ["label", "category", "score", "reason", "prompt_tokens", "answer_tokens", "n_steps", "group", "system_hash"]
 _OTHER = "(other)"
 
@@ -101,15 +99,12 @@ class Summary:
     @classmethod
     def of_folder(cls, folder: Path, last_step: int, calibration: Calibration | None = None) -> Summary:
         """The summary of all parts and rejects in a folder. calibration: the one that the parts were written with."""
-        import pyarrow.parquet as pq
-
         from headrift.corpus.judging import Judged
+        from headrift.corpus.parts import read_batches
 
         summary = cls(last_step)
-        for path in sorted(folder.glob("part-*.parquet")):
-            with pq.ParquetFile(path) as file:
-                for batch in file.iter_batches(_BATCH, columns=COLUMNS):
-                    summary.add(batch)
+        for batch in read_batches(folder, COLUMNS):
+            summary.add(batch)
         summary.add_rejects(folder)
         if calibration is not None:
             summary.judged = Judged(folder, calibration, summary.prompt_scores())

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from headrift import ablation
+from headrift.beside import written_beside
 from headrift.corpus.fingerprints import model_fingerprint, versions
 from headrift.model_facts import read_model
 from headrift.preparing import load_tokenizer
@@ -181,10 +182,8 @@ class ShipsJob:
             *(pa.array(at[:, axis], pa.int16()) for axis in (0, 1)),
             pa.array(scores[at[:, 0], at[:, 1]]),
         ]
-        path = self.asked.out / _SCORES / _file(number)
-        unfinished = path.with_name(f".{path.name}.tmp")
-        pq.write_table(pa.Table.from_arrays(columns, schema=_SCHEMA), unfinished)
-        unfinished.replace(path)
+        with written_beside(self.asked.out / _SCORES / _file(number)) as unfinished:
+            pq.write_table(pa.Table.from_arrays(columns, schema=_SCHEMA), unfinished)
 
     def _finish(self, seconds: float) -> Outcome:
         scores = np.full((len(self.queries), *self._shape), np.nan)
@@ -215,10 +214,8 @@ class ShipsJob:
         return Outcome(ranked, scores, agreed, seconds)
 
     def _write_json(self, value: dict[str, Any]) -> None:
-        path = self.asked.out / SETTINGS
-        unfinished = path.with_name(f".{path.name}.tmp")
-        unfinished.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(path)
+        with written_beside(self.asked.out / SETTINGS) as unfinished:
+            unfinished.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def _file(number: int) -> str:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 PROVIDER = "headrift"
-# For EngineArgs(ir_op_priority=...); vLLM adds its own implementation at the end, for what is not supported here.
 _VECTOR = 16  # numbers that the kernel takes at a time; rows are whole vectors
+# For EngineArgs(ir_op_priority=...); vLLM adds its own implementation at the end, for what is not supported here.
 PRIORITY = {"rms_norm": [PROVIDER], "fused_add_rms_norm": [PROVIDER]}
 
 

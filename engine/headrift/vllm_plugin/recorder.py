@@ -306,9 +306,9 @@ class Recorder:
 
         share: [n, n_rows, layers, heads] mass[system] / mass[prompt], 0 where the prompt's mass is below 1e-9, NaN
         where unwritten. first: [n, layers, heads, regions - 1] masses of step 0 of all regions but the prompt, and
-        astray: [n], how far from 1 any head's mass on that is. stats: [n, n_rows, 3]. mass: [n, n_rows, layers, heads,
-        regions], only when asked for. divergence: [n], only where references are kept. The work is enqueued and not
-        waited for. KeyError where a slot has another tenant by now.
+        astray: [n], how far from 1 any head's mass on that is, NaN left out. stats: [n, n_rows, 3]. mass: [n, n_rows,
+        layers, heads, regions], only when asked for. divergence: [n], only where references are kept. The work is
+        enqueued and not waited for. KeyError where a slot has another tenant by now.
         """
         gone = [(slot, tenant) for slot, tenant in tenants if self._tenants[slot] != tenant]
         if gone:
@@ -319,7 +319,7 @@ class Recorder:
         whole = mass[..., prompt]
         share = (mass[..., system] / whole).masked_fill_(whole < 1e-9, 0.0)
         first = torch.cat([mass[:, 0, ..., :prompt], mass[:, 0, ..., prompt + 1 :]], dim=-1)
-        astray = (whole[:, 0] - 1.0).abs().amax(dim=(1, 2))
+        astray = (whole[:, 0] - 1.0).abs().nan_to_num_(0.0).amax(dim=(1, 2))
         out = {"share": share, "first": first, "astray": astray, "stats": stats}
         if want_mass:
             out["mass"] = mass
