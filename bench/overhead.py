@@ -60,7 +60,8 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A batch of prompts. shared: they have all but their last page in common. arms: of those that are started."""
+    """A batch of prompts. shared: they have all but their last page in common. arms: of those that are started.
+    more: times the turns of the other cases."""
 
     name: str
     batch: int = 8
@@ -68,6 +69,7 @@ class Case:
     steps: int = 10
     shared: bool = False
     arms: tuple[str, ...] = (PLAIN, "probing")
+    more: int = 1
 
     def prompts(self, vocabulary: int) -> list[dict[str, Any]]:
         """Token ids with regions: 40% of them the system prompt's, all but the last few of the rest the user's."""
@@ -90,7 +92,7 @@ ALL = ("idle", PLAIN, "probing", "logits", "headrift as it comes")
 BASE = Case("base: batch 8, context 1,000, 10 steps, 3 regions", arms=ALL)
 CASES = (
     BASE,
-    Case("batch 64, context 100", 64, 100, arms=ALL),
+    Case("batch 64, context 100", 64, 100, arms=ALL, more=3),
     Case("batch 1", batch=1),
     Case("context 100", context=100),
     Case("context 4,000, shared prefix", context=4000, shared=True),
@@ -208,7 +210,7 @@ def measure(case: Case, engines: dict[str, Child], vocabulary: int, pairs: int) 
     if len(work) > 1:
         raise SystemExit(f"{case.name}: the arms do not do the same work: {first}")
     samples: dict[str, list[dict]] = {name: [] for name in case.arms}
-    for order in turns(list(case.arms), pairs):
+    for order in turns(list(case.arms), pairs * case.more):
         for name in order:
             samples[name].append(engines[name].ask("run", case=case.name))
     (tokens, cached) = work.pop()
@@ -256,8 +258,8 @@ def table(report: dict[str, Any]) -> str:
         f"# What probing costs: {machine['cpu']}, {machine['cores']} cores, {report['model']}",
         "",
         "Made by `bench/overhead.py`. Ratios are throughput over plain vLLM's, above 1 is faster: medians with 95%",
-        f"bootstrap intervals over {report['pairs']} ABBA turns. The prompts are in the prefix cache, so decoding is",
-        "timed. Wall time; CPU time of the process; wall time of the steps that decode and do nothing else.",
+        f"bootstrap intervals over at least {report['pairs']} ABBA turns. The prompts are in the prefix cache, so that",
+        "decoding is timed. Wall time; CPU time of the process; wall time of the steps that only decode.",
         "",
         "| case | arm | over | wall | CPU | decode steps | tokens/s | prompts/s | peak GB | bytes out a prompt |",
         "|---|---|---|---|---|---|---|---|---|---|",

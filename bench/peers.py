@@ -2,10 +2,11 @@
 
     python bench/peers.py [--prompts FILE --system FILE] [--nnsight PYTHON] [--turns 4] [--short]
 
-The ways: transformers with eager attention and `output_attentions`, one prompt at a time (what headrift replaces) and
-in batches padded on the left; `headrift generate` and `headrift replay`, which gets the answers that generate gave; and
-nnsight, one prompt at a time, in a Python of its own (--nnsight: one with `pip install nnsight==0.8.1`). All are
-greedy, float32, and record the masses of steps 0 to 12 of all heads.
+The ways: transformers with eager attention and `output_attentions`, one prompt at a time (what headrift replaces; once
+more with torch's memory in huge pages, which headrift asks for) and in batches padded on the left; `headrift generate`
+and `headrift replay`, which gets the answers that generate gave; and nnsight, one prompt at a time, in a Python of its
+own (--nnsight: one with `pip install nnsight==0.8.1`). All are greedy, float32, and record the masses of steps 0 to 12
+of all heads.
 
 Each way is a process, stopped while another works. A turn is a block of the prompts for the slow ways and all
 prompts for headrift, whose prefix cache is emptied before each turn. Cold: from the start of the process until 10
@@ -36,8 +37,11 @@ from _peak import matrix_product_rates
 
 REGIONS = ("system", "user", "prompt")
 EAGER, BATCHED, GENERATE, REPLAY = "transformers, one at a time", "transformers, batched", "generate", "replay"
+EAGER_HUGE = "transformers, one at a time, huge pages"
 NNSIGHT, PLUGIN = "nnsight", "vllm-lens"
-SLOW = (EAGER, BATCHED, NNSIGHT)
+SLOW = (EAGER, EAGER_HUGE, BATCHED, NNSIGHT)
+# Whether torch asks the kernel for huge pages. headrift has it do so; by itself it does not.
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 BATCH = 16
 COLD = 10
 PLUGIN_PACKAGE = "vllm-lens==1.3.0"
@@ -93,10 +97,12 @@ class Ways:
     def start(self, name: str) -> None:
         """Start a way and have it do its first prompts."""
         model, first = str(self._args.model), range(min(COLD, len(self._prompts)))
-        if name in (EAGER, BATCHED):
-            child, options = Child("_peer_transformers.py"), {"batch": 1 if name == EAGER else BATCH}
+        environment = {**os.environ, HUGE_PAGES: "1" if name == EAGER_HUGE else "0"}
+        if name in (EAGER, EAGER_HUGE, BATCHED):
+            child = Child("_peer_transformers.py", environment=environment)
+            options = {"batch": BATCH if name == BATCHED else 1}
         elif name == NNSIGHT:
-            child, options = Child("_peer_nnsight.py", python=self._args.nnsight), {}
+            child, options = Child("_peer_nnsight.py", environment=environment, python=self._args.nnsight), {}
         else:
             child = Child("_peer_headrift.py")
             options = {"steps": self._args.steps, "engine_args": {"kv_cache_memory_bytes": _measure.KV_BYTES}}
@@ -223,6 +229,7 @@ def main() -> None:
     system = args.system.read_text(encoding="utf-8").strip()
     rows = [{**json.loads(line), "system": system} for line in lines]
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ[HUGE_PAGES] = "1"  # of this process, which measures the machine's peak
     report: dict[str, Any] = {"machine": _measure.machine(), "versions": _measure.versions(), "model": args.model.name}
 
     from headrift.preparing import load_tokenizer
@@ -233,8 +240,8 @@ def main() -> None:
     kept: dict[str, dict[str, list]] = {}
     turns, rates = [], []
     with Ways(args, rows, prompts, eos) as ways:
-        ways.start(EAGER)
-        ways.start(BATCHED)
+        for name in (EAGER, EAGER_HUGE, BATCHED):
+            ways.start(name)
         ways.start(GENERATE)
         ways.answers = ways.run(GENERATE, every)["answers"]
         ways.start(REPLAY)

@@ -121,7 +121,7 @@ def measured(reports: dict[str, Any]) -> str:
         rows += of_peers(peers)
     if "overhead" in reports:
         pairs = reports["overhead"]["pairs"]
-        lines += [f"Against plain vLLM, above 1 is faster: medians with 95% intervals over {pairs} ABBA turns."]
+        lines += [f"Against plain vLLM, above 1 is faster: medians, 95% intervals, at least {pairs} ABBA turns each."]
         rows += of_overhead(reports["overhead"])
     for name in ("kernels_cpu", "kernels_cpu_avx2"):
         if name in reports:

@@ -27,6 +27,7 @@ STEPS = 12
 CONTEXT = 2048
 BATCHES = (1, 8, 64, 256)
 USED = 0.9  # of a device's memory, vLLM's default
+STEP_TOKENS = 8192  # that an engine computes in a step, of all its rows
 PCIE = 64e9  # bytes a second, PCIe 5.0 x16, one direction
 
 
@@ -214,6 +215,25 @@ def replay_table() -> str:
     return rows_of(lines, head)
 
 
+def ships_table() -> str:
+    """All heads of a query ablated in turn, one clean pass beside them: one at a time, and as rows of batches."""
+    lines = []
+    for model, shapes in MODELS.items():
+        for name, device in DEVICES.items():
+            for prompt in (40, 200):
+                passes, rows = shapes.layers * shapes.heads + 1, STEP_TOKENS // prompt
+                n = devices_needed(shapes, device, rows, prompt)
+                loop = passes * forward(shapes, 1, 0, prompt).seconds(device, n)
+                full, left = divmod(passes, rows)
+                batched = sum(forward(shapes, of, 0, prompt).seconds(device, n) for of in [rows] * full + [left] if of)
+                lines.append(
+                    [model, f"{n} x {name}", str(prompt), f"{passes:,}", f"{loop:.2f}", f"{batched:.2f}"]
+                    + [f"{loop / batched:.1f}"]
+                )
+    head = ["model", "devices", "prompt tokens", "passes", "one at a time, s", "as rows of batches, s", "times"]
+    return rows_of(lines, head)
+
+
 def page(text: str) -> str:
     """docs/performance.md with its tables as they are to be."""
     read = {
@@ -225,6 +245,7 @@ def page(text: str) -> str:
         "added": added_table(**read),
         "leaving": leaving_table(),
         "replay": replay_table(),
+        "ships": ships_table(),
     }
     return filled(text, "bench/roofline.py", parts)
 

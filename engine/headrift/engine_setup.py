@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import mmap
 import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from headrift.vllm_plugin import plugin
 
@@ -90,6 +92,22 @@ def attention_args(asked: str) -> dict[str, Any]:
     return {"attention_backend": plugin.STOCK_BACKENDS[backend]}
 
 
+def lora_args(folder: str) -> dict[str, Any]:
+    """Engine arguments for requests that are answered with the adapter in a folder. EngineError where vLLM cannot."""
+    from vllm.config.lora import LoRAConfig, MaxLoRARanks
+    from vllm.lora.peft_helper import PEFTHelper
+
+    try:
+        adapter = PEFTHelper.from_local_dir(folder, None)
+        rank, ranks = max([adapter.r, *adapter.rank_pattern.values()]), get_args(MaxLoRARanks)
+        # A rank above the last is for `validate_legal` to refuse.
+        args = {"max_lora_rank": next((most for most in ranks if most >= rank), ranks[-1]), "max_loras": 1}
+        adapter.validate_legal(LoRAConfig(**args))
+    except (OSError, ValueError, TypeError) as error:
+        raise EngineError(f"vLLM cannot load the adapter in {folder}: {error}") from error
+    return {"enable_lora": True, **args}
+
+
 def prepare_environment(verbose: bool) -> None:
     """Set what vLLM reads from the environment, before it is imported, unless the user has set it."""
     os.environ[plugin.SWITCH] = "1"
@@ -97,7 +115,11 @@ def prepare_environment(verbose: bool) -> None:
     # every wait costs a time slice, and a step takes ten times as long. A short spin costs nothing when they are
     # alone.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # Read once, at torch's first large tensor on a CPU. Weights and KV cache in huge pages take a tenth off the time.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     defaults = {"VLLM_LOGGING_LEVEL": "INFO" if verbose else "ERROR", "TOKENIZERS_PARALLELISM": "false"}
+    # vLLM would report model type, machine and settings to its makers.
+    defaults |= {"VLLM_NO_USAGE_STATS": "1"}
     if not verbose:
         # torch reads this once, when it is imported, and `has_gpu` imports it.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -124,6 +146,43 @@ def llvmlite_out_of_sight() -> Iterator[None]:
         yield
     finally:
         sys.modules.update(hidden)
+
+
+@contextmanager
+def garbage_left() -> Iterator[None]:
+    """Nothing is looked through for garbage while an engine starts: what torch and vLLM import is all kept, and going
+    through it again and again takes a fifth of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
+def memory_taken_on_use() -> Iterator[None]:
+    """vLLM's CPU build fills the KV cache, gigabytes, with zeros at the start; here the kernel does, page by page, when
+    a page is first written. Holds for an engine in this very process."""
+    if has_gpu():
+        yield
+        return
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class OnUse(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if func is torch.zeros and kwargs.get("dtype") == torch.int8 and isinstance(args[0], int):
+                memory = mmap.mmap(-1, args[0], flags=mmap.MAP_PRIVATE)
+                with suppress(OSError):  # a kernel without huge pages
+                    memory.madvise(mmap.MADV_HUGEPAGE)
+                return torch.frombuffer(memory, dtype=torch.int8)
+            return func(*args, **kwargs)
+
+    with OnUse():
+        yield
 
 
 @contextmanager

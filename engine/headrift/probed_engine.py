@@ -11,13 +11,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from headrift import ablation, signal
+from headrift.aligned_keys import Run, check_rows, check_runs
 from headrift.engine_setup import (
     EngineError,
     attention_args,
     cores_divided,
     engine_config,
+    garbage_left,
     llvmlite_out_of_sight,
+    lora_args,
     machine_defaults,
+    memory_taken_on_use,
     prepare_environment,
 )
 from headrift.ranks import merge_descriptions, merge_recordings
@@ -25,6 +29,7 @@ from headrift.vllm_plugin import plugin
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.lora.request import LoRARequest
 
 REGIONS = ("system", "user", "prompt")
 
@@ -39,7 +44,12 @@ class ProbeRequest:
     measured. answer_tokens: answer on past the recorded steps, to at most so many tokens, N + 1 at least. ablate:
     (layer, head, kind) of the heads that are ablated at every position, and epsilon, see `headrift.ablation`. keep_as:
     keep the next-token distribution at the last prompt token as reference number so; compare_with: record how far it
-    is from that of a reference, which has to have been kept.
+    is from that of a reference, which has to have been kept. hidden_as: keep the last hidden state at the last prompt
+    token, as the language-model head reads it, as number so, which no other request in flight has. rows_as: keep the
+    attention rows of all heads at the recorded steps as reference number so; rows_against: record how far they are from
+    those of a reference, which has to have been kept; aligned: the prompt tokens that both have, as runs (start in the
+    reference, start in this one, length), see `headrift.aligned_keys`. logprobs: tell how likely each of the prompt's
+    tokens is.
     """
 
     prompt_ids: Sequence[int]
@@ -54,6 +64,11 @@ class ProbeRequest:
     epsilon: float = ablation.EPSILON
     keep_as: int | None = None
     compare_with: int | None = None
+    hidden_as: int | None = None
+    rows_as: int | None = None
+    rows_against: int | None = None
+    aligned: Sequence[Run] = ()
+    logprobs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +76,7 @@ class Finished:
     """A request that has run. answer_ids: the model's answer, or the replayed one; its last token was never fed.
 
     answering: it has not finished, but its steps are all recorded, and it answers on; answer_ids are those so far.
+    logprobs: of the prompt's tokens from the second on, in nats, each given those before it; None unless asked for.
     """
 
     tenant: int
@@ -69,6 +85,7 @@ class Finished:
     finish_reason: str | None
     cached_tokens: int
     answering: bool = False
+    logprobs: list[float] | None = None
 
     @property
     def n_steps(self) -> int:
@@ -83,7 +100,8 @@ class Recording:
     share: [T, layers, heads]; first: [layers, heads, regions - 1], the masses of step 0 but the prompt's; stats: [T, 3]
     next-token entropy (nats), top-1 probability and margin, NaN unless asked for; mass: [T, layers, heads, regions] or
     None. divergence: KL in nats of the reference's next-token distribution to this one's at step 0, NaN unless
-    compared.
+    compared. distance: [T, layers, heads, 2], L2 and total variation of the attention rows from the reference's, NaN
+    unless compared, None where the engine keeps no rows.
     """
 
     share: np.ndarray
@@ -91,6 +109,7 @@ class Recording:
     stats: np.ndarray
     mass: np.ndarray | None
     divergence: float = float("nan")
+    distance: np.ndarray | None = None
 
     @property
     def unwritten(self) -> list[int]:
@@ -119,12 +138,17 @@ class ProbedEngine:
     key ranges, `system` and `prompt` among them. slots: the most requests in flight (twice max_num_seqs by default).
     logit_stats: record next-token statistics too. attention_backend: auto, cpu, triton or flash. engine_args: passed to
     vLLM as they are, over the defaults chosen for this machine. verbose: let vLLM log. ablation: requests may ablate
-    heads. references: so many next-token distributions can be kept to compare others with.
+    heads. references: so many next-token distributions can be kept to compare others with. hidden_states: so many
+    hidden states can be kept to tell angles by. row_references, row_keys: of so many requests the attention rows, over
+    so many keys at most (prompt tokens and steps), can be kept to compare others' with: row_references x layers x heads
+    x (steps + 1) x row_keys x 4 bytes. lora: the folder of an adapter (LoRA, as peft writes it) that every request is
+    answered with.
     """
 
     # The engine that runs in this very process, where there is one.
     _in_process: ClassVar[ProbedEngine | None] = None
 
+    @garbage_left()
     def __init__(
         self,
         model: str | os.PathLike[str],
@@ -138,6 +162,10 @@ class ProbedEngine:
         verbose: bool = False,
         ablation: bool = False,
         references: int = 0,
+        hidden_states: int = 0,
+        row_references: int = 0,
+        row_keys: int = 0,
+        lora: str | os.PathLike[str] | None = None,
     ):
         if not {"system", "prompt"} <= set(regions) or len(set(regions)) != len(regions):
             raise ValueError(
@@ -147,12 +175,17 @@ class ProbedEngine:
         given = {**attention_args(attention_backend), **(engine_args or {})}
         ranks = given.get("tensor_parallel_size", 1)
         args = {"model": os.fspath(model), "disable_log_stats": True, **machine_defaults(ranks), **given}
+        self._lora = None if lora is None else os.fspath(lora)
+        args |= {} if self._lora is None else lora_args(self._lora)
         if "max_num_seqs" not in given and "max_num_batched_tokens" in given:  # vLLM refuses more of the former
             args["max_num_seqs"] = min(args["max_num_seqs"], given["max_num_batched_tokens"])
         self.regions = tuple(regions)
         self.steps = steps
         self.ablates = ablation
         self.references = references
+        self.hidden_states = hidden_states
+        self.row_references, self.row_keys = row_references, row_keys
+        self._row_prompts: dict[int, int] = {}
         self.slots = slots or 2 * args["max_num_seqs"]
         additional = args.get("additional_config", {})
         recorder = {
@@ -163,6 +196,9 @@ class ProbedEngine:
             "logit_stats": logit_stats,
             "ablation": ablation,
             "references": references,
+            "hidden_states": hidden_states,
+            "row_references": row_references,
+            "row_keys": row_keys,
             **additional.get("headrift", {}),
         }
         args["additional_config"] = {**additional, "headrift": recorder}
@@ -170,8 +206,11 @@ class ProbedEngine:
         config = engine_config(args)
         self.max_model_len: int = config.model_config.max_model_len
         self.vocabulary: int = config.model_config.get_vocab_size()
+        self.width: int = config.model_config.get_hidden_size()
         self._ranks = config.parallel_config.tensor_parallel_size
         self._start(config)
+        if hidden_states:
+            self.llm_engine.collective_rpc("headrift_keep_hidden_states")
         described = merge_descriptions(self.llm_engine.collective_rpc("headrift_describe"))
         self.layers: int = described["layers"]
         self.heads: int = described["heads"]
@@ -192,7 +231,10 @@ class ProbedEngine:
 
         self._claim_process()
         try:
-            with llvmlite_out_of_sight(), cores_divided(config.parallel_config.local_world_size):
+            # What is there by now is kept, and no collection of vLLM's goes through it.
+            gc.freeze()
+            ranks = config.parallel_config.local_world_size
+            with llvmlite_out_of_sight(), memory_taken_on_use(), cores_divided(ranks):
                 self.llm_engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
         except BaseException as error:
             self.close()
@@ -212,6 +254,7 @@ class ProbedEngine:
         if engine is not None:
             engine.engine_core.shutdown()
             del engine
+            gc.unfreeze()
             gc.collect()
         if ProbedEngine._in_process is self:
             ProbedEngine._in_process = None
@@ -262,6 +305,7 @@ class ProbedEngine:
         if len(fed) + tokens > self.max_model_len:
             raise ValueError(f"{len(fed)} tokens and {tokens} more do not fit the context of {self.max_model_len}")
         self._check_ablation(request)
+        extra_rows = self._rows(request)
         slot, tenant = self._free[-1], self._tenants
         regions = {**request.regions, "prompt": (0, len(request.prompt_ids))}
         extra: dict[str, Any] = {
@@ -273,7 +317,8 @@ class ProbedEngine:
         }
         if request.ablate:
             extra |= {"ablate": [list(entry) for entry in request.ablate], "epsilon": request.epsilon}
-        extra |= {k: v for k, v in (("keep", request.keep_as), ("compare", request.compare_with)) if v is not None}
+        kept = {"keep": request.keep_as, "compare": request.compare_with, "hidden": request.hidden_as}
+        extra |= {key: number for key, number in kept.items() if number is not None} | extra_rows
         params = SamplingParams(
             temperature=0.0,
             max_tokens=tokens,
@@ -281,6 +326,7 @@ class ProbedEngine:
             detokenize=False,
             output_kind=RequestOutputKind.CUMULATIVE if _answers_on(request) else RequestOutputKind.FINAL_ONLY,
             skip_reading_prefix_cache=True if request.reread else None,
+            prompt_logprobs=0 if request.logprobs else None,
             extra_args={"headrift": extra} if request.probed else None,
         )
         name = str(tenant)
@@ -288,17 +334,42 @@ class ProbedEngine:
         salt = ablation.salt(request.ablate, request.epsilon)
         if salt is not None:
             prompt["cache_salt"] = salt
-        self.llm_engine.add_request(name, prompt, params)
+        self.llm_engine.add_request(name, prompt, params, lora_request=self._lora_request())
         self._free.pop()
+        if request.rows_as is not None:
+            self._row_prompts[request.rows_as] = len(request.prompt_ids)
         self._tenants += 1
         self._running[name] = (slot, tenant, request)
         return tenant
+
+    def _lora_request(self) -> LoRARequest | None:
+        from vllm.lora.request import LoRARequest
+
+        return None if self._lora is None else LoRARequest("adapter", 1, self._lora)
+
+    def _rows(self, request: ProbeRequest) -> dict[str, Any]:
+        """What the workers are told of a request whose attention rows are kept or compared. ValueError where they
+        cannot be."""
+        references, own = (request.rows_as, request.rows_against), len(request.prompt_ids)
+        if references == (None, None):
+            return {}
+        if not request.probed:
+            raise ValueError("a request whose attention rows are taken has to be probed: leave `probed` at True")
+        other = own if request.rows_against is None else self._row_prompts.get(request.rows_against, 0)
+        check_rows(references, other, own, request.steps, kept=self.row_references, keys=self.row_keys)
+        if not other:
+            raise ValueError(f"rows {request.rows_against} have not been kept: submit a request with rows_as first")
+        check_runs(request.aligned, other, own)
+        told = {"rows_as": request.rows_as, "rows_against": request.rows_against}
+        return told | {"other_len": other, "aligned": [list(run) for run in request.aligned]}
 
     def _check_ablation(self, request: ProbeRequest) -> None:
         """ValueError where the request's heads cannot be ablated, or what it refers to is not kept."""
         for reference in (request.keep_as, request.compare_with):
             if reference is not None and not 0 <= reference < self.references:
                 raise ValueError(f"there is no reference {reference}; this engine keeps {self.references}")
+        if request.hidden_as is not None and not 0 <= request.hidden_as < self.hidden_states:
+            raise ValueError(f"there is no hidden state {request.hidden_as}; this engine keeps {self.hidden_states}")
         if not request.ablate:
             return
         if not self.ablates:
@@ -332,7 +403,8 @@ class ProbedEngine:
             answer = list(completion.token_ids if request.answer_ids is None else request.answer_ids)
             cached = output.num_cached_tokens or 0
             reason, answering = completion.finish_reason, not output.finished
-            done.append(Finished(tenant, request, answer, reason, cached, answering))
+            logprobs = _logprobs(request, output.prompt_logprobs) if request.logprobs else None
+            done.append(Finished(tenant, request, answer, reason, cached, answering, logprobs))
         return done
 
     def stop(self, tenant: int) -> bool:
@@ -390,13 +462,34 @@ class ProbedEngine:
             n = f.n_steps + 1
             mass = arrays["mass"][i, :n] if ticket.want_mass else None
             kl = float(arrays["divergence"][i]) if "divergence" in arrays else float("nan")
-            recordings.append(Recording(arrays["share"][i, :n], arrays["first"][i], arrays["stats"][i, :n], mass, kl))
+            distance = arrays["distance"][i, :n] if "distance" in arrays else None
+            of_steps = arrays["share"][i, :n], arrays["first"][i], arrays["stats"][i, :n]
+            recordings.append(Recording(*of_steps, mass, kl, distance))
             self._check(f, float(arrays["astray"][i]))
         return recordings
 
     def drain(self, finished: Sequence[Finished], want_mass: bool = False) -> list[Recording]:
         """`collect` and `recordings` in one, for a caller with nothing to do in between."""
         return self.recordings(self.collect(finished, want_mass))
+
+    def turned(self, clean: Sequence[int], ablated: Sequence[Sequence[int]], r_main: int) -> np.ndarray:
+        """How far each of n sets of kept hidden states is turned away from the clean ones: principal angles [n, r_main]
+        in degrees, smallest first, see `headrift.subspace`.
+
+        clean: the numbers (`hidden_as`) of the queries' hidden states; ablated: n lists of as many. NaN where one was
+        not kept, or queries are alike. ValueError where r_main is not 1 to the number of queries and of components.
+        """
+        most = min(len(clean), self.width)
+        if not 1 <= r_main <= most:
+            raise ValueError(f"r_main is 1 to {most} for {len(clean)} queries, not {r_main}")
+        if any(len(row) != len(clean) for row in ablated):
+            raise ValueError("every ablated set has as many hidden states as the clean one")
+        missing = {*clean, *(number for row in ablated for number in row)} - set(range(self.hidden_states))
+        if missing:
+            raise ValueError(f"there is no hidden state {min(missing)}; this engine keeps {self.hidden_states}")
+        asked = list(clean), [list(row) for row in ablated], r_main
+        # Every rank has the whole of a hidden state, and finds the same.
+        return np.reshape(self.llm_engine.collective_rpc("headrift_turned", args=asked)[0], (len(ablated), r_main))
 
     def abort(self) -> None:
         """Drop every request in flight and free its slot; drop what was collected and not read."""
@@ -418,6 +511,11 @@ class ProbedEngine:
                 f"request {finished.tenant}: a head's mass on the whole prompt at step 0 is {astray:.6f} away from 1; "
                 "the recording cannot be trusted"
             )
+
+
+def _logprobs(request: ProbeRequest, of_tokens: Sequence[Any]) -> list[float]:
+    """Of the prompt's tokens, out of what vLLM says of each position."""
+    return [float(of[token].logprob) for of, token in zip(of_tokens[1:], request.prompt_ids[1:])]
 
 
 def _answers_on(request: ProbeRequest) -> bool:

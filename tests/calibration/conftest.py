@@ -77,11 +77,11 @@ def run_of(instability, label, name="made-up", regions=(), **columns) -> Run:
     return Run(name, Model(name="m", **identity), steps, Cell(Window(1, steps)), False, batches)
 
 
-def write_run(folder: Path, instability, label, status="done", fingerprint="f", **columns) -> Path:
-    """A folder as `headrift score` leaves it, as far as calibration reads it."""
+def write_run(folder: Path, instability, label, status="done", fingerprint="f", save=(), **columns) -> Path:
+    """A folder as `headrift score --save ...` leaves it, as far as calibration reads it; 4 heads."""
     folder.mkdir()
     steps, layers = instability.shape[1] - 1, instability.shape[2]
-    schema = part_schema((), layers=layers, heads=4, regions=("system", "user", "prompt"))
+    schema = part_schema(save, layers=layers, heads=4, regions=("system", "user", "prompt"))
     given = columns_of(instability, label, **columns)
     table = pa.table({name: given.get(name, pa.nulls(len(label), schema.field(name).type)) for name in schema.names})
     half = len(label) // 2

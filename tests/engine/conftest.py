@@ -105,11 +105,32 @@ class Oracle:
         attentions = torch.stack([a[0, :, first:] for a in out.attentions], 0).permute(2, 0, 1, 3)
         return SimpleNamespace(attentions=attentions.double().numpy(), logits=out.logits[0, first:])
 
+    @torch.no_grad()
+    def last_hidden(self, token_ids: list[int]) -> torch.Tensor:
+        """The last token's hidden state after the final norm, [width] float64."""
+        states = self.model(torch.tensor([token_ids]), output_hidden_states=True).hidden_states
+        return states[-1][0, -1].double()
+
     def masses(self, prompt_ids: list[int], answer_ids: list[int], n_steps: int, spans) -> np.ndarray:
         """[n_steps + 1, layers, heads, regions] for the prompt with this answer."""
         fed = [*prompt_ids, *answer_ids[:n_steps]]
         attentions = self.run(fed, len(prompt_ids) - 1).attentions
         return np.stack([attentions[..., start:end].sum(-1) for start, end in spans], -1)
+
+    def row_distances(self, other, own, runs) -> np.ndarray:
+        """[steps, layers, heads, 2] L2 and total variation of a request's attention rows from another's, key by key.
+
+        other, own: prompt and the answer tokens that were fed, as many; runs: as ProbeRequest.aligned.
+        """
+        (other_ids, other_fed), (own_ids, own_fed) = other, own
+        theirs = self.run([*other_ids, *other_fed], len(other_ids) - 1).attentions
+        ours = self.run([*own_ids, *own_fed], len(own_ids) - 1).attentions
+        partner = {j + i: k + i for k, j, length in runs for i in range(length)}
+        partner |= {len(own_ids) + i: len(other_ids) + i for i in range(len(own_fed))}
+        target = np.zeros_like(ours)
+        for own_key, other_key in partner.items():
+            target[..., own_key] = theirs[..., other_key]
+        return np.stack([np.sqrt(((ours - target) ** 2).sum(-1)), np.abs(ours - target).sum(-1) / 2], -1)
 
     @contextmanager
     def ablated(self, entries, epsilon: float = 1e-5):

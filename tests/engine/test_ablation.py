@@ -8,6 +8,7 @@ import torch
 from headrift.ablation import SIDES
 from headrift.engine_setup import EngineError
 from headrift.probed_engine import ProbedEngine, ProbeRequest
+from headrift.safety_heads.answering import answers, log_likelihoods
 from headrift.vllm_plugin.plugin import RefusedError
 from headrift.vllm_plugin.recorder import Recorder
 
@@ -251,3 +252,32 @@ def test_requests_that_are_refused_leave_the_engine_as_it_was(tiny, run, fields,
     with pytest.raises(ValueError, match=message):
         engine.submit(request)
     assert (engine.free_slots, engine.running) == (free, 0)
+
+
+def test_answers_and_a_text_are_ablated_throughout(tiny):
+    """Long past the recorded steps, in chunks and beside other rows: each token held to the model with hooks."""
+    engine, oracle = tiny
+    rng = np.random.default_rng(40)
+    prompts = rng.integers(3, 200, (3, 90)).tolist()
+    prompts[1] = prompts[0][:70] + prompts[1][:9]
+    arms = {"clean": [], "one": random_heads(rng, engine, 1), "some": random_heads(rng, engine, 3)}
+    rows = []
+    found = answers(engine, prompts, arms, tokens=24, epsilon=EPSILON, on_rows=rows.append)
+    read = log_likelihoods(engine, prompts, arms, epsilon=EPSILON)
+    assert sum(rows) == 9
+    assert engine.free_slots == engine.slots
+    for number, ids in enumerate(prompts):
+        for arm, entries in arms.items():
+            answer = found[number][arm].answer_ids
+            with oracle.ablated(entries, EPSILON):
+                logits = oracle.run([*ids, *answer[:-1]], 0).logits.double()
+            assert len(answer) == 24 or answer[-1] == 2  # the end of text
+            chosen = logits[len(ids) - 1 :][range(len(answer)), answer]
+            # Greedy but where two tokens are as good as equal: then rounding may choose.
+            assert (logits[len(ids) - 1 :].max(-1).values - chosen).max() < 1e-3
+            of_text = torch.log_softmax(logits, -1)[range(len(ids) - 1), ids[1:]]
+            # Rounding of some 1e-5 a token, of which most are positive as often as negative.
+            assert read[arm][number] == pytest.approx(float(of_text.sum()), abs=1e-3)
+        answers_here = [found[number][arm].answer_ids for arm in arms]
+        assert answers_here[0] != answers_here[2]
+        assert abs(read["clean"][number] - read["some"][number]) > 0.05

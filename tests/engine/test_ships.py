@@ -1,21 +1,33 @@
-"""SHIPS against transformers with hooks, one pass a head, and on a model whose important head was put there."""
+"""SHIPS and Sahara against transformers with hooks, one pass a head, and on a model whose main head was put there."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from scipy.linalg import subspace_angles
+from scipy.stats import spearmanr
 from typer.testing import CliRunner
 
 from headrift import ablation
 from headrift.cli import app
 from headrift.probed_engine import ProbedEngine, ProbeRequest
-from headrift.safety_heads.job import Asked, JobError, ShipsJob
+from headrift.safety_heads import sahara as search
+from headrift.safety_heads import sahara_job
+from headrift.safety_heads.base import Asked
+from headrift.safety_heads.checks import JobError
+from headrift.safety_heads.job import ShipsJob
+from headrift.safety_heads.sahara import Turning, hidden_states_of, sahara
 from headrift.safety_heads.ships import IN_FLIGHT, all_heads, sampled_heads, ships
 
 # Where the planted head sits, and the two tokens that it decides between.
 LAYER, HEAD, ONE, OTHER = 0, 2, 77, 78
+QUERIES = 6
+# Degrees, by the directions. Hidden states of two float32 computations differ by some 1e-6 of their size, and a radian
+# is 57 degrees; what tells the singular values apart divides, and further directions are closer to their next ones.
+ANGLE = {1: 2e-4, 2: 2e-3, 3: 2e-3}
 
 
 def plant(model):
@@ -40,7 +52,8 @@ def plant(model):
 
 def engine_of(model, settings_of_tests, **more):
     settings = {**settings_of_tests, "max_num_seqs": 8, "max_model_len": 256, **more}
-    return ProbedEngine(model, steps=0, ablation=True, references=IN_FLIGHT, engine_args=settings)
+    kept = {"references": IN_FLIGHT, "hidden_states": hidden_states_of(QUERIES)}
+    return ProbedEngine(model, steps=0, ablation=True, **kept, engine_args=settings)
 
 
 def one_pass_a_head(oracle, ids, heads, kind) -> np.ndarray:
@@ -54,6 +67,24 @@ def one_pass_a_head(oracle, ids, heads, kind) -> np.ndarray:
         with oracle.ablated([(*head, kind)]):
             scores.append(float((clean.exp() * (clean - log_p())).sum()))
     return np.array(scores)
+
+
+def last_hidden_states(oracle, queries) -> np.ndarray:
+    """By transformers, [hidden, queries], after the last norm."""
+    return torch.stack([oracle.last_hidden(ids) for ids in queries], 1).numpy()
+
+
+def one_pass_a_group(oracle, queries, groups, r_main, kind=ablation.UNDIFFERENTIATED) -> np.ndarray:
+    """Principal angles [groups, r_main] in degrees by transformers and scipy."""
+
+    def basis():
+        return np.linalg.svd(last_hidden_states(oracle, queries), full_matrices=False)[0][:, :r_main]
+
+    clean, found = basis(), []
+    for group in groups:
+        with oracle.ablated([(*head, kind) for head in group]):
+            found.append(np.rad2deg(subspace_angles(clean, basis())[::-1]))
+    return np.array(found)
 
 
 def _recorder(worker):
@@ -136,16 +167,67 @@ def test_a_job_is_broken_off_and_taken_up_again(demo_model, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def planted(oracle, tiny_model, settings_of_tests, tmp_path_factory):
-    """An engine with the planted model, and its oracle."""
+def planted_model(tiny_model, demo_model, tmp_path_factory):
+    """Its folder. The tokenizer is another model's: it is there, and nothing is put through it."""
     import transformers
 
     folder = tmp_path_factory.mktemp("planted")
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model("llama-3to1"), dtype=torch.float32)
     plant(model)
     model.save_pretrained(folder)
-    with engine_of(folder, settings_of_tests, skip_tokenizer_init=True) as engine:
-        yield engine, oracle(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(demo_model / name, folder / name)
+    return folder
+
+
+def test_a_search_is_broken_off_and_taken_up_again(planted_model, oracle, tmp_path, monkeypatch):
+    """`headrift heads sahara`: what is in the folder stays, and what is missing is searched."""
+    monkeypatch.setattr(search, "_BLOCK_ROWS", 5 * 3)  # five heads a block
+    queries = tmp_path / "queries.jsonl"
+    ids = prompts(7, 3)
+    queries.write_text("".join(json.dumps({"token_ids": some}) + "\n" for some in ids), encoding="utf-8")
+    out = tmp_path / "out"
+    options = {"inputs": (str(queries),), "model": planted_model, "out": out, "kind": "scaling", "r_main": 2}
+    job = sahara_job.SaharaJob(sahara_job.Asked(**options))
+    heads = all_heads(3, 6)
+    assert (job.angles_left, job.rows) == (18 + 17, 36 * 3)
+
+    def interrupt(rows: int) -> None:
+        if len(list((out / "angles").iterdir())) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        job.run(interrupt)
+    first = {path.name: path.read_bytes() for path in (out / "angles").iterdir()}
+    assert job.angles_left == 25
+    with pytest.raises(JobError, match="another r_main"):
+        sahara_job.SaharaJob(sahara_job.Asked(**options | {"r_main": 1}, resume=True))
+    command = ["heads", "sahara", queries, "--model", planted_model, "--out", out, "--kind", "scaling", "--r-main", 2]
+    done = CliRunner().invoke(app, [*map(str, command), "--resume"])
+    assert done.exit_code == 0, done.output
+    assert {name: (out / "angles" / name).read_bytes() for name in first} == first
+    rows = pq.read_table(out / "angles").to_pylist()
+    there = [(1, *head) for head in heads] + [(2, *head) for head in heads if head != (LAYER, HEAD)]
+    assert sorted((row["step"], row["layer"], row["head"]) for row in rows) == there
+    assert all(row["angle"] == sum(row["angles"]) for row in rows)
+    found = json.loads((out / "sahara.json").read_text(encoding="utf-8"))
+    assert (found["heads"][0]["layer"], found["heads"][0]["head"]) == (LAYER, HEAD)
+    assert [len(step) for step in found["steps"]] == [18, 17]
+    group = [[(h["layer"], h["head"]) for h in found["heads"]]]
+    expected = one_pass_a_group(oracle(planted_model), ids, group, 2, "scaling")[0]
+    np.testing.assert_allclose(found["heads"][1]["angles"], expected, rtol=0, atol=ANGLE[2])
+    assert (out / "heatmap.png").read_bytes().startswith(b"\x89PNG")
+    # Nothing is left to do: no engine is started, and the same comes out.
+    again = CliRunner().invoke(app, [*map(str, command), "--resume"])
+    assert again.stdout == done.stdout
+    assert "0 rows to run" in again.stderr
+
+
+@pytest.fixture(scope="module")
+def planted(planted_model, oracle, settings_of_tests):
+    """An engine with the planted model, and its oracle."""
+    with engine_of(planted_model, settings_of_tests, skip_tokenizer_init=True) as engine:
+        yield engine, oracle(planted_model)
 
 
 def prompts(seed: int, n: int) -> list[list[int]]:
@@ -215,3 +297,101 @@ def test_what_cannot_be_scored_is_refused_before_anything_runs(planted, more, me
     engine, _ = planted
     with pytest.raises(ValueError, match=message):
         ships(engine, prompts(3, 1), **more)
+
+
+def alike_prompts(seed: int, n: int = QUERIES) -> list[list[int]]:
+    """Prompts of which the longest are chunked, with a first block in common."""
+    rng = np.random.default_rng(seed)
+    system = rng.integers(3, 200, 40).tolist()
+    return [system + rng.integers(3, 200, int(rng.integers(5, 90))).tolist() for _ in range(n)]
+
+
+@pytest.mark.parametrize(("r_main", "steps"), [(1, 2), (3, 1)])
+def test_angles_are_those_of_one_pass_a_group_and_query(planted, r_main, steps, monkeypatch):
+    engine, oracle = planted
+    monkeypatch.setattr(search, "_BLOCK_ROWS", 4 * QUERIES)  # four heads a block: the last has two
+    finished, step = [], engine.step
+    monkeypatch.setattr(engine, "step", lambda: finished.extend(done := step()) or done)
+    queries, heads = alike_prompts(11), all_heads(engine.layers, engine.heads)
+    rows = []
+    turning = Turning(engine, queries, r_main, on_rows=rows.append)
+    found_steps = sahara(turning, heads, steps)
+    assert sum(rows) == QUERIES * (1 + sum(18 - i for i in range(steps)))
+    assert sum(done.cached_tokens > 0 for done in finished) > QUERIES, "no prompt found its prefix cached"
+    for i, one in enumerate(found_steps):
+        before = [other.chosen for other in found_steps[:i]]
+        assert list(one.angles) == [head for head in heads if head not in before]
+        found = np.array(list(one.angles.values()))
+        expected = one_pass_a_group(oracle, queries, [[*before, head] for head in one.angles], r_main)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=ANGLE[r_main])
+        assert spearmanr(found.sum(1), expected.sum(1)).statistic > 0.999
+        assert list(one.angles)[int(expected.sum(1).argmax())] == one.chosen == one.ranking[0]
+        assert np.median(expected) > 50 * ANGLE[r_main], "the ablations turn next to nothing: a weak test"
+
+
+@pytest.mark.parametrize("kind", list(ablation.SIDES))
+def test_the_planted_head_turns_the_subspace_most(planted, kind):
+    engine, _ = planted
+    heads = all_heads(engine.layers, engine.heads)
+    (step,) = sahara(Turning(engine, prompts(1, QUERIES), kind=kind), heads, 1)
+    sums = [float(step.angles[head].sum()) for head in step.ranking]
+    assert step.chosen == (LAYER, HEAD)
+    assert sums[0] > 2 * sums[1]
+
+
+def test_hidden_states_are_kept_at_the_last_prompt_token_only(planted, run):
+    engine, oracle = planted
+    ids = prompts(5, 1)[0] * 3
+    regions = {"prompt": (0, len(ids))}
+    assert len(ids) > 64, "a prompt that is not chunked"
+    answered = ProbeRequest(ids, regions, 0, ignore_eos=True, hidden_as=1, answer_tokens=5)
+    told = ProbeRequest(ids, regions, 0, ignore_eos=True, hidden_as=2, logprobs=True)
+    run(engine, [answered, told, ProbeRequest(ids, regions, 0)])
+    found = engine.llm_engine.collective_rpc(lambda worker: _recorder(worker).hidden.clone())[0]
+    expected = last_hidden_states(oracle, [ids])[:, 0]
+    for number in (1, 2):
+        # Of size 1 after the norm, by two float32 computations.
+        np.testing.assert_allclose(found[number], expected, rtol=0, atol=1e-4)
+    # Its new owner's prompt takes two steps: after the first the old owner's is gone, and the new one's is not there.
+    engine.submit(ProbeRequest(ids[::-1], regions, 0, hidden_as=1))
+    assert engine.step() == []
+    engine.abort()
+    angles = engine.turned([2], [[2], [1]], 1)
+    assert angles[0] == pytest.approx(0.0, abs=1e-12)
+    assert np.isnan(angles[1])
+
+
+@pytest.mark.parametrize(
+    ("queries", "more", "message"),
+    [
+        (prompts(3, 2), {"r_main": 3}, "2 different queries span 1 to 2"),
+        (prompts(3, 1) * 2, {"r_main": 2}, "1 different query spans"),
+        (prompts(3, 2), {"r_main": 0}, "r_main = 0"),
+        (prompts(3, 2), {"heads": [(7, 0)]}, "no layer 7 head 0"),
+        (prompts(3, 2), {"steps": 2, "heads": [(0, 0)]}, "there are 1 heads"),
+        (prompts(3, 2), {"kind": "removal"}, "no kind of ablation 'removal'"),
+        (prompts(3, 2), {"epsilon": "little"}, "epsilon"),
+        (prompts(3, 600), {}, "hidden_states=1200 or more"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_before_anything_runs(planted, queries, more, message):
+    engine, _ = planted
+    before = engine.steps_run
+    asked = {"heads": [(0, 0)], "steps": 1} | more
+    heads, steps = asked.pop("heads"), asked.pop("steps")
+    with pytest.raises(ValueError, match=message):
+        sahara(Turning(engine, queries, **asked), heads, steps)
+    assert engine.steps_run == before
+
+
+def test_hidden_states_that_the_engine_does_not_keep(planted):
+    engine, _ = planted
+    with pytest.raises(ValueError, match="no hidden state -1"):
+        engine.submit(ProbeRequest([5, 6], {}, 0, hidden_as=-1))
+    for clean, ablated, r_main, message in (
+        ([0, 1], [[2]], 1, "as many"),
+        ([0], [[engine.hidden_states]], 1, f"this engine keeps {engine.hidden_states}"),
+        ([0, 1], [[2, 3]], 3, "r_main is 1 to 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.turned(clean, ablated, r_main)

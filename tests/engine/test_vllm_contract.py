@@ -19,8 +19,11 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1Processor
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2Processor
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker
 
 from headrift.vllm_plugin import plugin
 from headrift.vllm_plugin.backends.cpu import PACKED_ISAS
@@ -107,6 +110,14 @@ def test_v2_logits_processor_interface():
     assert parameters(V2Processor.add_request) == ["self", "req_idx", "sampling_params"]
     assert parameters(V2Processor.apply) == ["self", "logits", "ctx"]
     assert {"expanded_idx_mapping", "pos"} <= {f.name for f in dataclasses.fields(LogitsContext)}
+
+
+def test_both_runners_take_logits_of_the_batchs_rows_from_the_models_own_method():
+    """The last hidden states that hidden_states.py keeps are what `compute_logits` is given."""
+    v1, v2 = (inspect.getsource(f) for f in (GPUModelRunner.execute_model, GPUModelRunnerV2.sample))
+    assert "logits = self.model.compute_logits(sample_hidden_states)" in v1
+    assert "logits = self.model.compute_logits(sample_hidden_states)" in v2
+    assert hasattr(Worker, "get_model")
 
 
 def test_engine_settings_and_instance_id():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +19,28 @@ from headrift.commands.common import (
     say,
     system_prompt_of,
 )
+from headrift.commands.heads_common import (
+    Column,
+    Epsilon,
+    Form,
+    FormName,
+    Kind,
+    KindName,
+    Label,
+    Limit,
+    OnlyHeads,
+    Out,
+    Queries,
+    Quick,
+    Quiet,
+    Resume,
+    SystemPromptFile,
+    Top,
+    heads_of,
+)
+from headrift.commands.heads_evaluate import evaluate
+from headrift.commands.heads_instability import instability
+from headrift.commands.heads_sahara import sahara
 
 heads = typer.Typer(
     name="heads",
@@ -29,30 +50,6 @@ heads = typer.Typer(
 )
 
 
-class KindName(StrEnum):
-    """What --kind takes; the kinds of headrift.ablation."""
-
-    UNDIFFERENTIATED = "undifferentiated"
-    SCALING = "scaling"
-    MEAN_QUERY = "mean_query"
-    MEAN_OUTPUT = "mean_output"
-
-
-class LabelName(StrEnum):
-    """What --label takes."""
-
-    ATTACK = "attack"
-    BENIGN = "benign"
-
-
-class FormName(StrEnum):
-    """What --as takes; the forms of headrift.safety_heads.queries."""
-
-    CHAT = "chat"
-    QUERY = "query"
-    TEXT = "text"
-
-
 @heads.callback()
 def _group() -> None:
     """Ablate attention heads one by one: which of them does a refusal hang on?"""
@@ -60,58 +57,23 @@ def _group() -> None:
 
 @heads.command()
 def ships(
-    inputs: Annotated[
-        list[str],
-        typer.Argument(metavar="INPUT...", help="Queries: .txt, .jsonl, .csv or .parquet.", show_default=False),
-    ],
+    inputs: Queries,
     model: Model,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="A new folder for the results.", show_default=False)],
-    kind: Annotated[
-        KindName,
-        typer.Option(metavar="KIND", help="undifferentiated, scaling, mean_query or mean_output: see above."),
-    ] = KindName.UNDIFFERENTIATED,
-    epsilon: Annotated[
-        float, typer.Option(metavar="X", help="The factor of an undifferentiated query or a scaled output.")
-    ] = 1e-5,
-    only: Annotated[
-        str | None,
-        typer.Option("--heads", metavar="L:H,...", help="Only these heads, as in 3:0,11:7.", show_default=False),
-    ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A look: 64 heads drawn at random, the first 5 queries.")
-    ] = False,
-    label: Annotated[
-        LabelName | None,
-        typer.Option(metavar="LABEL", help="Only queries labelled attack, or benign.", show_default=False),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="The first N queries only.", show_default=False)
-    ] = None,
-    form: Annotated[
-        FormName,
-        typer.Option(
-            "--as",
-            metavar="FORM",
-            help="chat: a message in the model's chat template; query: '## Query:... ## Answer:'; text: as it is.",
-        ),
-    ] = FormName.CHAT,
-    system_prompt_file: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="System prompt of queries that bring none.", show_default=False),
-    ] = None,
-    column: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY=NAME",
-            help="What the inputs call a key, as in prompt=goal. A column `input` is known. Repeatable.",
-            show_default=False,
-        ),
-    ] = None,
-    top: Annotated[int, typer.Option(metavar="N", min=1, help="How many heads the table shows.")] = 20,
+    out: Out,
+    kind: Kind = KindName.UNDIFFERENTIATED,
+    epsilon: Epsilon = 1e-5,
+    only: OnlyHeads = None,
+    quick: Quick = False,
+    label: Label = None,
+    limit: Limit = None,
+    form: Form = FormName.CHAT,
+    system_prompt_file: SystemPromptFile = None,
+    column: Column = None,
+    top: Top = 20,
     dtype: DTypeOption = DType.AUTO,
     attention_backend: AttentionBackend = AttentionBackendName.AUTO,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in the folder.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,
+    resume: Resume = False,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Rank a model's heads by how far the ablation of each moves the first token of the answer (SHIPS).
@@ -132,7 +94,8 @@ def ships(
       130  interrupted; go on with --resume
     """
     from headrift.reporter import progress_bar
-    from headrift.safety_heads.job import Asked, ShipsJob
+    from headrift.safety_heads.base import Asked
+    from headrift.safety_heads.job import ShipsJob
     from headrift.safety_heads.ranking import table
 
     with errors(2, verbose):
@@ -142,7 +105,7 @@ def ships(
             out=out,
             kind=kind.value,
             epsilon=epsilon,
-            heads=_heads(only),
+            heads=heads_of(only),
             quick=quick,
             label=None if label is None else label.value,
             limit=limit,
@@ -171,18 +134,19 @@ def ships(
 
 @heads.command()
 def overlap(
-    first: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that ships wrote.", show_default=False)],
+    first: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A folder that ships or sahara wrote.", show_default=False)
+    ],
     second: Annotated[Path, typer.Argument(metavar="RUN", help="Another one.", show_default=False)],
     top: Annotated[int, typer.Option(metavar="N", min=1, help="How many heads of each ranking are compared.")] = 10,
-    label: Annotated[
-        LabelName | None,
-        typer.Option(metavar="LABEL", help="By queries labelled attack, or benign, alone.", show_default=False),
-    ] = None,
+    label: Label = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the figures to this JSON file.", show_default=False)
     ] = None,
 ) -> None:
     """Do two runs find the same heads? Of two models of one family, say, or by two sets of queries.
+
+    A run of ships is compared by the heads' mean KL, one of sahara by their angles in step 1.
 
     \b
     Exit codes: 0 shown, 1 the figures could not be written, 2 the runs cannot be compared
@@ -205,15 +169,5 @@ def overlap(
             out.write_text(json.dumps(found.numbers(), indent=1) + "\n", encoding="utf-8")
 
 
-def _heads(given: str | None) -> tuple[tuple[int, int], ...] | None:
-    if given is None:
-        return None
-    found = []
-    for part in given.split(","):
-        layer, colon, head = part.partition(":")
-        if not colon or not layer.strip().isdecimal() or not head.strip().isdecimal():
-            raise ValueError(f"--heads {given}: {part.strip()!r} is not LAYER:HEAD, as in 3:0,11:7")
-        found.append((int(layer), int(head)))
-    if len(set(found)) < len(found):
-        raise ValueError(f"--heads {given} names a head twice")
-    return tuple(found)
+for command in (sahara, evaluate, instability):
+    heads.command()(command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,12 @@ from numpy.typing import NDArray
 from headrift.figures import new_figure, save, short
 
 
-def heatmap_png(path: Path, mean: NDArray[np.float64], spread: NDArray[np.float64] | None, *, title: str) -> None:
-    """Mean scores [layers, heads] in nats, on a logarithmic scale, and beside them their standard deviation over the
-    queries; hatched: heads that were not asked for. spread: None for one query. OSError where it cannot be written."""
+def heatmap_png(path: Path, panels: Mapping[str, NDArray[np.float64]], *, title: str) -> None:
+    """Scores [layers, heads] by what they are, side by side, on logarithmic scales; hatched: heads that were not asked
+    for (NaN). OSError where it cannot be written."""
     from matplotlib.colors import LogNorm
 
-    panels = {"mean over the queries": mean} | ({} if spread is None else {"sd over the queries": spread})
-    layers, heads = mean.shape
+    layers, heads = next(iter(panels.values())).shape
     figure = new_figure(1.2 + len(panels) * max(3.2, 0.22 * heads + 1.8), max(3.2, 0.17 * layers + 1.4))
     for axes, (label, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         there = values[np.isfinite(values) & (values > 0)]
@@ -29,6 +29,6 @@ def heatmap_png(path: Path, mean: NDArray[np.float64], spread: NDArray[np.float6
         image = axes.imshow(shown, aspect="auto", interpolation="nearest", cmap="viridis", norm=LogNorm(least, most))
         axes.set(xlabel="head", ylabel="layer (0: nearest the input)")
         axes.locator_params(integer=True)
-        figure.colorbar(image, ax=axes, label=f"KL in nats, {label}")
-    figure.suptitle(short(title, 90), fontsize=10, parse_math=False)
+        figure.colorbar(image, ax=axes, label=label)
+    figure.suptitle(short(title, 90), fontsize=10, parse_math=False, wrap=True)
     save(figure, path)

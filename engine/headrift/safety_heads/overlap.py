@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from headrift.safety_heads.job import SETTINGS, JobError
+from headrift.safety_heads import job
+from headrift.safety_heads.checks import JobError
+from headrift.safety_heads.leading import found_by
 from headrift.safety_heads.ships import Head
 
 
@@ -34,7 +35,8 @@ class Overlap:
 
 
 def overlap(first: Path, second: Path, top: int, label: str | None = None) -> Overlap:
-    """Compare what two runs of `headrift heads ships` found. label: by their queries with this label alone.
+    """Compare what two runs of `headrift heads ships` found, or of `sahara` in its first step. label: of `ships`, by
+    the queries with this label alone.
 
     JobError where a run is not finished, or the two did not score the same heads, or there are fewer than `top`.
     """
@@ -63,16 +65,12 @@ def overlap(first: Path, second: Path, top: int, label: str | None = None) -> Ov
 
 
 def _scores(run: Path, label: str | None) -> dict[Head, float]:
-    """The mean score of each head of a finished run."""
-    try:
-        found = json.loads((run / SETTINGS).read_text(encoding="utf-8"))
-        ranked = found.get("heads") if label is None else found.get("heads_by_label", {}).get(label)
-        if "heads" in found and ranked is None:
-            raise JobError(f"{run} has no queries with the label {label}: leave --label out")
+    """The score of each head of a finished run: its mean KL, or the angle of the head alone."""
+    with found_by(run) as (name, found):
+        if name == job.SETTINGS:
+            ranked, score = found["heads"] if label is None else found.get("heads_by_label", {}).get(label), "mean"
+        else:
+            ranked, score = found["steps"][0] if label is None else None, "angle"
         if ranked is None:
-            raise JobError(f"{run} is not finished: go on with it, --resume")
-        return {(head["layer"], head["head"]): head["mean"] for head in ranked}
-    except FileNotFoundError:
-        raise JobError(f"{run} holds no results of `headrift heads ships` (no {SETTINGS})") from None
-    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise JobError(f"{run / SETTINGS} cannot be read: {error}") from error
+            raise JobError(f"{run} has no queries with the label {label}: leave --label out")
+        return {(head["layer"], head["head"]): head[score] for head in ranked}

@@ -37,13 +37,14 @@ def read_rows(
     columns: Mapping[str, str] | None = None,
     label: str | None = None,
     limit: int | None = None,
+    labels: Sequence[str] | None = None,
 ) -> list[Row]:
     """The rows of .txt, .jsonl, .csv and .parquet files, as `headrift score` takes them; a column `input` is a prompt.
 
-    label: only rows with this one. limit: the first so many of them. InputError, which names the row, where there is
-    none or one cannot be used.
+    label: only rows with this one. limit: the first so many of them. labels: one per input, for rows that bring none.
+    InputError, which names the row, where there is none or one cannot be used.
     """
-    found = sources.find(inputs)
+    found = sources.find(inputs, labels)
     try:
         reader = Reader(found, columns)
     except InputError:

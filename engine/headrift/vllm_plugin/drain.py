@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from safetensors.numpy import save
 
+from headrift.vllm_plugin import hidden_states
 from headrift.vllm_plugin.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -161,3 +162,12 @@ class WorkerExtension:
         """`Drain.forget`."""
         if self._headrift_drain is not None:
             self._headrift_drain.forget()
+
+    def headrift_keep_hidden_states(self) -> None:
+        """`hidden_states.install`, once, when the model is there."""
+        model: Any = self.get_model()  # type: ignore[attr-defined]
+        hidden_states.install(model, Recorder.required(self.vllm_config))
+
+    def headrift_turned(self, clean: list[int], ablated: list[list[int]], r_main: int) -> list[list[float]]:
+        """`hidden_states.turned`."""
+        return hidden_states.turned(Recorder.required(self.vllm_config), clean, ablated, r_main)

@@ -23,6 +23,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from headrift.vllm_plugin.ablation import AblatedStep
+from headrift.vllm_plugin.attention_rows import Queries
 from headrift.vllm_plugin.plugin import RefusedError, settings_of
 from headrift.vllm_plugin.recorder import Recorder
 from headrift.vllm_plugin.rows import batch_rows
@@ -97,13 +98,14 @@ class MeasuringBuilder(AttentionMetadataBuilder):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Any:
         metadata: Any = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        metadata.measured = metadata.ablated = None
+        metadata.measured = metadata.ablated = metadata.row_queries = None
         if self.recorder is not None:
             if self.recorder.publisher is self:
                 self.recorder.publish(batch_rows(common_attn_metadata), common_attn_metadata.seq_lens)
             if self.capturing or self.recorder.probed:
                 metadata.measured = self.plan(self.recorder, metadata, common_attn_metadata)
             metadata.ablated = self._ablated(self.recorder, common_attn_metadata)
+            metadata.row_queries = self._row_queries(self.recorder, common_attn_metadata)
         return metadata
 
     def _ablated(self, recorder: Recorder, common: CommonAttentionMetadata) -> AblatedStep | None:
@@ -112,6 +114,21 @@ class MeasuringBuilder(AttentionMetadataBuilder):
             starts = common.query_start_loc_cpu.numpy()[: common.num_reqs + 1]
             recorder.ablated = recorder.ablations.plan(recorder.slots, starts, recorder.staged)
         return recorder.ablated
+
+    def _row_queries(self, recorder: Recorder, common: CommonAttentionMetadata) -> list[Queries] | None:
+        """The queries of the step whose attention rows are wanted; one answer for all KV cache groups."""
+        if recorder.publisher is self and recorder.bank is not None:
+            n = len(recorder.slots)
+            assert common.seq_lens_cpu_upper_bound is not None  # exact: speculative decoding is refused
+            recorder.row_queries = recorder.bank.plan(
+                recorder.slots,
+                common.query_start_loc_cpu.numpy()[: n + 1],
+                common.seq_lens_cpu_upper_bound.numpy()[:n],
+                recorder.prompt_lens,
+                recorder.rows_wanted,
+                recorder.staged,
+            )
+        return recorder.row_queries
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
         # A graph is captured with our kernels in it; which rows they measure is read from the device at each replay.
@@ -123,13 +140,13 @@ class MeasuringBuilder(AttentionMetadataBuilder):
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> AttentionCGSupport:
-        """Whole-step graphs for decode steps only: how a mixed step is parted is decided on the host, and so is what
-        is ablated, in every step."""
+        """Whole-step graphs for decode steps only: how a mixed step is parted is decided on the host, and so is, in
+        every step, what is ablated and which attention rows are taken."""
         support = super().get_cudagraph_support(vllm_config, kv_cache_spec)
         settings = settings_of(vllm_config)
         if settings is None:
             return support
-        if settings.get("ablation"):
+        if settings.get("ablation") or settings.get("row_references"):
             return AttentionCGSupport.NEVER
         return min(support, AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE, key=lambda s: s.value)
 

@@ -93,7 +93,7 @@ def refusals(config: VllmConfig) -> list[str]:
     reasons += _model_refusals(config)
     reasons += _engine_refusals(config)
     reasons += _platform_refusals(config)
-    reasons += _ablation_refusals(config)
+    reasons += _flash_refusals(config)
     return reasons
 
 
@@ -192,14 +192,16 @@ def _cpu_refusals(config: VllmConfig) -> list[str]:
     return reasons
 
 
-def _ablation_refusals(config: VllmConfig) -> list[str]:
-    """Why heads cannot be ablated, where they are to be."""
-    if not (settings_of(config) or {}).get("ablation"):
+def _flash_refusals(config: VllmConfig) -> list[str]:
+    """What is asked for that the FlashAttention backend does not do, where that attends."""
+    asked, attention = settings_of(config) or {}, config.attention_config.backend
+    if os.environ.get(BACKEND) != "flash" and (attention is None or attention.name != STOCK_BACKENDS["flash"]):
         return []
-    attention = config.attention_config.backend
-    if os.environ.get(BACKEND) == "flash" or (attention is not None and attention.name == STOCK_BACKENDS["flash"]):
-        return ["heads are not ablated with the attention backend 'flash': use 'triton'"]
-    return []
+    found = (
+        (asked.get("ablation"), "heads are not ablated with the attention backend 'flash': use 'triton'"),
+        (asked.get("row_references"), "attention rows are not kept with the attention backend 'flash': use 'triton'"),
+    )
+    return [reason for is_so, reason in found if is_so]
 
 
 def settings_of(config: VllmConfig) -> dict[str, Any] | None:

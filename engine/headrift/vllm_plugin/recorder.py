@@ -11,7 +11,10 @@ import numpy as np
 import torch
 
 from headrift import ablation
+from headrift.aligned_keys import Run
+from headrift.vllm_plugin import attention_rows
 from headrift.vllm_plugin.ablation import AblatedStep, Ablations
+from headrift.vllm_plugin.attention_rows import Queries, RowBank
 from headrift.vllm_plugin.plugin import RefusedError, refusals, settings_of
 
 if TYPE_CHECKING:
@@ -29,7 +32,9 @@ class Settings:
 
     prompt_region: the region that is [0, prompt_len) in every request, if there is one. splits: programs that share a
     decode row's keys on a GPU; 0: as many as fill it. ablation: requests may ablate heads. references: how many
-    requests' logits at step 0 are kept for others to be compared with.
+    requests' logits at step 0 are kept for others to be compared with. hidden_states: how many requests' last hidden
+    states at step 0 are kept. row_references, row_keys: of so many requests the attention rows, over so many keys at
+    most, are kept for others' to be compared with.
     """
 
     slots: int
@@ -40,12 +45,19 @@ class Settings:
     logit_stats: bool = False
     ablation: bool = False
     references: int = 0
+    hidden_states: int = 0
+    row_references: int = 0
+    row_keys: int = 0
 
     def __post_init__(self) -> None:
         if self.slots < 1 or self.steps < 0 or not 1 <= self.regions <= 8:
             raise ValueError(f"headrift settings: slots >= 1, steps >= 0 and 1..8 regions are needed, not {self}")
         if self.references < 0:
             raise ValueError(f"headrift settings: references are 0 or more, not {self.references}")
+        if self.hidden_states < 0:
+            raise ValueError(f"headrift settings: hidden_states are 0 or more, not {self.hidden_states}")
+        if self.row_references < 0 or self.row_keys < 0:
+            raise ValueError(f"headrift settings: row_references and row_keys are 0 or more, not {self}")
 
     @property
     def rows(self) -> int:
@@ -62,7 +74,9 @@ class Probe:
     """One request's `extra_args["headrift"]`, checked. tenant: a number no other request of this engine has.
 
     ablate, epsilon: see `headrift.ablation`. keep: the reference that the logits of step 0 become; compare: the one
-    that they are compared with.
+    that they are compared with. hidden: the row that the last hidden state of step 0 becomes. rows_as: the reference
+    that the attention rows become; rows_against: the one that they are compared with, whose prompt has other_len
+    tokens; aligned: the tokens that both prompts have, see `headrift.aligned_keys`.
     """
 
     slot: int
@@ -74,6 +88,11 @@ class Probe:
     epsilon: float = ablation.EPSILON
     keep: int | None = None
     compare: int | None = None
+    hidden: int | None = None
+    rows_as: int | None = None
+    rows_against: int | None = None
+    other_len: int = 0
+    aligned: Sequence[Run] = ()
 
     @classmethod
     def of(cls, params: SamplingParams | None, settings: Settings) -> Probe | None:
@@ -103,6 +122,9 @@ class Probe:
         for reference in (probe.keep, probe.compare):
             if reference is not None and not 0 <= reference < settings.references:
                 raise ValueError(f"there is no reference {reference}; this engine keeps {settings.references}")
+        if probe.hidden is not None and not 0 <= probe.hidden < settings.hidden_states:
+            raise ValueError(f"there is no hidden state {probe.hidden}; this engine keeps {settings.hidden_states}")
+        attention_rows.check(probe, settings)
         return probe
 
 
@@ -115,10 +137,13 @@ class Recorder:
     them keep their address, so that a captured CUDA graph may read and write them.
 
     ablations: what the slots' requests ablate, None where the engine was not started for that. kept: [references,
-    vocab] float32, logits at step 0; divergence: [S] float32, NaN where unwritten.
+    vocab] float32, logits at step 0; divergence: [S] float32, NaN where unwritten. hidden: [hidden_states, width]
+    float32, last hidden states at step 0, NaN where unwritten. bank: attention rows that are kept and compared, None
+    where the engine was not started for that.
 
     On the host, where a step is planned: slots, [rows of the running step] int32, as row_slot; prompt_lens and
-    rows_wanted, [S] int32, as prompt_len and n_rows; keeps and compares, [S], the slots' references, -1 for none.
+    rows_wanted, [S] int32, as prompt_len and n_rows; keeps and compares, [S], the slots' references, and hiddens, [S],
+    their rows of `hidden`, -1 for none.
     """
 
     def __init__(
@@ -130,6 +155,7 @@ class Recorder:
         device: torch.device,
         vocab: int = 0,
         first_head: int = 0,
+        width: int = 0,
     ):
         self.settings = settings
         shape = (settings.slots, settings.rows, layers, heads, settings.regions)
@@ -143,7 +169,10 @@ class Recorder:
         self.row_step = torch.full((batch_rows,), -1, dtype=torch.int32, **on_device)
         self.kept = torch.full((settings.references, vocab), torch.nan, dtype=torch.float32, **on_device)
         self.divergence = torch.full((settings.slots,), torch.nan, dtype=torch.float32, **on_device)
+        self.hidden = torch.full((settings.hidden_states, width), torch.nan, dtype=torch.float32, **on_device)
         self.ablations = Ablations(settings.slots, layers, heads, device, first_head) if settings.ablation else None
+        shape = (settings.row_references, settings.steps, layers, heads, settings.row_keys)
+        self.bank = RowBank(settings.slots, *shape, device) if settings.row_references else None
         self.windows: list[int | None] = [None] * layers
         # Attention sinks take a part of every head's mass, so that the keys' masses sum to less than 1.
         self.sinks = False
@@ -152,10 +181,12 @@ class Recorder:
         self.slots = np.empty(0, np.int32)
         # Of the running step.
         self.ablated: AblatedStep | None = None
+        self.row_queries: list[Queries] | None = None
         self.prompt_lens = np.ones(settings.slots, np.int32)
         self.rows_wanted = np.zeros(settings.slots, np.int32)
         self.keeps = np.full(settings.slots, -1, np.int32)
         self.compares = np.full(settings.slots, -1, np.int32)
+        self.hiddens = np.full(settings.slots, -1, np.int32)
         self.rooms: dict[str, torch.Tensor] = {}
         # The metadata builder that publishes the rows of each step: the first of an engine.
         self.publisher: Any = None
@@ -187,6 +218,7 @@ class Recorder:
                 device=torch.device(config.device_config.device_type),
                 vocab=model.get_vocab_size(),
                 first_head=parallel.rank % parallel.tensor_parallel_size * heads,
+                width=model.get_hidden_size(),
             )
             _RECORDERS[config.instance_id] = recorder
         return recorder
@@ -203,8 +235,8 @@ class Recorder:
     def nbytes(self) -> int:
         """Bytes of device memory the recorder holds."""
         tensors = [v for v in vars(self).values() if isinstance(v, torch.Tensor)]
-        ablations = self.ablations.nbytes if self.ablations is not None else 0
-        return ablations + sum(tensor.nbytes for tensor in [*tensors, *self.rooms.values()])
+        parts = sum(part.nbytes for part in (self.ablations, self.bank) if part is not None)
+        return parts + sum(tensor.nbytes for tensor in [*tensors, *self.rooms.values()])
 
     def reserve(self, name: str, floats: int) -> None:
         """Room of at least so many float32 in `rooms`, for kernels of all layers in turn; at start-up only."""
@@ -225,8 +257,11 @@ class Recorder:
             self.rows_wanted[probe.slot] = probe.steps + 1
             self.keeps[probe.slot] = -1 if probe.keep is None else probe.keep
             self.compares[probe.slot] = -1 if probe.compare is None else probe.compare
+            self.hiddens[probe.slot] = -1 if probe.hidden is None else probe.hidden
             if self.ablations is not None:
                 self.ablations.admit(probe.slot, probe.ablate, probe.epsilon)
+            if self.bank is not None:
+                self.bank.admit(probe.slot, probe)
             self._newcomers[probe.slot] = probe
         return probe.slot
 
@@ -252,7 +287,7 @@ class Recorder:
         self._install_newcomers()
         if was_probed or probed:
             self.row_slot.copy_(self.staged(slots), non_blocking=True)
-        if probed and self.settings.reads_logits:
+        if probed and (self.settings.reads_logits or self.settings.hidden_states):
             prompt_len = self.prompt_len[self.row_slot[:n].clamp(min=0).long()]
             self.row_step[:n] = seq_lens[:n] - prompt_len
 
@@ -293,11 +328,13 @@ class Recorder:
             tensor.index_copy_(0, slots, self.staged(values).to(device, non_blocking=True))
         for tensor in (self.mass, self.stats, self.divergence):
             tensor.index_fill_(0, slots, torch.nan)
-        kept = self.keeps[taken]
-        if (kept >= 0).any():
-            self.kept.index_fill_(0, self.index(kept[kept >= 0]), torch.nan)
+        for kept, tensor in ((self.keeps[taken], self.kept), (self.hiddens[taken], self.hidden)):
+            if (kept >= 0).any():
+                tensor.index_fill_(0, self.index(kept[kept >= 0]), torch.nan)
         if self.ablations is not None:
             self.ablations.install(taken.tolist(), slots, self.staged)
+        if self.bank is not None:
+            self.bank.install(taken, slots, self.staged)
 
     def gather(
         self, tenants: Sequence[tuple[int, int]], n_rows: int, system: int, prompt: int, want_mass: bool
@@ -307,8 +344,9 @@ class Recorder:
         share: [n, n_rows, layers, heads] mass[system] / mass[prompt], 0 where the prompt's mass is below 1e-9, NaN
         where unwritten. first: [n, layers, heads, regions - 1] masses of step 0 of all regions but the prompt, and
         astray: [n], how far from 1 any head's mass on that is, NaN left out. stats: [n, n_rows, 3]. mass: [n, n_rows,
-        layers, heads, regions], only when asked for. divergence: [n], only where references are kept. The work is
-        enqueued and not waited for. KeyError where a slot has another tenant by now.
+        layers, heads, regions], only when asked for. divergence: [n], only where references are kept; distance: [n,
+        n_rows, layers, heads, 2], only where attention rows are. The work is enqueued and not waited for. KeyError
+        where a slot has another tenant by now.
         """
         gone = [(slot, tenant) for slot, tenant in tenants if self._tenants[slot] != tenant]
         if gone:
@@ -325,6 +363,8 @@ class Recorder:
             out["mass"] = mass
         if self.settings.references:
             out["divergence"] = torch.stack([self.divergence[slot] for slot, _ in tenants])
+        if self.bank is not None:
+            out["distance"] = torch.stack([self.bank.distance[slot, :n_rows] for slot, _ in tenants])
         return out
 
 

@@ -6,7 +6,7 @@ V1 gives batch rows that are added, removed and moved; V2 gives each request a `
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,7 +34,9 @@ def batch_rows(metadata: CommonAttentionMetadata) -> np.ndarray:
 
 def _validate(params: SamplingParams) -> None:
     # The engine's own limits are not known here; they are checked again when the request is admitted.
-    Probe.of(params, Settings(slots=2**31, steps=2**31, regions=8, ablation=True, references=2**31))
+    most = 2**31
+    kept: dict[str, Any] = {"references": most, "hidden_states": most, "row_references": most, "row_keys": most}
+    Probe.of(params, Settings(slots=most, steps=most, regions=8, ablation=True, **kept))
 
 
 def _read(recorder: Recorder, logits: torch.Tensor) -> None:

@@ -19,6 +19,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from headrift.vllm_plugin.ablation import ablating
+from headrift.vllm_plugin.attention_rows import keeping_rows
 from headrift.vllm_plugin.measure import MeasuringBuilder, MeasuringImpl
 from headrift.vllm_plugin.plugin import RefusedError
 from headrift.vllm_plugin.recorder import Recorder
@@ -151,6 +152,7 @@ class CPUMassImpl(MeasuringImpl, CPUAttentionBackendImpl):
     _attention: PagedAttention | None = None
 
     @ablating
+    @keeping_rows
     def forward(
         self,
         layer: AttentionLayer,
@@ -176,6 +178,14 @@ class CPUMassImpl(MeasuringImpl, CPUAttentionBackendImpl):
             if queries is not None:
                 attention.attend(query, attn_metadata.block_table, queries, output=into)
         return output
+
+    def gathered_keys(self, layer: AttentionLayer, kv_cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        """Keys [m, KV heads, head_dim, pages * page] of blocks [m, pages]."""
+        kv_heads, page, width = kv_cache.shape[1:]
+        # In a block the keys come first, packed as [head_dim, page].
+        packed = kv_cache.view(-1, kv_heads, 2, width // 2, page)[:, :, 0]
+        found = packed.index_select(0, blocks.flatten()).view(*blocks.shape, kv_heads, width // 2, page)
+        return found.permute(0, 2, 3, 1, 4).flatten(3)
 
     def _attention_over(self, kv_cache: torch.Tensor) -> PagedAttention:
         """Our kernel over this layer's cache, made at its first step and anew should vLLM change the cache."""

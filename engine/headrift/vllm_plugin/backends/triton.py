@@ -20,6 +20,7 @@ from vllm.v1.attention.backends.triton_attn import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from headrift.vllm_plugin.ablation import ablating
+from headrift.vllm_plugin.attention_rows import keeping_rows
 from headrift.vllm_plugin.measure import MeasuringBuilder, MeasuringImpl
 from headrift.vllm_plugin.recorder import Recorder
 from headrift_kernels.triton.decode_mass import SplitScratch, decode_mass, splits_for
@@ -123,7 +124,16 @@ class TritonMassImpl(MeasuringImpl, TritonAttentionImpl):
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         return self.recorder is None and super().fused_output_quant_supported(quant_key)
 
+    def gathered_keys(self, layer: AttentionLayer, kv_cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        """Keys [m, KV heads, head_dim, pages * page] of blocks [m, pages]."""
+        keys = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)[0]
+        found = keys.index_select(0, blocks.flatten())
+        if is_quantized_kv_cache(self.kv_cache_dtype):
+            found = found.view(current_platform.fp8_dtype()).float() * layer._k_scale
+        return found.view(len(blocks), -1, *found.shape[2:]).permute(0, 2, 3, 1)
+
     @ablating
+    @keeping_rows
     def forward(
         self,
         layer: AttentionLayer,
