@@ -26,7 +26,7 @@ export DO_NOT_TRACK := 1
 export GOMP_SPINCOUNT := 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow lint format bench bench-full gpu-check lock clean
+.PHONY: help setup run test test-slow lint format bench bench-full gpu-check docs docs-serve lock clean
 
 help: ## Show this list
 	@echo "headrift scores prompts for inter-head attention instability inside vLLM."
@@ -85,10 +85,16 @@ gpu-check: ## On a GPU: selftest, gpu tests, kernel benchmark (has never run on 
 	@command -v $(GPU_PYTHON) >/dev/null || { echo "gpu-check: there is no $(GPU_PYTHON) (make setup, or GPU_PYTHON=...)" >&2; exit 1; }
 	@$(GPU_PYTHON) scripts/gpu_check.py --model $(MODEL) $(ARGS)
 
+docs: setup ## Build the site of docs/ into site/; a broken link fails
+	$(BIN)/mkdocs build --strict
+
+docs-serve: setup ## Show the site on this machine, and build it anew when a page changes
+	$(BIN)/mkdocs serve
+
 lock: setup ## Resolve requirements/*.in anew into requirements/*.lock
 	$(BIN)/python scripts/lock.py
 
 clean: ## Remove caches and build products; .venv, models/ and runs/ stay
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	rm -rf engine/*.egg-info kernels/*.egg-info *.egg-info
 	find engine kernels tests bench scripts -name __pycache__ -type d -prune -exec rm -rf {} +

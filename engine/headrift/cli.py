@@ -8,14 +8,17 @@ import typer
 
 from headrift import __version__
 from headrift.commands.calibrate import calibrate
+from headrift.commands.consistency import consistency
 from headrift.commands.demo_model import demo_model
 from headrift.commands.doctor import doctor
 from headrift.commands.explain import explain
 from headrift.commands.gate import gate
 from headrift.commands.heads import heads
+from headrift.commands.internals import internals
 from headrift.commands.report import report
 from headrift.commands.score import score
 from headrift.commands.selftest import selftest
+from headrift.commands.train_consistency import evaluate_consistency, train_consistency
 
 app = typer.Typer(
     name="headrift",
@@ -44,6 +47,10 @@ def main(
 
 for command in (score, gate, calibrate, report, explain, doctor, selftest, demo_model):
     app.command()(command)
+app.command()(consistency)
+app.command()(train_consistency)
+app.command()(evaluate_consistency)
+app.command()(internals)
 app.add_typer(heads)
 
 

@@ -87,6 +87,20 @@ class Reader:
                 yield make_row(source.name, number, f"{source.stem}:{number}", source.label, fields, take_id)
 
 
+def fields_of(source: Source, names: Mapping[str, str]) -> Iterator[tuple[int, Fields]]:
+    """Each record's number and its fields, by the keys that `names` has for their names, or why it cannot be read; for
+    files of other rows than prompts. InputError where the file cannot be opened."""
+    try:
+        source.open().close()
+    except OSError as error:
+        raise InputError(f"{source.name} cannot be read: {error.strerror or error}") from error
+    for number, record in _records(source, names):
+        try:
+            yield number, _FORMATS[source.kind].fields(record, names)
+        except Unreadable as error:
+            yield number, error
+
+
 def _records(source: Source, names: Mapping[str, str]) -> Records:
     """A source's records by their numbers; where it is damaged, an Unreadable and then no more."""
     last = 0

@@ -83,7 +83,8 @@ class Report:
         self._say("writing the page")
         summary = words.summary(of, runs)
         output.numbers(headrift=__version__, summary=summary, window=str(of.cell.window), layers=of.layers)
-        return _rendered(
+        return rendered(
+            "report.html.j2",
             title=", ".join(of.names) if len(of.names) <= 3 else f"{len(of.names)} runs",
             model=of.runs[0].model.name,
             made=f"{datetime.now(UTC):%Y-%m-%d}, headrift {__version__}",
@@ -117,7 +118,8 @@ def _coded(text: str) -> Any:
     return Markup("").join(Markup("<code>{}</code>").format(part) if i % 2 else part for i, part in enumerate(parts))
 
 
-def _rendered(**content: Any) -> str:
+def rendered(template: str, **content: Any) -> str:
+    """A page of what its template names: see report.html.j2, which others extend."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     loader = PackageLoader("headrift.report", "templates")
@@ -125,4 +127,4 @@ def _rendered(**content: Any) -> str:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["coded"] = _coded
-    return environment.get_template("report.html.j2").render(**content)
+    return environment.get_template(template).render(**content)

@@ -1,0 +1,224 @@
+"""`headrift consistency`: pairs scored into a folder, a part at a time, taken up where it was left."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from headrift.beside import written_beside
+from headrift.consistency import lora
+from headrift.consistency.pair_parts import record, rejects_table, schema, table_of
+from headrift.consistency.pairs import Pair, PairRenderer, PairText, RejectedPair
+from headrift.consistency.predicting import summarised
+from headrift.consistency.reading import read
+from headrift.consistency.scoring import ANSWERS, REGIONS, keys_needed, references_for, score_pairs, together
+from headrift.consistency.wrappers import wrap
+from headrift.corpus.fingerprints import file_fingerprint, model_fingerprint, versions
+from headrift.corpus.sources import InputError
+from headrift.model_facts import read_model
+from headrift.preparing import load_tokenizer
+from headrift.probed_engine import ProbedEngine
+
+SUMMARY, REJECTS, _PARTS = "summary.json", "rejects.parquet", "part-*.parquet"
+# Pairs in a part: what is scored again of a run that broke off is less than two of them.
+PART = 128
+
+
+class JobError(ValueError):
+    """The job cannot be done as asked; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What `headrift consistency` is asked for. steps: N, 0..N are compared. answers: whose answer the compared rows
+    follow, of scoring.ANSWERS. per_family: of each family so many wrappers around a question, drawn; families: pairs of
+    these only; limit: of the first so many questions. lora: an adapter's folder. system_prompt: of rows that bring
+    none."""
+
+    inputs: tuple[str, ...]
+    model: Path
+    out: Path
+    system_prompt: str
+    steps: int = 4
+    answer_tokens: int = 16
+    answers: str = ANSWERS[0]
+    families: tuple[str, ...] = ()
+    per_family: int | None = None
+    limit: int | None = None
+    seed: int = 0
+    columns: Mapping[str, str] | None = None
+    lora: Path | None = None
+    dtype: str = "auto"
+    attention_backend: str = "auto"
+    resume: bool = False
+
+
+class ScoringJob:
+    """Scores pairs into the folder `asked.out`. What is wrong with what is asked shows before the model is loaded.
+
+    ValueError (JobError, InputError, LoraError, ModelError) and EngineError from the start. In the folder:
+    `part-*.parquet`, a row a pair (see pair_parts); `rejects.parquet`, rows and pairs that cannot be scored, with the
+    reason; `summary.json`, settings, versions and, at the end, the figures.
+    """
+
+    def __init__(self, asked: Asked) -> None:
+        self.asked = asked
+        facts = read_model(asked.model)
+        if facts.layers is None or facts.heads is None:
+            raise JobError(f"--model {asked.model}: its config.json does not say how many layers and heads it has")
+        if asked.attention_backend == "flash":
+            raise JobError("attention rows are not kept with the backend 'flash': leave it at auto, or use 'triton'")
+        if asked.lora is not None:
+            lora.check(asked.lora, asked.model)
+        self._shape = facts.layers, facts.heads
+        texts, rejected = _texts(asked)
+        room = None if facts.context is None else facts.context - max(asked.answer_tokens, asked.steps + 1)
+        tokenizer = load_tokenizer(str(asked.model), False)
+        renderer = PairRenderer(tokenizer, system_prompt=asked.system_prompt, max_tokens=room)
+        made = list(renderer.render_all(texts))
+        self.pairs = together(each for each in made if isinstance(each, Pair))
+        self.rejected = [*rejected, *(each for each in made if isinstance(each, RejectedPair))]
+        if not self.pairs:
+            raise JobError(f"none of {len(made)} pairs can be scored; {self.rejected[0].id}: {self.rejected[0].detail}")
+        self._decode = tokenizer.decode
+        self._begin()
+
+    @property
+    def done(self) -> int:
+        """Pairs whose scores are in the folder."""
+        return sum(len(self._of_part(number)) for number in self._parts_there())
+
+    def run(self, on_pairs: Callable[[int], None] | None = None, verbose: bool = False) -> dict[str, Any]:
+        """Score what is not yet scored; the figures. on_pairs: told how many more are done."""
+        asked, there = self.asked, self._parts_there()
+        todo = [number for number in range(self._n_parts) if number not in there]
+        seconds = 0.0
+        if todo:
+            pairs = [pair for number in todo for pair in self._of_part(number)]
+            keys = keys_needed(pairs, asked.steps)
+            with ProbedEngine(
+                asked.model,
+                steps=asked.steps,
+                regions=REGIONS,
+                attention_backend=asked.attention_backend,
+                engine_args={} if asked.dtype == "auto" else {"dtype": asked.dtype},
+                verbose=verbose,
+                row_references=references_for(*self._shape, asked.steps, keys),
+                row_keys=keys,
+                lora=asked.lora,
+            ) as engine:
+                begun = time.monotonic()
+                how = {"steps": asked.steps, "answer_tokens": asked.answer_tokens, "answers": asked.answers}
+                with closing(score_pairs(engine, pairs, on_pairs=on_pairs, **how)) as scores:  # type: ignore[arg-type]
+                    records = (record(score, self._decode) for score in scores)
+                    for number in todo:
+                        self._write(number, records)
+                seconds = time.monotonic() - begun
+        return self._finish(seconds)
+
+    @property
+    def _n_parts(self) -> int:
+        return -(-len(self.pairs) // PART)
+
+    def _of_part(self, number: int) -> list[Pair]:
+        return self.pairs[number * PART : (number + 1) * PART]
+
+    def _parts_there(self) -> set[int]:
+        numbers = {_part(number): number for number in range(self._n_parts)}
+        return {numbers[path.name] for path in self.asked.out.glob(_PARTS) if path.name in numbers}
+
+    def _write(self, number: int, records: Iterator[dict[str, Any]]) -> None:
+        columns = schema(*self._shape, self.asked.steps)
+        table = table_of(list(islice(records, len(self._of_part(number)))), columns)
+        with written_beside(self.asked.out / _part(number)) as unfinished:
+            pq.write_table(table, unfinished, compression="zstd")
+
+    def _begin(self) -> None:
+        """Make the folder, or make sure that what lies in it was begun with the same settings."""
+        out, settings = self.asked.out, self._settings()
+        path = out / SUMMARY
+        if path.exists() and not self.asked.resume:
+            raise JobError(f"--out {out} has results already: give another folder, or --resume to go on with them")
+        if path.exists():
+            then = json.loads(path.read_text(encoding="utf-8"))["settings"]
+            other = [key for key in settings if then.get(key) != settings[key]]
+            if other:
+                raise JobError(
+                    f"--resume {out} was begun with another {', another '.join(other)}: ask for the same, "
+                    "or give another folder"
+                )
+            return
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise JobError(f"--out {out} is not an empty folder: give another")
+        out.mkdir(parents=True, exist_ok=True)
+        if self.rejected:
+            with written_beside(out / REJECTS) as unfinished:
+                pq.write_table(rejects_table(self.rejected), unfinished)
+        self._write_summary({"settings": settings})
+
+    def _settings(self) -> dict[str, Any]:
+        asked = self.asked
+        tokens = hashlib.sha256(json.dumps([[pair.clean_ids, pair.wrapped_ids] for pair in self.pairs]).encode())
+        adapter = None if asked.lora is None else file_fingerprint(asked.lora / lora.ADAPTER)["sha256"]
+        return {
+            "model": model_fingerprint(asked.model)["fingerprint"],
+            "lora": adapter,
+            "steps": asked.steps,
+            "answer_tokens": asked.answer_tokens,
+            "answers": asked.answers,
+            "pairs": len(self.pairs),
+            "tokens of the pairs": tokens.hexdigest(),
+            "dtype": asked.dtype,
+        }
+
+    def _finish(self, seconds: float) -> dict[str, Any]:
+        parts = [self.asked.out / _part(number) for number in range(self._n_parts)]
+        found = {
+            "settings": self._settings(),
+            "about": {
+                "model": str(self.asked.model),
+                "lora": None if self.asked.lora is None else str(self.asked.lora),
+                "inputs": list(self.asked.inputs),
+                "versions": versions(),
+            },
+            "engine_seconds": round(seconds, 2),
+            "rejected": len(self.rejected),
+            **summarised(pa.concat_tables(pq.read_table(path) for path in parts), self.asked.seed),
+        }
+        self._write_summary(found)
+        return found
+
+    def _write_summary(self, value: dict[str, Any]) -> None:
+        with written_beside(self.asked.out / SUMMARY) as unfinished:
+            unfinished.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def _texts(asked: Asked) -> tuple[list[PairText], list[RejectedPair]]:
+    """The pairs that are asked for, and the rows that are none. ValueError where there is none."""
+    found = read(asked.inputs, asked.columns)
+    texts = found.pairs + wrap(found.questions, per_family=asked.per_family, seed=asked.seed)
+    known = sorted({text.family for text in texts if text.family is not None})
+    unknown = sorted(set(asked.families) - set(known))
+    if unknown:
+        there = f"families there are: {', '.join(known)}" if known else "the pairs name no family"
+        raise InputError(f"--family {unknown[0]} is not among the pairs; {there}")
+    if asked.families:
+        texts = [text for text in texts if text.family in asked.families]
+    if asked.limit is not None:
+        first = set(list(dict.fromkeys(text.question for text in texts))[: asked.limit])
+        texts = [text for text in texts if text.question in first]
+    return texts, found.rejected
+
+
+def _part(number: int) -> str:
+    return f"part-{number:05d}.parquet"

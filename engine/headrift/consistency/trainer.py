@@ -1,0 +1,341 @@
+"""`headrift train-consistency`: a LoRA that makes a model treat wrapped prompts as it treats clean ones.
+
+A folder holds training.json (settings, what is held out), losses.jsonl (a line a step), checkpoint.pt and, in the end,
+adapter/. Everything that a step does follows from the settings, its number and the weights so far, so a training that
+was broken off goes on from its checkpoint to the same losses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headrift.beside import written_beside
+from headrift.consistency import hooks, lora, losses
+from headrift.consistency.generating import answers
+from headrift.consistency.pairs import Pair
+from headrift.consistency.training_data import DataAsked, batches, load
+from headrift.corpus.fingerprints import model_fingerprint, versions
+from headrift.model_facts import read_model
+
+if TYPE_CHECKING:
+    import torch
+
+SETTINGS, LOSSES, CHECKPOINT, ADAPTER = "training.json", "losses.jsonl", "checkpoint.pt", "adapter"
+ANSWERS, OUTCOME = "clean_answers.json", "outcome.json"
+TARGETS = ("initial", "current")
+_MAX_NORM, _WARM_UP = 1.0, 10
+Say = Callable[[int], None]
+
+
+class TrainingError(ValueError):
+    """The training cannot be done as asked; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is asked for. weights: of the losses, by their names in losses.METHODS. layers: None for all. target: whose
+    clean side the wrapped one is drawn to: of the model as it was, or as it is. steps: of `batch` pairs each, and at
+    most `minutes` of them. lora: an adapter to start from. answer_tokens: the longest clean answer that BCT trains on.
+    """
+
+    data: DataAsked
+    out: Path
+    weights: Mapping[str, float]
+    steps: int = 100
+    minutes: float | None = None
+    batch: int = 4
+    learning_rate: float = 5e-4
+    rank: int = 8
+    alpha: float = 16.0
+    layers: tuple[int, ...] | None = None
+    target: str = "initial"
+    seed: int = 0
+    answer_tokens: int = 16
+    lora: Path | None = None
+    checkpoint_every: int = 20
+    resume: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """steps: done in all, seconds: that they took; first, last: mean loss over the first and the last ten steps."""
+
+    steps: int
+    seconds: float
+    first: float
+    last: float
+
+
+class TrainingJob:
+    """One training; making it checks all that can be checked without the model."""
+
+    def __init__(self, asked: Asked) -> None:
+        self.asked = asked
+        lora.check_peft()
+        _check_numbers(asked)
+        model = asked.data.model
+        facts = read_model(model)
+        if facts.layers is None:
+            raise TrainingError(f"--model {model}: its config.json does not say how many layers it has")
+        self.layers = frozenset(range(facts.layers) if asked.layers is None else asked.layers)
+        if not self.layers <= set(range(facts.layers)):
+            raise TrainingError(f"--layers {max(self.layers)}: the model's layers are 0 to {facts.layers - 1}")
+        if asked.lora is not None:
+            lora.check(asked.lora, model)
+        self.data = load(asked.data, facts, asked.answer_tokens)
+        self.pairs, self.rejected = self.data.trained()
+        self._begin()
+
+    @property
+    def done(self) -> int:
+        """How many steps the folder's checkpoint has behind it."""
+        path = self.asked.out / CHECKPOINT
+        return _load(path)["step"] if path.exists() else 0
+
+    def run(self, on_step: Say | None = None) -> Outcome:
+        """Train, from the checkpoint on where there is one, and write the adapter. on_step: told how many more steps
+        are done."""
+        trainer = Trainer(self.asked, self.layers, self.pairs, self.data.renderer.tokenizer)
+        asked, out = self.asked, self.asked.out
+        seconds = trainer.restore(out / CHECKPOINT)
+        _cut(out / LOSSES, trainer.step)
+        begun = time.monotonic() - seconds
+        limit = float("inf") if asked.minutes is None else 60 * asked.minutes
+        trainer.prepare(out / ANSWERS)
+        try:
+            with open(out / LOSSES, "a", encoding="utf-8") as file:
+                while trainer.step < asked.steps and time.monotonic() - begun < limit:
+                    line = trainer.train_step()
+                    file.write(json.dumps(line) + "\n")
+                    file.flush()
+                    if trainer.step % asked.checkpoint_every == 0:
+                        trainer.save(out / CHECKPOINT, time.monotonic() - begun)
+                    if on_step:
+                        on_step(1)
+        finally:
+            trainer.save(out / CHECKPOINT, time.monotonic() - begun)
+        trainer.model.save_pretrained(out / ADAPTER)
+        values = [line["loss"] for line in read_losses(out)]
+        ends = values[:10], values[-10:]
+        found = Outcome(trainer.step, time.monotonic() - begun, *(sum(end) / max(1, len(end)) for end in ends))
+        with written_beside(out / OUTCOME) as unfinished:
+            unfinished.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
+        return found
+
+    def _begin(self) -> None:
+        """Make the folder, or make sure that what lies in it was begun with the same settings."""
+        out, settings = self.asked.out, self._settings()
+        path = out / SETTINGS
+        if path.exists() and not self.asked.resume:
+            raise TrainingError(f"--out {out} holds a training already: give another folder, or --resume to go on")
+        if path.exists():
+            then = json.loads(path.read_text(encoding="utf-8"))["settings"]
+            other = [key for key in settings if then.get(key) != settings[key]]
+            if other:
+                raise TrainingError(
+                    f"--resume {out} was begun with another {', another '.join(other)}: ask for the same, or give "
+                    "another folder"
+                )
+            return
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise TrainingError(f"--out {out} is not an empty folder: give another")
+        out.mkdir(parents=True, exist_ok=True)
+        data, held_out = self.asked.data, self.data.split
+        about = {
+            "model": str(data.model),
+            "inputs": list(data.inputs),
+            "columns": dict(data.columns or {}),
+            "system_prompt": data.system_prompt,
+            "split_seed": data.split_seed,
+            "held_out_questions": data.held_out_questions,
+            "limit": data.limit,
+            "answer_tokens": self.asked.answer_tokens,
+            "versions": versions(),
+        }
+        kept = {"questions": sorted(held_out.questions), "families": sorted(held_out.families)}
+        with written_beside(path) as unfinished:
+            value = {"settings": settings, "about": about, "held_out": kept, "pairs": len(self.pairs)}
+            unfinished.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+    def _settings(self) -> dict[str, Any]:
+        """What the losses hang on. How many steps there will be is not among it: a training can go on longer."""
+        asked = self.asked
+        tokens = [(pair.id, pair.clean_ids, pair.wrapped_ids) for pair in self.pairs]
+        found: dict[str, Any] = {
+            "model": model_fingerprint(asked.data.model)["fingerprint"],
+            "pairs": hashlib.sha256(json.dumps(tokens).encode()).hexdigest(),
+            "weights": dict(sorted(asked.weights.items())),
+            "layers": sorted(self.layers),
+        }
+        names = ("batch", "learning_rate", "rank", "alpha", "target", "seed", "answer_tokens")
+        found |= {name: value for name, value in asdict(asked).items() if name in names}
+        return found | {"lora": None if asked.lora is None else str(asked.lora)}
+
+
+class Trainer:
+    """The model, its adapter and its optimizer, a step at a time."""
+
+    def __init__(self, asked: Asked, layers: frozenset[int], pairs: Sequence[Pair], tokenizer: Any) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        self._asked, self._layers, self._pairs, self._tokenizer, self.step = asked, layers, pairs, tokenizer, 0
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        base: Any = AutoModelForCausalLM.from_pretrained(str(asked.data.model), dtype=torch.float32)
+        hooks.install(base)
+        self.model = lora.attach(base.to(device).eval(), asked.rank, asked.alpha, asked.seed, asked.lora)
+        hooks.recompute_long(base)
+        self.model.eval()  # no dropout: what a step does hangs on its number and the weights alone
+        self._head, self._decoder = base.get_output_embeddings(), base.base_model
+        self._weights = lora.trained(self.model)
+        self._optimizer = torch.optim.AdamW(self._weights.values(), lr=asked.learning_rate, weight_decay=0.0)
+        self._batches = batches(len(pairs), asked.batch, asked.seed)
+        self._answers: dict[tuple[int, ...], list[int]] = {}
+
+    def prepare(self, path: Path) -> None:
+        """For BCT, the answers of the model as it was to the clean prompts; path: where they are kept."""
+        if not self._asked.weights.get(losses.BCT):
+            return
+        prompts = sorted({tuple(pair.clean_ids) for pair in self._pairs})
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            with self.model.disable_adapter():
+                found = answers(self.model, self._tokenizer, prompts, self._asked.answer_tokens)
+            with written_beside(path) as unfinished:
+                unfinished.write_text(json.dumps(found), encoding="utf-8")
+        self._answers = dict(zip(prompts, found, strict=True))
+
+    def train_step(self) -> dict[str, Any]:
+        """Do a step; its number, loss (with each part of it) and pairs."""
+        import torch
+
+        some = [self._pairs[i] for i in next(self._batches)]
+        sums: dict[str, float] = {}
+        for pair in some:
+            parts = self.parts(pair)
+            loss = sum(self._asked.weights[name] * part for name, part in parts.items()) / len(some)
+            if not torch.isfinite(loss):
+                raise RuntimeError(f"the loss of pair {pair.id} is not finite at step {self.step + 1}: lower --lr")
+            loss.backward()
+            for name, part in parts.items():
+                sums[name] = sums.get(name, 0.0) + float(part.detach()) / len(some)
+        torch.nn.utils.clip_grad_norm_(self._weights.values(), _MAX_NORM)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._asked.learning_rate * min(1.0, (self.step + 1) / _WARM_UP)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        total = sum(self._asked.weights[name] * value for name, value in sums.items())
+        return {"step": self.step, "loss": total, **sums, "pairs": [pair.id for pair in some]}
+
+    def parts(self, pair: Pair) -> dict[str, torch.Tensor]:
+        """The losses of a pair that have a weight, by name."""
+        import torch
+
+        weights = {name: weight for name, weight in self._asked.weights.items() if weight}
+        at, first = torch.from_numpy(pair.clean_positions), pair.first_query
+        to = torch.from_numpy(pair.wrapped_positions)
+        at, to = at.to(self.model.device), to.to(self.model.device)
+        rows = self._layers if losses.ATTCT in weights else frozenset[int]()
+        states = losses.ACT in weights
+        layers = self._layers if states else rows
+        answer = self._answers[tuple(pair.clean_ids)] if losses.BCT in weights else []
+        # The answer's last token is foretold and never read.
+        ids = [*pair.wrapped_ids, *answer[:-1]]
+        wrapped = hooks.run(self._decoder, ids, to[first:].tolist(), layers, states=states)
+        found: dict[str, torch.Tensor] = {}
+        if layers:
+            clean = self._clean(pair, at[first:].tolist(), layers, states)
+            if rows:
+                found[losses.ATTCT] = losses.attct(wrapped.rows, clean.rows, to, at)
+            if states:
+                found[losses.ACT] = losses.act(wrapped.states, clean.states)
+        if answer:
+            logits = self._head(wrapped.last[len(pair.wrapped_ids) - 1 :])
+            found[losses.BCT] = losses.bct(logits, torch.tensor(answer, device=self.model.device))
+        return found
+
+    def _clean(self, pair: Pair, queries: Sequence[int], layers: frozenset[int], states: bool) -> hooks.Pass:
+        """The clean side, without gradient: of the model as it was, or as it is."""
+        from contextlib import nullcontext
+
+        import torch
+
+        initial = self._asked.target == "initial"
+        with torch.no_grad(), self.model.disable_adapter() if initial else nullcontext():
+            return hooks.run(self._decoder, pair.clean_ids, queries, layers, states=states)
+
+    def save(self, path: Path, seconds: float) -> None:
+        """Write a checkpoint. seconds: that the training has taken so far."""
+        import torch
+
+        state = {
+            "step": self.step,
+            "seconds": seconds,
+            "weights": {name: weight.detach().cpu() for name, weight in self._weights.items()},
+            "optimizer": self._optimizer.state_dict(),
+        }
+        with written_beside(path) as unfinished:
+            torch.save(state, unfinished)
+
+    def restore(self, path: Path) -> float:
+        """Go on from a checkpoint, if there is one; the seconds that the training has taken so far."""
+        import torch
+
+        if not path.exists():
+            return 0.0
+        state = _load(path)
+        with torch.no_grad():
+            for name, weight in self._weights.items():
+                weight.copy_(state["weights"][name])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        self._batches = batches(len(self._pairs), self._asked.batch, self._asked.seed, self.step)
+        return float(state["seconds"])
+
+
+def read_losses(out: Path) -> list[dict[str, Any]]:
+    """The steps of a training, as losses.jsonl has them."""
+    path = out / LOSSES
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def _cut(path: Path, steps: int) -> None:
+    """Leave the lines of the first so many steps: those of steps behind the checkpoint are done again."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines()[:steps]
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def _load(path: Path) -> dict[str, Any]:
+    import torch
+
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged archive fails in any way
+        raise TrainingError(
+            f"{path} is damaged ({type(error).__name__}): delete it, and --resume begins anew"
+        ) from error
+    return state
+
+
+def _check_numbers(asked: Asked) -> None:
+    weights = asked.weights
+    unknown = set(weights) - set(losses.METHODS)
+    if unknown:
+        raise TrainingError(f"there is no loss {sorted(unknown)[0]!r}: losses are {', '.join(losses.METHODS)}")
+    if not any(weights.values()) or any(not 0 <= weight < float("inf") for weight in weights.values()):
+        raise TrainingError("weights of losses are numbers of 0 or more, and at least one is above 0")
+    if asked.target not in TARGETS:
+        raise TrainingError(f"--target is {' or '.join(TARGETS)}, and not {asked.target!r}")
+    if not asked.learning_rate > 0:
+        raise TrainingError(f"--lr {asked.learning_rate:g} is not above 0")

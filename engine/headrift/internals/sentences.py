@@ -1,0 +1,137 @@
+"""What each sentence of a system prompt does: it is dropped, and the next token is looked at.
+
+Dropping any text changes something. So the sentence is held against neutral text of as many tokens in its place:
+
+    effect = KL(whole || dropped) - KL(whole with neutral text for the sentence || dropped)     nats, next token
+
+Above 0, the sentence moves the answer's first token more than any words would. The neutral text is another one for
+every prompt, so that its own differences are part of the spread over prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from headrift.internals.cases import Question, Reject, SystemPrompt
+from headrift.internals.components import Model, Row
+from headrift.internals.measures import kl
+from headrift.internals.neutral import Neutral, sentences
+from headrift.internals.renderings import Renderer
+from headrift.prompts import PromptError, Span
+
+# Neutral texts of a prompt's sentences begin so many sentences apart.
+_STRIDE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """A sentence of a system prompt, dropped for one question: its number, and three prompts' rows."""
+
+    sentence: int
+    text: str = field(repr=False)
+    tokens: int
+    question: Question
+    whole: Row
+    dropped: Row
+    neutral: Row
+
+
+def spans(text: str) -> list[Span]:
+    """Where the sentences of a text are: characters [start, end) of each."""
+    found, at = [], 0
+    for sentence in sentences(text):
+        start = text.index(sentence, at)
+        at = start + len(sentence)
+        found.append((start, at))
+    return found
+
+
+def without(text: str, part: Span) -> str:
+    """The text without this part of it, and without the blank that is then too much."""
+    return (text[: part[0]].rstrip() + (" " if part[0] else "") + text[part[1] :].lstrip()).strip()
+
+
+def make_drops(
+    questions: Sequence[Question], system: SystemPrompt, renderer: Renderer, neutral: Neutral
+) -> list[Drop | Reject]:
+    """Each sentence dropped for each question, by sentence; nothing for a system prompt of one sentence."""
+    parts = spans(system.text)
+    if len(parts) < 2:
+        return []
+    found: list[Drop | Reject] = []
+    for number, part in enumerate(parts):
+        for question in questions:
+            try:
+                whole = renderer.with_system(question.text, system.text)
+                dropped = renderer.with_system(question.text, without(system.text, part))
+                start, end = renderer.tokens_of(question.text, system.text, part)
+            except PromptError as error:
+                found.append(Reject(question.source, question.row, question.id, system.name, error.reason, str(error)))
+                continue
+            words = neutral.excerpt(end - start, question.number + _STRIDE * number, inner=number > 0)
+            replaced = [*whole.token_ids[:start], *words, *whole.token_ids[end:]]
+            rows = (_row(ids) for ids in (whole.token_ids, dropped.token_ids, replaced))
+            found.append(Drop(number, system.text[part[0] : part[1]], end - start, question, *rows))
+    return found
+
+
+def measure(
+    model: Model, name: str, drops: Sequence[Drop], on_rows: Callable[[int], None] | None = None
+) -> list[dict[str, Any]]:
+    """A record (see SCHEMA) of each drop. A sentence's rows run together: what they begin with runs once."""
+    wholes = {drop.question.number: drop.whole for drop in drops}
+    said = dict(zip(wholes, model.read(list(wholes.values()), on_rows)))
+    found = []
+    for number in dict.fromkeys(drop.sentence for drop in drops):
+        of = [drop for drop in drops if drop.sentence == number]
+        dropped, neutral = (
+            [reading.log_probs for reading in model.read(rows, on_rows)]
+            for rows in ([drop.dropped for drop in of], [drop.neutral for drop in of])
+        )
+        for drop, without_it, with_neutral in zip(of, dropped, neutral):
+            whole = said[drop.question.number].log_probs
+            own, control = (float(kl(ours, without_it)[0]) for ours in (whole, with_neutral))
+            found.append(
+                {
+                    "system": name,
+                    "sentence": drop.sentence,
+                    "text": drop.text,
+                    "sentence_tokens": drop.tokens,
+                    "prompt": drop.question.number,
+                    "id": drop.question.id,
+                    "kl": own,
+                    "kl_neutral": control,
+                    "effect": own - control,
+                    "top1_changed": bool(whole[0].argmax() != without_it[0].argmax()),
+                }
+            )
+    return found
+
+
+def n_rows(drops: Sequence[Drop]) -> int:
+    """How many rows `measure` runs."""
+    return 2 * len(drops) + len({drop.question.number for drop in drops})
+
+
+def _row(ids: Sequence[int]) -> Row:
+    return Row(ids, said=(len(ids) - 1,))
+
+
+SCHEMA = pa.schema(
+    [
+        ("system", pa.string()),
+        ("sentence", pa.int16()),
+        ("text", pa.string()),
+        ("sentence_tokens", pa.int32()),
+        ("prompt", pa.int32()),
+        ("id", pa.string()),
+        ("kl", pa.float64()),
+        ("kl_neutral", pa.float64()),
+        ("effect", pa.float64()),
+        ("top1_changed", pa.bool_()),
+    ]
+)

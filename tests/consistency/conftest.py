@@ -1,0 +1,58 @@
+"""Tiny random models of three architectures, and pairs for them."""
+
+from __future__ import annotations
+
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+
+_spec = spec_from_file_location("tiny_models", Path(__file__).parents[1] / "engine" / "conftest.py")
+assert _spec is not None
+assert _spec.loader is not None
+_tiny_models = module_from_spec(_spec)
+_spec.loader.exec_module(_tiny_models)
+
+KINDS = ("llama-3to1", "qwen3", "gemma3")
+
+
+@pytest.fixture(scope="session")
+def random_models(tmp_path_factory):
+    """Folder of a tiny random model by name (of KINDS): 3 layers, 211 tokens, no tokenizer."""
+    return {name: _tiny_models.make_tiny_model(name, tmp_path_factory.mktemp(name)) for name in KINDS}
+
+
+@pytest.fixture(scope="session")
+def tokenizer(demo_model):
+    from headrift.preparing import load_tokenizer
+
+    return load_tokenizer(str(demo_model), False)
+
+
+@pytest.fixture
+def tokenizer_once(monkeypatch, tokenizer):
+    """Trainings and evaluations get the tokenizer that is loaded already: every tiny model has the same."""
+    monkeypatch.setattr("headrift.consistency.training_data.load_tokenizer", lambda name, trust: tokenizer)
+
+
+@pytest.fixture
+def make_pair():
+    """A Pair of random token ids: a head of 5 tokens, wrapper, core of 6, wrapper, a tail of 3."""
+    import numpy as np
+
+    from headrift.consistency.pairs import Pair, Run
+
+    def make(seed: int, before: int = 7, after: int = 4, vocab: int = 211) -> Pair:
+        random = np.random.default_rng(seed)
+        head, core, tail = (random.integers(3, vocab, n).tolist() for n in (5, 6, 3))
+        wraps = [random.integers(3, vocab, n).tolist() for n in (before, after)]
+        starts = 5 + before, 5 + before + 6 + after
+        return Pair(
+            id=str(seed), question=str(seed), family=None, wrapper_name=None,
+            clean_ids=head + core + tail, wrapped_ids=head + wraps[0] + core + wraps[1] + tail,
+            head=Run(0, 0, 5), core=Run(5, starts[0], 6), tail=Run(11, starts[1], 3),
+            clean_system=(1, 4), wrapped_system=(1, 4),
+            wrapper=tuple(s for s in ((5, starts[0]), (starts[0] + 6, starts[1])) if s[1] > s[0]),
+        )  # fmt: skip
+
+    return make

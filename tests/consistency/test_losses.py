@@ -1,0 +1,197 @@
+"""The losses and the attention rows under them, against transformers' eager attention and finite differences."""
+
+import numpy as np
+import pytest
+import torch
+
+from headrift.consistency import hooks, losses
+
+KINDS = ("llama-3to1", "qwen3", "gemma3")
+
+
+def load(folder, implementation, dtype=torch.float32):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=implementation).eval()
+
+
+def ours(folder, dtype=torch.float32):
+    model = load(folder, "sdpa", dtype)
+    hooks.install(model)
+    return model
+
+
+def long_pair(make_pair):
+    """Longer than Gemma-3's sliding window of 24, and with a core that the window cuts off from the tail."""
+    return make_pair(3, before=30, after=20)
+
+
+def query_weights(model):
+    return [layer.self_attn.q_proj.weight for layer in model.model.layers]
+
+
+def our_loss(model, pair, clean_model=None):
+    at, to, first = torch.from_numpy(pair.clean_positions), torch.from_numpy(pair.wrapped_positions), pair.first_query
+    layers = frozenset(range(3))
+    with torch.no_grad():
+        clean = hooks.run((clean_model or model).base_model, pair.clean_ids, at[first:].tolist(), layers)
+    wrapped = hooks.run(model.base_model, pair.wrapped_ids, to[first:].tolist(), layers)
+    return losses.attct(wrapped.rows, clean.rows, to, at)
+
+
+def eager_loss(model, pair):
+    """The same by the book, from full attention maps."""
+    with torch.no_grad():
+        clean = model(torch.tensor([pair.clean_ids]), output_attentions=True).attentions
+    wrapped = model(torch.tensor([pair.wrapped_ids]), output_attentions=True).attentions
+    aligned = list(zip(pair.clean_positions, pair.wrapped_positions))
+    total = []
+    for theirs, mine in zip(clean, wrapped, strict=True):
+        for at, to in aligned[pair.first_query :]:
+            target = torch.zeros(mine.shape[1], mine.shape[3], dtype=mine.dtype)
+            for clean_key, wrapped_key in aligned:
+                target[:, wrapped_key] = theirs[0, :, at, clean_key]
+            total.append((mine[0, :, to] - target).square().sum(-1))
+    return torch.stack(total).mean()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_those_of_eager_attention_and_the_model_is_as_before(kind, random_models, make_pair):
+    pair = long_pair(make_pair)
+    eager, plain, model = (
+        load(random_models[kind], "eager"),
+        load(random_models[kind], "sdpa"),
+        ours(random_models[kind]),
+    )
+    ids, queries = pair.wrapped_ids, [3, 17, 40, len(pair.wrapped_ids) - 1]
+    with torch.no_grad():
+        expected = eager(torch.tensor([ids]), output_attentions=True)
+        found = hooks.run(model.base_model, ids, queries, frozenset({0, 2}), states=True, content=True)
+        assert set(found.rows) == {0, 2}
+        for layer, rows in found.rows.items():
+            # Two float32 computations of the same rows: some 1e-7 relative in q and k, of scores of up to about 10.
+            torch.testing.assert_close(rows, expected.attentions[layer][0][:, queries], rtol=0, atol=1e-5)
+            assert rows.sum(-1).allclose(torch.ones(()), atol=1e-5)
+        tokens = torch.tensor([ids])
+        torch.testing.assert_close(model(tokens).logits, plain(tokens).logits, rtol=0, atol=0)
+        hidden = plain(tokens, output_hidden_states=True).hidden_states
+        for layer, states in found.states.items():
+            torch.testing.assert_close(states, hidden[layer + 1][0, queries], rtol=0, atol=0)
+    assert {layer: content.shape[:2] for layer, content in found.contents.items()} == {
+        layer: rows.shape[:2] for layer, rows in found.rows.items()
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_content_is_what_the_rows_gather(kind, random_models, make_pair):
+    pair, model, seen = make_pair(1), ours(random_models[kind]), []
+    model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        found = hooks.run(model.base_model, pair.wrapped_ids, [4, 20], frozenset({1}), content=True)
+    heads = seen[0][0, [4, 20]].unflatten(-1, (model.config.num_attention_heads, -1)).transpose(0, 1)
+    torch.testing.assert_close(found.contents[1], heads, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attct_and_its_gradient_are_those_of_the_eager_implementation(kind, random_models, make_pair):
+    pair = long_pair(make_pair)
+    eager, model = load(random_models[kind], "eager"), ours(random_models[kind])
+    mine, theirs = our_loss(model, pair), eager_loss(eager, pair)
+    assert float(mine.detach()) > 1e-3
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+    for loss in (mine, theirs):
+        loss.backward()
+    for found, expected in zip(query_weights(model), query_weights(eager), strict=True):
+        scale = float(expected.grad.abs().max())
+        assert scale > 0
+        torch.testing.assert_close(found.grad, expected.grad, rtol=0, atol=1e-5 * max(1.0, scale))
+
+
+@pytest.mark.parametrize("kind", ["llama-3to1", "gemma3"])
+def test_long_prompts_are_computed_again_in_the_backward_pass(kind, random_models, make_pair):
+    pair, gradients, passes = make_pair(4, before=220, after=40), [], []
+    assert len(pair.wrapped_ids) > hooks.RECOMPUTED_FROM
+    for again in (False, True):
+        model, seen = ours(random_models[kind]), []
+        if again:
+            hooks.recompute_long(model)
+        model.model.layers[1].self_attn.register_forward_hook(lambda *args, seen=seen: seen.append(1))
+        our_loss(model, pair).backward()
+        gradients.append([weight.grad for weight in query_weights(model)])
+        passes.append(len(seen))
+    assert passes == [2, 3]  # clean, wrapped, and wrapped again
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+class InFloat64(torch.overrides.TorchFunctionMode):
+    """Norms and rotary embeddings that ask for float32, whatever the model's type, get float64."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.Tensor.float:
+            return args[0].double()
+        wider = {torch.float32: torch.float64}
+        args = tuple(wider.get(each, each) if isinstance(each, torch.dtype) else each for each in args)
+        return function(*args, **{**kwargs, **({"dtype": torch.float64} if kwargs.get("dtype") in wider else {})})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attct_gradient_is_the_finite_difference(kind, random_models, make_pair):
+    pair = make_pair(5)
+    model, before = ours(random_models[kind], torch.float64), ours(random_models[kind], torch.float64)
+    with InFloat64():
+        our_loss(model, pair, before).backward()
+    random = np.random.default_rng(0)
+    for weight in query_weights(model):
+        direction = torch.from_numpy(random.standard_normal(weight.shape))
+        direction /= direction.norm()
+        slope = float((weight.grad * direction).sum())
+        # Central differences in float64: an error of some step^2 = 1e-8 from the curve, 1e-16 / step from rounding.
+        step, values = 1e-4, []
+        for sign in (1, -1):
+            with torch.no_grad(), InFloat64():
+                weight += sign * step * direction
+                values.append(float(our_loss(model, pair, before)))
+                weight -= sign * step * direction
+        assert slope == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-5, abs=1e-9)
+        assert abs(slope) > 1e-7
+
+
+def test_the_clean_side_has_no_gradient_and_equal_rows_have_no_loss():
+    rows = {0: torch.rand(2, 3, 5, requires_grad=True)}
+    clean = {0: torch.rand(2, 3, 4, requires_grad=True)}
+    to, at = torch.tensor([0, 2, 4]), torch.tensor([0, 1, 3])
+    losses.attct(rows, clean, to, at).backward()
+    assert clean[0].grad is None
+    assert rows[0].grad is not None
+    same = torch.zeros(2, 3, 5).index_copy(2, to, clean[0].detach()[..., at])
+    assert float(losses.attct({0: same}, clean, to, at)) == 0
+    states = {1: torch.rand(3, 4, requires_grad=True)}
+    assert float(losses.act(states, {1: states[1].detach()})) == 0
+
+
+def test_attct_by_hand():
+    wrapped = {7: torch.tensor([[[0.5, 0.2, 0.3]]]), 9: torch.tensor([[[1.0, 0.0, 0.0]]])}
+    clean = {7: torch.tensor([[[0.6, 0.4]]]), 9: torch.tensor([[[1.0, 0.0]]])}
+    to, at = torch.tensor([0, 2]), torch.tensor([0, 1])
+    # (0.5 - 0.6)^2 + 0.2^2 + (0.3 - 0.4)^2 = 0.06 in layer 7, 0 in layer 9
+    assert float(losses.attct(wrapped, clean, to, at)) == pytest.approx(0.03)
+    assert losses.attention_distances(wrapped, clean, to, at) == pytest.approx({7: 0.06**0.5, 9: 0.0})
+
+
+def test_bct_is_the_mean_surprise_at_the_answer():
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    surprise = [-float(torch.log_softmax(row, -1)[token]) for row, token in zip(logits, (0, 0))]
+    assert float(losses.bct(logits, torch.tensor([0, 0]))) == pytest.approx(sum(surprise) / 2)
+
+
+def test_attention_that_is_more_than_softmax_is_refused():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        intermediate_size=16,
+    )  # fmt: skip
+    with pytest.raises(hooks.UnsupportedModelError, match="softcap"):
+        hooks.install(Gemma2ForCausalLM(config))

@@ -1,0 +1,109 @@
+"""What scored pairs say together, on pairs whose figures are known."""
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from headrift.consistency.pair_parts import schema, table_of
+from headrift.consistency.predicting import PREDICTORS, print_summary, summarised
+
+LAYERS, HEADS, QUESTIONS, FAMILIES = 2, 3, 40, ("hint", "talk")
+
+
+def rows(seed: int = 0) -> list[dict]:
+    """Pairs of 40 questions in two families: those in the first are further apart and flip more."""
+    random, found = np.random.default_rng(seed), []
+    for question in range(QUESTIONS):
+        for family in FAMILIES:
+            far = family == "hint"
+            tv = random.uniform(0.2, 0.4, (2, LAYERS, HEADS)) + 0.2 * far
+            flips = bool(random.random() < 0.2 + 2 * (tv.mean() - 0.3))
+            clean, wrapped = (random.dirichlet(np.ones(3), (2, LAYERS, HEADS)) for _ in range(2))
+            found.append(
+                {
+                    "id": f"{question}:{family}",
+                    "question": str(question),
+                    "family": family,
+                    "wrapper": f"{family}_1",
+                    "clean_tokens": 30,
+                    "wrapped_tokens": 40,
+                    "core_tokens": 8,
+                    "wrapper_tokens": int(random.integers(5, 20)),
+                    "clean_answer": "4",
+                    "wrapped_answer": "5" if flips else "4",
+                    "flipped": flips,
+                    "clean_right": True,
+                    "wrapped_right": not flips,
+                    "hinted": flips if far else None,
+                    "n_steps": 1,
+                    "distance": tv.mean(),
+                    # An answer that ends at once has none.
+                    "clean_instability": None if question == 0 else random.random(),
+                    "wrapped_instability": random.random(),
+                    "clean_focus": random.random(),
+                    "wrapped_focus": random.random(),
+                    "distance_l2": (tv / 2).ravel(),
+                    "distance_tv": tv.ravel(),
+                    "clean_mass": clean.ravel(),
+                    "wrapped_mass": wrapped.ravel(),
+                }
+            )
+    return found
+
+
+def test_figures_of_known_pairs():
+    given = rows()
+    found = summarised(table_of(given, schema(LAYERS, HEADS, 1)))
+    flips = [row["flipped"] for row in given]
+    assert 10 < sum(flips) < 70
+    assert (found["pairs"], found["questions"]) == (2 * QUESTIONS, QUESTIONS)
+    predicted = found["predicts_flips"]
+    assert set(predicted) == set(PREDICTORS)
+    assert predicted["distance"]["auroc"] == pytest.approx(roc_auc_score(flips, [row["distance"] for row in given]))
+    low, high = predicted["distance"]["interval"]
+    assert 0.5 < low < predicted["distance"]["auroc"] < high <= 1
+    there = [row for row in given if row["clean_instability"] is not None]
+    change = [row["wrapped_instability"] - row["clean_instability"] for row in there]
+    assert predicted["instability_change"]["pairs"] == len(given) - 2
+    assert predicted["instability_change"]["auroc"] == pytest.approx(
+        roc_auc_score([r["flipped"] for r in there], change)
+    )
+    core = [
+        np.mean([np.reshape(row[side], (2, LAYERS, HEADS, 3))[0, ..., 0] for side in (name,)])
+        for row in given
+        for name in ("clean_mass", "wrapped_mass")
+    ]
+    lost = np.array(core[::2]) - np.array(core[1::2])
+    assert predicted["core_mass_lost"]["auroc"] == pytest.approx(roc_auc_score(flips, lost))
+    for family in FAMILIES:
+        some = [row for row in given if row["family"] == family]
+        of = found["families"][family]
+        assert of["pairs"] == QUESTIONS
+        for name in ("flipped", "distance", "wrapped_right"):
+            low, high = of[name]["interval"]
+            assert of[name]["value"] == pytest.approx(np.mean([row[name] for row in some]))
+            assert low < of[name]["value"] < high
+    assert found["families"]["talk"]["hinted"] == {"value": None, "interval": None}
+    assert found["all"]["hinted"]["value"] == found["families"]["hint"]["flipped"]["value"]
+    tv = np.mean([np.reshape(row["distance_tv"], (2, LAYERS, HEADS)) for row in given], axis=(0, 1, 3))
+    np.testing.assert_allclose(found["by_layer"]["distance_tv"], tv, rtol=1e-6)
+    assert sum(of[0] for of in found["by_layer"]["wrapped_mass"].values()) == pytest.approx(1, abs=1e-6)
+
+
+def test_intervals_come_from_drawing_questions_whole():
+    """The same pairs, each there four times under its question, say no more than once."""
+    given = rows()
+    once = summarised(table_of(given, schema(LAYERS, HEADS, 1)))
+    often = summarised(table_of(given * 4, schema(LAYERS, HEADS, 1)))
+    for of in ("distance", "wrapped_focus"):
+        np.testing.assert_allclose(often["predicts_flips"][of]["interval"], once["predicts_flips"][of]["interval"])
+    np.testing.assert_allclose(often["all"]["flipped"]["interval"], once["all"]["flipped"]["interval"])
+
+
+def test_nothing_flips_and_few_questions(capsys):
+    given = [row | {"flipped": False} for row in rows()[:6]]
+    found = summarised(table_of(given, schema(LAYERS, HEADS, 1)))
+    assert found["predicts_flips"]["distance"] == {"pairs": 6, "flipped": 0, "auroc": None, "interval": None}
+    assert found["all"]["flipped"] == {"value": 0.0, "interval": None}
+    print_summary(found)
+    assert "6 pairs of 3 questions" in capsys.readouterr().out

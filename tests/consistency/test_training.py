@@ -1,0 +1,274 @@
+"""Training and evaluation of a tiny model: losses fall, a training that breaks off goes on to the same ones, nothing
+held out is trained on, and what cannot be done is said before a model loads."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from headrift.consistency import lora, trainer
+from headrift.consistency.evaluation_job import Asked as EvaluationAsked
+from headrift.consistency.evaluation_job import EvaluationError, EvaluationJob
+from headrift.consistency.pairs import SYSTEM_PROMPT
+from headrift.consistency.trainer import Asked, TrainingError, TrainingJob, read_losses
+from headrift.consistency.training_data import DataAsked, batches
+from headrift.corpus.sources import InputError
+
+pytestmark = pytest.mark.usefixtures("tokenizer_once")
+QUESTIONS = Path(__file__).parents[2] / "datasets" / "consistency_questions.jsonl"
+
+
+@pytest.fixture
+def asked(tiny_model, tmp_path) -> Asked:
+    data = DataAsked(inputs=(str(QUESTIONS),), model=tiny_model, system_prompt=SYSTEM_PROMPT, limit=15)
+    return Asked(data=data, out=tmp_path / "run", weights={"attct": 1.0}, steps=6, batch=2, learning_rate=5e-3,
+                 answer_tokens=4, checkpoint_every=2)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "weights", [{"attct": 1.0}, {"act": 1.0}, {"bct": 1.0}, {"attct": 1.0, "act": 0.1, "bct": 0.1}]
+)
+def test_the_loss_of_every_method_falls_and_the_adapter_is_left(asked, weights):
+    # The same pair again and again, so that the loss must fall.
+    asked = replace(asked, weights=weights, steps=8, batch=1)
+    job = TrainingJob(asked)
+    job.pairs[:] = job.pairs[:1]
+    found = job.run()
+    steps = read_losses(asked.out)
+    assert [step["step"] for step in steps] == list(range(1, 9))
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert all(step["loss"] == pytest.approx(sum(w * step[name] for name, w in weights.items())) for step in steps)
+    assert found.steps == 8
+    lora.check(asked.out / "adapter", asked.data.model)
+
+
+def test_a_training_that_broke_off_goes_on_to_the_same_losses(asked, tmp_path):
+    weights = {"attct": 1.0, "bct": 0.1}
+    asked = replace(asked, weights=weights)
+    TrainingJob(asked).run()
+    broken = replace(asked, out=tmp_path / "broken")
+
+    class Stop(Exception):
+        pass
+
+    def stop_at_third(more, seen=[]):  # noqa: B006  a memory between calls is what is wanted
+        seen.append(more)
+        if len(seen) == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        TrainingJob(broken).run(stop_at_third)
+    # As if it had been killed after the checkpoint of step 3 and a fourth step that was not saved.
+    with open(broken.out / trainer.LOSSES, "a") as file:
+        file.write('{"step": 4, "loss": 99}\n')
+    job = TrainingJob(replace(broken, resume=True))
+    assert job.done == 3
+    job.run()
+    assert read_losses(broken.out) == read_losses(asked.out)  # bit for bit: the same operations on the same numbers
+    ours, theirs = ((out / "adapter" / lora.ADAPTER).read_bytes() for out in (broken.out, asked.out))
+    assert ours == theirs
+
+
+def test_seeds_differ_and_repeat(asked, tmp_path):
+    def losses_of(name, seed):
+        one = replace(asked, out=tmp_path / name, seed=seed, steps=2)
+        TrainingJob(one).run()
+        return [(step["loss"], step["pairs"]) for step in read_losses(one.out)]
+
+    assert losses_of("a", 0) == losses_of("b", 0) != losses_of("c", 1)
+
+
+def test_nothing_held_out_is_trained_on(asked):
+    job = TrainingJob(asked)
+    held_out = json.loads((asked.out / trainer.SETTINGS).read_text())["held_out"]
+    assert held_out["families"]
+    assert len(held_out["questions"]) == 3
+    assert not {pair.question for pair in job.pairs} & set(held_out["questions"])
+    assert not {pair.family for pair in job.pairs} & set(held_out["families"])
+    job.run()
+    trained = {name for step in read_losses(asked.out) for name in step["pairs"]}
+    assert trained <= {pair.id for pair in job.pairs}
+
+
+def test_only_the_layers_that_were_named_matter(asked, tmp_path):
+    one = replace(asked, layers=(0,), steps=1)
+    TrainingJob(one).run()
+    both = replace(asked, steps=1, out=tmp_path / "both")
+    TrainingJob(both).run()
+    assert read_losses(one.out)[0]["loss"] != read_losses(both.out)[0]["loss"]
+
+
+def test_the_current_models_clean_side_moves_and_the_initial_ones_does_not(asked, tmp_path):
+    current = replace(asked, target="current", out=tmp_path / "current")
+    for one in (asked, current):
+        TrainingJob(one).run()
+    first, second = read_losses(asked.out), read_losses(current.out)
+    assert first[0]["loss"] == second[0]["loss"]  # the adapter has changed nothing yet
+    assert first[-1]["loss"] != second[-1]["loss"]
+
+
+def test_minutes_end_a_training(asked):
+    found = TrainingJob(replace(asked, steps=1000, minutes=1e-9)).run()
+    assert found.steps == 0
+
+
+def test_every_pair_comes_once_before_any_comes_again():
+    drawn = batches(10, 4, seed=3)
+    first = [next(drawn) for _ in range(5)]
+    flat = [i for some in first for i in some]
+    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10))
+    again = batches(10, 4, seed=3, first=2)
+    assert [next(again) for _ in range(3)] == first[2:]
+
+
+# ------------------------------------------------------------------------------------------------ what is turned down
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Whatever loads a model fails the test."""
+    import transformers
+
+    def fail(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"weights": {"magic": 1.0}}, "no loss 'magic'"),
+        ({"weights": {"attct": 0.0}}, "at least one is above 0"),
+        ({"weights": {"attct": -1.0}}, "0 or more"),
+        ({"layers": (1, 2)}, "layers are 0 to 1"),
+        ({"target": "other"}, "initial or current"),
+        ({"learning_rate": 0.0}, "not above 0"),
+        ({"lora": Path("nowhere")}, "adapter_config.json"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_model_loads(asked, no_model, change, says):
+    with pytest.raises(ValueError, match=says):
+        TrainingJob(replace(asked, **change))
+    assert not asked.out.exists()
+
+
+def test_inputs_that_cannot_be_trained_on_are_refused(asked, no_model, tmp_path):
+    def job(rows, **change):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return TrainingJob(replace(asked, data=replace(asked.data, inputs=(str(path),), **change)))
+
+    with pytest.raises(InputError, match="no `answer`"):
+        job([{"question": "What is it?"}])
+    unlike = [{"clean": f"One {i} two three", "wrapped": "Nothing of that"} for i in range(10)]
+    with pytest.raises(InputError, match="no question in common"):
+        job(unlike)
+    with pytest.raises(InputError, match="both pairs and questions"):
+        job([*unlike, {"question": "What?", "answer": "x", "wrong": "y"}])
+    with pytest.raises(ValueError, match="families there are"):
+        TrainingJob(replace(asked, data=replace(asked.data, held_out_families=("poetry",))))
+    with pytest.raises(ValueError, match="is no folder"):
+        TrainingJob(replace(asked, data=replace(asked.data, model=tmp_path / "none")))
+
+
+def test_a_folder_with_something_in_it_is_left_alone(asked, no_model):
+    asked.out.mkdir()
+    (asked.out / "mine.txt").write_text("mine")
+    with pytest.raises(TrainingError, match="not an empty folder"):
+        TrainingJob(asked)
+    shutil.rmtree(asked.out)
+    TrainingJob(asked)
+    with pytest.raises(TrainingError, match="holds a training already"):
+        TrainingJob(asked)
+    with pytest.raises(TrainingError, match="another learning_rate, another seed"):
+        TrainingJob(replace(asked, resume=True, seed=5, learning_rate=1e-5))
+    TrainingJob(replace(asked, resume=True, steps=99))  # more steps are no other training
+    (asked.out / trainer.CHECKPOINT).write_bytes(b"rubbish")
+    with pytest.raises(TrainingError, match="is damaged"):
+        _ = TrainingJob(replace(asked, resume=True)).done
+
+
+def test_an_adapter_of_another_model_is_refused(asked, no_model, tmp_path, random_models):
+    import torch
+    from safetensors.torch import save_file
+
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+
+    def write(shape, name="model.layers.0.self_attn.q_proj", kind="LORA"):
+        (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
+        save_file({f"base_model.model.{name}.lora_A.weight": torch.zeros(shape)}, adapter / "adapter_model.safetensors")
+
+    write((4, 99))
+    with pytest.raises(lora.LoraError, match=r"another model: its model\.layers\.0\.self_attn\.q_proj has 99 inputs"):
+        TrainingJob(replace(asked, lora=adapter))
+    write((4, 128), "model.layers.7.self_attn.q_proj")
+    with pytest.raises(lora.LoraError, match=r"another model: .* has no model.layers.7"):
+        TrainingJob(replace(asked, lora=adapter))
+    write((4, 128))
+    with pytest.raises(lora.LoraError, match=r"has 1 layers, and .* 2"):
+        TrainingJob(replace(asked, lora=adapter))
+    write((4, 128), kind="PREFIX_TUNING")
+    with pytest.raises(lora.LoraError, match="is no LoRA"):
+        TrainingJob(replace(asked, lora=adapter))
+    (adapter / "adapter_model.safetensors").write_bytes(b"rubbish")
+    with pytest.raises(lora.LoraError, match="cannot be read"):
+        TrainingJob(replace(asked, lora=adapter))
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model, tmp_path_factory):
+    """A finished training of the tiny model."""
+    data = DataAsked(inputs=(str(QUESTIONS),), model=tiny_model, system_prompt=SYSTEM_PROMPT, limit=60)
+    out = tmp_path_factory.mktemp("trained") / "run"
+    asked = Asked(data=data, out=out, weights={"attct": 1.0}, steps=20, batch=2, learning_rate=1e-2, answer_tokens=4)
+    TrainingJob(asked).run()
+    return out
+
+
+def test_an_evaluation_measures_what_was_held_out(trained):
+    job = EvaluationJob(EvaluationAsked(trained))
+    held_out = json.loads((trained / trainer.SETTINGS).read_text())["held_out"]
+    assert {pair.question for pair in job.pairs} == set(held_out["questions"])
+    assert len(job.pairs) == 4 * 12
+    done = []
+    found = job.run(done.append)
+    assert sum(done) == job.prompts
+    assert json.loads((trained / "evaluation.json").read_text()) == found
+    assert len((trained / "replies.jsonl").read_text().splitlines()) == len(job.pairs)
+    assert set(found["families"]) == {"opinion_hint", "role_play", "authority_urgency", "irrelevant_context"}
+    assert [name for name, figures in found["families"].items() if figures["held_out"]] == held_out["families"]
+    distance = found["held_out"]["distance"]
+    # 20 steps of training on just this bring it down, on wrappers that were not trained on too.
+    assert distance["after"]["value"] < distance["before"]["value"]
+    assert distance["change"]["interval"][1] < 0
+    assert len(found["distance_by_layer"]["before"]) == 2
+    for figures in found["held_out"].values():
+        if figures["pairs"]:
+            assert set(figures) == {"pairs", "before", "after", "change"}
+    # A random model of 49,152 tokens is about as good as guessing.
+    assert 1e4 < found["perplexity"]["before"]["value"] < 1e7
+    with_interval = found["held_out"]["flipped"]["before"]
+    assert with_interval["interval"][0] <= with_interval["value"] <= with_interval["interval"][1]
+
+
+def test_an_evaluation_without_a_training_is_refused(trained, no_model, tmp_path, random_models):
+    with pytest.raises(EvaluationError, match="holds no training"):
+        EvaluationJob(EvaluationAsked(tmp_path))
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    shutil.rmtree(copy / "adapter")
+    with pytest.raises(EvaluationError, match="holds no finished training"):
+        EvaluationJob(EvaluationAsked(copy))
+    other = tmp_path / "other"
+    shutil.copytree(json.loads((trained / trainer.SETTINGS).read_text())["about"]["model"], other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rope_theta": 5.0}))
+    with pytest.raises(EvaluationError, match="is not the model that was trained"):
+        EvaluationJob(EvaluationAsked(trained, model=other))
