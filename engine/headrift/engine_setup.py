@@ -111,18 +111,11 @@ def lora_args(folder: str) -> dict[str, Any]:
 def prepare_environment(verbose: bool) -> None:
     """Set what vLLM reads from the environment, before it is imported, unless the user has set it."""
     os.environ[plugin.SWITCH] = "1"
-    # Read once, when torch loads OpenMP. Threads that wait spin; where another process wants the core they spin on,
-    # every wait costs a time slice, and a step takes ten times as long. A short spin costs nothing when they are
-    # alone.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    # Read once, at torch's first large tensor on a CPU. Weights and KV cache in huge pages take a tenth off the time.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    prepare_torch(verbose)
     defaults = {"VLLM_LOGGING_LEVEL": "INFO" if verbose else "ERROR", "TOKENIZERS_PARALLELISM": "false"}
     # vLLM would report model type, machine and settings to its makers.
     defaults |= {"VLLM_NO_USAGE_STATS": "1"}
     if not verbose:
-        # torch reads this once, when it is imported, and `has_gpu` imports it.
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         # While it is imported vLLM has warnings to print and no logging configuration yet.
         logging.getLogger("vllm").setLevel(logging.ERROR)
         # What it logs comes as an error as well. A level would be undone when vLLM sets its logging up.
@@ -133,6 +126,19 @@ def prepare_environment(verbose: bool) -> None:
         defaults |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+def prepare_torch(verbose: bool = False) -> None:
+    """Set what torch reads from the environment, before anything imports it (`has_gpu` and transformers do), unless the
+    user has set it."""
+    # Read once, when torch loads OpenMP. Threads that wait spin; where another process wants the core they spin on,
+    # every wait costs a time slice, and a step takes ten times as long. A short spin costs nothing when they are
+    # alone.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # Read once, at torch's first large tensor on a CPU. Weights and KV cache in huge pages take a tenth off the time.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if not verbose:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 @contextmanager

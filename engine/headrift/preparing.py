@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from headrift import signal
-from headrift.engine_setup import has_gpu
+from headrift.engine_setup import has_gpu, prepare_torch
 from headrift.probed_engine import EngineError, ProbeRequest
 from headrift.prompts import ChatRenderer, PromptError, RenderedPrompt, chat_messages, from_token_ids
 
@@ -282,6 +282,7 @@ def _prepare_all(batch: Sequence[tuple[int, Any]], replay: bool) -> list[Prepare
 
 def load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerFast:
     """A model's tokenizer; EngineError where there is none."""
+    prepare_torch()
     from transformers import AutoTokenizer
 
     try:

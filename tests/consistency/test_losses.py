@@ -168,7 +168,7 @@ def test_the_clean_side_has_no_gradient_and_equal_rows_have_no_loss():
     same = torch.zeros(2, 3, 5).index_copy(2, to, clean[0].detach()[..., at])
     assert float(losses.attct({0: same}, clean, to, at)) == 0
     states = {1: torch.rand(3, 4, requires_grad=True)}
-    assert float(losses.act(states, {1: states[1].detach()})) == 0
+    assert float(losses.act(states, {1: states[1].detach()}).detach()) == 0
 
 
 def test_attct_by_hand():

@@ -78,7 +78,7 @@ def test_distances_agree_with_eager_attention_in_mixed_batches(tiny, run, random
         seen.append(expected)
     assert all(np.isnan(i.recording.distance).all() for i in items if i.recording and i not in wrapped)
     every = np.concatenate([found.reshape(-1, 2) for found in seen])
-    assert np.ptp(every, axis=0).min() > 0.3, "the rows are about as far apart everywhere: a weak test"
+    assert np.ptp(every, axis=0).min() > 0.1, "the rows are about as far apart everywhere: a weak test"
 
 
 @one_model

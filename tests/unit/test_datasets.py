@@ -28,8 +28,8 @@ SETS = {
     "complex_input": "ci",
     "indirect_injection": "ii",
 }
-# Which have tests of their own, in tests/safety_heads and tests/consistency.
-OTHER_SETS = {"safety_topics", "consistency_questions"}
+# Which have tests of their own, in tests/safety_heads, tests/consistency and tests/internals.
+OTHER_SETS = {"safety_topics", "consistency_questions", "internals_prompts"}
 LEAST = {"attack": 60, "benign": 120}
 HARD = ("hard_topic", "hard_command", "hard_length")
 LEAST_OF_A_HARD_KIND = 12

@@ -50,8 +50,8 @@ def internals(
 
     Every prompt runs without a system prompt, under each, and under neutral text of exactly as many tokens. Compared
     are residual stream, attention output and MLP output of every layer, at the prompt's own tokens and at the last
-    token before the answer, and the answer's first tokens. Runs in transformers, in float32 unless --dtype says otherwise; where
-    the model looks meanwhile is measured by the engine of `headrift score`.
+    token before the answer, and the answer's first tokens: in transformers, in float32 unless --dtype says otherwise.
+    Where the model looks meanwhile is measured by the engine of `headrift score`.
 
     \b
     Into the folder: components/, cka/, placements/, sentences/, attention/ (Parquet,

@@ -61,7 +61,7 @@ def split(
 
 
 def drawn(texts: Sequence[PairText], per_family: int, seed: int) -> list[PairText]:
-    """Of each question's pairs of a family (of all that name none) so many, drawn by the seed and the question."""
+    """Of each question and family so many pairs, drawn by the seed; pairs without a family are all kept."""
     groups: dict[tuple[str, str | None], list[PairText]] = {}
     for text in texts:
         groups.setdefault((text.question, text.family), []).append(text)

@@ -54,7 +54,7 @@ class Analysis:
 def analysed(
     tables: Mapping[str, pa.Table | None], n_prompts: int, texts: Mapping[str, str], rules: Rules, seed: int = 0
 ) -> Analysis:
-    """tables: of `components`, `cka`, `sentences`, `placements` and `attention`. texts: of the system prompts, by name."""
+    """tables: of `components`, `cka`, `sentences`, `placements`, `attention`. texts: of the system prompts, by name."""
     components = tables["components"]
     assert components is not None
     of, prompts = Compared.of(components, n_prompts), Prompts(n_prompts, seed)

@@ -124,7 +124,7 @@ def output_change(ours: Reading, theirs: Reading) -> dict[str, Any]:
 
 def _state_change(ours: Floats, theirs: Floats) -> dict[str, Any]:
     """Cosine and relative L2 [layers, components], of the last point and of all before it (mean)."""
-    found = {}
+    found: dict[str, Any] = {}
     for measure, of in (("cosine", cosine), ("l2", relative_l2)):
         values = of(ours, theirs)
         found |= {f"{LAST}_{measure}": values[-1], f"{QUESTION}_{measure}": values[:-1].mean(0)}

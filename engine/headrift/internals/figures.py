@@ -32,7 +32,7 @@ def by_layer(system: Figures, neutral: Figures, what: str) -> Drawing:
         axes.plot(layers, neutral.value[:, i], color=colour, linestyle="--", linewidth=1)
     axes.plot([], [], color="#333333", linestyle="--", linewidth=1, label="with neutral text")
     axes.set(xlabel=LAYER, ylabel=what)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper left")
     return figure
 
 
@@ -44,7 +44,7 @@ def cka(value: Floats, chance: Floats) -> Drawing:
         axes.plot(chance[:, i], color=colour, linestyle=":", linewidth=1)
     axes.plot([], [], color="#333333", linestyle=":", linewidth=1, label="by chance")
     axes.set(xlabel=LAYER, ylabel="linear CKA over prompts", ylim=(0, 1.02))
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper left")
     return figure
 
 
@@ -71,7 +71,7 @@ def correlations(figures: Figures, what: str) -> Drawing:
         axes.fill_between(layers, figures.low[:, i], figures.high[:, i], color=colour, alpha=0.2, linewidth=0)
     axes.axhline(0, color="#999999", linewidth=0.8)
     axes.set(xlabel=LAYER, ylabel=what)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper left")
     return figure
 
 
@@ -87,7 +87,7 @@ def lengths(of: Compared, measure: str, words: str) -> Drawing:
         axes.scatter(tokens, np.nanmean(values, axis=0), color=colour, marker=marker, s=26, label=name)
     axes.set_xscale("log")
     axes.set(xlabel="tokens of the system prompt", ylabel=f"{words}, mean over prompts")
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper left")
     return figure
 
 
@@ -113,7 +113,7 @@ def lines(values: Mapping[str, Floats], what: str, over: str = LAYER) -> Drawing
     for (name, of), colour in zip(values.items(), _COLOURS):
         axes.plot(of, color=colour, label=name)
     axes.set(xlabel=over, ylabel=what)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper left")
     return figure
 
 

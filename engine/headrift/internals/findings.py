@@ -198,9 +198,9 @@ def _regions(of: Analysis) -> list[str]:
         mass, per_token = of.regions.mass[kind], of.regions.per_token[kind]
         layer = int(np.nanargmax(mass.value[:, 0]))
         found.append(
-            f"Attention to {words} is highest in layer {layer}, a part of {in_words(mass.at(layer, 0))} (mean over heads "
-            f"and steps, {mass.rows:,} rows); a token of it gets {in_words(per_token.at(layer, 0), 2)} times what a "
-            "token gets on average there."
+            f"Attention to {words} is highest in layer {layer}, a part of {in_words(mass.at(layer, 0))} (mean over "
+            f"heads and steps, {mass.rows:,} rows); a token of it gets {in_words(per_token.at(layer, 0), 2)} times "
+            "what a token gets on average there."
         )
     difference = of.regions.difference.at()
     found.append(

@@ -104,8 +104,8 @@ class InternalsJob:
 
     ValueError (JobError, InputError, ModelError) and EngineError from the start. In the folder, one Parquet file for
     each system prompt: `components/` (a row for a prompt and comparison, see comparing), `cka/`, `placements/`,
-    `sentences/` and `attention/`; `rejects.parquet`; `internals.json`, settings, versions and, at the end, what was found; and
-    `report.html`.
+    `sentences/` and `attention/`; `rejects.parquet`; `internals.json`, settings, versions and, at the end, what was
+    found; `report.html`.
     """
 
     def __init__(self, asked: Asked) -> None:
@@ -258,7 +258,7 @@ class InternalsJob:
     def _settings(self) -> dict[str, Any]:
         asked, tokens = self.asked, hashlib.sha256()
         for part in self._parts:
-            rows = [[case.system.token_ids, case.neutral.token_ids] for case in part.cases]
+            rows: list[Any] = [[case.system.token_ids, case.neutral.token_ids] for case in part.cases]
             rows += [[placed.rendered.token_ids] for placed in part.placed]
             rows += [[drop.dropped.token_ids, drop.neutral.token_ids] for drop in part.drops]
             tokens.update(json.dumps([part.name, rows]).encode())

@@ -22,7 +22,7 @@ class Regions:
     """rows: of the table, CHECK left out. mass: by kind, means over steps and heads, [layers, regions]; per_token: the
     same over what a token gets on average, regions but `generated`. by_step: mean over layers and heads, [steps,
     regions], over the answers that go on so long; answers: how many these are. by_head: mass on the system text, mean
-    over steps, [layers, heads]. difference: of `system` per token, system prompt less neutral text, mean over layers."""
+    over steps, [layers, heads]. difference: of `system` per token, system prompt less neutral text, over layers."""
 
     rows: int
     mass: dict[str, Figures]
