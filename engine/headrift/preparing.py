@@ -27,7 +27,8 @@ import numpy as np
 
 from headrift import signal
 from headrift.engine_setup import has_gpu, prepare_torch
-from headrift.probed_engine import EngineError, ProbeRequest
+from headrift.probe_requests import ProbeRequest
+from headrift.probed_engine import EngineError
 from headrift.prompts import ChatRenderer, PromptError, RenderedPrompt, chat_messages, from_token_ids
 
 if TYPE_CHECKING:

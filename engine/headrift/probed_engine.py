@@ -5,13 +5,12 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from headrift import ablation, signal
-from headrift.aligned_keys import Run, check_rows, check_runs
+from headrift.aligned_keys import check_rows, check_runs
 from headrift.engine_setup import (
     EngineError,
     attention_args,
@@ -24,6 +23,7 @@ from headrift.engine_setup import (
     memory_taken_on_use,
     prepare_environment,
 )
+from headrift.probe_requests import Finished, ProbeRequest, Recording, Ticket
 from headrift.ranks import merge_descriptions, merge_recordings
 from headrift.vllm_plugin import plugin
 
@@ -32,103 +32,6 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 REGIONS = ("system", "user", "prompt")
-
-
-@dataclass(frozen=True, slots=True)
-class ProbeRequest:
-    """One request. Without `answer_ids` the model answers greedily; with them they are replayed, nothing is decoded.
-
-    prompt_ids: P token ids. regions: token ranges [start, end) by name, of the engine's region names; `prompt` is
-    always [0, P). steps: N, steps 0..N are recorded. ignore_eos: answer on past the end-of-text token. reread: compute
-    every prompt token anew instead of taking cached ones. probed: False for a request that is to be answered and not
-    measured. answer_tokens: answer on past the recorded steps, to at most so many tokens, N + 1 at least. ablate:
-    (layer, head, kind) of the heads that are ablated at every position, and epsilon, see `headrift.ablation`. keep_as:
-    keep the next-token distribution at the last prompt token as reference number so; compare_with: record how far it
-    is from that of a reference, which has to have been kept. hidden_as: keep the last hidden state at the last prompt
-    token, as the language-model head reads it, as number so, which no other request in flight has. rows_as: keep the
-    attention rows of all heads at the recorded steps as reference number so; rows_against: record how far they are from
-    those of a reference, which has to have been kept; aligned: the prompt tokens that both have, as runs (start in the
-    reference, start in this one, length), see `headrift.aligned_keys`. logprobs: tell how likely each of the prompt's
-    tokens is.
-    """
-
-    prompt_ids: Sequence[int]
-    regions: Mapping[str, tuple[int, int]]
-    steps: int
-    answer_ids: Sequence[int] | None = None
-    ignore_eos: bool = False
-    reread: bool = False
-    probed: bool = True
-    answer_tokens: int | None = None
-    ablate: Sequence[ablation.HeadAblation] = ()
-    epsilon: float = ablation.EPSILON
-    keep_as: int | None = None
-    compare_with: int | None = None
-    hidden_as: int | None = None
-    rows_as: int | None = None
-    rows_against: int | None = None
-    aligned: Sequence[Run] = ()
-    logprobs: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """A request that has run. answer_ids: the model's answer, or the replayed one; its last token was never fed.
-
-    answering: it has not finished, but its steps are all recorded, and it answers on; answer_ids are those so far.
-    logprobs: of the prompt's tokens from the second on, in nats, each given those before it; None unless asked for.
-    """
-
-    tenant: int
-    request: ProbeRequest
-    answer_ids: list[int]
-    finish_reason: str | None
-    cached_tokens: int
-    answering: bool = False
-    logprobs: list[float] | None = None
-
-    @property
-    def n_steps(self) -> int:
-        """The last recorded step: n answer tokens have steps 0..n-1, of which the first N+1 are kept."""
-        return signal.n_steps(len(self.answer_ids), self.request.steps)
-
-
-@dataclass(frozen=True, slots=True)
-class Recording:
-    """What was recorded of one request: T = n_steps + 1 rows, NaN where a step was never computed.
-
-    share: [T, layers, heads]; first: [layers, heads, regions - 1], the masses of step 0 but the prompt's; stats: [T, 3]
-    next-token entropy (nats), top-1 probability and margin, NaN unless asked for; mass: [T, layers, heads, regions] or
-    None. divergence: KL in nats of the reference's next-token distribution to this one's at step 0, NaN unless
-    compared. distance: [T, layers, heads, 2], L2 and total variation of the attention rows from the reference's, NaN
-    unless compared, None where the engine keeps no rows.
-    """
-
-    share: np.ndarray
-    first: np.ndarray
-    stats: np.ndarray
-    mass: np.ndarray | None
-    divergence: float = float("nan")
-    distance: np.ndarray | None = None
-
-    @property
-    def unwritten(self) -> list[int]:
-        """Steps that were never computed, because a cached prefix block covered them."""
-        return np.flatnonzero(np.isnan(self.share).any(axis=(1, 2))).tolist()
-
-
-@dataclass(frozen=True, slots=True)
-class Ticket:
-    """Finished requests whose recordings are on their way off the device."""
-
-    number: int
-    finished: tuple[Finished, ...]
-    want_mass: bool
-
-    @property
-    def probed(self) -> list[Finished]:
-        """Those that have a recording."""
-        return [f for f in self.finished if f.request.probed]
 
 
 class ProbedEngine:
@@ -175,8 +78,7 @@ class ProbedEngine:
         given = {**attention_args(attention_backend), **(engine_args or {})}
         ranks = given.get("tensor_parallel_size", 1)
         args = {"model": os.fspath(model), "disable_log_stats": True, **machine_defaults(ranks), **given}
-        self._lora = None if lora is None else os.fspath(lora)
-        args |= {} if self._lora is None else lora_args(self._lora)
+        args |= {} if lora is None else lora_args(os.fspath(lora))
         if "max_num_seqs" not in given and "max_num_batched_tokens" in given:  # vLLM refuses more of the former
             args["max_num_seqs"] = min(args["max_num_seqs"], given["max_num_batched_tokens"])
         self.regions = tuple(regions)
@@ -209,6 +111,7 @@ class ProbedEngine:
         self.width: int = config.model_config.get_hidden_size()
         self._ranks = config.parallel_config.tensor_parallel_size
         self._start(config)
+        self._lora = None if lora is None else _lora_request(os.fspath(lora))
         if hidden_states:
             self.llm_engine.collective_rpc("headrift_keep_hidden_states")
         described = merge_descriptions(self.llm_engine.collective_rpc("headrift_describe"))
@@ -334,18 +237,13 @@ class ProbedEngine:
         salt = ablation.salt(request.ablate, request.epsilon)
         if salt is not None:
             prompt["cache_salt"] = salt
-        self.llm_engine.add_request(name, prompt, params, lora_request=self._lora_request())
+        self.llm_engine.add_request(name, prompt, params, lora_request=self._lora)
         self._free.pop()
         if request.rows_as is not None:
             self._row_prompts[request.rows_as] = len(request.prompt_ids)
         self._tenants += 1
         self._running[name] = (slot, tenant, request)
         return tenant
-
-    def _lora_request(self) -> LoRARequest | None:
-        from vllm.lora.request import LoRARequest
-
-        return None if self._lora is None else LoRARequest("adapter", 1, self._lora)
 
     def _rows(self, request: ProbeRequest) -> dict[str, Any]:
         """What the workers are told of a request whose attention rows are kept or compared. ValueError where they
@@ -511,6 +409,12 @@ class ProbedEngine:
                 f"request {finished.tenant}: a head's mass on the whole prompt at step 0 is {astray:.6f} away from 1; "
                 "the recording cannot be trusted"
             )
+
+
+def _lora_request(folder: str) -> LoRARequest:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest("adapter", 1, folder)
 
 
 def _logprobs(request: ProbeRequest, of_tokens: Sequence[Any]) -> list[float]:

@@ -14,7 +14,8 @@ import numpy as np
 
 from headrift import signal
 from headrift.preparing import Ahead, Prepared, Preparer, Prompt, Rejected, Rules, load_tokenizer, workers_for_machine
-from headrift.probed_engine import REGIONS, Finished, ProbedEngine, Recording, Ticket
+from headrift.probe_requests import Finished, Recording, Ticket
+from headrift.probed_engine import REGIONS, ProbedEngine
 from headrift.reporter import progress_bar
 from headrift.signal import Window
 from headrift.waiting import Repeats, Waiting

@@ -1,8 +1,8 @@
 """Every command in README.md and docs/ is one that headrift, make, pip or Ray takes.
 
 **Read, by the parsers that would read it:** every `headrift ...`, with its subcommand, options, values and arguments,
-by Typer; those in sentences by their names and options. Every `make ...`, by make (a dry run); slow: every `ray ...`,
-by Ray's own parser. Of `pip install headrift[...]` the extras, of `python FILE` that there is such a file. Python in
+by Typer; those in sentences by their names and options. Every `make ...`, by make (a dry run); every `ray ...`, by
+Ray's own parser. Of `pip install headrift[...]` the extras, of `python FILE` that there is such a file. Python in
 the pages is compiled, and what it imports is imported.
 
 **Run, as they stand in the README and in its order, in one folder:** score (with a real engine, and a random model of
@@ -139,7 +139,6 @@ def test_scripts_are_there(shown):
     assert not [each.place for each in of(shown, "python") if not (ROOT / each.words[1]).is_file()]
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
 def test_ray_takes_its_commands(shown):
     from ray.scripts.scripts import cli

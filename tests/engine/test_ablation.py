@@ -7,7 +7,8 @@ import torch
 
 from headrift.ablation import SIDES
 from headrift.engine_setup import EngineError
-from headrift.probed_engine import ProbedEngine, ProbeRequest
+from headrift.probe_requests import ProbeRequest
+from headrift.probed_engine import ProbedEngine
 from headrift.safety_heads.answering import answers, log_likelihoods
 from headrift.vllm_plugin.plugin import RefusedError
 from headrift.vllm_plugin.recorder import Recorder

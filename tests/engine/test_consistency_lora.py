@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 from headrift.consistency import lora
 from headrift.engine_setup import EngineError, lora_args
-from headrift.probed_engine import ProbedEngine, ProbeRequest
+from headrift.probe_requests import ProbeRequest
+from headrift.probed_engine import ProbedEngine
 
 RANK, ALPHA = 4, 8
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")

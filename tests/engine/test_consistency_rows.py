@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from headrift.engine_setup import EngineError
-from headrift.probed_engine import ProbedEngine, ProbeRequest
+from headrift.probe_requests import ProbeRequest
+from headrift.probed_engine import ProbedEngine
 from headrift.vllm_plugin.plugin import RefusedError
 from headrift.vllm_plugin.recorder import Recorder
 

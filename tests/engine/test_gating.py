@@ -8,7 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from headrift.probed_engine import ProbedEngine, ProbeRequest
+from headrift.probe_requests import ProbeRequest
+from headrift.probed_engine import ProbedEngine
 from headrift.scorer import Rejected, Scorer
 from headrift.selftest.plain_engine import plain_answers
 

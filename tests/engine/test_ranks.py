@@ -5,7 +5,8 @@ import pytest
 import torch
 from vllm.engine.arg_utils import EngineArgs
 
-from headrift.probed_engine import EngineError, ProbedEngine, ProbeRequest
+from headrift.probe_requests import ProbeRequest
+from headrift.probed_engine import EngineError, ProbedEngine
 from headrift.vllm_plugin import plugin
 from headrift.vllm_plugin.drain import Place
 

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from headrift import signal
 from headrift.consistency.pairs import Pair
-from headrift.probed_engine import Finished, ProbedEngine, ProbeRequest, Recording
+from headrift.probe_requests import Finished, ProbeRequest, Recording
+from headrift.probed_engine import ProbedEngine
 
 ANSWERS = ("clean", "own")
 REGIONS = ("system", "prompt", "core", "before", "after")

@@ -24,7 +24,7 @@ from headrift.beside import written_beside
 from headrift.corpus.fingerprints import model_fingerprint, versions
 from headrift.corpus.rows import Row
 from headrift.preparing import load_tokenizer
-from headrift.probed_engine import Finished
+from headrift.probe_requests import Finished
 from headrift.safety_heads.answering import answers, log_likelihoods
 from headrift.safety_heads.arms import (
     ABLATED,

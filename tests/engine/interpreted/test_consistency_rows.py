@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from headrift.probed_engine import ProbeRequest
+from headrift.probe_requests import ProbeRequest
 
 HEAD, CORE, TAIL, WORDS = np.split(np.random.default_rng(7).integers(3, 200, 36), [8, 20, 24])
 CLEAN, WRAPPED = ([*map(int, np.concatenate(parts))] for parts in ((HEAD, CORE, TAIL), (HEAD, WORDS, CORE, TAIL)))

@@ -1,0 +1,108 @@
+"""What a probed engine is asked for, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from headrift import ablation, signal
+from headrift.aligned_keys import Run
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeRequest:
+    """One request. Without `answer_ids` the model answers greedily; with them they are replayed, nothing is decoded.
+
+    prompt_ids: P token ids. regions: token ranges [start, end) by name, of the engine's region names; `prompt` is
+    always [0, P). steps: N, steps 0..N are recorded. ignore_eos: answer on past the end-of-text token. reread: compute
+    every prompt token anew instead of taking cached ones. probed: False for a request that is to be answered and not
+    measured. answer_tokens: answer on past the recorded steps, to at most so many tokens, N + 1 at least. ablate:
+    (layer, head, kind) of the heads that are ablated at every position, and epsilon, see `headrift.ablation`. keep_as:
+    keep the next-token distribution at the last prompt token as reference number so; compare_with: record how far it
+    is from that of a reference, which has to have been kept. hidden_as: keep the last hidden state at the last prompt
+    token, as the language-model head reads it, as number so, which no other request in flight has. rows_as: keep the
+    attention rows of all heads at the recorded steps as reference number so; rows_against: record how far they are from
+    those of a reference, which has to have been kept; aligned: the prompt tokens that both have, as runs (start in the
+    reference, start in this one, length), see `headrift.aligned_keys`. logprobs: tell how likely each of the prompt's
+    tokens is.
+    """
+
+    prompt_ids: Sequence[int]
+    regions: Mapping[str, tuple[int, int]]
+    steps: int
+    answer_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    reread: bool = False
+    probed: bool = True
+    answer_tokens: int | None = None
+    ablate: Sequence[ablation.HeadAblation] = ()
+    epsilon: float = ablation.EPSILON
+    keep_as: int | None = None
+    compare_with: int | None = None
+    hidden_as: int | None = None
+    rows_as: int | None = None
+    rows_against: int | None = None
+    aligned: Sequence[Run] = ()
+    logprobs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A request that has run. answer_ids: the model's answer, or the replayed one; its last token was never fed.
+
+    answering: it has not finished, but its steps are all recorded, and it answers on; answer_ids are those so far.
+    logprobs: of the prompt's tokens from the second on, in nats, each given those before it; None unless asked for.
+    """
+
+    tenant: int
+    request: ProbeRequest
+    answer_ids: list[int]
+    finish_reason: str | None
+    cached_tokens: int
+    answering: bool = False
+    logprobs: list[float] | None = None
+
+    @property
+    def n_steps(self) -> int:
+        """The last recorded step: n answer tokens have steps 0..n-1, of which the first N+1 are kept."""
+        return signal.n_steps(len(self.answer_ids), self.request.steps)
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """What was recorded of one request: T = n_steps + 1 rows, NaN where a step was never computed.
+
+    share: [T, layers, heads]; first: [layers, heads, regions - 1], the masses of step 0 but the prompt's; stats: [T, 3]
+    next-token entropy (nats), top-1 probability and margin, NaN unless asked for; mass: [T, layers, heads, regions] or
+    None. divergence: KL in nats of the reference's next-token distribution to this one's at step 0, NaN unless
+    compared. distance: [T, layers, heads, 2], L2 and total variation of the attention rows from the reference's, NaN
+    unless compared, None where the engine keeps no rows.
+    """
+
+    share: np.ndarray
+    first: np.ndarray
+    stats: np.ndarray
+    mass: np.ndarray | None
+    divergence: float = float("nan")
+    distance: np.ndarray | None = None
+
+    @property
+    def unwritten(self) -> list[int]:
+        """Steps that were never computed, because a cached prefix block covered them."""
+        return np.flatnonzero(np.isnan(self.share).any(axis=(1, 2))).tolist()
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """Finished requests whose recordings are on their way off the device."""
+
+    number: int
+    finished: tuple[Finished, ...]
+    want_mass: bool
+
+    @property
+    def probed(self) -> list[Finished]:
+        """Those that have a recording."""
+        return [f for f in self.finished if f.request.probed]
