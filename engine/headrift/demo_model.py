@@ -349,6 +349,8 @@ def convert(gguf: Path, out: Path) -> None:
     if broken:
         raise DemoModelError(f"the converted weights hold infinities or NaNs: {', '.join(broken[:5])}.")
     model.save_pretrained(out)
+    # It would say whether the hub could be asked when it was made, and two folders of one model be told apart by that.
+    tokenizer.init_kwargs["local_files_only"] = False
     tokenizer.save_pretrained(out)
 
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from headrift.cli import app
 from headrift.internals.cases import CHECK
 from headrift.internals.comparing import COMPARISONS, SYSTEM
-from headrift.internals.job import COMPONENTS, SENTENCES, Asked, InternalsJob, JobError
+from headrift.internals.job import CKA, COMPONENTS, PLACEMENTS, SENTENCES, Asked, InternalsJob, JobError
 
 QUESTIONS = (
     "What is the capital of Norway?", "How do bees find their way home?", "Name three uses of vinegar.",
@@ -174,7 +174,7 @@ def test_random_weights_know_no_instruction_so_no_effect_beyond_neutral_text_is_
 
 
 def test_a_run_goes_on_where_it_was_left(run, asked, tmp_path):
-    job, found = run
+    job, _ = run
     again = replace(asked, out=tmp_path / "out")
     broken = InternalsJob(again)
 
@@ -183,13 +183,13 @@ def test_a_run_goes_on_where_it_was_left(run, asked, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        broken.run(stop_at_a_part)
+        broken.measure(stop_at_a_part)
     resumed = InternalsJob(replace(again, resume=True))
     assert 0 < resumed.rows < job_rows(asked, tmp_path)
-    result = resumed.run()
-    ours, theirs = job.table(COMPONENTS), resumed.table(COMPONENTS)
-    assert ours.equals(theirs)
-    assert result["findings"] == found["findings"]
+    resumed.measure()
+    for kind in (COMPONENTS, CKA, PLACEMENTS, SENTENCES):
+        assert job.table(kind).equals(resumed.table(kind))
+    assert resumed.rows == 0
 
 
 def job_rows(asked: Asked, tmp_path: Path) -> int:

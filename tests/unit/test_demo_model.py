@@ -372,6 +372,8 @@ def test_the_real_weights(real):
 
 
 def test_the_real_tokenizer(real):
+    # Made with or without a network, it is the same model, with the same fingerprint.
+    assert json.loads((real / "tokenizer_config.json").read_text())["local_files_only"] is False
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(real / "tokenizer.json"))

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,8 @@ class JobError(ValueError):
 class Asked:
     """What `headrift internals` is asked for. limit: the first so many prompts. drop_sentences: for the first so many
     prompts every sentence is dropped in turn, and every system text is put elsewhere; 0: neither. steps: tokens of the
-    answer that are looked at. features: a file of further ones, see phrases. attention: measure
-    where the model looks too, for which vLLM starts. seed: of the intervals."""
+    answer that are looked at. features: a file of further ones, see phrases. attention: measure where the model looks
+    too, for which vLLM starts. seed: of the intervals."""
 
     model: Path
     system_prompts: Path
@@ -176,8 +177,12 @@ class InternalsJob:
         return f"{parts - len(self._todo)} of {parts} parts are done"
 
     def run(self, on_rows: Callable[[int], None] | None = None, verbose: bool = False) -> dict[str, Any]:
-        """Measure what is not yet measured; what `internals.json` then holds. on_rows: told how many more are done.
-        verbose: let vLLM log."""
+        """`measure`, and write what was found; what `internals.json` then holds."""
+        return self._finish(self.measure(on_rows, verbose))
+
+    def measure(self, on_rows: Callable[[int], None] | None = None, verbose: bool = False) -> float:
+        """Measure what is not yet measured; the seconds that it took. on_rows: told how many more are done. verbose:
+        let vLLM log."""
         todo, begun = self._todo, time.monotonic()
         prepare_environment(verbose)
         inside = [(kind, number) for kind, number in todo if kind != ATTENTION]
@@ -189,7 +194,7 @@ class InternalsJob:
         looked_at = [number for kind, number in todo if kind == ATTENTION]
         if looked_at:
             self._attend(looked_at, on_rows, verbose)
-        return self._finish(time.monotonic() - begun if todo else 0.0)
+        return time.monotonic() - begun
 
     def _attend(self, todo: Sequence[int], on_rows: Callable[[int], None] | None, verbose: bool) -> None:
         """Take the parts through the engine, which is kept full across them."""
@@ -237,7 +242,7 @@ class InternalsJob:
 
     def _begin(self) -> None:
         """Make the folder, or make sure that what lies in it was begun with the same settings."""
-        out, settings = self.asked.out, self._settings()
+        out, settings = self.asked.out, self._settings
         path = out / RESULTS
         if path.exists() and not self.asked.resume:
             raise JobError(f"--out {out} has results already: give another folder, or --resume to go on with them")
@@ -255,6 +260,7 @@ class InternalsJob:
         out.mkdir(parents=True, exist_ok=True)
         self._write_results({})
 
+    @cached_property
     def _settings(self) -> dict[str, Any]:
         asked, tokens = self.asked, hashlib.sha256()
         for part in self._parts:
@@ -310,7 +316,7 @@ class InternalsJob:
             "template_default": self.renderer.default,
             "versions": versions(),
         }
-        value = {"settings": self._settings(), "about": about, **found}
+        value = {"settings": self._settings, "about": about, **found}
         with written_beside(self.asked.out / RESULTS) as unfinished:
             unfinished.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         return value
