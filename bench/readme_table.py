@@ -105,6 +105,24 @@ def of_host(report: dict[str, Any]) -> list[Row]:
     return [(f"host cost of probing on a GPU's backend, microseconds a step, {rows} (CPU tensors)", figure, page)]
 
 
+def of_ships(report: dict[str, Any]) -> list[Row]:
+    s, page = report["settings"], "[safety heads](bench/results/safety_heads.md)"
+    return [
+        (
+            f"transformers, a pass a head / headrift, SHIPS of {s['heads']} heads, {s['queries']} queries",
+            figures(report["loop_over_headrift"]),
+            page,
+        ),
+        ("rank correlation of their heads", f"{report['spearman_of_the_means']:.6f}", page),
+    ]
+
+
+def of_sahara(report: dict[str, Any]) -> list[Row]:
+    s, page = report["settings"], "[Sahara](bench/results/sahara.md)"
+    what = f"transformers, a pass a row / headrift, Sahara, {s['steps']} steps, {s['queries']} queries"
+    return [(what, figures(report["loop_over_headrift"]), page)]
+
+
 def measured(reports: dict[str, Any]) -> str:
     """The main table, with what was measured on what."""
     rows: list[Row] = []
@@ -126,8 +144,9 @@ def measured(reports: dict[str, Any]) -> str:
     for name in ("kernels_cpu", "kernels_cpu_avx2"):
         if name in reports:
             rows += of_kernels(reports[name], name)
-    if "host_cost" in reports:
-        rows += of_host(reports["host_cost"])
+    for name, rows_of in (("host_cost", of_host), ("safety_heads", of_ships), ("sahara", of_sahara)):
+        if name in reports:
+            rows += rows_of(reports[name])
     lines += ["", "| | measured | all of it |", "|---|---|---|"]
     lines += [f"| {what} | {figure} | {where} |" for what, figure, where in rows]
     if "scaling" in reports:
@@ -150,7 +169,7 @@ def separation(sets: list[dict[str, Any]]) -> str:
 
 def page(text: str, results: Path = RESULTS) -> str:
     """The README with its tables as the results have them."""
-    names = ("peers", "overhead", "scaling", "kernels_cpu", "kernels_cpu_avx2", "host_cost")
+    names = ("peers", "overhead", "scaling", "kernels_cpu", "kernels_cpu_avx2", "host_cost", "safety_heads", "sahara")
     paths = {name: results / f"{name}.json" for name in names}
     reports = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
     sets = json.loads((results / "sets.json").read_text(encoding="utf-8"))

@@ -25,7 +25,7 @@ QUESTIONS = (
 SYSTEMS = {
     "short": "Answer in one word.",
     "three": "You are a pirate. Never say 'ship'. Think step by step before you answer.",
-    "long": "Be kind. " * 30,
+    "long": "Be kind to everybody you meet, and say so. " * 6,
     "too_long": "Be kind to everybody. " * 120,
 }
 
@@ -155,8 +155,8 @@ def test_only_system_prompts_of_several_sentences_are_taken_apart(run):
     job, _ = run
     rows = job.table(SENTENCES).to_pylist()
     by_system = {row["system"]: row["sentence"] for row in rows}
-    assert by_system == {"three": 2, "long": 29}
-    assert len(rows) == 3 * (3 + 30)
+    assert by_system == {"three": 2, "long": 5}
+    assert len(rows) == 3 * (3 + 6)
     for row in rows:
         assert row["effect"] == pytest.approx(row["kl"] - row["kl_neutral"])
 

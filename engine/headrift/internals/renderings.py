@@ -68,16 +68,17 @@ class Renderer:
         rendered = self._chats.render(chat_messages(question, system))
         return Rendered(rendered.token_ids, rendered.regions["user"], rendered.regions["system"])
 
-    def tokens_of(self, question: str, system: str, part: Span) -> Span:
-        """Which tokens of `with_system` these characters [start, end) of the system prompt are in. PromptError as
-        there, and where the template has trimmed them away."""
+    def with_parts(self, question: str, system: str, parts: Sequence[Span]) -> tuple[Rendered, list[Span]]:
+        """`with_system`, and which of its tokens these characters [start, end) of the system prompt are in. PromptError
+        as there, and where the template has trimmed a part away."""
         rendered = self._chats.render(chat_messages(question, system))
         text, trimmed = rendered.text or "", system.strip()
         offsets = self._offsets(text)[1]
         blanks = len(system) - len(system.lstrip())
         # The text begins within the first token that overlaps it.
         begin = text.index(trimmed, offsets[rendered.regions["system"][0]][0]) - blanks
-        return _overlapping(offsets, begin + part[0], begin + part[1])
+        spans = [_overlapping(offsets, begin + start, begin + end) for start, end in parts]
+        return Rendered(rendered.token_ids, rendered.regions["user"], rendered.regions["system"]), spans
 
     def before_question(self, question: str, system: str) -> Rendered:
         """No system prompt, but its text in the user's turn, before the question."""

@@ -58,24 +58,21 @@ def without(text: str, part: Span) -> str:
 def make_drops(
     questions: Sequence[Question], system: SystemPrompt, renderer: Renderer, neutral: Neutral
 ) -> list[Drop | Reject]:
-    """Each sentence dropped for each question, by sentence; nothing for a system prompt of one sentence."""
+    """Each sentence dropped for each question, or why not; nothing for a system prompt of one sentence."""
     parts = spans(system.text)
-    if len(parts) < 2:
-        return []
     found: list[Drop | Reject] = []
-    for number, part in enumerate(parts):
-        for question in questions:
-            try:
-                whole = renderer.with_system(question.text, system.text)
-                dropped = renderer.with_system(question.text, without(system.text, part))
-                start, end = renderer.tokens_of(question.text, system.text, part)
-            except PromptError as error:
-                found.append(Reject(question.source, question.row, question.id, system.name, error.reason, str(error)))
-                continue
+    for question in questions if len(parts) > 1 else ():
+        try:
+            whole, places = renderer.with_parts(question.text, system.text, parts)
+            dropped = [renderer.with_system(question.text, without(system.text, part)) for part in parts]
+        except PromptError as error:
+            found.append(Reject(question.source, question.row, question.id, system.name, error.reason, str(error)))
+            continue
+        for number, ((start, end), part, left) in enumerate(zip(places, parts, dropped)):
             words = neutral.excerpt(end - start, question.number + _STRIDE * number, inner=number > 0)
             replaced = [*whole.token_ids[:start], *words, *whole.token_ids[end:]]
-            rows = (_row(ids) for ids in (whole.token_ids, dropped.token_ids, replaced))
-            found.append(Drop(number, system.text[part[0] : part[1]], end - start, question, *rows))
+            rows = (_row(ids) for ids in (whole.token_ids, left.token_ids, replaced))
+            found.append(Drop(number, system.text[slice(*part)], end - start, question, *rows))
     return found
 
 
