@@ -161,16 +161,12 @@ def test_only_system_prompts_of_several_sentences_are_taken_apart(run):
         assert row["effect"] == pytest.approx(row["kl"] - row["kl_neutral"])
 
 
-def test_random_weights_know_no_instruction_so_no_effect_beyond_neutral_text_is_shown(run):
-    """Planted truth: to a random model a sentence is as good as any other of its length, and so is the check.
-
-    Sentences that are repeated word for word (`long`) do differ from running text, so the three of `three` count.
-    """
+def test_neutral_text_shows_no_effect_beyond_neutral_text(run):
+    """Planted truth: in the check both texts are neutral, drawn anew for each prompt."""
     _, found = run
-    check = found["numbers"]["beyond_neutral"]["kl"][CHECK]
-    assert check["interval"][0] <= 0 <= check["interval"][1]
-    three = [row for row in found["numbers"]["sentences"] if row["system"] == "three"]
-    assert not any(row["shown"] for row in three)
+    for measure in found["numbers"]["beyond_neutral"].values():
+        low, high = measure[CHECK]["interval"]
+        assert low <= 0 <= high
 
 
 def test_a_run_goes_on_where_it_was_left(run, asked, tmp_path):

@@ -115,6 +115,9 @@ def _length(of: Analysis) -> list[str]:
     for measure, words in MEASURES.items():
         about = of.length[measure]
         system, neutral, beyond = (about[name]["spearman"] for name in ("system", "neutral", "beyond"))
+        if np.isnan(system.value):
+            found.append(f"{_capital(words)}: system prompts of one length cannot be compared by length.")
+            continue
         found.append(
             f"{_capital(words)}: with the tokens of the system prompt it goes at Spearman {in_words(system, 2)} "
             f"({verdict(system, 'longer, more', 'longer, less')}), with those of the neutral texts at "

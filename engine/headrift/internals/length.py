@@ -11,6 +11,8 @@ from headrift.internals.comparing import NEUTRAL, SYSTEM
 from headrift.internals.estimates import Figure, Floats, Prompts, pearson, spearman
 from headrift.internals.tables import MEASURES, Compared
 
+# Each ranks all rows anew.
+_DRAWS = 200
 _NO_STATSMODELS = "statsmodels is not installed: pip install 'headrift[internals]'"
 
 
@@ -38,7 +40,7 @@ def correlations(values: Floats, tokens: Floats, prompts: Prompts) -> dict[str, 
         x, y = tokens[drawn][keep], values[drawn][keep]
         return np.array([pearson(x, y), spearman(x, y)])
 
-    figures = prompts.of(both, int(there.sum()))
+    figures = prompts.of(both, int(there.sum()), _DRAWS)
     return {"pearson": figures.at(0), "spearman": figures.at(1)}
 
 
