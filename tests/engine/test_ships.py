@@ -181,6 +181,7 @@ def planted_model(tiny_model, demo_model, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow  # two engines
 def test_a_search_is_broken_off_and_taken_up_again(planted_model, oracle, tmp_path, monkeypatch):
     """`headrift heads sahara`: what is in the folder stays, and what is missing is searched."""
     monkeypatch.setattr(search, "_BLOCK_ROWS", 5 * 3)  # five heads a block
