@@ -45,12 +45,13 @@ def main(
     """Score prompts for inter-head attention instability while vLLM answers them."""
 
 
-for command in (score, gate, calibrate, report, explain, doctor, selftest, demo_model):
+COMMANDS = (
+    *(score, gate, calibrate, report, explain),
+    *(consistency, train_consistency, evaluate_consistency, internals),
+    *(doctor, selftest, demo_model),
+)
+for command in COMMANDS:
     app.command()(command)
-app.command()(consistency)
-app.command()(train_consistency)
-app.command()(evaluate_consistency)
-app.command()(internals)
 app.add_typer(heads)
 
 
