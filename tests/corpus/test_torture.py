@@ -116,9 +116,9 @@ def drawn_seed() -> int:
     return seed
 
 
-@pytest.mark.parametrize("time_of_five", range(5))
+@pytest.mark.parametrize("time_of_three", range(3))
 def test_five_random_interruptions_and_the_results_are_the_undisturbed_runs(
-    undisturbed, tmp_path, straw_model, time_of_five
+    undisturbed, tmp_path, straw_model, time_of_three
 ):
     """25 interruptions in all: SIGKILL of the parent or of the engine's process, SIGTERM once and twice."""
     seed = drawn_seed()

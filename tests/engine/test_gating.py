@@ -101,10 +101,11 @@ def submitted(gate, monkeypatch) -> list[ProbeRequest]:
     return requests
 
 
+@pytest.mark.slow  # a second engine, of plain vLLM
 def test_what_is_not_stopped_is_plain_vllms_answer_from_one_prefill(
     gate, demo_model, settings_of_tests, scheduled, monkeypatch
 ):
-    given, requests = prompts(8), submitted(gate, monkeypatch)
+    given, requests = prompts(16), submitted(gate, monkeypatch)
     gate.stops[0] = lambda result: False
     first = gate.engine._tenants
     results = list(gate.score(given))
@@ -128,7 +129,7 @@ def test_what_is_not_stopped_is_plain_vllms_answer_from_one_prefill(
         differ = np.flatnonzero(np.array(result.answer_ids) != np.array(tokens[: result.answer_tokens]))
         assert not len(differ) or gaps[differ[0]] < NEAR_TIE
     exact = sum(r.answer_ids == t[: r.answer_tokens] for r, t in zip(results, plain.token_ids, strict=True))
-    assert exact >= len(results) - 1  # near-ties are rare
+    assert exact >= len(results) - 2  # near-ties are rare
 
 
 def test_stopped_answers_end_and_have_the_same_score(gate):

@@ -145,6 +145,7 @@ def test_what_the_figures_say():
     assert max(map(len, shown.splitlines())) <= 120
 
 
+@pytest.mark.slow  # the notebook's test runs the command
 def test_an_evaluation_from_end_to_end(tiny_model, tmp_path):
     """The figures are those of the rows, and no answer is in the folder."""
     queries = tmp_path / "queries.csv"

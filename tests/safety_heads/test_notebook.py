@@ -4,8 +4,6 @@ import os
 import re
 from pathlib import Path
 
-import pytest
-
 NOTEBOOK = Path(__file__).resolve().parents[2] / "docs" / "notebooks" / "safety_heads.ipynb"
 
 
@@ -27,7 +25,6 @@ def test_it_is_committed_with_the_outputs_of_a_run_and_no_machines_paths():
     assert len(text) < 600_000
 
 
-@pytest.mark.slow
 def test_it_runs(demo_model, tmp_path):
     from nbclient import NotebookClient
 
