@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 
 from headrift import ablation
 from headrift.cli import app
+from headrift.job_folder import JobError
 from headrift.probe_requests import ProbeRequest
 from headrift.probed_engine import ProbedEngine
 from headrift.safety_heads import sahara as search
 from headrift.safety_heads import sahara_job
 from headrift.safety_heads.base import Asked
-from headrift.safety_heads.checks import JobError
 from headrift.safety_heads.job import ShipsJob
 from headrift.safety_heads.sahara import Turning, hidden_states_of, sahara
 from headrift.safety_heads.ships import IN_FLIGHT, all_heads, sampled_heads, ships

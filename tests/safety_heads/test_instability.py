@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from headrift import signal
 from headrift.cli import app
-from headrift.safety_heads.checks import JobError
+from headrift.job_folder import JobError
 from headrift.safety_heads.instability import instability
 from headrift.safety_heads.ranking import rank
 from headrift.separation import separation

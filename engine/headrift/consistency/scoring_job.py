@@ -25,17 +25,13 @@ from headrift.consistency.scoring import ANSWERS, REGIONS, keys_needed, referenc
 from headrift.consistency.wrappers import wrap
 from headrift.corpus.fingerprints import file_fingerprint, model_fingerprint, versions
 from headrift.corpus.sources import InputError
-from headrift.model_facts import read_model
+from headrift.job_folder import JobError, begun_before, new_folder, shape_of
 from headrift.preparing import load_tokenizer
 from headrift.probed_engine import ProbedEngine
 
 SUMMARY, REJECTS, _PARTS = "summary.json", "rejects.parquet", "part-*.parquet"
 # Pairs in a part: what is scored again of a run that broke off is less than two of them.
 PART = 128
-
-
-class JobError(ValueError):
-    """The job cannot be done as asked; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +69,12 @@ class ScoringJob:
 
     def __init__(self, asked: Asked) -> None:
         self.asked = asked
-        facts = read_model(asked.model)
-        if facts.layers is None or facts.heads is None:
-            raise JobError(f"--model {asked.model}: its config.json does not say how many layers and heads it has")
+        facts, layers, heads = shape_of(asked.model)
         if asked.attention_backend == "flash":
             raise JobError("attention rows are not kept with the backend 'flash': leave it at auto, or use 'triton'")
         if asked.lora is not None:
             lora.check(asked.lora, asked.model)
-        self._shape = facts.layers, facts.heads
+        self._shape = layers, heads
         texts, rejected = _texts(asked)
         room = None if facts.context is None else facts.context - max(asked.answer_tokens, asked.steps + 1)
         tokenizer = load_tokenizer(str(asked.model), False)
@@ -146,21 +140,9 @@ class ScoringJob:
     def _begin(self) -> None:
         """Make the folder, or make sure that what lies in it was begun with the same settings."""
         out, settings = self.asked.out, self._settings()
-        path = out / SUMMARY
-        if path.exists() and not self.asked.resume:
-            raise JobError(f"--out {out} has results already: give another folder, or --resume to go on with them")
-        if path.exists():
-            then = json.loads(path.read_text(encoding="utf-8"))["settings"]
-            other = [key for key in settings if then.get(key) != settings[key]]
-            if other:
-                raise JobError(
-                    f"--resume {out} was begun with another {', another '.join(other)}: ask for the same, "
-                    "or give another folder"
-                )
+        if begun_before(out / SUMMARY, settings, self.asked.resume):
             return
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise JobError(f"--out {out} is not an empty folder: give another")
-        out.mkdir(parents=True, exist_ok=True)
+        new_folder(out)
         if self.rejected:
             with written_beside(out / REJECTS) as unfinished:
                 pq.write_table(rejects_table(self.rejected), unfinished)

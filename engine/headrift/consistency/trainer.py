@@ -21,6 +21,7 @@ from headrift.consistency.generating import answers
 from headrift.consistency.pairs import Pair
 from headrift.consistency.training_data import DataAsked, batches, load
 from headrift.corpus.fingerprints import model_fingerprint, versions
+from headrift.job_folder import begun_before, new_folder
 from headrift.model_facts import read_model
 
 if TYPE_CHECKING:
@@ -134,18 +135,9 @@ class TrainingJob:
         path = out / SETTINGS
         if path.exists() and not self.asked.resume:
             raise TrainingError(f"--out {out} holds a training already: give another folder, or --resume to go on")
-        if path.exists():
-            then = json.loads(path.read_text(encoding="utf-8"))["settings"]
-            other = [key for key in settings if then.get(key) != settings[key]]
-            if other:
-                raise TrainingError(
-                    f"--resume {out} was begun with another {', another '.join(other)}: ask for the same, or give "
-                    "another folder"
-                )
+        if begun_before(path, settings, self.asked.resume, TrainingError):
             return
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise TrainingError(f"--out {out} is not an empty folder: give another")
-        out.mkdir(parents=True, exist_ok=True)
+        new_folder(out, TrainingError)
         data, held_out = self.asked.data, self.data.split
         about = {
             "model": str(data.model),

@@ -35,7 +35,7 @@ from headrift.internals.neutral import Neutral
 from headrift.internals.page import write_page
 from headrift.internals.phrases import read_rules, texts_of
 from headrift.internals.renderings import Renderer
-from headrift.model_facts import read_model
+from headrift.job_folder import JobError, begun_before, new_folder, shape_of
 from headrift.preparing import load_tokenizer
 from headrift.report.output import plain
 
@@ -54,10 +54,6 @@ _REJECTS = pa.schema(
         ("detail", pa.string()),
     ]
 )
-
-
-class JobError(ValueError):
-    """The job cannot be done as asked; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +107,8 @@ class InternalsJob:
 
     def __init__(self, asked: Asked) -> None:
         self.asked = asked
-        facts = read_model(asked.model)
-        if facts.layers is None or facts.heads is None:
-            raise JobError(f"--model {asked.model}: its config.json does not say how many layers and heads it has")
-        self._shape = facts.layers, facts.heads
+        facts, layers, heads = shape_of(asked.model)
+        self._shape = layers, heads
         self._rules = read_rules(asked.features)
         self._tokenizer = load_tokenizer(str(asked.model), False)
         room = None if facts.context is None else facts.context - asked.steps - 1
@@ -243,21 +237,9 @@ class InternalsJob:
     def _begin(self) -> None:
         """Make the folder, or make sure that what lies in it was begun with the same settings."""
         out, settings = self.asked.out, self._settings
-        path = out / RESULTS
-        if path.exists() and not self.asked.resume:
-            raise JobError(f"--out {out} has results already: give another folder, or --resume to go on with them")
-        if path.exists():
-            then = json.loads(path.read_text(encoding="utf-8"))["settings"]
-            other = [key for key in settings if then.get(key) != settings[key]]
-            if other:
-                raise JobError(
-                    f"--resume {out} was begun with another {', another '.join(other)}: ask for the same, "
-                    "or give another folder"
-                )
+        if begun_before(out / RESULTS, settings, self.asked.resume):
             return
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise JobError(f"--out {out} is not an empty folder: give another")
-        out.mkdir(parents=True, exist_ok=True)
+        new_folder(out)
         self._write_results({})
 
     @cached_property

@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 from headrift import ablation
 from headrift.beside import written_beside
 from headrift.corpus.fingerprints import model_fingerprint, versions
+from headrift.job_folder import begun_before, new_folder, shape_of
 from headrift.preparing import load_tokenizer
 from headrift.probed_engine import ProbedEngine
-from headrift.safety_heads.checks import JobError, check_backend, check_lengths, new_folder, shape_of
+from headrift.safety_heads.checks import check_backend, check_lengths
 from headrift.safety_heads.queries import CHAT, prepare, read_rows
 from headrift.safety_heads.ships import Head, all_heads, sampled_heads
 
@@ -90,17 +91,7 @@ class HeadsJob:
     def _begin(self) -> None:
         """Make the folder, or make sure that what lies in it was begun with the same settings."""
         out, settings = self.asked.out, self._settings()
-        path = out / self.json_name
-        if path.exists() and not self.asked.resume:
-            raise JobError(f"--out {out} has results already: give another folder, or --resume to go on with them")
-        if path.exists():
-            then = json.loads(path.read_text(encoding="utf-8"))["settings"]
-            other = [key for key in settings if then.get(key) != settings[key]]
-            if other:
-                raise JobError(
-                    f"--resume {out} was begun with another {', another '.join(other)}: ask for the same, "
-                    "or give another folder"
-                )
+        if begun_before(out / self.json_name, settings, self.asked.resume):
             return
         new_folder(out)
         self._folder.mkdir()

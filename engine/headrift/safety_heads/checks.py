@@ -3,22 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from headrift.model_facts import ModelFacts, read_model
+from headrift.job_folder import JobError
+from headrift.model_facts import ModelFacts
 from headrift.safety_heads.queries import Query
-
-
-class JobError(ValueError):
-    """The job cannot be done as asked; the message says why and what to do."""
-
-
-def shape_of(model: Path) -> tuple[ModelFacts, int, int]:
-    """A model's facts, layers and heads. ModelError, JobError where they cannot be told."""
-    facts = read_model(model)
-    if facts.layers is None or facts.heads is None:
-        raise JobError(f"--model {model}: its config.json does not say how many layers and heads it has")
-    return facts, facts.layers, facts.heads
 
 
 def check_backend(attention_backend: str) -> None:
@@ -35,10 +23,3 @@ def check_lengths(queries: Sequence[Query], facts: ModelFacts, tokens: int) -> N
                 f"query {query.id} has {len(query.token_ids)} tokens, and the model's context holds {facts.context}, "
                 f"{tokens} of the answer among them: leave it out"
             )
-
-
-def new_folder(out: Path) -> None:
-    """Make the folder for results. JobError where there is something in it."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise JobError(f"--out {out} is not an empty folder: give another")
-    out.mkdir(parents=True, exist_ok=True)

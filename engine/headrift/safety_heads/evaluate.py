@@ -23,6 +23,7 @@ from headrift import ablation
 from headrift.beside import written_beside
 from headrift.corpus.fingerprints import model_fingerprint, versions
 from headrift.corpus.rows import Row
+from headrift.job_folder import JobError, new_folder, shape_of
 from headrift.preparing import load_tokenizer
 from headrift.probe_requests import Finished
 from headrift.safety_heads.answering import answers, log_likelihoods
@@ -41,7 +42,7 @@ from headrift.safety_heads.arms import (
 )
 from headrift.safety_heads.bars import bars_png
 from headrift.safety_heads.base import ablating_engine
-from headrift.safety_heads.checks import JobError, check_backend, check_lengths, new_folder, shape_of
+from headrift.safety_heads.checks import check_backend, check_lengths
 from headrift.safety_heads.leading import leading_heads
 from headrift.safety_heads.queries import CHAT, prepare, read_rows
 from headrift.safety_heads.refusals import is_refusal

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from headrift.job_folder import JobError
 from headrift.safety_heads import job, sahara_job
-from headrift.safety_heads.checks import JobError
 from headrift.safety_heads.ships import Head
 
 _FILES = job.SETTINGS, sahara_job.SETTINGS

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from headrift.job_folder import JobError
 from headrift.safety_heads import job
-from headrift.safety_heads.checks import JobError
 from headrift.safety_heads.leading import found_by
 from headrift.safety_heads.ships import Head
 
