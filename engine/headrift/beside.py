@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -18,3 +20,9 @@ def written_beside(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file for people to read too, whole or not at all."""
+    with written_beside(path) as unfinished:
+        unfinished.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

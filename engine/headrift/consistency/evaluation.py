@@ -7,7 +7,6 @@ the change is drawn with the same draws.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -214,7 +213,6 @@ def _decoder(model: Any) -> Any:
 
 def write(path: Path, value: Mapping[str, Any]) -> None:
     """Write figures as JSON, whole or not at all."""
-    from headrift.beside import written_beside
+    from headrift.beside import write_json
 
-    with written_beside(path) as unfinished:
-        unfinished.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    write_json(path, value)

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from headrift.beside import written_beside
+from headrift.beside import write_json, written_beside
 from headrift.consistency import lora
 from headrift.consistency.pair_parts import record, rejects_table, schema, table_of
 from headrift.consistency.pairs import Pair, PairRenderer, PairText, RejectedPair
@@ -181,8 +181,7 @@ class ScoringJob:
         return found
 
     def _write_summary(self, value: dict[str, Any]) -> None:
-        with written_beside(self.asked.out / SUMMARY) as unfinished:
-            unfinished.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        write_json(self.asked.out / SUMMARY, value)
 
 
 def _texts(asked: Asked) -> tuple[list[PairText], list[RejectedPair]]:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headrift.beside import written_beside
+from headrift.beside import write_json, written_beside
 from headrift.consistency import hooks, lora, losses
 from headrift.consistency.generating import answers
 from headrift.consistency.pairs import Pair
@@ -125,8 +125,7 @@ class TrainingJob:
         values = [line["loss"] for line in read_losses(out)]
         ends = values[:10], values[-10:]
         found = Outcome(trainer.step, time.monotonic() - begun, *(sum(end) / max(1, len(end)) for end in ends))
-        with written_beside(out / OUTCOME) as unfinished:
-            unfinished.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
+        write_json(out / OUTCOME, asdict(found))
         return found
 
     def _begin(self) -> None:
@@ -151,9 +150,8 @@ class TrainingJob:
             "versions": versions(),
         }
         kept = {"questions": sorted(held_out.questions), "families": sorted(held_out.families)}
-        with written_beside(path) as unfinished:
-            value = {"settings": settings, "about": about, "held_out": kept, "pairs": len(self.pairs)}
-            unfinished.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        value = {"settings": settings, "about": about, "held_out": kept, "pairs": len(self.pairs)}
+        write_json(path, value)
 
     def _settings(self) -> dict[str, Any]:
         """What the losses hang on. How many steps there will be is not among it: a training can go on longer."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from headrift import ablation
-from headrift.beside import written_beside
+from headrift.beside import write_json
 from headrift.corpus.fingerprints import model_fingerprint, versions
 from headrift.job_folder import begun_before, new_folder, shape_of
 from headrift.preparing import load_tokenizer
@@ -113,8 +113,7 @@ class HeadsJob:
     def _write_json(self, found: Mapping[str, Any]) -> None:
         about = {"model": str(self.asked.model), "inputs": list(self.asked.inputs), "versions": versions()}
         value = {"settings": self._settings(), "about": about, **found}
-        with written_beside(self.asked.out / self.json_name) as unfinished:
-            unfinished.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        write_json(self.asked.out / self.json_name, value)
 
     def _title(self, what: str) -> str:
         n = len(self.queries)

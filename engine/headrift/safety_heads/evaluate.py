@@ -7,7 +7,6 @@ and no answer is kept unless that is asked for.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from headrift import ablation
-from headrift.beside import written_beside
+from headrift.beside import write_json, written_beside
 from headrift.corpus.fingerprints import model_fingerprint, versions
 from headrift.corpus.rows import Row
 from headrift.job_folder import JobError, new_folder, shape_of
@@ -193,8 +192,7 @@ class EvaluateJob:
         schema = _SCHEMA.append(pa.field("text", pa.string())) if asked.keep_completions else _SCHEMA
         with written_beside(asked.out / _ANSWERS) as unfinished:
             pq.write_table(pa.Table.from_pylist(rows, schema=schema), unfinished)
-        with written_beside(asked.out / SETTINGS) as unfinished:
-            unfinished.write_text(json.dumps(self._numbers(found), indent=1) + "\n", encoding="utf-8")
+        write_json(asked.out / SETTINGS, self._numbers(found))
         heads = ", ".join(f"{layer}:{head}" for layer, head in self.heads)
         title = f"{asked.model.name}, {self.kind}: {len(self.heads)} heads together ({heads})"
         bars_png(asked.out / _FIGURE, [arm.name for arm in found.arms], panels(found.arms), title=title)
