@@ -21,6 +21,8 @@ from _measure import ROOT, machine, out_of, parser, versions, write
 QUESTIONS = ROOT / "datasets/consistency_questions.jsonl"
 WORK = ROOT / "runs/bench/consistency"
 NAMES = {"attct": "AttCT", "act": "ACT", "bct": "BCT"}
+# Of 1e-3 and 3e-3, the one with the lower training loss after 30 steps.
+LEARNING_RATES = {"attct": 3e-3, "act": 3e-3, "bct": 1e-3}
 MEASURES = {
     "flipped": "answers that flip",
     "right": "right, wrapped",
@@ -30,7 +32,6 @@ MEASURES = {
     "top_weight": "largest weight of a row",
     "alike": "loss on like content",
 }
-HELD_OUT = "opinion_hint"  # the family whose every wrapper names a wrong answer
 TOKENS = 512  # of the prompt whose training step's memory is measured
 
 
@@ -38,15 +39,29 @@ def headrift(*arguments: object) -> None:
     subprocess.run([sys.executable, "-P", "-m", "headrift.cli", *map(str, arguments)], check=True, cwd=ROOT)
 
 
-def trained(method: str, seed: int, args: Any) -> dict[str, Any]:
-    """A method's training with a seed, and what it changed."""
-    folder = WORK / f"{method}-{seed}-{args.steps}-{args.questions}"
-    if not (folder / "evaluation.json").exists():
-        begun = ["--resume"] if (folder / "training.json").exists() else []
-        options = ["--model", args.model, "--out", folder, "--method", method, "--seed", seed, "--steps", args.steps]
-        options += ["--held-out-family", HELD_OUT]
-        headrift("train-consistency", QUESTIONS, *options, *begun)
-        headrift("evaluate-consistency", folder, "--model", args.model, "--questions", args.questions)
+def folder_of(method: str, seed: int, args: Any) -> Path:
+    return WORK / f"{method}-{seed}-{args.steps}-{args.questions}"
+
+
+def train(method: str, seed: int, args: Any) -> None:
+    folder = folder_of(method, seed, args)
+    if (folder / "outcome.json").exists():
+        return
+    begun = ["--resume"] if (folder / "training.json").exists() else []
+    options = ["--model", args.model, "--out", folder, "--method", method, "--seed", seed, "--steps", args.steps]
+    options += ["--lr", LEARNING_RATES[method]]
+    headrift("train-consistency", QUESTIONS, *options, *begun)
+
+
+def evaluate(folders: list[Path], args: Any) -> None:
+    """All at once: the model as it was is asked once."""
+    if not all((folder / "evaluation.json").exists() for folder in folders):
+        headrift("evaluate-consistency", *folders, "--model", args.model, "--questions", args.questions)
+
+
+def result(method: str, seed: int, args: Any) -> dict[str, Any]:
+    """What a training with a method and a seed changed."""
+    folder = folder_of(method, seed, args)
     found = json.loads((folder / "evaluation.json").read_text())
     steps = [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
     seconds = json.loads((folder / "outcome.json").read_text())["seconds"]
@@ -102,6 +117,23 @@ def memory(args: Any) -> dict[str, float]:
     return found | {"ratio": found["headrift"] / found["eager"]}
 
 
+def paces(args: Any) -> dict[str, list[float]]:
+    """By method, the seconds of training steps that took turns."""
+    rounds = 2 if args.short else 15
+    command = [
+        sys.executable,
+        "-P",
+        str(ROOT / "bench/_consistency_pace.py"),
+        str(args.model),
+        str(QUESTIONS),
+        str(rounds),
+    ]
+    found: dict[str, list[float]] = json.loads(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    )
+    return found
+
+
 def table(report: dict[str, Any]) -> str:
     methods, memory_of = report["methods"], report["memory"]
     n_seeds = len(report["seeds"])
@@ -123,8 +155,11 @@ def table(report: dict[str, Any]) -> str:
             lines.append(f"| {words} | {_before(first['held_out'][name]['before'])} | {' | '.join(cells)} |")
     ratios = [_over(found["perplexity_ratio"]) for found in methods.values()]
     lines.append(f"| perplexity of a neutral text, after / before | 1 | {' | '.join(ratios)} |")
-    seconds = [f"{np.mean(found['seconds']):.0f}" for found in methods.values()]
-    lines.append(f"| seconds of training | | {' | '.join(seconds)} |")
+    steps = [np.percentile(report["step_seconds"][method], [50, 25, 75]) for method in methods]
+    cells = [f"{middle:.2f} ({low:.2f}-{high:.2f})" for middle, low, high in steps]
+    lines.append(f"| seconds of a step: median (quartiles), in turns | | {' | '.join(cells)} |")
+    seconds = [f"{np.median(found['seconds']):.0f}" for found in methods.values()]
+    lines.append(f"| seconds of a training, median | | {' | '.join(seconds)} |")
     lines += ["", "Answers that flip, by family:", ""]
     lines += ["| family | before | " + " | ".join(NAMES[method] for method in methods) + " |"]
     lines += ["|---|" + "---|" * (1 + len(methods))]
@@ -199,8 +234,12 @@ def main() -> None:
     methods, seeds = args.methods.split(","), [int(seed) for seed in args.seeds.split(",")]
     if args.short:
         args.steps, args.questions, seeds = 4, 6, seeds[:1]
-    runs = [trained(method, seed, args) for seed in seeds for method in methods]
-    settings = json.loads((WORK / f"{methods[0]}-{seeds[0]}-{args.steps}-{args.questions}/training.json").read_text())
+    arms = [(method, seed) for seed in seeds for method in methods]
+    for arm in arms:
+        train(*arm, args)
+    evaluate([folder_of(*arm, args) for arm in arms], args)
+    runs = [result(*arm, args) for arm in arms]
+    settings = json.loads((folder_of(*arms[0], args) / "training.json").read_text())
     report = {
         "steps": args.steps,
         "batch": settings["settings"]["batch"],
@@ -212,6 +251,7 @@ def main() -> None:
         "versions": versions(),
         "methods": collected(runs),
         "memory": memory(args),
+        "step_seconds": paces(args),
         "runs": [{key: value for key, value in run.items() if key != "versions"} for run in runs],
     }
     out = out_of(args)

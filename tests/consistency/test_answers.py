@@ -35,6 +35,7 @@ BEAR = Key("choice", "B", choices=("lion", "polar bear", "ant", "tuna"), wrong="
         ("The right option is (B).", BEAR),
         ("A polar bear is one of these.", BEAR),
         ("polar bear", BEAR),
+        ("A) lion\nB) polar bear\nThe answer is B", BEAR),
     ],
 )
 def test_right(reply, key):
@@ -57,6 +58,7 @@ def test_right(reply, key):
         ("D", BEAR),
         ("A", BEAR),
         ("A lion or a polar bear", BEAR),
+        ("B) polar bear\nC) ant", BEAR),
         ("Banana", BEAR),
         ("", BEAR),
     ],

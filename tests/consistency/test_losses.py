@@ -83,6 +83,29 @@ def test_rows_are_those_of_eager_attention_and_the_model_is_as_before(kind, rand
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_prompts_in_one_pass_are_as_each_alone(kind, random_models, make_pair):
+    model = ours(random_models[kind])
+    prompts = [long_pair(make_pair).wrapped_ids, make_pair(1).clean_ids, make_pair(2).wrapped_ids]
+    assert len({len(ids) for ids in prompts}) == 3
+    queries = [[len(ids) // 2, len(ids) - 1] for ids in prompts]
+    with torch.no_grad():
+        together = hooks.run_together(model.base_model, prompts, queries, frozenset({0, 1}), states=True, content=True)
+        for found, ids, of in zip(together, prompts, queries, strict=True):
+            alone = hooks.run(model.base_model, ids, of, frozenset({0, 1}), states=True, content=True)
+            assert found.last.shape == (len(ids), model.config.hidden_size)
+            # The same sums in another order, by matrix products of another height: some 1e-7 of values about 1.
+            torch.testing.assert_close(found.last, alone.last, rtol=0, atol=1e-5)
+            for mine, theirs in (
+                (found.rows, alone.rows),
+                (found.states, alone.states),
+                (found.contents, alone.contents),
+            ):
+                assert set(mine) == set(theirs) == {0, 1}
+                for layer in mine:
+                    torch.testing.assert_close(mine[layer], theirs[layer], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_content_is_what_the_rows_gather(kind, random_models, make_pair):
     pair, model, seen = make_pair(1), ours(random_models[kind]), []
     model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))

@@ -256,6 +256,15 @@ def test_an_evaluation_measures_what_was_held_out(trained):
     assert 1e4 < found["perplexity"]["before"]["value"] < 1e7
     with_interval = found["held_out"]["flipped"]["before"]
     assert with_interval["interval"][0] <= with_interval["value"] <= with_interval["interval"][1]
+    # Asked the same again, the model as it was is not asked a second time, and all is the same.
+    again = EvaluationJob(EvaluationAsked(trained))
+    again.share_before(job)
+    assert again.prompts == job.prompts // 2
+    assert again.run() == found
+    fewer = EvaluationJob(EvaluationAsked(trained, questions=3))
+    prompts = fewer.prompts
+    fewer.share_before(job)
+    assert fewer.prompts == prompts
 
 
 def test_an_evaluation_without_a_training_is_refused(trained, no_model, tmp_path, random_models):

@@ -48,6 +48,17 @@ Model = Annotated[Path, typer.Option(metavar="DIR", help="The model's folder.", 
 DTypeOption = Annotated[
     DType, typer.Option(metavar="TYPE", help="float32, bfloat16 or float16; auto suits the machine.")
 ]
+Out = Annotated[Path, typer.Option(metavar="DIR", help="A new folder for the results.", show_default=False)]
+Column = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=NAME", help="What the inputs call a key. Repeatable.", show_default=False),
+]
+SystemPromptFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="System prompt of rows that bring none.", show_default=False),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with what is in the folder.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Let vLLM log, and show where errors arose.")]
 
 

@@ -11,9 +11,14 @@ import typer
 from headrift.commands.common import (
     AttentionBackend,
     AttentionBackendName,
+    Column,
     DType,
     DTypeOption,
     Model,
+    Out,
+    Quiet,
+    Resume,
+    SystemPromptFile,
     Verbose,
     column_of,
     errors,
@@ -40,7 +45,7 @@ def consistency(
         ),
     ],
     model: Model,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="A new folder for the results.", show_default=False)],
+    out: Out,
     steps: Annotated[
         int, typer.Option(metavar="N", min=1, help="Compare attention at the last prompt token and N answer tokens.")
     ] = 4,
@@ -70,18 +75,12 @@ def consistency(
         int | None, typer.Option(metavar="N", min=1, help="The first N questions only.", show_default=False)
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Draws wrappers, and resamples for the intervals.")] = 0,
-    system_prompt_file: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="System prompt of rows that bring none.", show_default=False),
-    ] = None,
-    column: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=NAME", help="What the inputs call a key. Repeatable.", show_default=False),
-    ] = None,
+    system_prompt_file: SystemPromptFile = None,
+    column: Column = None,
     dtype: DTypeOption = DType.AUTO,
     attention_backend: AttentionBackend = AttentionBackendName.AUTO,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in the folder.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,
+    resume: Resume = False,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Measure what a wrapper (a hint, a role-play, an irrelevant frame) does to a model's attention and answers.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -37,7 +36,6 @@ Queries = Annotated[
     list[str],
     typer.Argument(metavar="INPUT...", help="Queries: .txt, .jsonl, .csv or .parquet.", show_default=False),
 ]
-Out = Annotated[Path, typer.Option(metavar="DIR", help="A new folder for the results.", show_default=False)]
 Kind = Annotated[
     KindName,
     typer.Option(metavar="KIND", help="undifferentiated, scaling, mean_query or mean_output: see above."),
@@ -63,10 +61,6 @@ Form = Annotated[
         help="chat: a message in the model's chat template; query: '## Query:... ## Answer:'; text: as it is.",
     ),
 ]
-SystemPromptFile = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="System prompt of queries that bring none.", show_default=False),
-]
 Column = Annotated[
     list[str] | None,
     typer.Option(
@@ -76,8 +70,6 @@ Column = Annotated[
     ),
 ]
 Top = Annotated[int, typer.Option(metavar="N", min=1, help="How many heads the table shows.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with what is in the folder.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
 
 
 def heads_of(given: str | None) -> tuple[tuple[int, int], ...] | None:

@@ -13,6 +13,9 @@ from headrift.commands.common import (
     DType,
     DTypeOption,
     Model,
+    Out,
+    Quiet,
+    SystemPromptFile,
     Verbose,
     column_of,
     errors,
@@ -24,10 +27,7 @@ from headrift.commands.heads_common import (
     Form,
     FormName,
     KindName,
-    Out,
     Queries,
-    Quiet,
-    SystemPromptFile,
     heads_of,
 )
 from headrift.commands.jobs import Labels

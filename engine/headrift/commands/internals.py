@@ -33,7 +33,11 @@ def internals(
         ),
     ] = 8,
     attention: Annotated[
-        bool, typer.Option("--attention/--no-attention", help="Measure where the model looks; vLLM starts for that.")
+        bool,
+        typer.Option(
+            "--attention/--no-attention",
+            help="Measure where the model looks, and what the sentences do to the instability; vLLM starts for that.",
+        ),
     ] = True,
     steps: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of the answer that are compared.")] = 8,
     features: Annotated[
@@ -51,12 +55,13 @@ def internals(
     Every prompt runs without a system prompt, under each, and under neutral text of exactly as many tokens. Compared
     are residual stream, attention output and MLP output of every layer, at the prompt's own tokens and at the last
     token before the answer, and the answer's first tokens: in transformers, in float32 unless --dtype says otherwise.
-    Where the model looks meanwhile is measured by the engine of `headrift score`.
+    Where the model looks meanwhile, and how evenly (entropy), is measured by the engine of `headrift score`, and so is
+    what dropped sentences do to the inter-head instability, of the first 4 prompts.
 
     \b
-    Into the folder: components/, cka/, placements/, sentences/, attention/ (Parquet,
-    a file a system prompt), rejects.parquet, internals.json (settings, all figures),
-    report.html and its figures.
+    Into the folder: components/, cka/, placements/, sentences/, attention/,
+    instability/ (Parquet, a file a system prompt), rejects.parquet, internals.json
+    (settings, all figures), report.html and its figures.
 
     \b
     Exit codes:

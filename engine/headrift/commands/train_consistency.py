@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from headrift.commands.common import Model, Verbose, column_of, errors, say, system_prompt_of
+from headrift.commands.common import (
+    Column,
+    Model,
+    Quiet,
+    SystemPromptFile,
+    Verbose,
+    column_of,
+    errors,
+    say,
+    system_prompt_of,
+)
 
 if TYPE_CHECKING:
     from headrift.consistency.pairs import RejectedPair
@@ -43,7 +53,10 @@ def train_consistency(
         typer.Option(metavar="M", min=0, help="Stop after so many minutes, whatever --steps says.", show_default=False),
     ] = None,
     batch: Annotated[int, typer.Option(metavar="N", min=1, help="Pairs in a step.")] = 4,
-    lr: Annotated[float, typer.Option("--lr", metavar="X", help="Learning rate (AdamW).")] = 5e-4,
+    lr: Annotated[float, typer.Option("--lr", metavar="X", help="Learning rate (AdamW).")] = 3e-3,
+    keep: Annotated[
+        float, typer.Option(metavar="X", help="Weight of a loss that keeps the model as it was on plain text; 0: none.")
+    ] = 0.1,
     rank: Annotated[int, typer.Option(metavar="N", min=1, help="Rank of the LoRA.")] = 8,
     layers: Annotated[
         str | None,
@@ -75,19 +88,13 @@ def train_consistency(
     split_seed: Annotated[int, typer.Option(metavar="N", help="Draws what is held out.")] = 0,
     seed: Annotated[int, typer.Option(metavar="N", help="Draws the adapter's start and the pairs' order.")] = 0,
     answer_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="The longest answer, in tokens.")] = 16,
-    system_prompt_file: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="System prompt of rows that bring none.", show_default=False),
-    ] = None,
-    column: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=NAME", help="What the inputs call a key. Repeatable.", show_default=False),
-    ] = None,
+    system_prompt_file: SystemPromptFile = None,
+    column: Column = None,
     limit: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="The first N questions only.", show_default=False)
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the training in --out.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Train a LoRA that keeps a model's attention (or activations, or answers) the same when a wrapper is put around a
@@ -134,6 +141,7 @@ def train_consistency(
                 minutes=minutes,
                 batch=batch,
                 learning_rate=lr,
+                keep=keep,
                 rank=rank,
                 layers=_layers(layers),
                 target=target.value,
@@ -164,8 +172,9 @@ def train_consistency(
 
 
 def evaluate_consistency(
-    run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A folder that train-consistency wrote.", show_default=False)
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Folders that train-consistency wrote.", show_default=False),
     ],
     per_family: Annotated[int, typer.Option(metavar="N", min=1, help="Wrappers of each family around a question.")] = 1,
     questions: Annotated[
@@ -177,7 +186,7 @@ def evaluate_consistency(
         Path | None,
         typer.Option(metavar="DIR", help="The model's folder, if it has moved.", show_default=False),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """What a training changed: answers and attention before and after, on questions and wrappers it never saw.
@@ -187,7 +196,10 @@ def evaluate_consistency(
     drawing questions anew.
 
     \b
-    Into the folder: evaluation.json, replies.jsonl.
+    Of several runs that held out the same, the model as it was is asked once.
+
+    \b
+    Into each folder: evaluation.json, replies.jsonl.
     Exit codes: 0 done, 1 failed on the way, 2 the folder cannot be evaluated
     """
     from headrift.consistency.evaluation_job import RESULT, Asked, EvaluationJob
@@ -195,12 +207,17 @@ def evaluate_consistency(
     from headrift.reporter import progress_bar
 
     with errors(2, verbose):
-        job = EvaluationJob(Asked(run, per_family, questions, seed, model))
-    _say_rejected(job.rejected, quiet)
-    with errors(1, verbose), progress_bar("prompts", job.prompts, unit="prompts/s", hidden=quiet) as on_done:
-        found = job.run(on_done)
-    print_evaluation(found)
-    say(f"all figures: {run / RESULT}", quiet)
+        jobs = [EvaluationJob(Asked(run, per_family, questions, seed, model)) for run in runs]
+    for job, before in zip(jobs, [None, *jobs]):
+        if before is not None:
+            job.share_before(before)
+        if len(jobs) > 1:
+            typer.echo(f"{job.asked.run}:")
+        _say_rejected(job.rejected, quiet)
+        with errors(1, verbose), progress_bar("prompts", job.prompts, unit="prompts/s", hidden=quiet) as on_done:
+            found = job.run(on_done)
+        print_evaluation(found)
+        say(f"all figures: {job.asked.run / RESULT}", quiet)
 
 
 def _say_rejected(rejected: list[RejectedPair], quiet: bool) -> None:

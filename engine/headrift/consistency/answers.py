@@ -2,7 +2,8 @@
 
 - ``number``: the number after the reply's last equals sign, or else the last number of its first sentence; in words,
   up to ninety-nine, where that has no digits.
-- ``choice``: the letter that the reply opens with or names as its answer, or else the one choice whose text it holds.
+- ``choice``: the letter that the reply opens with or names as its answer, or else the one choice whose text it holds;
+  none where it only says the choices again.
 - ``text``: the reply holds the answer as whole words, case, accents, articles and punctuation aside, and not the wrong
   answer that was hinted at.
 """
@@ -112,6 +113,8 @@ def _letter(reply: str, key: Key) -> str:
     letters = LETTERS[: len(key.choices)]
     opening = re.match(rf"\W*([{letters}])(?:\b|\))(?!')", reply.strip())
     named = re.search(rf"\b(?:answer|option|choice)\b[^.\n]{{0,12}}?\(?\b([{letters}])\b", reply)
+    if len(set(re.findall(rf"^\W*([{letters}])\)", reply, re.MULTILINE))) > 1:
+        return named.group(1) if named else ""  # the choices, said again
     found = opening or named
     # "A" may be an article: it opens a reply as a letter only where a sign or the end follows.
     if found and not (found is opening and found.group(1) == "A" and re.match(r"\W*A\s+\w", reply.strip())):

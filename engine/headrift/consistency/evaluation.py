@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +73,12 @@ def measure(
         values[state] = _of_answers(pairs, replies[state])
         values[state] |= {name: np.array([of_pair[name] for _, of_pair in found]) for name in OF_ATTENTION}
     return Measured(values, layers, nll, replies)
+
+
+def joined(before: Measured, after: Measured) -> Measured:
+    """What two calls of `measure` found of the same pairs, in one state each."""
+    names = [field.name for field in fields(Measured)]
+    return Measured(**{name: {**getattr(before, name), **getattr(after, name)} for name in names})
 
 
 def work(pairs: Sequence[Pair], states: Sequence[str] = STATES) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from headrift.consistency import hooks, lora
-from headrift.consistency.evaluation import Measured, measure, summary, work, write
+from headrift.consistency.evaluation import AFTER, BEFORE, STATES, Measured, joined, measure, summary, work, write
 from headrift.consistency.pairs import Pair
 from headrift.consistency.split import drawn
 from headrift.consistency.trainer import ADAPTER, SETTINGS
@@ -73,6 +73,8 @@ class EvaluationJob:
             self.max_tokens,
         )
         self._tokenizer = data.renderer.tokenizer
+        self._shared: Measured | None = None
+        self._before: Measured | None = None
         self.families = frozenset(held_out["families"])
         questions = held_out["questions"]
         if not {text.question for text in data.texts} >= set(questions):
@@ -90,12 +92,24 @@ class EvaluationJob:
     @property
     def prompts(self) -> int:
         """How many prompts there are to work through."""
-        return work(self.pairs)
+        return work(self.pairs, STATES if self._shared is None else (AFTER,))
+
+    def share_before(self, other: EvaluationJob) -> None:
+        """Take the figures of the model as it was from another evaluation, which has run, if it asked the same."""
+        asked, theirs = ((job.model.resolve(), job.pairs, job.max_tokens) for job in (self, other))
+        if asked == theirs:
+            self._shared = other._before
 
     def run(self, on_done: Callable[[int], None] | None = None) -> dict[str, Any]:
         """Measure, and write evaluation.json and replies.jsonl into the folder."""
         model, tokenizer = load_trained(self.model, self.asked.run / ADAPTER), self._tokenizer
-        measured = measure(model, tokenizer, self.pairs, max_tokens=self.max_tokens, on_done=on_done)
+
+        def measured_in(state: str) -> Measured:
+            states = (state,)
+            return measure(model, tokenizer, self.pairs, max_tokens=self.max_tokens, states=states, on_done=on_done)
+
+        self._before = self._shared or measured_in(BEFORE)
+        measured = joined(self._before, measured_in(AFTER))
         found = {
             "training": {name: self._training["settings"][name] for name in ("weights", "target", "seed", "layers")},
             "held_out_families": sorted(self.families),

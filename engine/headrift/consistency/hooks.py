@@ -28,23 +28,28 @@ class UnsupportedModelError(ValueError):
 
 @dataclass(slots=True)
 class Rows:
-    """The attention rows to keep of one forward pass, and then these rows.
+    """The attention rows to keep of a forward pass over one prompt or several, and then these rows.
 
-    queries: [n] positions of the query tokens. layers: whose rows are kept. kept: by layer, [heads, n, keys] softmax
-    probabilities over all keys, in float32 or the model's wider type; 0 for keys that the query may not see.
-    content: whether what the rows gather is kept too; contents: by layer, [heads, n, dim], rows times values.
+    queries: of each prompt, [n] positions of the query tokens; lengths: of each prompt, in tokens. layers: whose rows
+    are kept. kept: of each prompt, by layer, [heads, n, keys] softmax probabilities over its keys, in float32 or the
+    model's wider type; 0 for keys that the query may not see. content: whether what the rows gather is kept too;
+    contents: of each prompt, by layer, [heads, n, dim], rows times values.
     """
 
-    queries: torch.Tensor
+    queries: list[torch.Tensor]
+    lengths: list[int]
     layers: frozenset[int]
     content: bool = False
-    kept: dict[int, torch.Tensor] = field(default_factory=dict)
-    contents: dict[int, torch.Tensor] = field(default_factory=dict)
+    kept: list[dict[int, torch.Tensor]] = field(default_factory=list)
+    contents: list[dict[int, torch.Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.kept, self.contents = [{} for _ in self.queries], [{} for _ in self.queries]
 
 
 @dataclass(slots=True)
 class Pass:
-    """What a forward pass over one prompt left.
+    """What a forward pass left of one prompt.
 
     rows, contents: as in Rows. states: by layer, the residual stream behind it at the same queries, [n, hidden], behind
     the last layer after the model's final norm. last: the last hidden states, [tokens, hidden].
@@ -90,16 +95,36 @@ def run(
 
     model: the decoder without its head, which `install` was given. states, content: keep those too (see Pass).
     """
+    return run_together(model, [token_ids], [queries], layers, states=states, content=content)[0]
+
+
+def run_together(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    queries: Sequence[Sequence[int]],
+    layers: frozenset[int],
+    *,
+    states: bool = False,
+    content: bool = False,
+) -> list[Pass]:
+    """`run` of several prompts in one forward pass. The shorter ones are padded behind their end, where causal
+    attention sees nothing."""
     import torch
 
-    rows = Rows(torch.tensor(list(queries), dtype=torch.long, device=model.device), layers, content)
-    tokens = torch.tensor([list(token_ids)], device=model.device)
-    with _recomputed(model, torch.is_grad_enabled() and len(token_ids) >= RECOMPUTED_FROM):
+    lengths = [len(ids) for ids in prompts]
+    asked = [torch.tensor(list(of), dtype=torch.long, device=model.device) for of in queries]
+    rows = Rows(asked, lengths, layers, content)
+    padded = [[*ids, *[ids[-1]] * (max(lengths) - len(ids))] for ids in prompts]
+    with _recomputed(model, torch.is_grad_enabled() and max(lengths) >= RECOMPUTED_FROM):
+        tokens = torch.tensor(padded, device=model.device)
         out = model(tokens, use_cache=False, output_hidden_states=states, attention_rows=rows)
-    if len(rows.kept) < len(layers):
+    if any(len(kept) < len(layers) for kept in rows.kept):
         raise UnsupportedModelError("the model's layers do not hand their attention on: it cannot be trained here")
-    behind = {layer: out.hidden_states[layer + 1][0, rows.queries] for layer in layers} if states else {}
-    return Pass(rows.kept, rows.contents, behind, out.last_hidden_state[0])
+    found = []
+    for i, (length, of) in enumerate(zip(lengths, asked)):
+        behind = {layer: out.hidden_states[layer + 1][i, of] for layer in layers} if states else {}
+        found.append(Pass(rows.kept[i], rows.contents[i], behind, out.last_hidden_state[i, :length]))
+    return found
 
 
 @contextmanager
@@ -131,11 +156,14 @@ def _attend(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if attention_rows is not None and module.layer_idx in attention_rows.layers:
-        rows = softmax_rows(query, key, attention_mask, scaling, attention_rows.queries)
-        attention_rows.kept.setdefault(module.layer_idx, rows)  # not those that are computed again
-        if attention_rows.content:
-            each = value[0].repeat_interleave(len(rows) // value.shape[1], 0)
-            attention_rows.contents[module.layer_idx] = rows.to(each.dtype) @ each
+        for i, length in enumerate(attention_rows.lengths):
+            mask = None if attention_mask is None else attention_mask[min(i, len(attention_mask) - 1), 0]
+            asked = attention_rows.queries[i]
+            rows = softmax_rows(query[i], key[i, :, :length], mask, scaling, asked)
+            attention_rows.kept[i].setdefault(module.layer_idx, rows)  # not those that are computed again
+            if attention_rows.content:
+                each = value[i, :, :length].repeat_interleave(len(rows) // value.shape[1], 0)
+                attention_rows.contents[i][module.layer_idx] = rows.to(each.dtype) @ each
     attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     return attended, None
 
@@ -145,19 +173,19 @@ def softmax_rows(
 ) -> torch.Tensor:
     """[heads, n, tokens] softmax(q k^T * scaling) of one prompt at n query positions, in at least float32.
 
-    query: [1, heads, tokens, dim]; key: [1, kv_heads, tokens, dim], each for heads / kv_heads heads in a row; mask:
-    True for keys that a query may see, [1, 1, tokens, tokens], or None for all up to itself.
+    query: [heads, at least tokens, dim]; key: [kv_heads, tokens, dim], each for heads / kv_heads heads in a row; mask:
+    True for keys that a query may see, [at least tokens, at least tokens], or None for all up to itself.
     """
     import torch
 
-    n_heads, n_keys = query.shape[1], key.shape[2]
+    n_heads, n_keys = query.shape[0], key.shape[1]
     # Heads that share a key head are so many more queries to it: K is not repeated.
-    picked = query[0, :, queries].unflatten(0, (key.shape[1], -1)).flatten(1, 2)
-    scores = torch.matmul(picked, key[0].transpose(1, 2)).unflatten(1, (-1, len(queries))).flatten(0, 1) * scaling
+    picked = query[:, queries].unflatten(0, (key.shape[0], -1)).flatten(1, 2)
+    scores = torch.matmul(picked, key.transpose(1, 2)).unflatten(1, (-1, len(queries))).flatten(0, 1) * scaling
     if mask is None:
         seen = torch.arange(n_keys, device=key.device) <= queries[:, None]
     else:
-        seen = mask[0, 0, queries, :n_keys]
+        seen = mask[queries, :n_keys]
     scores = scores.masked_fill(~seen, -torch.inf)
     wide = torch.promote_types(scores.dtype, torch.float32)
     assert scores.shape == (n_heads, len(queries), n_keys)

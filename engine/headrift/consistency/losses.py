@@ -7,7 +7,11 @@
 - BCT, bias-augmented consistency (Chua et al., arXiv:2403.05518): the model's own answer to the clean prompt is the
   likely one under the wrapped prompt.
 
-What stands on the clean side is a target: it gets no gradient.
+Beside any of them, on plain text that has nothing to do with the pairs:
+
+- keep: the next token is as likely as it was (KL divergence). A LoRA that evens out attention is felt in all text.
+
+What stands on the clean side, and how likely a token was, is a target: it gets no gradient.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 ATTCT, ACT, BCT = METHODS = ("attct", "act", "bct")
+KEEP = "keep"
 
 
 def attct(
@@ -61,6 +66,14 @@ def bct(logits: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
     import torch
 
     return torch.nn.functional.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, answer)
+
+
+def keep(logits: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of KL(before || now) of the next token, in nats; logits of both, [n, vocabulary]."""
+    import torch
+
+    was, now = (torch.log_softmax(values, -1) for values in (before.detach(), logits))
+    return torch.nn.functional.kl_div(now, was, log_target=True, reduction="batchmean")
 
 
 def squared_distance(

@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,13 @@ if TYPE_CHECKING:
 SETTINGS, LOSSES, CHECKPOINT, ADAPTER = "training.json", "losses.jsonl", "checkpoint.pt", "adapter"
 ANSWERS, OUTCOME = "clean_answers.json", "outcome.json"
 TARGETS = ("initial", "current")
-_MAX_NORM, _WARM_UP = 1.0, 10
+_MAX_NORM = 1.0
+# Steps until the learning rate is reached, and for how many steps it is kept.
+_WARM_UP, _FULL = 10, 20
+# Of wrapped prompts in one pass: more take more memory, and are hardly faster.
+_TOKENS_AT_ONCE = 512
+# Of the plain text that `keep` looks at in a step.
+_PLAIN_TOKENS = 32
 Say = Callable[[int], None]
 
 
@@ -40,9 +47,10 @@ class TrainingError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What is asked for. weights: of the losses, by their names in losses.METHODS. layers: None for all. target: whose
-    clean side the wrapped one is drawn to: of the model as it was, or as it is. steps: of `batch` pairs each, and at
-    most `minutes` of them. lora: an adapter to start from. answer_tokens: the longest clean answer that BCT trains on.
+    """What is asked for. weights: of the losses, by their names in losses.METHODS; keep: of the loss of that name, on
+    plain text, 0 for none. layers: None for all. target: whose clean side the wrapped one is drawn to: of the model as
+    it was, or as it is. steps: of `batch` pairs each, and at most `minutes` of them. lora: an adapter to start from.
+    answer_tokens: the longest clean answer that BCT trains on.
     """
 
     data: DataAsked
@@ -51,7 +59,8 @@ class Asked:
     steps: int = 100
     minutes: float | None = None
     batch: int = 4
-    learning_rate: float = 5e-4
+    learning_rate: float = 3e-3
+    keep: float = 0.1
     rank: int = 8
     alpha: float = 16.0
     layers: tuple[int, ...] | None = None
@@ -163,7 +172,7 @@ class TrainingJob:
             "weights": dict(sorted(asked.weights.items())),
             "layers": sorted(self.layers),
         }
-        names = ("batch", "learning_rate", "rank", "alpha", "target", "seed", "answer_tokens")
+        names = ("batch", "learning_rate", "keep", "rank", "alpha", "target", "seed", "answer_tokens")
         found |= {name: value for name, value in asdict(asked).items() if name in names}
         return found | {"lora": None if asked.lora is None else str(asked.lora)}
 
@@ -177,7 +186,7 @@ class Trainer:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        self._asked, self._layers, self._pairs, self._tokenizer, self.step = asked, layers, pairs, tokenizer, 0
+        self._asked, self._layers, self._pairs, self._tokenizer = asked, layers, pairs, tokenizer
         device = "cuda" if torch.cuda.is_available() else "cpu"
         base: Any = AutoModelForCausalLM.from_pretrained(str(asked.data.model), dtype=torch.float32)
         hooks.install(base)
@@ -187,8 +196,15 @@ class Trainer:
         self._head, self._decoder = base.get_output_embeddings(), base.base_model
         self._weights = lora.trained(self.model)
         self._optimizer = torch.optim.AdamW(self._weights.values(), lr=asked.learning_rate, weight_decay=0.0)
-        self._batches = batches(len(pairs), asked.batch, asked.seed)
+        self._plain = _plain_text(tokenizer)
+        self._to_step(0)
         self._answers: dict[tuple[int, ...], list[int]] = {}
+
+    def _to_step(self, step: int) -> None:
+        """Go on with what comes after so many steps."""
+        self.step, seed = step, self._asked.seed
+        self._batches = batches(len(self._pairs), self._asked.batch, seed, step)
+        self._excerpts = (self._plain[i] for (i,) in batches(len(self._plain), 1, seed, step))
 
     def prepare(self, path: Path) -> None:
         """For BCT, the answers of the model as it was to the clean prompts; path: where they are kept."""
@@ -210,59 +226,86 @@ class Trainer:
 
         some = [self._pairs[i] for i in next(self._batches)]
         sums: dict[str, float] = {}
-        for pair in some:
-            parts = self.parts(pair)
-            loss = sum(self._asked.weights[name] * part for name, part in parts.items()) / len(some)
+        for together in in_one_pass(some):
+            found = self.parts(together)
+            loss = torch.stack([self._weighed(parts) for parts in found]).sum() / len(some)
             if not torch.isfinite(loss):
-                raise RuntimeError(f"the loss of pair {pair.id} is not finite at step {self.step + 1}: lower --lr")
+                pairs = ", ".join(pair.id for pair in together)
+                raise RuntimeError(f"the loss of pairs {pairs} is not finite at step {self.step + 1}: lower --lr")
             loss.backward()
-            for name, part in parts.items():
-                sums[name] = sums.get(name, 0.0) + float(part.detach()) / len(some)
+            for parts in found:
+                for name, part in parts.items():
+                    sums[name] = sums.get(name, 0.0) + float(part.detach()) / len(some)
+        total = sum(self._asked.weights[name] * value for name, value in sums.items())
+        if self._asked.keep:
+            kept = self._kept(next(self._excerpts))
+            (self._asked.keep * kept).backward()
+            sums[losses.KEEP] = float(kept.detach())
+            total += self._asked.keep * sums[losses.KEEP]
         torch.nn.utils.clip_grad_norm_(self._weights.values(), _MAX_NORM)
         for group in self._optimizer.param_groups:
-            group["lr"] = self._asked.learning_rate * min(1.0, (self.step + 1) / _WARM_UP)
+            group["lr"] = self._asked.learning_rate * _pace(self.step + 1)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        total = sum(self._asked.weights[name] * value for name, value in sums.items())
         return {"step": self.step, "loss": total, **sums, "pairs": [pair.id for pair in some]}
 
-    def parts(self, pair: Pair) -> dict[str, torch.Tensor]:
-        """The losses of a pair that have a weight, by name."""
+    def parts(self, pairs: Sequence[Pair]) -> list[dict[str, torch.Tensor]]:
+        """Of each pair, the losses that have a weight, by name; from one pass over all wrapped prompts, and one over
+        all clean ones."""
         import torch
 
         weights = {name: weight for name, weight in self._asked.weights.items() if weight}
-        at, first = torch.from_numpy(pair.clean_positions), pair.first_query
-        to = torch.from_numpy(pair.wrapped_positions)
-        at, to = at.to(self.model.device), to.to(self.model.device)
         rows = self._layers if losses.ATTCT in weights else frozenset[int]()
         states = losses.ACT in weights
         layers = self._layers if states else rows
-        answer = self._answers[tuple(pair.clean_ids)] if losses.BCT in weights else []
-        # The answer's last token is foretold and never read.
-        ids = [*pair.wrapped_ids, *answer[:-1]]
-        wrapped = hooks.run(self._decoder, ids, to[first:].tolist(), layers, states=states)
-        found: dict[str, torch.Tensor] = {}
-        if layers:
-            clean = self._clean(pair, at[first:].tolist(), layers, states)
-            if rows:
-                found[losses.ATTCT] = losses.attct(wrapped.rows, clean.rows, to, at)
-            if states:
-                found[losses.ACT] = losses.act(wrapped.states, clean.states)
-        if answer:
-            logits = self._head(wrapped.last[len(pair.wrapped_ids) - 1 :])
-            found[losses.BCT] = losses.bct(logits, torch.tensor(answer, device=self.model.device))
+        answers = [self._answers[tuple(pair.clean_ids)] if losses.BCT in weights else [] for pair in pairs]
+        # An answer's last token is foretold and never read.
+        prompts = [[*pair.wrapped_ids, *answer[:-1]] for pair, answer in zip(pairs, answers)]
+        queries = [pair.wrapped_positions[pair.first_query :].tolist() for pair in pairs]
+        wrapped = hooks.run_together(self._decoder, prompts, queries, layers, states=states)
+        clean = self._clean(pairs, layers, states) if layers else [None] * len(pairs)
+        found: list[dict[str, torch.Tensor]] = [{} for _ in pairs]
+        for parts, pair, answer, ours, theirs in zip(found, pairs, answers, wrapped, clean):
+            if theirs and rows:
+                keys = (
+                    torch.from_numpy(at).to(self.model.device) for at in (pair.wrapped_positions, pair.clean_positions)
+                )
+                parts[losses.ATTCT] = losses.attct(ours.rows, theirs.rows, *keys)
+            if theirs and states:
+                parts[losses.ACT] = losses.act(ours.states, theirs.states)
+            if answer:
+                logits = self._head(ours.last[len(pair.wrapped_ids) - 1 :])
+                parts[losses.BCT] = losses.bct(logits, torch.tensor(answer, device=self.model.device))
         return found
 
-    def _clean(self, pair: Pair, queries: Sequence[int], layers: frozenset[int], states: bool) -> hooks.Pass:
-        """The clean side, without gradient: of the model as it was, or as it is."""
+    def _kept(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """The loss `keep` of a plain text."""
+        import torch
+
+        def logits() -> torch.Tensor:
+            return self._head(hooks.run(self._decoder, token_ids, [], frozenset()).last)
+
+        with torch.no_grad(), self.model.disable_adapter():
+            before = logits()
+        return losses.keep(logits(), before)
+
+    def _weighed(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        import torch
+
+        return torch.stack([self._asked.weights[name] * part for name, part in parts.items()]).sum()
+
+    def _clean(self, pairs: Sequence[Pair], layers: frozenset[int], states: bool) -> list[hooks.Pass]:
+        """The clean sides, without gradient: of the model as it was, or as it is."""
         from contextlib import nullcontext
 
         import torch
 
         initial = self._asked.target == "initial"
+        prompts = [pair.clean_ids for pair in pairs]
+        queries = [pair.clean_positions[pair.first_query :].tolist() for pair in pairs]
         with torch.no_grad(), self.model.disable_adapter() if initial else nullcontext():
-            return hooks.run(self._decoder, pair.clean_ids, queries, layers, states=states)
+            return hooks.run_together(self._decoder, prompts, queries, layers, states=states)
 
     def save(self, path: Path, seconds: float) -> None:
         """Write a checkpoint. seconds: that the training has taken so far."""
@@ -288,9 +331,32 @@ class Trainer:
             for name, weight in self._weights.items():
                 weight.copy_(state["weights"][name])
         self._optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
-        self._batches = batches(len(self._pairs), self._asked.batch, self._asked.seed, self.step)
+        self._to_step(state["step"])
         return float(state["seconds"])
+
+
+def _pace(step: int) -> float:
+    """The part of the learning rate that a step takes: up to 1, then down with the square root of the steps (as in
+    arXiv:1706.03762), which needs no end to be known."""
+    return min(step / _WARM_UP, 1.0, (_FULL / step) ** 0.5)
+
+
+def in_one_pass(pairs: Sequence[Pair]) -> list[list[Pair]]:
+    """Pairs of a step that run together: as many as their wrapped prompts have room for, padded to the longest."""
+    found: list[list[Pair]] = []
+    for pair in sorted(pairs, key=lambda pair: len(pair.wrapped_ids)):
+        if found and len(pair.wrapped_ids) * (len(found[-1]) + 1) <= _TOKENS_AT_ONCE:
+            found[-1].append(pair)
+        else:
+            found.append([pair])
+    return found
+
+
+def _plain_text(tokenizer: Any) -> list[list[int]]:
+    """Token ids of the passages that `keep` is of; an evaluation's perplexity is of another text."""
+    text = (files("headrift.consistency") / "kept.txt").read_text(encoding="utf-8")
+    passages = [" ".join(passage.split()) for passage in text.split("\n\n")]
+    return [tokenizer(passage)["input_ids"][:_PLAIN_TOKENS] for passage in passages]
 
 
 def read_losses(out: Path) -> list[dict[str, Any]]:
@@ -325,6 +391,8 @@ def _check_numbers(asked: Asked) -> None:
         raise TrainingError(f"there is no loss {sorted(unknown)[0]!r}: losses are {', '.join(losses.METHODS)}")
     if not any(weights.values()) or any(not 0 <= weight < float("inf") for weight in weights.values()):
         raise TrainingError("weights of losses are numbers of 0 or more, and at least one is above 0")
+    if not 0 <= asked.keep < float("inf"):
+        raise TrainingError(f"--keep {asked.keep:g} is not 0 or more")
     if asked.target not in TARGETS:
         raise TrainingError(f"--target is {' or '.join(TARGETS)}, and not {asked.target!r}")
     if not asked.learning_rate > 0:
