@@ -83,7 +83,9 @@ def keys_attended(first: int, tokens: int) -> int:
     return tokens * first + tokens * (tokens + 1) // 2
 
 
-def recorded_bytes_bound(steps: int, layers: int, heads: int) -> int:
+def recorded_bytes_bound(steps: int, layers: int, heads: int, entropy: bool = False) -> int:
     """The most that may leave the device for a prompt, of steps 0..N: shares of all heads at each, the masses of two
-    regions at step 0, 16 bytes a step (its next-token statistics), and 1 KiB."""
-    return (steps + 1) * layers * heads * 4 + layers * heads * 8 + 16 * steps + 1024
+    regions at step 0, 16 bytes a step (its next-token statistics), and 1 KiB. entropy: and as many entropies as
+    shares."""
+    shares = (steps + 1) * layers * heads * 4
+    return shares * (2 if entropy else 1) + layers * heads * 8 + 16 * steps + 1024

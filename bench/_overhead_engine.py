@@ -76,7 +76,7 @@ class Probed:
 
         settings = dict(settings)
         self._engine = ProbedEngine(settings.pop("model"), attention_backend=attention, engine_args=settings, **options)
-        self._probed = probed
+        self._asked = {"probed": probed, "row_entropy": self._engine.row_entropy}
         self.llm_engine = self._engine.llm_engine
         self.bytes_out = 0
         self._ask = self.llm_engine.collective_rpc
@@ -95,7 +95,7 @@ class Probed:
         order = []
         for prompt in prompts:
             regions = {name: tuple(prompt["regions"][name]) for name in engine.regions if name in prompt["regions"]}
-            request = ProbeRequest(prompt["ids"], regions, steps, ignore_eos=True, probed=self._probed)
+            request = ProbeRequest(prompt["ids"], regions, steps, ignore_eos=True, **self._asked)
             order.append(engine.submit(request))
         found, waiting = {}, []
         while engine.running:

@@ -1,12 +1,12 @@
-"""What probing costs over decoding without it: plain vLLM, headrift idle, probing, probing with logit statistics.
+"""What probing costs over decoding without it: plain vLLM, headrift idle, probing, with logit statistics or entropy.
 
     python bench/overhead.py [--pairs 20] [--short] [--gpu] [--model DIR]
 
 Each arm is an engine in a process of its own, with identical settings, stopped while another works. `plain`: vLLM
-with no plugin loaded. `idle`: headrift's engine, requests that are not measured. `probing`, `logits`: measured, the
-second with next-token statistics. `headrift as it comes`: probing, with the norms that headrift takes on a CPU, the one
-arm with another setting. (Attention entropy is no arm: the engine does not take it yet.) All arms answer the same token
-ids with the same number of tokens (`ignore_eos`). The prompts are in the prefix cache, so that what is timed is
+with no plugin loaded. `idle`: headrift's engine, requests that are not measured. `probing`, `logits`, `entropy`:
+measured, the second with next-token statistics, the third with the entropy of each head's attention. `headrift as it
+comes`: probing, with the norms that headrift takes on a CPU, the one arm with another setting. All arms answer the same
+token ids with the same number of tokens (`ignore_eos`). The prompts are in the prefix cache, so that what is timed is
 decoding, the last tokens of each prompt and, where there are any, the drains: the case in which probing weighs most.
 
 Arms take turns (idle, plain, probing, logits), mirrored every other time, so that what drifts on the machine falls to
@@ -49,8 +49,8 @@ KV_ROOM = 1.25  # of what the cases' prompts and answers take
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """An engine to start. kind: plain, idle, probing or logits. attention: for plain vLLM's backend, else ours.
-    as_it_comes: with headrift's own settings where these are faster, and not with vLLM's."""
+    """An engine to start. kind: plain, idle, probing, logits or entropy. attention: for plain vLLM's backend, else
+    ours. as_it_comes: with headrift's own settings where these are faster, and not with vLLM's."""
 
     kind: str
     attention: str = "auto"
@@ -98,11 +98,13 @@ CASES = (
     Case("context 4,000, shared prefix", context=4000, shared=True),
     Case("40 steps", steps=40),
     Case("2 regions, the fewest there are", arms=(PLAIN, "probing, 2 regions")),
+    Case("attention entropy", arms=(PLAIN, "entropy")),
 )
 SHORT_CASES = (
     Case("batch 4, context 200", 4, 200, 4, arms=ALL),
     Case("batch 16, context 100", 16, 100, 4),
     Case("2 regions, the fewest there are", 4, 200, 4, arms=(PLAIN, "probing, 2 regions")),
+    Case("attention entropy", 4, 200, 4, arms=(PLAIN, "entropy")),
 )
 CPU_ARMS = {
     PLAIN: Arm(PLAIN),
@@ -111,6 +113,7 @@ CPU_ARMS = {
     "idle": Arm("idle"),
     "headrift as it comes": Arm("probing", as_it_comes=True),
     "probing, 2 regions": Arm("probing", regions=FEWEST_REGIONS),
+    "entropy": Arm("entropy"),
 }
 GPU_ARMS = {
     "plain, FlashAttention": Arm(PLAIN, "FLASH_ATTN"),
@@ -121,6 +124,7 @@ GPU_ARMS = {
     "logits": Arm("logits", "triton"),
     "idle": Arm("idle", "triton"),
     "probing, 2 regions": Arm("probing", "triton", FEWEST_REGIONS),
+    "entropy": Arm("entropy", "triton"),
 }
 
 
@@ -179,7 +183,8 @@ def start(arm: Arm, settings: dict[str, Any], steps: int, processes: ExitStack, 
     if arm.kind == PLAIN:
         backend = {} if arm.attention == "auto" else {"attention_backend": arm.attention}
         return child, child.ask("start", kind=PLAIN, settings=settings | backend)
-    options = {"regions": arm.regions, "steps": steps, "logit_stats": arm.kind == "logits"}
+    wanted = {"logit_stats": arm.kind == "logits", "row_entropy": arm.kind == "entropy"}
+    options = {"regions": arm.regions, "steps": steps, **wanted}
     probed = arm.kind != "idle"
     if arm.as_it_comes:
         settings = {name: value for name, value in settings.items() if name != "ir_op_priority"}
@@ -248,7 +253,7 @@ def judged(case: dict[str, Any], plain_arms: list[str], shapes: Shapes) -> dict[
                 if plain != name and name not in plain_arms
             },
         }
-    bound = recorded_bytes_bound(case["steps"], shapes.layers, shapes.heads)
+    bound = recorded_bytes_bound(case["steps"], shapes.layers, shapes.heads, entropy="entropy" in found)
     return {"arms": found, "bytes_bound": bound}
 
 
@@ -279,7 +284,6 @@ def table(report: dict[str, Any]) -> str:
     lines += ["", f"Answers equal to plain vLLM's, token for token: {worst:.0%} of a case's prompts or more."]
     idle = max(max(of["idle_cpu_seconds"]) for case in report["cases"] for of in case["samples"].values())
     lines += [f"CPU time that an engine took while the others had their turns: {1e3 * idle:.0f} ms at most."]
-    lines += ["Attention entropy is not an arm: the engine does not take it yet."]
     if report["gpu"]:
         lines += ["**Never run before on a GPU**: read the arms' settings in the JSON before you believe a figure."]
     return "\n".join([*lines, ""])
@@ -304,7 +308,6 @@ def main() -> None:
         "gpu": args.gpu,
         "pairs": pairs,
         "settings": settings | {"model": args.model.name},
-        "not_measured": {"attention entropy": "the engine does not take it yet"},
         "engines": {},
         "cases": [],
     }

@@ -116,6 +116,7 @@ class Rules:
     vocabulary: int
     max_model_len: int
     answer_tokens: int
+    attention_entropy: bool = False
 
 
 class Preparer:
@@ -154,7 +155,12 @@ class Preparer:
         except PromptError as error:
             return Rejected(index, name, error.reason, str(error))
         request = ProbeRequest(
-            rendered.token_ids, rendered.regions, rules.steps, answer_ids, answer_tokens=rules.answer_tokens
+            rendered.token_ids,
+            rendered.regions,
+            rules.steps,
+            answer_ids,
+            answer_tokens=rules.answer_tokens,
+            row_entropy=rules.attention_entropy,
         )
         return Prepared(index, prompt.id, rendered, request, *_digests(rendered, answer_ids))
 

@@ -25,8 +25,8 @@ class ProbeRequest:
     token, as the language-model head reads it, as number so, which no other request in flight has. rows_as: keep the
     attention rows of all heads at the recorded steps as reference number so; rows_against: record how far they are from
     those of a reference, which has to have been kept; aligned: the prompt tokens that both have, as runs (start in the
-    reference, start in this one, length), see `headrift.aligned_keys`. logprobs: tell how likely each of the prompt's
-    tokens is.
+    reference, start in this one, length), see `headrift.aligned_keys`. row_entropy: record the entropy of each head's
+    attention row. logprobs: tell how likely each of the prompt's tokens is.
     """
 
     prompt_ids: Sequence[int]
@@ -45,6 +45,7 @@ class ProbeRequest:
     rows_as: int | None = None
     rows_against: int | None = None
     aligned: Sequence[Run] = ()
+    row_entropy: bool = False
     logprobs: bool = False
 
 
@@ -78,7 +79,9 @@ class Recording:
     next-token entropy (nats), top-1 probability and margin, NaN unless asked for; mass: [T, layers, heads, regions] or
     None. divergence: KL in nats of the reference's next-token distribution to this one's at step 0, NaN unless
     compared. distance: [T, layers, heads, 2], L2 and total variation of the attention rows from the reference's, NaN
-    unless compared, None where the engine keeps no rows.
+    unless compared, None where the engine keeps no rows. row_entropy: [T, layers, heads], -sum p ln p over the keys of
+    each head's attention row, in nats, NaN unless asked for, None where the engine does not take it. A sink's part is
+    no key's: it adds no term, and the p then sum to less than 1.
     """
 
     share: np.ndarray
@@ -87,6 +90,7 @@ class Recording:
     mass: np.ndarray | None
     divergence: float = float("nan")
     distance: np.ndarray | None = None
+    row_entropy: np.ndarray | None = None
 
     @property
     def unwritten(self) -> list[int]:

@@ -44,8 +44,8 @@ class ProbedEngine:
     heads. references: so many next-token distributions can be kept to compare others with. hidden_states: so many
     hidden states can be kept to tell angles by. row_references, row_keys: of so many requests the attention rows, over
     so many keys at most (prompt tokens and steps), can be kept to compare others' with: row_references x layers x heads
-    x (steps + 1) x row_keys x 4 bytes. lora: the folder of an adapter (LoRA, as peft writes it) that every request is
-    answered with.
+    x (steps + 1) x row_keys x 4 bytes. row_entropy: requests may ask for the entropy of their attention rows. lora: the
+    folder of an adapter (LoRA, as peft writes it) that every request is answered with.
     """
 
     # The engine that runs in this very process, where there is one.
@@ -68,6 +68,7 @@ class ProbedEngine:
         hidden_states: int = 0,
         row_references: int = 0,
         row_keys: int = 0,
+        row_entropy: bool = False,
         lora: str | os.PathLike[str] | None = None,
     ):
         if not {"system", "prompt"} <= set(regions) or len(set(regions)) != len(regions):
@@ -87,6 +88,7 @@ class ProbedEngine:
         self.references = references
         self.hidden_states = hidden_states
         self.row_references, self.row_keys = row_references, row_keys
+        self.row_entropy = row_entropy
         self._row_prompts: dict[int, int] = {}
         self.slots = slots or 2 * args["max_num_seqs"]
         additional = args.get("additional_config", {})
@@ -101,6 +103,7 @@ class ProbedEngine:
             "hidden_states": hidden_states,
             "row_references": row_references,
             "row_keys": row_keys,
+            "row_entropy": row_entropy,
             **additional.get("headrift", {}),
         }
         args["additional_config"] = {**additional, "headrift": recorder}
@@ -246,19 +249,26 @@ class ProbedEngine:
         return tenant
 
     def _rows(self, request: ProbeRequest) -> dict[str, Any]:
-        """What the workers are told of a request whose attention rows are kept or compared. ValueError where they
-        cannot be."""
+        """What the workers are told of a request whose attention rows are measured, kept or compared. ValueError where
+        they cannot be."""
         references, own = (request.rows_as, request.rows_against), len(request.prompt_ids)
-        if references == (None, None):
+        if references == (None, None) and not request.row_entropy:
             return {}
         if not request.probed:
             raise ValueError("a request whose attention rows are taken has to be probed: leave `probed` at True")
+        if request.row_entropy and not self.row_entropy:
+            raise ValueError(
+                "attention entropy is asked for, and this engine was not started for that: set row_entropy=True"
+            )
+        told: dict[str, Any] = {"row_entropy": True} if request.row_entropy else {}
+        if references == (None, None):
+            return told
         other = own if request.rows_against is None else self._row_prompts.get(request.rows_against, 0)
         check_rows(references, other, own, request.steps, kept=self.row_references, keys=self.row_keys)
         if not other:
             raise ValueError(f"rows {request.rows_against} have not been kept: submit a request with rows_as first")
         check_runs(request.aligned, other, own)
-        told = {"rows_as": request.rows_as, "rows_against": request.rows_against}
+        told |= {"rows_as": request.rows_as, "rows_against": request.rows_against}
         return told | {"other_len": other, "aligned": [list(run) for run in request.aligned]}
 
     def _check_ablation(self, request: ProbeRequest) -> None:
@@ -360,9 +370,11 @@ class ProbedEngine:
             n = f.n_steps + 1
             mass = arrays["mass"][i, :n] if ticket.want_mass else None
             kl = float(arrays["divergence"][i]) if "divergence" in arrays else float("nan")
-            distance = arrays["distance"][i, :n] if "distance" in arrays else None
+            distance, entropy = (
+                arrays[name][i, :n] if name in arrays else None for name in ("distance", "row_entropy")
+            )
             of_steps = arrays["share"][i, :n], arrays["first"][i], arrays["stats"][i, :n]
-            recordings.append(Recording(*of_steps, mass, kl, distance))
+            recordings.append(Recording(*of_steps, mass, kl, distance, entropy))
             self._check(f, float(arrays["astray"][i]))
         return recordings
 

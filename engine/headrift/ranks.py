@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import load
 
 # The axis of the layers, after which comes that of the heads, by the array's name.
-_LAYER_AXIS = {"share": 2, "first": 1, "mass": 2, "distance": 2}
+_LAYER_AXIS = {"share": 2, "first": 1, "mass": 2, "distance": 2, "row_entropy": 2}
 # What comes from the one rank that has the logits.
 _OF_LOGITS = {"stats", "divergence"}
 
@@ -49,8 +49,8 @@ def merge_recordings(answers: Sequence[bytes], layers: int, heads: int) -> dict[
 
     share: [n, rows, layers, heads]; first: [n, layers, heads, regions - 1]; astray: [n]; stats: [n, rows, 3]; mass: [n,
     rows, layers, heads, regions], where it was asked for; divergence: [n], where references are kept; distance: [n,
-    rows, layers, heads, 2], where attention rows are. RanksError where the answers are not of the same requests, or a
-    layer and head is missing or there twice.
+    rows, layers, heads, 2], where attention rows are; row_entropy: [n, rows, layers, heads], where it is taken.
+    RanksError where the answers are not of the same requests, or a layer and head is missing or there twice.
     """
     parts = [load(answer) for answer in answers]
     kinds = {(frozenset(part) - _OF_LOGITS, *part["share"].shape[:2], part["tenants"].tobytes()) for part in parts}

@@ -43,8 +43,10 @@ class ScoreResult:
     window; focus: at step 0. instability: [T, layers] float32, NaN where a layer is not counted. shares: [T, layers,
     heads] float32. focus_heads: [layers, heads] float32. logit_stats: [T, 3] entropy, top-1 probability, margin, or
     None. mass: [T, layers, heads, regions] float32 with the regions in the order of `region_names`, NaN for those that
-    the prompt does not have, or None. flags: those of `prompts`; `truncated` where the answer did not end by the last
-    recorded step, or within max_new_tokens; `stopped` where `stop_if` ended it.
+    the prompt does not have, or None. attention_entropy: [T, layers, heads] float32, the entropy (nats) of each head's
+    softmax over the keys that it may see (see `Recording.row_entropy` for sinks), or None. flags: those of `prompts`;
+    `truncated` where the answer did not end by the last recorded step, or within max_new_tokens; `stopped` where
+    `stop_if` ended it.
     """
 
     index: int
@@ -72,19 +74,21 @@ class ScoreResult:
     logit_stats: np.ndarray | None = field(repr=False)
     mass: np.ndarray | None = field(repr=False)
     region_names: tuple[str, ...]
+    attention_entropy: np.ndarray | None = field(default=None, repr=False)
 
 
 class Scorer:
     """Scores prompts for inter-head instability inside vLLM. A context manager; not to be shared between threads.
 
     model: a folder or name vLLM can load. system_prompt: for prompts that bring none. steps: N, steps 0..N are
-    recorded. window: the steps that are scored, `Window(1, 12)` or "1:12" (1-based, inclusive), all of 1..N by
-    default. drop_shallow, drop_deep: the fractions of layers left out at either end. logit_stats: record next-token
-    entropy, top-1 probability and margin too. keep_mass: results hold the masses. regions: names of further key
-    ranges that prompts given as token ids bring. attention_backend: auto, cpu, triton or flash. engine_args: passed
-    to vLLM as they are, over the defaults chosen for this machine. verbose: let vLLM log. max_new_tokens: answers go
-    on past step N, to so many tokens, in the same request. stop_if: is given each result as soon as its last step is
-    recorded, and ends the answer there where it says True.
+    recorded. window: the steps that are scored, `Window(1, 12)` or "1:12" (1-based, inclusive), all of 1..N by default.
+    drop_shallow, drop_deep: the fractions of layers left out at either end. logit_stats: record next-token entropy,
+    top-1 probability and margin too. keep_mass: results hold the masses. attention_entropy: they hold the entropy of
+    each head's attention (not with FlashAttention, and without CUDA graphs). regions: names of further key ranges that
+    prompts given as token ids bring. attention_backend: auto, cpu, triton or flash. engine_args: passed to vLLM as they
+    are, over the defaults chosen for this machine. verbose: let vLLM log. max_new_tokens: answers go on past step N, to
+    so many tokens, in the same request. stop_if: is given each result as soon as its last step is recorded, and ends
+    the answer there where it says True.
 
     How it is made fast, which changes no number beyond rounding: group: prompts with the same system prompt go one
     after another; prime: a system prompt that several wait with is prefilled first; repeat_bytes: memory for results
@@ -107,6 +111,7 @@ class Scorer:
         drop_deep: float = signal.DROP_DEEP,
         logit_stats: bool = False,
         keep_mass: bool = False,
+        attention_entropy: bool = False,
         regions: Sequence[str] = (),
         attention_backend: str = "auto",
         engine_args: Mapping[str, Any] | None = None,
@@ -143,6 +148,7 @@ class Scorer:
             attention_backend=attention_backend,
             engine_args=engine_args,
             verbose=verbose,
+            row_entropy=attention_entropy,
         )
         try:
             args = engine_args or {}
@@ -155,6 +161,7 @@ class Scorer:
                 vocabulary=self.engine.vocabulary,
                 max_model_len=self.engine.max_model_len,
                 answer_tokens=max_new_tokens or steps + 1,
+                attention_entropy=attention_entropy,
             )
             self.tokenizer = load_tokenizer(rules.tokenizer, rules.trust_remote_code)
             self._preparer: Preparer | None = None
@@ -373,6 +380,7 @@ class Scorer:
             logit_stats=stats,
             mass=mass,
             region_names=names,
+            attention_entropy=recording.row_entropy,
         )
 
 

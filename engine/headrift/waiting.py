@@ -97,6 +97,7 @@ class Repeats:
 
 
 def _size(result: ScoreResult) -> int:
-    arrays = (getattr(result, name) for name in ("instability", "shares", "focus_heads", "logit_stats", "mass"))
+    names = ("instability", "shares", "focus_heads", "logit_stats", "mass", "attention_entropy")
+    arrays = (getattr(result, name) for name in names)
     n_bytes = sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
     return n_bytes + _RESULT_BYTES + _TOKEN_BYTES * len(result.answer_ids)

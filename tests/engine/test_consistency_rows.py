@@ -1,17 +1,21 @@
-"""Distances of attention rows taken inside vLLM against transformers' eager attention; and what taking them must leave
-alone."""
+"""Distances and entropies of attention rows taken inside vLLM against transformers' eager attention; and what taking
+them must leave alone."""
 
 import numpy as np
 import pytest
+from scipy.special import entr
+from vllm import SamplingParams
 
 from headrift.engine_setup import EngineError
 from headrift.probe_requests import ProbeRequest
 from headrift.probed_engine import ProbedEngine
 from headrift.vllm_plugin.plugin import RefusedError
-from headrift.vllm_plugin.recorder import Recorder
+from headrift.vllm_plugin.recorder import Probe, Recorder, Settings
 
 # What the proposal asks for: two float32 computations of one model tell probabilities apart by some 1e-6.
 TOLERANCE = 1e-5
+# Probabilities of a row that move by so much move its entropy by that times their logarithms, of up to some 10.
+NATS = 1e-4
 MODELS = ["llama-3to1", pytest.param("qwen3", marks=pytest.mark.slow), "gemma3"]
 REFERENCES, KEYS, STEPS = 8, 240, 4
 one_model = pytest.mark.parametrize("tiny", MODELS[:1], indirect=True)
@@ -21,7 +25,7 @@ one_model = pytest.mark.parametrize("tiny", MODELS[:1], indirect=True)
 def tiny(request, tiny_model, oracle, settings_of_tests):
     """A tiny model's engine with chunks and cached prefixes that keeps attention rows, and its oracle."""
     settings = {**settings_of_tests, "skip_tokenizer_init": True, "max_num_seqs": 8, "max_model_len": 256}
-    rows = {"row_references": REFERENCES, "row_keys": KEYS}
+    rows = {"row_references": REFERENCES, "row_keys": KEYS, "row_entropy": True}
     with ProbedEngine(tiny_model(request.param), steps=STEPS, slots=12, **rows, engine_args=settings) as engine:
         yield engine, oracle(request.param)
 
@@ -82,6 +86,26 @@ def test_distances_agree_with_eager_attention_in_mixed_batches(tiny, run, random
     assert np.ptp(every, axis=0).min() > 0.1, "the rows are about as far apart everywhere: a weak test"
 
 
+@pytest.mark.parametrize("replay", [True, False])
+def test_entropies_agree_with_eager_attention_in_mixed_batches(tiny, run, random_requests, assert_agrees, replay):
+    """Of prompts in chunks, some in a cached prefix, beside requests that ask for nothing."""
+    engine, oracle = tiny
+    logged = {"answer_ids": list(range(20, 20 + STEPS)), "reread": True} if replay else {"ignore_eos": True}
+    asked = random_requests(23, 6, unprobed=0.0, steps=STEPS, row_entropy=True, **logged)
+    others = random_requests(24, 6, steps=STEPS, **logged)
+    items = run(engine, [request for both in zip(asked, others) for request in both])
+    assert assert_agrees(oracle, items) > 0
+    every = []
+    for item in items[::2]:
+        request, n = item.done.request, item.done.n_steps
+        fed = [*request.prompt_ids, *item.done.answer_ids[:n]]
+        expected = entr(oracle.run(fed, len(request.prompt_ids) - 1).attentions).sum(-1)
+        np.testing.assert_allclose(item.recording.row_entropy, expected, rtol=0, atol=NATS)
+        every.append(expected.ravel())
+    assert np.ptp(np.concatenate(every)) > 1, "about as much entropy everywhere: a weak test"
+    assert all(np.isnan(item.recording.row_entropy).all() for item in items[1::2] if item.recording)
+
+
 @one_model
 def test_the_same_prompt_is_no_distance_away_and_one_with_nothing_in_common_all_of_its_mass(tiny, run):
     engine, _ = tiny
@@ -104,18 +128,20 @@ def test_what_was_never_computed_is_no_number(tiny, run):
     regions, runs = regions_of(ids), [(0, 0, 62)]
     run(engine, [ProbeRequest(ids, regions, STEPS, ignore_eos=True, rows_as=1)])
     # 66 tokens are fed; the second time 64 of them lie in cached blocks: positions 61, 62 and 63 are steps 0, 1, 2.
-    request = ProbeRequest(ids, regions, STEPS, answer_ids=answer, rows_against=1, aligned=runs)
+    how = {"answer_ids": answer, "rows_against": 1, "aligned": runs, "row_entropy": True}
+    request = ProbeRequest(ids, regions, STEPS, **how)
     first, second = run(engine, [request], at_once=1) + run(engine, [request], at_once=1)
     assert np.isfinite(first.recording.distance).all()
     assert second.recording.unwritten == [0, 1, 2]
-    assert np.isnan(second.recording.distance[:3]).all()
-    np.testing.assert_allclose(second.recording.distance[3:], first.recording.distance[3:], rtol=0, atol=TOLERANCE)
+    for name, tolerance in (("distance", TOLERANCE), ("row_entropy", NATS)):
+        found, expected = getattr(second.recording, name), getattr(first.recording, name)
+        assert np.isnan(found[:3]).all()
+        np.testing.assert_allclose(found[3:], expected[3:], rtol=0, atol=tolerance)
     # The reference has a new owner, whose prompt takes two steps: after the first nothing of the old one is left.
     engine.submit(ProbeRequest([*ids[::-1], *ids], regions, 0, rows_as=1))
     assert engine.step() == []
     engine.abort()
-    (third,) = run(engine, [ProbeRequest(ids, regions, STEPS, answer_ids=answer, reread=True, rows_against=1,
-                                         aligned=runs)])  # fmt: skip
+    (third,) = run(engine, [ProbeRequest(ids, regions, STEPS, reread=True, **how)])
     assert np.isnan(third.recording.distance).all()
 
 
@@ -132,11 +158,14 @@ def test_taking_rows_changes_no_other_number(tiny, run):
 
     run(engine, [ProbeRequest(prompts[1], regions_of(prompts[1]), 4, ignore_eos=True, rows_as=2)])
     clean = run(engine, requests())
-    asked = run(engine, requests(rows_as=3, rows_against=2, aligned=[(0, 0, 4), (30, 31, 14)]))
-    assert np.isfinite(asked[0].recording.distance).all()
-    for one, other in zip(clean, asked, strict=True):
-        assert one.done.answer_ids == other.done.answer_ids
-        np.testing.assert_array_equal(one.recording.mass, other.recording.mass)
+    distances = run(engine, requests(rows_as=3, rows_against=2, aligned=[(0, 0, 4), (30, 31, 14)]))
+    entropies = run(engine, requests(row_entropy=True))
+    assert np.isfinite(distances[0].recording.distance).all()
+    assert np.isfinite(entropies[0].recording.row_entropy).all()
+    for asked in (distances, entropies):
+        for one, other in zip(clean, asked, strict=True):
+            assert one.done.answer_ids == other.done.answer_ids
+            np.testing.assert_array_equal(one.recording.mass, other.recording.mass)
 
 
 @one_model
@@ -166,11 +195,12 @@ def test_rows_of_heads_on_the_device_take_what_is_said(tiny):
 
     def sizes(worker):
         bank = Recorder.required(worker.vllm_config).bank
-        return bank.rows.nbytes, bank.nbytes
+        return bank.rows.nbytes, bank.entropy.nbytes, bank.nbytes
 
-    rows, every = engine.llm_engine.collective_rpc(sizes)[0]
-    assert rows == REFERENCES * engine.layers * engine.heads * (STEPS + 1) * KEYS * 4
-    assert engine.recorder_bytes > every > rows
+    rows, entropies, every = engine.llm_engine.collective_rpc(sizes)[0]
+    of_a_step = engine.layers * engine.heads * (STEPS + 1) * 4
+    assert (rows, entropies) == (REFERENCES * KEYS * of_a_step, engine.slots * of_a_step)
+    assert engine.recorder_bytes > every > rows + entropies
 
 
 @pytest.mark.parametrize(
@@ -179,6 +209,7 @@ def test_rows_of_heads_on_the_device_take_what_is_said(tiny):
         ({"rows_as": REFERENCES}, f"no rows {REFERENCES}; this engine keeps those of {REFERENCES}"),
         ({"rows_as": -1}, "no rows -1"),
         ({"rows_as": 0, "probed": False}, "probed"),
+        ({"row_entropy": True, "probed": False}, "probed"),
         ({"rows_against": REFERENCES - 1}, "have not been kept"),
         ({"rows_against": 6, "aligned": [(0, 0, 4)]}, "have 3 and 3 tokens"),
         ({"rows_against": 6, "aligned": [(1, 0, 1), (0, 1, 1)]}, "in order"),
@@ -197,9 +228,21 @@ def test_requests_that_are_refused_leave_the_engine_as_it_was(tiny, run, fields,
     assert (engine.free_slots, engine.running) == (free, 0)
 
 
+@one_model
+def test_an_engine_that_was_not_started_for_entropies_refuses_them(tiny, monkeypatch):
+    engine, _ = tiny
+    monkeypatch.setattr(engine, "row_entropy", False)
+    with pytest.raises(ValueError, match="set row_entropy=True"):
+        engine.submit(ProbeRequest([5, 6, 7], {"prompt": (0, 3)}, 0, row_entropy=True))
+    extra = {"slot": 0, "tenant": 0, "prompt_len": 3, "regions": [[0, 3]], "steps": 0, "row_entropy": True}
+    with pytest.raises(ValueError, match="set row_entropy=True"):
+        Probe.of(SamplingParams(extra_args={"headrift": extra}), Settings(slots=1, steps=0))
+
+
 def test_flash_attention_keeps_no_rows(tiny_model, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     settings = {"dtype": "float32", "skip_tokenizer_init": True, "max_model_len": 64}
-    options = {"steps": 0, "row_references": 1, "row_keys": 64, "attention_backend": "flash", "engine_args": settings}
-    with pytest.raises((RefusedError, EngineError), match="attention rows are not kept"):
+    rows = {"row_references": 1, "row_keys": 64, "row_entropy": True}
+    options = {"steps": 0, "attention_backend": "flash", "engine_args": settings, **rows}
+    with pytest.raises((RefusedError, EngineError), match=r"(?s)rows are not kept .*entropy is not taken"):
         ProbedEngine(tiny_model("llama-3to1"), **options)

@@ -103,6 +103,7 @@ def test_what_samples_say():
 
 def test_the_bound_on_bytes_by_hand():
     assert model_math.recorded_bytes_bound(12, 30, 9) == 14_040 + 2_160 + 192 + 1_024
+    assert model_math.recorded_bytes_bound(12, 30, 9, entropy=True) == 2 * 14_040 + 2_160 + 192 + 1_024
 
 
 def test_arms_with_other_settings_are_refused():

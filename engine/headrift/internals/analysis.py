@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from headrift.internals.comparing import BEYOND, COMPARISONS, NEUTRAL, PLACES, SYSTEM
+from headrift.internals.entropies import Entropies, entropies
 from headrift.internals.estimates import Figure, Figures, Floats, Prompts, spearman, student
 from headrift.internals.length import length
 from headrift.internals.phrases import Rules, by_feature, effect_of_features, ranked
@@ -19,6 +20,7 @@ from headrift.internals.tables import MEASURES, Compared, column, grid
 
 # Draws for the rank correlations of every layer and component, each of which ranks all rows anew.
 _DRAWS_OF_RANKS = 200
+INSTABILITIES = ("whole", "dropped", "neutral")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,8 @@ class Analysis:
     measure and system prompt, the effect less that of its neutral control. predicting: by place Spearman's correlation
     over rows of a layer's relative change with the next token's KL, [layers, components]; within: the same in each
     system prompt, mean over these. cka: by (comparison, place) [layers, components], mean over system prompts, and by
-    chance. The rest: see length, phrases, placements and regions; None where it was not measured.
+    chance. instability: of sentences, see _instability. The rest: see length, phrases, placements, regions and
+    entropies; None where it was not measured.
     """
 
     compared: Compared
@@ -48,17 +51,21 @@ class Analysis:
     sentence_features: dict[str, dict[str, Any]] | None = None
     placements: dict[str, dict[str, Figure]] | None = None
     sentence_rows: int = 0
+    instability: dict[str, Any] | None = None
     regions: Regions | None = None
+    entropies: Entropies | None = None
 
 
 def analysed(
     tables: Mapping[str, pa.Table | None], n_prompts: int, texts: Mapping[str, str], rules: Rules, seed: int = 0
 ) -> Analysis:
-    """tables: of `components`, `cka`, `sentences`, `placements`, `attention`. texts: of the system prompts, by name."""
+    """tables: of `components`, `cka`, `sentences`, `placements`, `attention`, `instability`. texts: of the system
+    prompts, by name."""
     components = tables["components"]
     assert components is not None
     of, prompts = Compared.of(components, n_prompts), Prompts(n_prompts, seed)
     sentences, placed, attended = tables["sentences"], tables["placements"], tables["attention"]
+    scored = tables["instability"]
     return Analysis(
         compared=of,
         by_layer={key: prompts.mean(_over(states[:, of.own]), of.rows) for key, states in of.states.items()},
@@ -73,7 +80,9 @@ def analysed(
         sentences=None if sentences is None else ranked(sentences, rules),
         sentence_features=None if sentences is None else effect_of_features(sentences, rules),
         placements=None if placed is None else _placements(placed),
+        instability=None if scored is None else _instability(scored, rules),
         regions=None if attended is None else regions(attended, n_prompts, prompts),
+        entropies=None if attended is None else entropies(attended, n_prompts, prompts),
         sentence_rows=0 if sentences is None else sentences.num_rows,
     )
 
@@ -154,6 +163,24 @@ def _placements(table: pa.Table) -> dict[str, dict[str, Figure]]:
     return found
 
 
+def _instability(table: pa.Table, rules: Rules) -> dict[str, Any]:
+    """What sentences do to the instability score, see instability: `scores`, the three means; `effect` and
+    `effect_dropped`, means over sentences; `sentences` and `features` as of the KL. Rows without a score left out."""
+    table = table.drop_null()
+    prompts = sorted(set(column(table, "prompt")))
+    means = {
+        name: student(grid(table, name, prompts), table.num_rows)[0]
+        for name in (*INSTABILITIES, "effect", "effect_dropped")
+    }
+    return {
+        "scores": {name: means[name] for name in INSTABILITIES},
+        "effect": means["effect"],
+        "effect_dropped": means["effect_dropped"],
+        "sentences": ranked(table, rules, (*INSTABILITIES, "effect_dropped")),
+        "features": effect_of_features(table, rules),
+    }
+
+
 def numbers(of: Analysis) -> dict[str, Any]:
     """All of it as plain values, for internals.json and figures.json."""
     return {
@@ -175,7 +202,9 @@ def numbers(of: Analysis) -> dict[str, Any]:
         "sentences": of.sentences,
         "sentence_features": of.sentence_features,
         "placements": of.placements,
+        "instability": of.instability,
         "attention": of.regions,
+        "attention_entropy": of.entropies,
         "comparisons": {SYSTEM: "without and with the system prompt", NEUTRAL: "without and with neutral text of its "
                         "length", BEYOND: "with neutral text and with the system prompt"},
     }  # fmt: skip

@@ -3,7 +3,7 @@
 Regions: the system text (or the neutral text in its place), the question, the template around them, and the last five
 tokens of the prompt, which are also in the template or the question; what is left to 1 went to the answer so far (and
 to sinks, where a model has them). A long region gets more attention for its length alone, so each is also given per
-token: 1 is what a token gets on average.
+token: 1 is what a token gets on average. And the entropy of each head's attention over all keys.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def scorer_of(model: Path, steps: int, dtype: str, verbose: bool) -> Scorer:
         model,
         steps=steps,
         keep_mass=True,
+        attention_entropy=True,
         regions=("last_five",),
         engine_args={} if dtype == "auto" else {"dtype": dtype},
         verbose=verbose,
@@ -63,7 +64,8 @@ def measure(name: str, cases: Sequence[Case], results: Iterator[ScoreResult | Re
             spans = _regions(rendered)
             lengths = {region: end - start for region, (start, end) in spans.items()}
             lengths["template"] = len(rendered.token_ids) - lengths["system"] - lengths["user"]
-            mass = masses(result)
+            mass, entropy = masses(result), result.attention_entropy
+            assert entropy is not None
             yield {
                 "system": name,
                 "prompt": case.question.number,
@@ -73,6 +75,7 @@ def measure(name: str, cases: Sequence[Case], results: Iterator[ScoreResult | Re
                 "region_tokens": [lengths[region] for region in REGIONS[:-1]],
                 "steps": len(mass),
                 "mass": mass.astype(np.float16).ravel(),
+                "entropy": entropy.astype(np.float16).ravel(),
             }
 
 
@@ -85,8 +88,9 @@ def masses(result: ScoreResult) -> Any:
     return np.stack([by_name[region] for region in REGIONS], -1)
 
 
-def schema(layers: int, heads: int) -> pa.Schema:
-    """Columns of a part; `mass` is float16, steps x layers x heads x regions, step 0 (the last prompt token) first."""
+def schema(layers: int, heads: int, windows: Sequence[int | None]) -> pa.Schema:
+    """Columns of a part; `mass`, steps x layers x heads x regions, and `entropy` in nats, steps x layers x heads, are
+    float16, step 0 (the last prompt token) first. windows: the most keys that a layer's queries see, None for all."""
     columns: list[tuple[str, Any]] = [
         ("system", pa.string()),
         ("prompt", pa.int32()),
@@ -96,6 +100,8 @@ def schema(layers: int, heads: int) -> pa.Schema:
         ("region_tokens", pa.list_(pa.int32())),
         ("steps", pa.int16()),
         ("mass", pa.list_(pa.float16())),
+        ("entropy", pa.list_(pa.float16())),
     ]
-    about = {"layers": layers, "heads": heads, "regions": REGIONS, "shapes": {"mass": "steps, layers, heads, regions"}}
+    shapes = {"mass": "steps, layers, heads, regions", "entropy": "steps, layers, heads"}
+    about = {"layers": layers, "heads": heads, "windows": windows, "regions": REGIONS, "shapes": shapes}
     return pa.schema(columns, metadata={b"headrift": json.dumps(about).encode()})

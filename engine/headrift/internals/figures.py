@@ -22,17 +22,20 @@ _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#595959")
 LAYER = "layer (0: nearest the input)"
 
 
-def by_layer(system: Figures, neutral: Figures, what: str) -> Drawing:
-    """A line a component over layers, with its interval; dashed: with neutral text instead of the system prompt."""
+def by_layer(
+    system: Figures, neutral: Figures, what: str, names: Sequence[str] = COMPONENTS, place: Any = "upper left"
+) -> Drawing:
+    """A line a component, or other name, over layers, with its interval; dashed: with neutral text instead of the
+    system prompt. place: of the legend."""
     figure, axes = _one(3.6)
     layers = np.arange(len(system.value))
-    for i, (name, colour) in enumerate(zip(COMPONENTS, _COLOURS)):
+    for i, (name, colour) in enumerate(zip(names, _COLOURS)):
         axes.plot(layers, system.value[:, i], color=colour, label=name)
         axes.fill_between(layers, system.low[:, i], system.high[:, i], color=colour, alpha=0.2, linewidth=0)
         axes.plot(layers, neutral.value[:, i], color=colour, linestyle="--", linewidth=1)
     axes.plot([], [], color="#333333", linestyle="--", linewidth=1, label="with neutral text")
     axes.set(xlabel=LAYER, ylabel=what)
-    axes.legend(fontsize="small", loc="upper left")
+    axes.legend(fontsize="small", loc=place)
     return figure
 
 

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from headrift.internals.analysis import Analysis
+from headrift.internals.attention import KINDS
 from headrift.internals.cases import CHECK
 from headrift.internals.comparing import LAST, NEUTRAL, PLACES, SYSTEM
 from headrift.internals.components import ATTENTION, COMPONENTS, MLP, RESIDUAL
+from headrift.internals.entropies import WHEN
 from headrift.internals.estimates import Figure, Figures
 from headrift.internals.phrases import ALPHA
 from headrift.internals.placements import PLACEMENTS
@@ -168,7 +170,28 @@ def _phrases(of: Analysis) -> list[str]:
             f"Sentences with `{feature}` ({about['sentences']} of them, {figure.rows} rows): {in_words(figure)} nats "
             f"beyond neutral text in their place, {verdict(figure, 'they move it more', 'they move it less')}."
         )
-    return found
+    return [*found, *_instability(of)]
+
+
+def _instability(of: Analysis) -> list[str]:
+    if of.instability is None:
+        return ["What sentences do to the inter-head instability was not measured."]
+    rows, scores = of.instability["sentences"], of.instability["scores"]
+    effect, dropped = of.instability["effect"], of.instability["effect_dropped"]
+    shown = sorted((row for row in rows if row["shown"]), key=lambda row: -abs(row["effect"].value))
+    words = "the heads disagree more with them", "the heads disagree less with them"
+    found = [
+        f"Inter-head instability along the same answer, {len(rows)} sentences ({effect.rows} rows, {effect.prompts} "
+        f"prompts): {in_words(scores['whole'], 4)} under the whole system prompt. Less that with neutral text in a "
+        f"sentence's place, mean over sentences, {in_words(effect, 4)}: {verdict(effect, *words)}; less that with the "
+        f"sentence dropped, {in_words(dropped, 4)}: {verdict(dropped, *words)}. {len(shown)} sentences have an effect "
+        "against neutral text that is shown after correction for their number."
+    ]
+    return found + [
+        f'{row["system"]}, sentence {row["sentence"] + 1}, "{row["text"]}": {in_words(row["effect"], 4)} on the '
+        f"instability, against neutral text in its place (p {row['p_corrected']:.2g}, corrected)."
+        for row in shown[:_MOST]
+    ]
 
 
 def _of_sentence(row: Mapping[str, Any]) -> str:
@@ -210,7 +233,27 @@ def _regions(of: Analysis) -> list[str]:
         f"A token of a system prompt gets {in_words(difference, 3)} averages more than one of neutral text, mean over "
         f"layers ({difference.rows:,} rows): {verdict(difference, 'more attention', 'less attention')}."
     )
-    return found
+    return [*found, _entropy(of)]
+
+
+def _entropy(of: Analysis) -> str:
+    about = of.entropies
+    assert about is not None
+    said = []
+    for i, when in enumerate(WHEN):
+        relative, nats = (
+            [float(np.nanmean(figures[kind].value[:, i])) for kind in KINDS] for figures in (about.relative, about.nats)
+        )
+        difference = about.difference.at(i)
+        said.append(
+            f"at the {when} {relative[0]:.3f} ({nats[0]:.2f} nats) with the system prompt and {relative[1]:.3f} "
+            f"({nats[1]:.2f} nats) with neutral text, a difference of {in_words(difference)}: "
+            f"{verdict(difference, 'attention is more even', 'attention is less even')}"
+        )
+    return (
+        "Entropy of attention over the logarithm of the keys seen (1: the same to every key), mean over layers and "
+        f"heads: {'; '.join(said)} ({about.rows:,} rows)."
+    )
 
 
 def _largest(figures: Figures) -> Sequence[int]:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from headrift.beside import written_beside
 from headrift.corpus.fingerprints import model_fingerprint, versions
 from headrift.engine_setup import prepare_environment
-from headrift.internals import attention, comparing, placements, sentences
+from headrift.internals import attention, comparing, instability, placements, sentences
 from headrift.internals.analysis import analysed, numbers
 from headrift.internals.cases import (
     CHECK,
@@ -38,10 +38,13 @@ from headrift.internals.renderings import Renderer
 from headrift.job_folder import JobError, begun_before, new_folder, shape_of
 from headrift.preparing import load_tokenizer
 from headrift.report.output import plain
+from headrift.scorer import Scorer
 
 RESULTS, REJECTS = "internals.json", "rejects.parquet"
 COMPONENTS, CKA, PLACEMENTS, SENTENCES, ATTENTION = "components", "cka", "placements", "sentences", "attention"
-PHASES = (COMPONENTS, PLACEMENTS, SENTENCES, ATTENTION)
+INSTABILITY = "instability"
+# In transformers; and in vLLM, which starts once for all of them.
+INSIDE, IN_ENGINE = (COMPONENTS, PLACEMENTS, SENTENCES), (ATTENTION, INSTABILITY)
 # --quick: so many system prompts, spread over the names, and the first so many prompts.
 QUICK_SYSTEMS, QUICK_PROMPTS, QUICK_DROPS = 4, 6, 2
 _REJECTS = pa.schema(
@@ -61,7 +64,7 @@ class Asked:
     """What `headrift internals` is asked for. limit: the first so many prompts. drop_sentences: for the first so many
     prompts every sentence is dropped in turn, and every system text is put elsewhere; 0: neither. steps: tokens of the
     answer that are looked at. features: a file of further ones, see phrases. attention: measure where the model looks
-    too, for which vLLM starts. seed: of the intervals."""
+    too, and what dropped sentences do to the instability, for which vLLM starts. seed: of the intervals."""
 
     model: Path
     system_prompts: Path
@@ -93,6 +96,7 @@ class _Part:
             PLACEMENTS: len(self.placed),
             SENTENCES: sentences.n_rows(self.drops),
             ATTENTION: len(attention.KINDS) * len(self.cases),
+            INSTABILITY: instability.n_rows(instability.measured(self.drops)),
         }[kind]
 
 
@@ -101,8 +105,8 @@ class InternalsJob:
 
     ValueError (JobError, InputError, ModelError) and EngineError from the start. In the folder, one Parquet file for
     each system prompt: `components/` (a row for a prompt and comparison, see comparing), `cka/`, `placements/`,
-    `sentences/` and `attention/`; `rejects.parquet`; `internals.json`, settings, versions and, at the end, what was
-    found; `report.html`.
+    `sentences/`, `attention/` and `instability/`; `rejects.parquet`; `internals.json`, settings, versions and, at the
+    end, what was found; `report.html`.
     """
 
     def __init__(self, asked: Asked) -> None:
@@ -157,12 +161,12 @@ class InternalsJob:
     def rows(self) -> int:
         """Rows that have yet to run."""
         todo = self._todo
-        base = len(self.questions) if any(kind != ATTENTION for kind, _ in todo) else 0
+        base = len(self.questions) if any(kind in INSIDE for kind, _ in todo) else 0
         return sum(self._parts[number].rows(kind) for kind, number in todo) + base
 
     @property
     def _phases(self) -> tuple[str, ...]:
-        return PHASES if self.asked.attention else PHASES[:-1]
+        return (*INSIDE, *IN_ENGINE) if self.asked.attention else INSIDE
 
     @property
     def done(self) -> str:
@@ -179,28 +183,32 @@ class InternalsJob:
         let vLLM log."""
         todo, begun = self._todo, time.monotonic()
         prepare_environment(verbose)
-        inside = [(kind, number) for kind, number in todo if kind != ATTENTION]
+        inside = [(kind, number) for kind, number in todo if kind in INSIDE]
         if inside:
             with Model(self.asked.model, self.asked.dtype) as model:
                 base = comparing.read_base(model, self._tokenizer, self.questions, self.asked.steps, on_rows)
                 for kind, number in inside:
                     self._measure(model, base, kind, number, on_rows)
-        looked_at = [number for kind, number in todo if kind == ATTENTION]
-        if looked_at:
-            self._attend(looked_at, on_rows, verbose)
+        in_engine = {kind: [number for one, number in todo if one == kind] for kind in IN_ENGINE}
+        if any(in_engine.values()):
+            asked = self.asked
+            with attention.scorer_of(asked.model, asked.steps, asked.dtype, verbose) as scorer:
+                self._attend(scorer, in_engine[ATTENTION], on_rows)
+                for number in in_engine[INSTABILITY]:
+                    part = self._parts[number]
+                    records = instability.measure(scorer, part.name, instability.measured(part.drops), on_rows)
+                    self._write(INSTABILITY, number, records, instability.SCHEMA)
         return time.monotonic() - begun
 
-    def _attend(self, todo: Sequence[int], on_rows: Callable[[int], None] | None, verbose: bool) -> None:
+    def _attend(self, scorer: Scorer, todo: Sequence[int], on_rows: Callable[[int], None] | None) -> None:
         """Take the parts through the engine, which is kept full across them."""
-        asked = self.asked
-        with attention.scorer_of(asked.model, asked.steps, asked.dtype, verbose) as scorer:
-            every = (prompt for number in todo for prompt in attention.prompts_of(self._parts[number].cases))
-            with closing(scorer.score(every)) as results:
-                counted = _counted(results, on_rows)
-                for number in todo:
-                    part = self._parts[number]
-                    records = list(attention.measure(part.name, part.cases, counted))
-                    self._write(ATTENTION, number, records, attention.schema(*self._shape))
+        schema = attention.schema(*self._shape, scorer.engine.windows)
+        every = (prompt for number in todo for prompt in attention.prompts_of(self._parts[number].cases))
+        with closing(scorer.score(every)) as results:
+            counted = _counted(results, on_rows)
+            for number in todo:
+                part = self._parts[number]
+                self._write(ATTENTION, number, list(attention.measure(part.name, part.cases, counted)), schema)
 
     def _measure(
         self, model: Model, base: comparing.Base, kind: str, number: int, on_rows: Callable[[int], None] | None
@@ -263,7 +271,7 @@ class InternalsJob:
         rejected = [*self.rejected, *self._not_finite()]
         with written_beside(self.asked.out / REJECTS) as unfinished:
             pq.write_table(pa.Table.from_pylist([asdict(each) for each in rejected], schema=_REJECTS), unfinished)
-        tables = {kind: self.table(kind) for kind in (*PHASES, CKA)}
+        tables = {kind: self.table(kind) for kind in (*INSIDE, *IN_ENGINE, CKA)}
         of = analysed(tables, len(self.questions), texts_of(self.systems), self._rules, self.asked.seed)
         found = {
             "seconds": round(seconds, 2),

@@ -12,6 +12,7 @@ from headrift.internals import figures
 from headrift.internals.analysis import Analysis, numbers
 from headrift.internals.attention import KINDS, REGIONS
 from headrift.internals.comparing import NEUTRAL, PLACES, SYSTEM
+from headrift.internals.entropies import WHEN, Entropies
 from headrift.internals.estimates import Figure
 from headrift.internals.findings import findings, in_words, summary
 from headrift.internals.placements import PLACEMENTS
@@ -185,7 +186,19 @@ def _phrases(of: Analysis, output: Output) -> list[Block]:
         )
         for row in most
     ]
-    return [Pictures([picture]), Table(("sentence", "of", "features", "rows", "effect (nats)", "p, corrected"), rows)]
+    pictures = [picture] if of.instability is None else [picture, _instability(of.instability, output)]
+    return [Pictures(pictures), Table(("sentence", "of", "features", "rows", "effect (nats)", "p, corrected"), rows)]
+
+
+def _instability(about: Mapping[str, Any], output: Output) -> Picture:
+    rows = sorted(about["sentences"], key=lambda row: -abs(row["effect"].value))[:_MOST_SENTENCES]
+    return output.picture(
+        "sentences_instability",
+        figures.forest([(row["text"], row["effect"]) for row in rows], "instability, less with neutral text"),
+        "Effect of sentences on the inter-head instability",
+        f"The {len(rows)} sentences with the largest effect, up or down, of {len(about['sentences'])}, along the same "
+        f"answer; 95% intervals over {about['effect'].prompts} prompts, not corrected for their number.",
+    )
 
 
 def _position(of: Analysis, output: Output) -> list[Block]:
@@ -253,5 +266,19 @@ def _regions(of: Analysis, output: Output) -> list[Block]:
             "Attention to the system prompt by layer and head",
             "Part of each head's attention that goes to the system prompt, mean over steps and rows.",
         ),
+        _entropy(of.entropies, output),
     ]
     return [Pictures(pictures)]
+
+
+def _entropy(of: Entropies | None, output: Output) -> Picture:
+    assert of is not None
+    system, neutral = (of.relative[kind] for kind in KINDS)
+    return output.picture(
+        "entropy",
+        figures.by_layer(system, neutral, "entropy / ln(keys seen)", WHEN, "best"),
+        "Entropy of attention by layer",
+        f"Mean over heads and {system.rows:,} rows, at the last prompt token and over the answer's; bands: 95% "
+        "intervals over prompts. 1: the same attention to every key; 0: all to one. Dashed: neutral text in the system "
+        "prompt's place.",
+    )

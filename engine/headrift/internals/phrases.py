@@ -82,19 +82,20 @@ def by_feature(of: Compared, texts: Mapping[str, str], rules: Rules, prompts: Pr
     return found
 
 
-def ranked(table: pa.Table, rules: Rules) -> list[dict[str, Any]]:
-    """The sentences by their effect (see sentences), largest first: `effect` with Student's interval over prompts, its
-    p-value and that corrected by Benjamini and Hochberg for the number of sentences, and `shown`: below ALPHA."""
+def ranked(table: pa.Table, rules: Rules, means: Sequence[str] = ("kl", "top1_changed")) -> list[dict[str, Any]]:
+    """The sentences by their `effect` (see sentences and instability), largest first: that with Student's interval over
+    prompts, its p-value and that corrected by Benjamini and Hochberg for the number of sentences, and `shown`: below
+    ALPHA. means: columns whose means are given too."""
     from scipy.stats import false_discovery_control
 
     found = []
     keys = dict.fromkeys(zip(column(table, "system"), column(table, "sentence")))
     number, names = np.array(column(table, "sentence")), np.array(column(table, "system"))
-    effect, kl = np.array(column(table, "effect"), float), np.array(column(table, "kl"), float)
-    texts, changed = column(table, "text"), np.array(column(table, "top1_changed"))
+    values = {name: np.array(column(table, name), float) for name in ("effect", *means)}
+    texts = column(table, "text")
     for system, sentence in keys:
         mine = (names == system) & (number == sentence)
-        figure, p = student(effect[mine])
+        figure, p = student(values["effect"][mine])
         text = texts[int(np.argmax(mine))]
         found.append(
             {
@@ -103,8 +104,7 @@ def ranked(table: pa.Table, rules: Rules) -> list[dict[str, Any]]:
                 "text": text,
                 "features": features_of(text, rules),
                 "effect": figure,
-                "kl": float(kl[mine].mean()),
-                "top1_changed": float(changed[mine].mean()),
+                **{name: float(values[name][mine].mean()) for name in means},
                 "p": p,
             }
         )

@@ -11,7 +11,7 @@ every prompt, so that its own differences are part of the spread over prompts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -20,7 +20,7 @@ from headrift.internals.cases import Question, Reject, SystemPrompt
 from headrift.internals.components import Model, Row
 from headrift.internals.measures import kl
 from headrift.internals.neutral import Neutral, sentences
-from headrift.internals.renderings import Renderer
+from headrift.internals.renderings import Rendered, Renderer
 from headrift.prompts import PromptError, Span
 
 # Neutral texts of a prompt's sentences begin so many sentences apart.
@@ -29,15 +29,16 @@ _STRIDE = 3
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """A sentence of a system prompt, dropped for one question: its number, and three prompts' rows."""
+    """A sentence of a system prompt, dropped for one question: its number, and three prompts: the whole one, without
+    the sentence, and with neutral text in its place."""
 
     sentence: int
     text: str = field(repr=False)
     tokens: int
     question: Question
-    whole: Row
-    dropped: Row
-    neutral: Row
+    whole: Rendered
+    dropped: Rendered
+    neutral: Rendered
 
 
 def spans(text: str) -> list[Span]:
@@ -70,9 +71,9 @@ def make_drops(
             continue
         for number, ((start, end), part, left) in enumerate(zip(places, parts, dropped)):
             words = neutral.excerpt(end - start, question.number + _STRIDE * number, inner=number > 0)
-            replaced = [*whole.token_ids[:start], *words, *whole.token_ids[end:]]
-            rows = (_row(ids) for ids in (whole.token_ids, left.token_ids, replaced))
-            found.append(Drop(number, system.text[slice(*part)], end - start, question, *rows))
+            ids = [*whole.token_ids[:start], *words, *whole.token_ids[end:]]
+            text, replaced = system.text[slice(*part)], replace(whole, token_ids=ids)
+            found.append(Drop(number, text, end - start, question, whole, left, replaced))
     return found
 
 
@@ -80,14 +81,14 @@ def measure(
     model: Model, name: str, drops: Sequence[Drop], on_rows: Callable[[int], None] | None = None
 ) -> list[dict[str, Any]]:
     """A record (see SCHEMA) of each drop. A sentence's rows run together: what they begin with runs once."""
-    wholes = {drop.question.number: drop.whole for drop in drops}
+    wholes = {drop.question.number: _row(drop.whole) for drop in drops}
     said = dict(zip(wholes, model.read(list(wholes.values()), on_rows)))
     found = []
     for number in dict.fromkeys(drop.sentence for drop in drops):
         of = [drop for drop in drops if drop.sentence == number]
         dropped, neutral = (
             [reading.log_probs for reading in model.read(rows, on_rows)]
-            for rows in ([drop.dropped for drop in of], [drop.neutral for drop in of])
+            for rows in ([_row(drop.dropped) for drop in of], [_row(drop.neutral) for drop in of])
         )
         for drop, without_it, with_neutral in zip(of, dropped, neutral):
             whole = said[drop.question.number].log_probs
@@ -114,8 +115,8 @@ def n_rows(drops: Sequence[Drop]) -> int:
     return 2 * len(drops) + len({drop.question.number for drop in drops})
 
 
-def _row(ids: Sequence[int]) -> Row:
-    return Row(ids, said=(len(ids) - 1,))
+def _row(rendered: Rendered) -> Row:
+    return Row(rendered.token_ids, said=(len(rendered.token_ids) - 1,))
 
 
 SCHEMA = pa.schema(

@@ -146,7 +146,7 @@ class MeasuringBuilder(AttentionMetadataBuilder):
         settings = settings_of(vllm_config)
         if settings is None:
             return support
-        if settings.get("ablation") or settings.get("row_references"):
+        if any(settings.get(name) for name in ("ablation", "row_references", "row_entropy")):
             return AttentionCGSupport.NEVER
         return min(support, AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE, key=lambda s: s.value)
 

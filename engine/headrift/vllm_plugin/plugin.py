@@ -200,6 +200,7 @@ def _flash_refusals(config: VllmConfig) -> list[str]:
     found = (
         (asked.get("ablation"), "heads are not ablated with the attention backend 'flash': use 'triton'"),
         (asked.get("row_references"), "attention rows are not kept with the attention backend 'flash': use 'triton'"),
+        (asked.get("row_entropy"), "attention entropy is not taken with the attention backend 'flash': use 'triton'"),
     )
     return [reason for is_so, reason in found if is_so]
 

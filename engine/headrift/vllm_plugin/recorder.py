@@ -34,7 +34,8 @@ class Settings:
     decode row's keys on a GPU; 0: as many as fill it. ablation: requests may ablate heads. references: how many
     requests' logits at step 0 are kept for others to be compared with. hidden_states: how many requests' last hidden
     states at step 0 are kept. row_references, row_keys: of so many requests the attention rows, over so many keys at
-    most, are kept for others' to be compared with.
+    most, are kept for others' to be compared with. row_entropy: requests may ask for the entropy of their attention
+    rows.
     """
 
     slots: int
@@ -48,6 +49,7 @@ class Settings:
     hidden_states: int = 0
     row_references: int = 0
     row_keys: int = 0
+    row_entropy: bool = False
 
     def __post_init__(self) -> None:
         if self.slots < 1 or self.steps < 0 or not 1 <= self.regions <= 8:
@@ -76,7 +78,8 @@ class Probe:
     ablate, epsilon: see `headrift.ablation`. keep: the reference that the logits of step 0 become; compare: the one
     that they are compared with. hidden: the row that the last hidden state of step 0 becomes. rows_as: the reference
     that the attention rows become; rows_against: the one that they are compared with, whose prompt has other_len
-    tokens; aligned: the tokens that both prompts have, see `headrift.aligned_keys`.
+    tokens; aligned: the tokens that both prompts have, see `headrift.aligned_keys`. row_entropy: the entropy of the
+    attention rows is taken.
     """
 
     slot: int
@@ -93,6 +96,7 @@ class Probe:
     rows_against: int | None = None
     other_len: int = 0
     aligned: Sequence[Run] = ()
+    row_entropy: bool = False
 
     @classmethod
     def of(cls, params: SamplingParams | None, settings: Settings) -> Probe | None:
@@ -138,8 +142,8 @@ class Recorder:
 
     ablations: what the slots' requests ablate, None where the engine was not started for that. kept: [references,
     vocab] float32, logits at step 0; divergence: [S] float32, NaN where unwritten. hidden: [hidden_states, width]
-    float32, last hidden states at step 0, NaN where unwritten. bank: attention rows that are kept and compared, None
-    where the engine was not started for that.
+    float32, last hidden states at step 0, NaN where unwritten. bank: attention rows that are kept, and what is found
+    of rows, None where the engine was not started for that.
 
     On the host, where a step is planned: slots, [rows of the running step] int32, as row_slot; prompt_lens and
     rows_wanted, [S] int32, as prompt_len and n_rows; keeps and compares, [S], the slots' references, and hiddens, [S],
@@ -172,7 +176,9 @@ class Recorder:
         self.hidden = torch.full((settings.hidden_states, width), torch.nan, dtype=torch.float32, **on_device)
         self.ablations = Ablations(settings.slots, layers, heads, device, first_head) if settings.ablation else None
         shape = (settings.row_references, settings.steps, layers, heads, settings.row_keys)
-        self.bank = RowBank(settings.slots, *shape, device) if settings.row_references else None
+        self.bank = None
+        if settings.row_references or settings.row_entropy:
+            self.bank = RowBank(settings.slots, *shape, device, settings.row_entropy)
         self.windows: list[int | None] = [None] * layers
         # Attention sinks take a part of every head's mass, so that the keys' masses sum to less than 1.
         self.sinks = False
@@ -345,7 +351,8 @@ class Recorder:
         where unwritten. first: [n, layers, heads, regions - 1] masses of step 0 of all regions but the prompt, and
         astray: [n], how far from 1 any head's mass on that is, NaN left out. stats: [n, n_rows, 3]. mass: [n, n_rows,
         layers, heads, regions], only when asked for. divergence: [n], only where references are kept; distance: [n,
-        n_rows, layers, heads, 2], only where attention rows are. The work is enqueued and not waited for. KeyError
+        n_rows, layers, heads, 2], only where attention rows are; row_entropy: [n, n_rows, layers, heads], only where
+        the engine takes it. The work is enqueued and not waited for. KeyError
         where a slot has another tenant by now.
         """
         gone = [(slot, tenant) for slot, tenant in tenants if self._tenants[slot] != tenant]
@@ -363,8 +370,10 @@ class Recorder:
             out["mass"] = mass
         if self.settings.references:
             out["divergence"] = torch.stack([self.divergence[slot] for slot, _ in tenants])
-        if self.bank is not None:
+        if self.bank is not None and self.settings.row_references:
             out["distance"] = torch.stack([self.bank.distance[slot, :n_rows] for slot, _ in tenants])
+        if self.bank is not None and self.settings.row_entropy:
+            out["row_entropy"] = torch.stack([self.bank.entropy[slot, :n_rows] for slot, _ in tenants])
         return out
 
 

@@ -116,6 +116,7 @@ def tiny(case, tiny_model, oracle, settings_of_tests):
     backend = case["backend"]
     options = {"steps": 8, "slots": 4, "logit_stats": True, "attention_backend": backend}
     if backend == "triton":
-        options |= {"ablation": True, "references": 2, "hidden_states": 4, "row_references": 2, "row_keys": 64}
+        options |= {"ablation": True, "references": 2, "hidden_states": 4}
+        options |= {"row_references": 2, "row_keys": 64, "row_entropy": True}
     with ProbedEngine(tiny_model(case["model"]), **options, engine_args=settings) as engine:
         yield engine, oracle(case["model"])

@@ -1,6 +1,8 @@
-"""Distances of attention rows in the GPU backend, on both model runners, against transformers' eager attention."""
+"""Distances and entropies of attention rows in the GPU backend, on both model runners, against transformers' eager
+attention."""
 
 import numpy as np
+from scipy.special import entr
 
 from headrift.probe_requests import ProbeRequest
 
@@ -17,7 +19,7 @@ def test_distances_agree_with_eager_attention_beside_others(only_once, tiny, run
     """At the last prompt token and at two more, decoded and replayed, with rows that ask for nothing in the batch."""
     engine, oracle = tiny
     (clean,) = run(engine, [ProbeRequest(CLEAN, regions(CLEAN), 2, ignore_eos=True, rows_as=1)])
-    how = {"ignore_eos": True, "rows_against": 1, "aligned": RUNS}
+    how = {"ignore_eos": True, "rows_against": 1, "aligned": RUNS, "row_entropy": True}
     asked = [
         ProbeRequest(WRAPPED, regions(WRAPPED), 2, **how),
         ProbeRequest(WRAPPED, regions(WRAPPED), 2, answer_ids=clean.done.answer_ids, **how),
@@ -28,4 +30,7 @@ def test_distances_agree_with_eager_attention_beside_others(only_once, tiny, run
         fed = clean.done.answer_ids[:2], item.done.answer_ids[:2]
         expected = oracle.row_distances((CLEAN, fed[0]), (WRAPPED, fed[1]), RUNS)
         np.testing.assert_allclose(item.recording.distance, expected, rtol=0, atol=1e-5)
-    assert np.isnan(items[2].recording.distance).all()
+        entropy = entr(oracle.run([*WRAPPED, *fed[1]], len(WRAPPED) - 1).attentions).sum(-1)
+        np.testing.assert_allclose(item.recording.row_entropy, entropy, rtol=0, atol=1e-4)
+    for found in (items[2].recording.distance, items[2].recording.row_entropy):
+        assert np.isnan(found).all()

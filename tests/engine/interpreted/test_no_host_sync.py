@@ -80,7 +80,7 @@ def put_on_device(engine, patch: pytest.MonkeyPatch) -> list:
         for side in (recorder.ablations.query, recorder.ablations.output):
             patch.setattr(side, "factor", on_device(side.factor))
             patch.setattr(side, "mean", on_device(side.mean))
-        for name in ("rows", "distance", "places"):
+        for name in ("rows", "distance", "places", "entropy"):
             patch.setattr(recorder.bank, name, on_device(getattr(recorder.bank, name)))
         for layer in worker.vllm_config.compilation_config.static_forward_context.values():
             for name in ("_q_scale", "_k_scale", "_v_scale"):
@@ -116,7 +116,7 @@ def test_a_measured_step_never_waits(only_once, tiny, assert_agrees):
     # Two of these prompts fill a step of 64 tokens: the first answer while the others are prefilled.
     prompts = np.random.default_rng(11).integers(3, 200, (4, 30)).tolist()
     spans = {"system": (2, 14), "user": (15, 24), "prompt": (0, 30)}
-    of_rows = [{"rows_as": 0}, {"rows_against": 0, "aligned": [(0, 0, 9)]}]
+    of_rows = [{"rows_as": 0, "row_entropy": True}, {"rows_against": 0, "aligned": [(0, 0, 9)]}]
     requests = [ProbeRequest(ids, spans, 3, ignore_eos=True, **of) for ids, of in zip(prompts[1:3], of_rows)]
     entries = [(0, 1, "undifferentiated"), (1, 0, "scaling"), (1, 2, "mean_output"), (1, 3, "mean_query")]
     ablated = ProbeRequest(prompts[3], spans, 3, ignore_eos=True, ablate=entries, keep_as=0, compare_with=0)
