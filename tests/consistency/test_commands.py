@@ -28,6 +28,7 @@ def test_train_resume_and_evaluate(tiny_model, tmp_path):
     assert {path.name for path in out.iterdir()} == {
         "adapter", "checkpoint.pt", "losses.jsonl", "outcome.json", "training.json"
     }  # fmt: skip
+    assert json.loads((out / "training.json").read_text())["settings"]["keep"] == 0.1
     again = headrift("train-consistency", QUESTIONS, *options, "--steps", 3, "--method", "attct=1,act=0.1")
     assert again.exit_code == 2
     assert "--resume" in again.stderr

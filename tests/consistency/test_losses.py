@@ -105,6 +105,21 @@ def test_prompts_in_one_pass_are_as_each_alone(kind, random_models, make_pair):
                     torch.testing.assert_close(mine[layer], theirs[layer], rtol=0, atol=1e-5)
 
 
+def test_which_prompts_run_together():
+    assert hooks.in_one_pass([]) == []
+    assert hooks.in_one_pass([100, 90, 110, 95]) == [[1, 3, 0, 2]]
+    assert hooks.in_one_pass([300, 600, 200, 260]) == [[2], [3], [0], [1]]  # two of 260 are more than 512 tokens
+
+
+def test_keep_is_the_divergence_of_what_was_from_what_is():
+    torch.manual_seed(0)
+    before, now = torch.randn(2, 5, 11, dtype=torch.float64)
+    was, become = torch.softmax(before, -1), torch.softmax(now, -1)
+    expected = (was * (was / become).log()).sum(-1).mean()
+    torch.testing.assert_close(losses.keep(now, before), expected)
+    assert float(losses.keep(before, before)) == pytest.approx(0, abs=1e-15)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_content_is_what_the_rows_gather(kind, random_models, make_pair):
     pair, model, seen = make_pair(1), ours(random_models[kind]), []

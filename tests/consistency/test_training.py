@@ -39,9 +39,17 @@ def test_the_loss_of_every_method_falls_and_the_adapter_is_left(asked, weights):
     steps = read_losses(asked.out)
     assert [step["step"] for step in steps] == list(range(1, 9))
     assert steps[-1]["loss"] < steps[0]["loss"]
-    assert all(step["loss"] == pytest.approx(sum(w * step[name] for name, w in weights.items())) for step in steps)
+    parts = {**weights, "keep": asked.keep}
+    assert all(step["loss"] == pytest.approx(sum(w * step[name] for name, w in parts.items())) for step in steps)
+    assert steps[0]["keep"] == pytest.approx(0, abs=1e-5)  # the adapter has not changed anything yet
+    assert steps[-1]["keep"] > 1e-5
     assert found.steps == 8
     lora.check(asked.out / "adapter", asked.data.model)
+
+
+def test_nothing_is_kept_where_that_is_not_wanted(asked):
+    TrainingJob(replace(asked, steps=1, keep=0.0)).run()
+    assert set(read_losses(asked.out)[0]) == {"step", "loss", "attct", "pairs"}
 
 
 def test_a_training_that_broke_off_goes_on_to_the_same_losses(asked, tmp_path):

@@ -67,7 +67,7 @@ def measure(
     for state in states:
         with model.disable_adapter() if state == BEFORE and hasattr(model, "disable_adapter") else nullcontext():
             replies[state] = _replies(model, tokenizer, pairs, max_tokens, on_done)
-            found = [_attention(decoder, pair, on_done) for pair in pairs]
+            found = _attention(decoder, pairs, on_done)
             nll[state] = _nll(model, tokenizer)
         layers[state] = np.array([[of_layer[layer] for layer in sorted(of_layer)] for of_layer, _ in found])
         values[state] = _of_answers(pairs, replies[state])
@@ -161,28 +161,42 @@ def _of_answers(pairs: Sequence[Pair], replies: Sequence[tuple[str, str]]) -> di
 
 
 def _attention(
-    decoder: Any, pair: Pair, on_done: Callable[[int], None] | None
-) -> tuple[dict[int, float], dict[str, float]]:
-    """A pair's attention distance by layer, and its measures of OF_ATTENTION."""
+    decoder: Any, pairs: Sequence[Pair], on_done: Callable[[int], None] | None
+) -> list[tuple[dict[int, float], dict[str, float]]]:
+    """Of each pair the attention distance by layer, and its measures of OF_ATTENTION."""
     import torch
 
-    at, to, first = torch.from_numpy(pair.clean_positions), torch.from_numpy(pair.wrapped_positions), pair.first_query
-    at, to = at.to(decoder.device), to.to(decoder.device)
     layers = frozenset(range(decoder.config.get_text_config().num_hidden_layers))
-    with torch.inference_mode():
-        clean = hooks.run(decoder, pair.clean_ids, at[first:].tolist(), layers, content=True)
-        wrapped = hooks.run(decoder, pair.wrapped_ids, to[first:].tolist(), layers, content=True)
-        by_layer = losses.attention_distances(wrapped.rows, clean.rows, to, at)
-        rows = torch.stack([wrapped.rows[layer] for layer in sorted(layers)])
-        entropy = torch.special.entr(rows).sum(-1).mean()
-        alike = _alike(wrapped, clean, to, at)
-    if on_done:
-        on_done(1)
+    found = {}
+    for places in hooks.in_one_pass([len(pair.wrapped_ids) for pair in pairs]):
+        some = [pairs[i] for i in places]
+        with torch.inference_mode():
+            clean, wrapped = (
+                hooks.run_together(decoder, prompts, queries, layers, content=True)
+                for prompts, queries in (
+                    ([of.clean_ids for of in some], [of.clean_positions[of.first_query :].tolist() for of in some]),
+                    ([of.wrapped_ids for of in some], [of.wrapped_positions[of.first_query :].tolist() for of in some]),
+                )
+            )
+            for i, *passes in zip(places, wrapped, clean):
+                found[i] = _compared(pairs[i], *passes)
+        if on_done:
+            on_done(len(some))
+    return [found[i] for i in range(len(pairs))]
+
+
+def _compared(pair: Pair, wrapped: hooks.Pass, clean: hooks.Pass) -> tuple[dict[int, float], dict[str, float]]:
+    import torch
+
+    device = wrapped.last.device
+    at, to = (torch.from_numpy(places).to(device) for places in (pair.clean_positions, pair.wrapped_positions))
+    by_layer = losses.attention_distances(wrapped.rows, clean.rows, to, at)
+    rows = torch.stack([wrapped.rows[layer] for layer in sorted(wrapped.rows)])
     return by_layer, {
         "distance": sum(by_layer.values()) / len(by_layer),
         "top_weight": float(rows.amax(-1).mean()),
-        "entropy": float(entropy),
-        "alike": alike,
+        "entropy": float(torch.special.entr(rows).sum(-1).mean()),
+        "alike": _alike(wrapped, clean, to, at),
     }
 
 

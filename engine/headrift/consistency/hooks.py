@@ -20,6 +20,8 @@ NAME = "headrift_sdpa"
 # From so many tokens on, what a training's layers computed is not kept for the backward pass but computed again there:
 # a third of the memory for a quarter more time, which short prompts can do without.
 RECOMPUTED_FROM = 256
+# Of prompts in one pass: more take more memory, and are hardly faster.
+_TOKENS_AT_ONCE = 512
 
 
 class UnsupportedModelError(ValueError):
@@ -96,6 +98,17 @@ def run(
     model: the decoder without its head, which `install` was given. states, content: keep those too (see Pass).
     """
     return run_together(model, [token_ids], [queries], layers, states=states, content=content)[0]
+
+
+def in_one_pass(lengths: Sequence[int]) -> list[list[int]]:
+    """Which prompts to run together, by their places: neighbours in length, as many as there is room for."""
+    found: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if found and lengths[i] * (len(found[-1]) + 1) <= _TOKENS_AT_ONCE:
+            found[-1].append(i)
+        else:
+            found.append([i])
+    return found
 
 
 def run_together(

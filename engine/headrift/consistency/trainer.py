@@ -34,8 +34,6 @@ TARGETS = ("initial", "current")
 _MAX_NORM = 1.0
 # Steps until the learning rate is reached, and for how many steps it is kept.
 _WARM_UP, _FULL = 10, 20
-# Of wrapped prompts in one pass: more take more memory, and are hardly faster.
-_TOKENS_AT_ONCE = 512
 # Of the plain text that `keep` looks at in a step.
 _PLAIN_TOKENS = 32
 Say = Callable[[int], None]
@@ -226,7 +224,8 @@ class Trainer:
 
         some = [self._pairs[i] for i in next(self._batches)]
         sums: dict[str, float] = {}
-        for together in in_one_pass(some):
+        for places in hooks.in_one_pass([len(pair.wrapped_ids) for pair in some]):
+            together = [some[i] for i in places]
             found = self.parts(together)
             loss = torch.stack([self._weighed(parts) for parts in found]).sum() / len(some)
             if not torch.isfinite(loss):
@@ -339,17 +338,6 @@ def _pace(step: int) -> float:
     """The part of the learning rate that a step takes: up to 1, then down with the square root of the steps (as in
     arXiv:1706.03762), which needs no end to be known."""
     return min(step / _WARM_UP, 1.0, (_FULL / step) ** 0.5)
-
-
-def in_one_pass(pairs: Sequence[Pair]) -> list[list[Pair]]:
-    """Pairs of a step that run together: as many as their wrapped prompts have room for, padded to the longest."""
-    found: list[list[Pair]] = []
-    for pair in sorted(pairs, key=lambda pair: len(pair.wrapped_ids)):
-        if found and len(pair.wrapped_ids) * (len(found[-1]) + 1) <= _TOKENS_AT_ONCE:
-            found[-1].append(pair)
-        else:
-            found.append([pair])
-    return found
 
 
 def _plain_text(tokenizer: Any) -> list[list[int]]:
