@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from headrift.commands.common import DType, DTypeOption, Model, Verbose, errors, say
+from headrift.commands.common import DType, DTypeOption, Model, Out, Quiet, Resume, Verbose, errors, say
 
 
 def internals(
@@ -19,7 +19,7 @@ def internals(
         list[str],
         typer.Option(metavar="FILE", help="Prompts: .txt, .jsonl, .csv or .parquet. Repeatable.", show_default=False),
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="A new folder for the results.", show_default=False)],
+    out: Out,
     limit: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="The first N prompts only.", show_default=False)
     ] = None,
@@ -46,8 +46,8 @@ def internals(
     ] = None,
     dtype: DTypeOption = DType.AUTO,
     seed: Annotated[int, typer.Option(metavar="N", help="Another seed gives other draws for the intervals.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in the folder.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,
+    resume: Resume = False,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """What do system prompts change inside a model, and in what it says? Which of their sentences do it?

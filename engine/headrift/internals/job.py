@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -111,6 +111,7 @@ class InternalsJob:
 
     def __init__(self, asked: Asked) -> None:
         self.asked = asked
+        self._seconds: dict[str, float] = {}  # by kind of measurement
         facts, layers, heads = shape_of(asked.model)
         self._shape = layers, heads
         self._rules = read_rules(asked.features)
@@ -188,17 +189,26 @@ class InternalsJob:
             with Model(self.asked.model, self.asked.dtype) as model:
                 base = comparing.read_base(model, self._tokenizer, self.questions, self.asked.steps, on_rows)
                 for kind, number in inside:
-                    self._measure(model, base, kind, number, on_rows)
+                    with self._timed(kind):
+                        self._measure(model, base, kind, number, on_rows)
         in_engine = {kind: [number for one, number in todo if one == kind] for kind in IN_ENGINE}
         if any(in_engine.values()):
             asked = self.asked
             with attention.scorer_of(asked.model, asked.steps, asked.dtype, verbose) as scorer:
-                self._attend(scorer, in_engine[ATTENTION], on_rows)
+                with self._timed(ATTENTION):
+                    self._attend(scorer, in_engine[ATTENTION], on_rows)
                 for number in in_engine[INSTABILITY]:
                     part = self._parts[number]
-                    records = instability.measure(scorer, part.name, instability.measured(part.drops), on_rows)
+                    with self._timed(INSTABILITY):
+                        records = instability.measure(scorer, part.name, instability.measured(part.drops), on_rows)
                     self._write(INSTABILITY, number, records, instability.SCHEMA)
         return time.monotonic() - begun
+
+    @contextmanager
+    def _timed(self, kind: str) -> Iterator[None]:
+        begun = time.monotonic()
+        yield
+        self._seconds[kind] = self._seconds.get(kind, 0.0) + time.monotonic() - begun
 
     def _attend(self, scorer: Scorer, todo: Sequence[int], on_rows: Callable[[int], None] | None) -> None:
         """Take the parts through the engine, which is kept full across them."""
@@ -275,6 +285,7 @@ class InternalsJob:
         of = analysed(tables, len(self.questions), texts_of(self.systems), self._rules, self.asked.seed)
         found = {
             "seconds": round(seconds, 2),
+            "seconds_of": {kind: round(of_kind, 2) for kind, of_kind in self._seconds.items()},
             "rejected": len(rejected),
             "summary": summary(of),
             "findings": findings(of),
