@@ -5,8 +5,9 @@ MODEL := models/smollm2-135m-instruct
 SETS ?= banned_word no_digits_urls
 RUN := $(shell date +%Y%m%d-%H%M%S)
 ARGS ?=
-# Test processes. Engines use every core by themselves, so more gain little.
+# Test processes. Engines use every core by themselves, so more gain little. Which has which tests: tests/conftest.py.
 AT_ONCE ?= 2
+DISTRIBUTED := -n $(AT_ONCE) --dist loadfile --no-loadscope-reorder
 # A Python with headrift[gpu]: `make setup` installs vLLM for CPUs.
 GPU_PYTHON ?= $(BIN)/python
 # Those that measure; the other two write tables of what was measured.
@@ -57,10 +58,10 @@ run: setup ## Score two prompt sets with the demonstration model, each into a ne
 	done
 
 test: setup ## Run the tests that need no GPU and little time
-	$(BIN)/pytest -n $(AT_ONCE) --dist loadgroup $(ARGS)
+	$(BIN)/pytest $(DISTRIBUTED) $(ARGS)
 
 test-slow: setup ## Run the slow tests too
-	$(BIN)/pytest -n $(AT_ONCE) --dist loadgroup -m "not gpu" $(ARGS)
+	$(BIN)/pytest $(DISTRIBUTED) -m "not gpu" $(ARGS)
 
 lint: setup ## Check style, types and which module may import which
 	@failed=; \

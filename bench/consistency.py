@@ -227,7 +227,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
 def main() -> None:
     options = parser(__doc__, "consistency")
     options.add_argument("--steps", type=int, default=100)
-    options.add_argument("--questions", type=int, default=40)
+    options.add_argument("--questions", type=int, default=24)
     options.add_argument("--methods", default=",".join(NAMES))
     options.add_argument("--seeds", default="0,1,2")
     args = options.parse_args()

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,20 +13,25 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Which tests one process runs when several run at once (`make test`; pytest-xdist's loadgroup).
+# What takes longest, the longest first. Of the rest no file takes more than some ten seconds.
+LONGEST = (
+    "engine/test_demo_model.py",
+    "engine/test_interpreted.py",
+    "engine/test_ranks.py",
+    "kernels/test_triton_interpreted.py",
+    "docs/test_notebooks.py",
+    "corpus/test_torture.py",
+)
 
-    Those that start engines in their own process take turns in one; interpreted engines have a process each anyway; of
-    the others those of a file stay together, for their fixtures' sake.
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest comes first, so that test processes end at about the same time.
+
+    When several run at once (`make test`; pytest-xdist's loadfile), one has all tests of a file, in turn: for their
+    fixtures' sake, and because a process has one engine at a time, so a file closes those that it starts.
     """
-    for item in items:
-        path = item.path.relative_to(ROOT / "tests")
-        group = str(path)
-        if path.name == "test_interpreted.py":
-            group = item.nodeid
-        elif path.parts[0] == "engine" or path.name == "test_throughput.py":
-            group = "engine"
-        item.add_marker(pytest.mark.xdist_group(group))
+    places = {file: place for place, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.relative_to(ROOT / "tests").as_posix(), len(places)))
 
 
 @pytest.fixture(scope="session")
@@ -37,23 +43,33 @@ def demo_model() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory, demo_model) -> Path:
-    """Two random layers with the demonstration model's tokenizer and chat template."""
-    import torch
-    import transformers
+def make_chat_model(tmp_path_factory, demo_model) -> Callable[..., Path]:
+    """Makes a random model with the demonstration model's tokenizer and chat template; its folder. Two layers of four
+    heads, where no options for the configuration say otherwise."""
 
-    folder = tmp_path_factory.mktemp("tiny")
-    config = transformers.LlamaConfig(
-        vocab_size=49152, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=128, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=2,
-        initializer_range=0.1,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"):
-        if (demo_model / name).exists():
-            shutil.copy(demo_model / name, folder / name)
-    return folder
+    def make(**options: object) -> Path:
+        import torch
+        import transformers
+
+        folder = tmp_path_factory.mktemp("chat_model")
+        size = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        size |= {"vocab_size": 49152, "intermediate_size": 128, "max_position_embeddings": 512}
+        tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+        config = transformers.LlamaConfig(**{**size, **tokens, "initializer_range": 0.1, **options})
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"):
+            if (demo_model / name).exists():
+                shutil.copy(demo_model / name, folder / name)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(make_chat_model) -> Path:
+    """Two random layers with the demonstration model's tokenizer and chat template."""
+    return make_chat_model()
 
 
 @pytest.fixture(scope="session")

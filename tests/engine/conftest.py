@@ -70,11 +70,6 @@ def make_tiny_model(name: str, folder: Path) -> Path:
     return folder
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One process runs one vLLM engine at a time: tests with engines of their own first, then those that share one."""
-    items.sort(key=lambda item: "scorer" in getattr(item, "fixturenames", ()))
-
-
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """Folder of a tiny model by name, made once."""
@@ -303,8 +298,14 @@ def preemptions(monkeypatch) -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def chatty(make_chat_model) -> Path:
+    """Two random layers, with sharp attention, with the demonstration model's tokenizer and chat template."""
+    return make_chat_model(initializer_range=0.15)
+
+
+@pytest.fixture(scope="module")
 def scorer(demo_model, settings_of_tests):
-    """The demonstration model's scorer, shared by all tests of the session; `scorer.engine` takes raw requests."""
+    """The demonstration model's scorer, shared by the tests of a module; `scorer.engine` takes raw requests."""
     from headrift import Scorer
 
     # With vLLM's own norms, so that what is not probed can be held to plain vLLM bit for bit.

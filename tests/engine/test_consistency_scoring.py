@@ -1,14 +1,12 @@
 """`headrift consistency`: pairs scored in bulk against transformers' eager attention, broken off and taken up again."""
 
 import json
-import shutil
 from itertools import pairwise
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-import transformers
 from typer.testing import CliRunner
 
 from headrift.aligned_keys import L2, TV
@@ -38,23 +36,6 @@ PAIRS = [
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
-
-
-@pytest.fixture(scope="module")
-def chatty(demo_model, tmp_path_factory):
-    """Two random layers, with sharp attention, with the demonstration model's tokenizer and chat template."""
-    folder = tmp_path_factory.mktemp("chatty")
-    config = transformers.LlamaConfig(
-        vocab_size=49152, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=128, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=2,
-        initializer_range=0.15,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"):
-        if (demo_model / name).exists():
-            shutil.copy(demo_model / name, folder / name)
-    return folder
 
 
 def hold_to(oracle, scores, replay: bool) -> None:

@@ -23,7 +23,7 @@ NEAR_TIE = 1e-3
 @pytest.fixture(scope="module")
 def requests(scorer, random_requests):
     """64 random prompts with steps and regions of their own; a quarter is not probed, a third shares a prefix."""
-    return random_requests(11, 64, vocab=40_000, steps=8, longest=90)
+    return random_requests(11, 64, vocab=40_000, steps=8, longest=45)
 
 
 @pytest.fixture(scope="module")

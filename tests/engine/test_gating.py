@@ -53,13 +53,13 @@ def test_masses_of_answers_that_go_on(tiny_model, oracle, settings_of_tests, ran
     assert assert_agrees(oracle("llama-3to1"), items) > 60
 
 
-@pytest.fixture(scope="module")
-def gate(demo_model, settings_of_tests):
+@pytest.fixture(scope="module", params=["chatty", pytest.param("demo_model", marks=pytest.mark.slow)])
+def gate(request, settings_of_tests):
     """A scorer that stops what `gate.stops` (set by a test) says True of."""
     settings = {**settings_of_tests, "max_num_seqs": 6, "max_model_len": 512}
     asked: list = [lambda result: False]
     with Scorer(
-        demo_model,
+        request.getfixturevalue(request.param),
         steps=STEPS,
         max_new_tokens=TOKENS,
         stop_if=lambda result: asked[0](result),
@@ -102,9 +102,7 @@ def submitted(gate, monkeypatch) -> list[ProbeRequest]:
 
 
 @pytest.mark.slow  # a second engine, of plain vLLM
-def test_what_is_not_stopped_is_plain_vllms_answer_from_one_prefill(
-    gate, demo_model, settings_of_tests, scheduled, monkeypatch
-):
+def test_what_is_not_stopped_is_plain_vllms_answer_from_one_prefill(gate, settings_of_tests, scheduled, monkeypatch):
     given, requests = prompts(16), submitted(gate, monkeypatch)
     gate.stops[0] = lambda result: False
     first = gate.engine._tenants
@@ -123,7 +121,7 @@ def test_what_is_not_stopped_is_plain_vllms_answer_from_one_prefill(
         assert 0 <= cached < result.prompt_tokens
     assert sum(scheduled.values()) < sum(r.prompt_tokens + r.answer_tokens for r in results)  # the prefix was shared
 
-    settings = {**settings_of_tests, "model": str(demo_model), "max_model_len": 512, "max_num_seqs": 6}
+    settings = {**settings_of_tests, "model": gate.model, "max_model_len": 512, "max_num_seqs": 6}
     plain = plain_answers(settings, [of.request.prompt_ids for of in prepared], TOKENS)
     for result, tokens, gaps in zip(results, plain.token_ids, plain.gaps, strict=True):
         differ = np.flatnonzero(np.array(result.answer_ids) != np.array(tokens[: result.answer_tokens]))

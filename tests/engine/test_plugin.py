@@ -15,28 +15,29 @@ from headrift.vllm_plugin import plugin
 from headrift.vllm_plugin.plugin import RefusedError
 from headrift.vllm_plugin.recorder import Probe, Recorder, Settings
 
+# First as where headrift is installed and not asked for, then asked for: vLLM's plugins are loaded anew.
 OPT_IN = """
 import json, os, sys
-from vllm.plugins import load_general_plugins
-load_general_plugins()
+import vllm.plugins
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-backend = AttentionBackendEnum.CPU_ATTN.get_class()
-print(json.dumps([backend.__module__, sorted(m for m in sys.modules if m.startswith("headrift"))]))
+for asked in (False, True):
+    if asked:
+        os.environ[sys.argv[1]] = "1"
+    vllm.plugins.plugins_loaded = False
+    vllm.plugins.load_general_plugins()
+    backend = AttentionBackendEnum.CPU_ATTN.get_class()
+    print(json.dumps([backend.__module__, sorted(m for m in sys.modules if m.startswith("headrift"))]))
 """
 
 
-@pytest.mark.parametrize("asked", [False, True])
-def test_the_plugin_does_nothing_unless_asked(asked, monkeypatch):
+def test_the_plugin_does_nothing_unless_asked(monkeypatch):
     monkeypatch.delenv(plugin.SWITCH, raising=False)
-    if asked:
-        monkeypatch.setenv(plugin.SWITCH, "1")
-    done = subprocess.run([sys.executable, "-c", OPT_IN], capture_output=True, text=True, timeout=120, check=True)
-    backend, loaded = json.loads(done.stdout.splitlines()[-1])
-    if asked:
-        assert backend == "headrift.vllm_plugin.backends.cpu"
-    else:
-        assert backend == "vllm.v1.attention.backends.cpu_attn"
-        assert loaded == ["headrift", "headrift.vllm_plugin", "headrift.vllm_plugin.plugin"]
+    command = [sys.executable, "-c", OPT_IN, plugin.SWITCH]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    (unasked, loaded), (asked, _) = map(json.loads, done.stdout.splitlines()[-2:])
+    assert unasked == "vllm.v1.attention.backends.cpu_attn"
+    assert loaded == ["headrift", "headrift.vllm_plugin", "headrift.vllm_plugin.plugin"]
+    assert asked == "headrift.vllm_plugin.backends.cpu"
 
 
 def config_of(folder, **options):
