@@ -71,7 +71,7 @@ def test_a_prefix_is_primed_once_and_where_another_waits_with_it():
 
 def test_repeats_are_forgotten_when_they_take_too_much():
     def result(n: int) -> SimpleNamespace:
-        arrays = dict.fromkeys(("shares", "focus_heads", "logit_stats", "mass"))
+        arrays = dict.fromkeys(("shares", "focus_heads", "logit_stats", "mass", "attention_entropy"))
         return SimpleNamespace(instability=np.zeros(1000), answer_ids=[], n=n, **arrays)
 
     repeats = Repeats(5 * 9500)

@@ -120,7 +120,7 @@ def drawn_seed() -> int:
 def test_five_random_interruptions_and_the_results_are_the_undisturbed_runs(
     undisturbed, tmp_path, straw_model, time_of_three
 ):
-    """25 interruptions in all: SIGKILL of the parent or of the engine's process, SIGTERM once and twice."""
+    """15 interruptions in all: SIGKILL of the parent or of the engine's process, SIGTERM once and twice."""
     seed = drawn_seed()
     chosen = random.Random(seed)
     marks, out = tmp_path / "torture-marks", tmp_path / "out"
