@@ -120,7 +120,7 @@ def memory(args: Any) -> dict[str, float]:
 
 def paces(args: Any) -> dict[str, list[float]]:
     """By method, the seconds of training steps that took turns."""
-    rounds = 2 if args.short else 15
+    rounds = 2 if args.short else 8
     command = [
         sys.executable,
         "-P",
