@@ -144,7 +144,8 @@ def table(report: dict[str, Any]) -> str:
         f"Made by `python bench/consistency.py`: {report['steps']} steps of {report['batch']} pairs, {n_seeds} seeds, "
         f"{report['questions']} held-out questions; held-out families: {', '.join(report['held_out_families'])}. On "
         f"{report['machine']['cpu']} ({report['machine']['cores']} cores). Before: 95% interval from drawing questions "
-        "anew. After: mean and 95% interval (Student's t) over seeds.",
+        "anew. After: mean and 95% interval (Student's t) over seeds, which are asked the same "
+        "questions.",
         "",
         "| held out | before | " + " | ".join(NAMES[method] for method in methods) + " |",
         "|---|" + "---|" * (1 + len(methods)),
