@@ -174,8 +174,8 @@ def _attention(
             clean, wrapped = (
                 hooks.run_together(decoder, prompts, queries, layers, content=True)
                 for prompts, queries in (
-                    ([of.clean_ids for of in some], [of.clean_positions[of.first_query :].tolist() for of in some]),
-                    ([of.wrapped_ids for of in some], [of.wrapped_positions[of.first_query :].tolist() for of in some]),
+                    ([pair.clean_ids for pair in some], [pair.clean_queries for pair in some]),
+                    ([pair.wrapped_ids for pair in some], [pair.wrapped_queries for pair in some]),
                 )
             )
             for i, *passes in zip(places, wrapped, clean):

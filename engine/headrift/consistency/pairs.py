@@ -132,6 +132,16 @@ class Pair:
         same = np.flatnonzero(self.clean_positions != self.wrapped_positions)
         return int(same[0]) if len(same) else len(self.clean_positions)
 
+    @property
+    def clean_queries(self) -> list[int]:
+        """Places in clean_ids of the query rows worth comparing."""
+        return self.clean_positions[self.first_query :].tolist()
+
+    @property
+    def wrapped_queries(self) -> list[int]:
+        """Places in wrapped_ids of the same."""
+        return self.wrapped_positions[self.first_query :].tolist()
+
 
 def _positions(runs: Iterable[tuple[int, int]]) -> NDArray[np.int64]:
     return np.concatenate([np.arange(start, start + length) for start, length in runs])

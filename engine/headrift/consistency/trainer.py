@@ -261,7 +261,7 @@ class Trainer:
         answers = [self._answers[tuple(pair.clean_ids)] if losses.BCT in weights else [] for pair in pairs]
         # An answer's last token is foretold and never read.
         prompts = [[*pair.wrapped_ids, *answer[:-1]] for pair, answer in zip(pairs, answers)]
-        queries = [pair.wrapped_positions[pair.first_query :].tolist() for pair in pairs]
+        queries = [pair.wrapped_queries for pair in pairs]
         wrapped = hooks.run_together(self._decoder, prompts, queries, layers, states=states)
         clean = self._clean(pairs, layers, states) if layers else [None] * len(pairs)
         found: list[dict[str, torch.Tensor]] = [{} for _ in pairs]
@@ -302,7 +302,7 @@ class Trainer:
 
         initial = self._asked.target == "initial"
         prompts = [pair.clean_ids for pair in pairs]
-        queries = [pair.clean_positions[pair.first_query :].tolist() for pair in pairs]
+        queries = [pair.clean_queries for pair in pairs]
         with torch.no_grad(), self.model.disable_adapter() if initial else nullcontext():
             return hooks.run_together(self._decoder, prompts, queries, layers, states=states)
 

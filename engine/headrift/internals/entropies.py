@@ -15,7 +15,7 @@ import pyarrow as pa
 from headrift.internals.attention import KINDS
 from headrift.internals.cases import CHECK
 from headrift.internals.estimates import Figures, Floats, Prompts
-from headrift.internals.tables import column
+from headrift.internals.tables import arrays, column
 
 # At the last prompt token (step 0), and at the tokens of the answer behind it.
 WHEN = ("last prompt token", "answer")
@@ -41,10 +41,9 @@ def entropies(table: pa.Table, n_prompts: int, prompts: Prompts) -> Entropies:
     windows = np.array([np.inf if window is None else window for window in about["windows"]])
     names = [name for name in dict.fromkeys(column(table, "system")) if name != CHECK]
     found = {kind: np.full((2, n_prompts, len(names), about["layers"], len(WHEN)), np.nan) for kind in KINDS}
-    arrays = (chunk[i].values.to_numpy() for chunk in table["entropy"].chunks for i in range(len(chunk)))
     keys = ("system", "kind", "prompt", "prompt_tokens")
     rows = 0
-    for values, system, kind, number, tokens in zip(arrays, *(column(table, key) for key in keys)):
+    for values, system, kind, number, tokens in zip(arrays(table, "entropy"), *(column(table, key) for key in keys)):
         if system == CHECK:
             continue
         of_steps = values.astype(np.float64).reshape(-1, about["layers"], about["heads"]).mean(-1)

@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 
 from headrift.internals.renderings import Rendered
-from headrift.internals.sentences import Drop
+from headrift.internals.sentences import ABOUT, Drop, wholes
 from headrift.preparing import Prompt
 from headrift.scorer import Scorer, ScoreResult
 
@@ -35,18 +35,13 @@ def measured(drops: Sequence[Drop]) -> list[Drop]:
     return [drop for drop in drops if drop.question.number in some]
 
 
-def n_rows(drops: Sequence[Drop]) -> int:
-    """How many rows `measure` runs of these, where none is rejected."""
-    return 2 * len(drops) + len(_wholes(drops))
-
-
 def measure(
     scorer: Scorer, name: str, drops: Sequence[Drop], on_rows: Callable[[int], None] | None = None
 ) -> list[dict[str, Any]]:
     """A record (see SCHEMA) of each drop; nothing for what the engine rejected. A score is null where the answer ended
     before its first step."""
-    wholes = _wholes(drops)
-    said = dict(zip(wholes, _scored(scorer, (_prompt(whole) for whole in wholes.values()), False, on_rows)))
+    whole_ones = wholes(drops)
+    said = dict(zip(whole_ones, _scored(scorer, map(_prompt, whole_ones.values()), False, on_rows)))
     drops = [drop for drop in drops if said[drop.question.number] is not None]
 
     def replayed() -> Iterator[Prompt]:
@@ -65,12 +60,7 @@ def measure(
         scores = {"whole": whole.score, "dropped": dropped.score, "neutral": neutral.score}
         found.append(
             {
-                "system": name,
-                "sentence": drop.sentence,
-                "text": drop.text,
-                "sentence_tokens": drop.tokens,
-                "prompt": drop.question.number,
-                "id": drop.question.id,
+                **drop.about(name),
                 **scores,
                 "effect": _less(whole.score, neutral.score),
                 "effect_dropped": _less(whole.score, dropped.score),
@@ -90,10 +80,6 @@ def _scored(
             yield result if isinstance(result, ScoreResult) else None
 
 
-def _wholes(drops: Sequence[Drop]) -> dict[int, Rendered]:
-    return {drop.question.number: drop.whole for drop in drops}
-
-
 def _prompt(rendered: Rendered, answer_ids: Sequence[int] | None = None) -> Prompt:
     assert rendered.system is not None
     regions = {"system": rendered.system, "user": rendered.question}
@@ -105,17 +91,5 @@ def _less(one: float | None, other: float | None) -> float | None:
 
 
 SCHEMA = pa.schema(
-    [
-        ("system", pa.string()),
-        ("sentence", pa.int16()),
-        ("text", pa.string()),
-        ("sentence_tokens", pa.int32()),
-        ("prompt", pa.int32()),
-        ("id", pa.string()),
-        ("whole", pa.float64()),
-        ("dropped", pa.float64()),
-        ("neutral", pa.float64()),
-        ("effect", pa.float64()),
-        ("effect_dropped", pa.float64()),
-    ]
+    [*ABOUT, *((name, pa.float64()) for name in ("whole", "dropped", "neutral", "effect", "effect_dropped"))]
 )

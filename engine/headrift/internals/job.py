@@ -96,7 +96,7 @@ class _Part:
             PLACEMENTS: len(self.placed),
             SENTENCES: sentences.n_rows(self.drops),
             ATTENTION: len(attention.KINDS) * len(self.cases),
-            INSTABILITY: instability.n_rows(instability.measured(self.drops)),
+            INSTABILITY: sentences.n_rows(instability.measured(self.drops)),
         }[kind]
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 from headrift.internals.attention import KINDS, REGIONS
 from headrift.internals.cases import CHECK
 from headrift.internals.estimates import Figures, Floats, Prompts
-from headrift.internals.tables import column
+from headrift.internals.tables import arrays, column
 
 # Of those that a prompt has tokens of: `generated` grows with the steps.
 _PER_TOKEN = len(REGIONS) - 1
@@ -41,7 +41,7 @@ def regions(table: pa.Table, n_prompts: int, prompts: Prompts) -> Regions:
     own = names != CHECK
     number, tokens = np.array(column(table, "prompt")), np.array(column(table, "region_tokens"), float)
     lengths = np.array(column(table, "prompt_tokens"), float)
-    arrays = [chunk[i].values.to_numpy() for chunk in table["mass"].chunks for i in range(len(chunk))]
+    masses = arrays(table, "mass")
     found: dict[str, dict[str, Floats]] = {name: {} for name in ("mass", "per_token", "by_step", "by_head")}
     answers: dict[str, list[int]] = {}
     rows = 0
@@ -51,7 +51,7 @@ def regions(table: pa.Table, n_prompts: int, prompts: Prompts) -> Regions:
         by_step: list[Floats] = []
         steps: list[int] = []
         for i in np.flatnonzero(own & (kinds == kind)):
-            each = arrays[i].astype(np.float64).reshape(-1, *shape)
+            each = masses[i].astype(np.float64).reshape(-1, *shape)
             keys = lengths[i] + np.arange(len(each))
             mass[number[i]] += each.mean((0, 2))
             relative = each[..., :_PER_TOKEN] * keys[:, None, None, None] / tokens[i]

@@ -40,6 +40,17 @@ class Drop:
     dropped: Rendered
     neutral: Rendered
 
+    def about(self, system: str) -> dict[str, Any]:
+        """What a record of it says first, whatever was measured (see ABOUT). system: the system prompt's name."""
+        return {
+            "system": system,
+            "sentence": self.sentence,
+            "text": self.text,
+            "sentence_tokens": self.tokens,
+            "prompt": self.question.number,
+            "id": self.question.id,
+        }
+
 
 def spans(text: str) -> list[Span]:
     """Where the sentences of a text are: characters [start, end) of each."""
@@ -81,8 +92,8 @@ def measure(
     model: Model, name: str, drops: Sequence[Drop], on_rows: Callable[[int], None] | None = None
 ) -> list[dict[str, Any]]:
     """A record (see SCHEMA) of each drop. A sentence's rows run together: what they begin with runs once."""
-    wholes = {drop.question.number: _row(drop.whole) for drop in drops}
-    said = dict(zip(wholes, model.read(list(wholes.values()), on_rows)))
+    whole_ones = wholes(drops)
+    said = dict(zip(whole_ones, model.read([_row(whole) for whole in whole_ones.values()], on_rows)))
     found = []
     for number in dict.fromkeys(drop.sentence for drop in drops):
         of = [drop for drop in drops if drop.sentence == number]
@@ -95,12 +106,7 @@ def measure(
             own, control = (float(kl(ours, without_it)[0]) for ours in (whole, with_neutral))
             found.append(
                 {
-                    "system": name,
-                    "sentence": drop.sentence,
-                    "text": drop.text,
-                    "sentence_tokens": drop.tokens,
-                    "prompt": drop.question.number,
-                    "id": drop.question.id,
+                    **drop.about(name),
                     "kl": own,
                     "kl_neutral": control,
                     "effect": own - control,
@@ -110,23 +116,31 @@ def measure(
     return found
 
 
+def wholes(drops: Sequence[Drop]) -> dict[int, Rendered]:
+    """By question's number, the prompt with the whole system prompt."""
+    return {drop.question.number: drop.whole for drop in drops}
+
+
 def n_rows(drops: Sequence[Drop]) -> int:
-    """How many rows `measure` runs."""
-    return 2 * len(drops) + len({drop.question.number for drop in drops})
+    """How many rows run to measure them: each twice, and the whole ones."""
+    return 2 * len(drops) + len(wholes(drops))
 
 
 def _row(rendered: Rendered) -> Row:
     return Row(rendered.token_ids, said=(len(rendered.token_ids) - 1,))
 
 
+ABOUT = (
+    ("system", pa.string()),
+    ("sentence", pa.int16()),
+    ("text", pa.string()),
+    ("sentence_tokens", pa.int32()),
+    ("prompt", pa.int32()),
+    ("id", pa.string()),
+)
 SCHEMA = pa.schema(
     [
-        ("system", pa.string()),
-        ("sentence", pa.int16()),
-        ("text", pa.string()),
-        ("sentence_tokens", pa.int32()),
-        ("prompt", pa.int32()),
-        ("id", pa.string()),
+        *ABOUT,
         ("kl", pa.float64()),
         ("kl_neutral", pa.float64()),
         ("effect", pa.float64()),

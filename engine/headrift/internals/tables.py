@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from headrift.internals.cases import CHECK
 from headrift.internals.comparing import COMPARISONS, PLACES
@@ -84,6 +85,11 @@ def column(table: pa.Table, name: str) -> list[Any]:
     """A column's values."""
     values: list[Any] = table[name].to_pylist()
     return values
+
+
+def arrays(table: pa.Table, name: str) -> list[NDArray[Any]]:
+    """A column of lists, an array a row."""
+    return [chunk[i].values.to_numpy() for chunk in table[name].chunks for i in range(len(chunk))]
 
 
 def grid(table: pa.Table, value: str, prompts: Sequence[int], **only: str) -> Floats:
