@@ -28,7 +28,7 @@ def test_train_resume_and_evaluate(tiny_model, tmp_path):
     assert {path.name for path in out.iterdir()} == {
         "adapter", "checkpoint.pt", "losses.jsonl", "outcome.json", "training.json"
     }  # fmt: skip
-    assert json.loads((out / "training.json").read_text())["settings"]["keep"] == 0.1
+    assert json.loads((out / "training.json").read_text())["settings"]["keep"] == 0.03
     again = headrift("train-consistency", QUESTIONS, *options, "--steps", 3, "--method", "attct=1,act=0.1")
     assert again.exit_code == 2
     assert "--resume" in again.stderr
@@ -40,6 +40,18 @@ def test_train_resume_and_evaluate(tiny_model, tmp_path):
     assert "attention distance" in shown.stdout
     assert "perplexity" in shown.stdout
     assert json.loads((out / "evaluation.json").read_text())["questions"] == 3
+    first = questions_of(out)
+    shown = headrift("evaluate-consistency", out, "--skip", 3, "-q")
+    assert shown.exit_code == 0, shown.output
+    assert len(questions_of(out)) == 9
+    assert not first & questions_of(out)
+    refused = headrift("evaluate-consistency", out, "--skip", 12)
+    assert refused.exit_code == 2
+    assert "leaves none of the 12" in refused.stderr
+
+
+def questions_of(run: Path) -> set[str]:
+    return {json.loads(line)["id"].rsplit("-", 1)[0] for line in (run / "replies.jsonl").read_text().splitlines()}
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def train_consistency(
     lr: Annotated[float, typer.Option("--lr", metavar="X", help="Learning rate (AdamW).")] = 3e-3,
     keep: Annotated[
         float, typer.Option(metavar="X", help="Weight of a loss that keeps the model as it was on plain text; 0: none.")
-    ] = 0.1,
+    ] = 0.03,
     rank: Annotated[int, typer.Option(metavar="N", min=1, help="Rank of the LoRA.")] = 8,
     layers: Annotated[
         str | None,
@@ -181,7 +181,17 @@ def evaluate_consistency(
         int | None,
         typer.Option(metavar="N", min=1, help="At most N of the held-out questions.", show_default=False),
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Draws wrappers, and resamples for the intervals.")] = 0,
+    skip: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Leave out the first N held-out questions: those that --questions N asked while settings were chosen.",
+        ),
+    ] = 0,
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Draws questions and wrappers, and resamples for the intervals.")
+    ] = 0,
     model: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="The model's folder, if it has moved.", show_default=False),
@@ -207,7 +217,7 @@ def evaluate_consistency(
     from headrift.reporter import progress_bar
 
     with errors(2, verbose):
-        jobs = [EvaluationJob(Asked(run, per_family, questions, seed, model)) for run in runs]
+        jobs = [EvaluationJob(Asked(run, per_family, questions, skip, seed, model)) for run in runs]
     for job, before in zip(jobs, [None, *jobs]):
         if before is not None:
             job.share_before(before)

@@ -28,11 +28,13 @@ class EvaluationError(ValueError):
 @dataclass(frozen=True, slots=True)
 class Asked:
     """run: a training's folder. per_family: wrappers of each family around a question, drawn by the seed. questions: at
-    most so many of those held out, None for all. model: where the model is now, None for where it was then."""
+    most so many of those held out, None for all, in an order drawn by the seed; skip: without the first so many of
+    them, which have been looked at. model: where the model is now, None for where it was then."""
 
     run: Path
     per_family: int = 1
     questions: int | None = None
+    skip: int = 0
     seed: int = 0
     model: Path | None = None
 
@@ -81,9 +83,10 @@ class EvaluationJob:
             raise EvaluationError(
                 f"{', '.join(about['inputs'])} no longer holds all questions of the training: restore it"
             )
-        chosen = set(
-            random.Random(asked.seed).sample(questions, min(len(questions), asked.questions or len(questions)))
-        )
+        in_order = random.Random(asked.seed).sample(questions, len(questions))[asked.skip :]
+        if not in_order:
+            raise EvaluationError(f"--skip {asked.skip} leaves none of the {len(questions)} held-out questions")
+        chosen = set(in_order[: asked.questions])
         texts = [text for text in data.texts if text.question in chosen]
         self.pairs, self.rejected = data.rendered(drawn(texts, asked.per_family, asked.seed))
         if not self.pairs:

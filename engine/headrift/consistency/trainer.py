@@ -58,7 +58,7 @@ class Asked:
     minutes: float | None = None
     batch: int = 4
     learning_rate: float = 3e-3
-    keep: float = 0.1
+    keep: float = 0.03
     rank: int = 8
     alpha: float = 16.0
     layers: tuple[int, ...] | None = None
