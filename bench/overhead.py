@@ -89,7 +89,7 @@ class Case:
 
 
 ALL = ("idle", PLAIN, "probing", "logits", "headrift as it comes")
-BASE = Case("base: batch 8, context 1,000, 10 steps, 3 regions", arms=ALL)
+BASE = Case("base: batch 8, context 1,000, 10 steps, 3 regions", arms=ALL, more=3)
 CASES = (
     BASE,
     Case("batch 64, context 100", 64, 100, arms=ALL, more=3),

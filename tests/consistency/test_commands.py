@@ -51,7 +51,7 @@ def test_train_resume_and_evaluate(tiny_model, tmp_path):
 
 
 def questions_of(run: Path) -> set[str]:
-    return {json.loads(line)["id"].rsplit("-", 1)[0] for line in (run / "replies.jsonl").read_text().splitlines()}
+    return {json.loads(line)["id"].split(":")[0] for line in (run / "replies.jsonl").read_text().splitlines()}
 
 
 @pytest.mark.parametrize(

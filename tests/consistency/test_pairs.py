@@ -48,10 +48,22 @@ def check(pair, tokenizer):
     assert at[-1] == len(ours) - 1
     assert pair.head.length >= pair.clean_system[1]
     assert pair.clean_system == pair.wrapped_system
-    # Rows before the first query are the same by causality; the row at it is not the same by position.
+    # Rows before the first query are the same by causality, and before it alone.
     first = pair.first_query
-    assert to[first] != at[first]
-    assert first == 0 or to[first - 1] == at[first - 1]
+    assert pair.clean_ids[: at[first]] != pair.wrapped_ids[: to[first]]
+    assert first == 0 or pair.clean_ids[: at[first - 1]] == pair.wrapped_ids[: to[first - 1]]
+    # Head, core, tail and edges are the clean prompt, each token once.
+    edges = [i for span in pair.clean_edges for i in range(*span)]
+    assert sorted([*at.tolist(), *edges]) == list(range(len(ours)))
+
+
+def test_a_wrapper_as_long_as_what_it_replaces_is_still_a_wrapper(renderer, tokenizer):
+    """All places are the same then, and only the tokens tell which rows differ."""
+    pair = one(renderer, PairText("a", "q", "Please add 2 + 2 now", "Kindly add 2 + 2 now"))
+    assert isinstance(pair, Pair)
+    check(pair, tokenizer)
+    np.testing.assert_array_equal(pair.clean_positions, pair.wrapped_positions)
+    assert len(pair.clean_queries) == pair.core.length + pair.tail.length
 
 
 def test_every_pair_of_the_library_lines_up(renderer, tokenizer, questions):

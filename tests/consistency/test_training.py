@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from headrift.consistency import lora, trainer
 from headrift.consistency.evaluation_job import Asked as EvaluationAsked
 from headrift.consistency.evaluation_job import EvaluationError, EvaluationJob
 from headrift.consistency.pairs import SYSTEM_PROMPT
-from headrift.consistency.trainer import Asked, TrainingError, TrainingJob, read_losses
+from headrift.consistency.trainer import Asked, Trainer, TrainingError, TrainingJob, read_losses
 from headrift.consistency.training_data import DataAsked, batches
 from headrift.corpus.sources import InputError
 
@@ -77,6 +78,72 @@ def test_a_training_that_broke_off_goes_on_to_the_same_losses(asked, tmp_path):
     assert read_losses(broken.out) == read_losses(asked.out)  # bit for bit: the same operations on the same numbers
     ours, theirs = ((out / "adapter" / lora.ADAPTER).read_bytes() for out in (broken.out, asked.out))
     assert ours == theirs
+
+
+@pytest.mark.parametrize("place", ["weights changed", "line unwritten"])
+def test_a_training_that_broke_off_within_a_step_does_that_step_again(asked, tmp_path, monkeypatch, place):
+    asked = replace(asked, steps=4, checkpoint_every=1)
+    TrainingJob(asked).run()
+    broken = replace(asked, out=tmp_path / "broken")
+    with monkeypatch.context() as patched:
+        if place == "weights changed":
+            step = torch.optim.AdamW.step
+            steps = []
+
+            def stop_after(self, *args, **kwargs):
+                step(self, *args, **kwargs)
+                steps.append(1)
+                if len(steps) == 3:
+                    raise KeyboardInterrupt
+
+            patched.setattr(torch.optim.AdamW, "step", stop_after)
+        else:
+            train_step = Trainer.train_step
+
+            def stop_behind(self):
+                line = train_step(self)
+                if self.step == 3:
+                    raise OSError(28, "no space left on the disk")
+                return line
+
+            patched.setattr(Trainer, "train_step", stop_behind)
+        with pytest.raises((KeyboardInterrupt, OSError)):
+            TrainingJob(broken).run()
+    job = TrainingJob(replace(broken, resume=True))
+    assert job.done == 2
+    job.run()
+    assert read_losses(broken.out) == read_losses(asked.out)
+
+
+def test_pairs_that_changed_are_another_training(asked, tmp_path):
+    rows = [{"clean": f"Add {i} + 2", "wrapped": f"Hurry! Add {i} + 2", "answer": str(i + 2)} for i in range(8)]
+    path = tmp_path / "pairs.jsonl"
+    asked = replace(asked, data=replace(asked.data, inputs=(str(path),), limit=None))
+
+    def job(**change):
+        path.write_text("".join(json.dumps({**row, **change}) + "\n" for row in rows))
+        return TrainingJob(replace(asked, resume=True))
+
+    job()
+    job()
+    for change in ({"answer": "99"}, {"core": "+ 2"}):
+        with pytest.raises(TrainingError, match="another pairs"):
+            job(**change)
+
+
+def test_a_training_can_start_from_an_adapter(trained, asked):
+    """From its very weights; and what lora.attach makes of them, the engine can load."""
+    from safetensors.torch import load_file
+
+    asked = replace(asked, lora=trained / "adapter", rank=3)
+    TrainingJob(replace(asked, minutes=1e-9)).run()
+    first, then = (load_file(folder / "adapter" / lora.ADAPTER) for folder in (trained, asked.out))
+    assert first.keys() == then.keys()
+    for name, weight in first.items():
+        torch.testing.assert_close(then[name], weight, rtol=0, atol=0)
+    TrainingJob(replace(asked, steps=2, resume=True)).run()
+    # What is kept as it was is the model without the adapter, which by now is another.
+    assert read_losses(asked.out)[0]["keep"] > 1e-4
 
 
 def test_seeds_differ_and_repeat(asked, tmp_path):
@@ -189,7 +256,7 @@ def test_a_folder_with_something_in_it_is_left_alone(asked, no_model):
         TrainingJob(asked)
     shutil.rmtree(asked.out)
     TrainingJob(asked)
-    with pytest.raises(TrainingError, match="holds a training already"):
+    with pytest.raises(TrainingError, match="has results already"):
         TrainingJob(asked)
     with pytest.raises(TrainingError, match="another learning_rate, another seed"):
         TrainingJob(replace(asked, resume=True, seed=5, learning_rate=1e-5))
@@ -200,7 +267,6 @@ def test_a_folder_with_something_in_it_is_left_alone(asked, no_model):
 
 
 def test_an_adapter_of_another_model_is_refused(asked, no_model, tmp_path, random_models):
-    import torch
     from safetensors.torch import save_file
 
     adapter = tmp_path / "adapter"

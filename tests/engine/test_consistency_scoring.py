@@ -1,20 +1,24 @@
 """`headrift consistency`: pairs scored in bulk against transformers' eager attention, broken off and taken up again."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import transformers
 from typer.testing import CliRunner
 
+from headrift import signal
 from headrift.aligned_keys import L2, TV
 from headrift.cli import app
-from headrift.consistency import scoring_job
+from headrift.consistency import lora, scoring_job
 from headrift.consistency.pairs import SYSTEM_PROMPT
 from headrift.consistency.scoring import ANSWERS, REGIONS, keys_needed, references_for, score_pairs
 from headrift.consistency.scoring_job import Asked, JobError, ScoringJob
+from headrift.engine_setup import EngineError
 from headrift.probed_engine import ProbedEngine
 
 STEPS, TOLERANCE = 3, 1e-5
@@ -55,13 +59,39 @@ def hold_to(oracle, scores, replay: bool) -> None:
             found = oracle.masses(ids, side.answer_ids, steps, spans)
             whole = np.stack([found[..., 0], found[..., 1:-1].sum(-1), found[..., -1]], -1)
             np.testing.assert_allclose(side.mass, whole, rtol=0, atol=2 * TOLERANCE)
+            # The user's text is what stands between the template's beginning and its end.
+            user = (pair.head.length, len(ids) - pair.tail.length)
+            system, of_user, prompt = np.moveaxis(
+                oracle.masses(ids, side.answer_ids, steps, [pair.clean_system, user, (0, len(ids))]), -1, 0
+            )
+            # A ratio of masses, and a deviation of ratios: some times their error, where the prompt has most of it.
+            assert side.focus == pytest.approx((system[0] / (system[0] + of_user[0])).mean(), abs=10 * TOLERANCE)
+            instability = signal.instability(system / prompt)
+            score = signal.score(instability, signal.Window(1, STEPS), n_steps=steps).value
+            assert side.instability == (None if score is None else pytest.approx(score, abs=10 * TOLERANCE))
 
 
-def test_a_job_is_broken_off_taken_up_again_and_agrees(chatty, oracle, tmp_path, monkeypatch):
+@pytest.fixture
+def adapted(chatty, tmp_path):
+    """An adapter as a training writes it, with weights that matter; and the model with it merged into its weights."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(chatty, dtype=torch.float32)
+    model = lora.attach(base, rank=4, alpha=8.0, seed=0)
+    torch.manual_seed(3)
+    for name, weight in lora.trained(model).items():
+        if "lora_B" in name:
+            weight.data.normal_(0, 0.2)
+    model.save_pretrained(tmp_path / "adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    return tmp_path / "adapter", tmp_path / "merged"
+
+
+def test_a_job_with_an_adapter_is_broken_off_taken_up_again_and_agrees(chatty, adapted, oracle, tmp_path, monkeypatch):
     questions = write(tmp_path / "questions.jsonl", QUESTIONS)
     out = tmp_path / "out"
     monkeypatch.setattr(scoring_job, "PART", 5)
+    adapter, merged = adapted
     asked = {"inputs": (str(questions),), "model": chatty, "out": out, "system_prompt": SYSTEM_PROMPT, "steps": STEPS}
+    asked["lora"] = adapter
     job = ScoringJob(Asked(**asked, per_family=3))
     assert len(job.pairs) == 2 * 3 * 4
     clean = [(*pair.clean_ids, pair.clean_core) for pair in job.pairs]
@@ -80,6 +110,11 @@ def test_a_job_is_broken_off_taken_up_again_and_agrees(chatty, oracle, tmp_path,
         ScoringJob(Asked(**asked, per_family=3))
     with pytest.raises(JobError, match="another answers"):
         ScoringJob(Asked(**asked, per_family=3, answers="own", resume=True))
+    config = (adapter / "adapter_config.json").read_text(encoding="utf-8")
+    (adapter / "adapter_config.json").write_text(config.replace('"lora_alpha": 8.0', '"lora_alpha": 9.0'))
+    with pytest.raises(JobError, match="another lora"):
+        ScoringJob(Asked(**asked, per_family=3, resume=True))
+    (adapter / "adapter_config.json").write_text(config)
     command = [
         "consistency",
         questions,
@@ -91,6 +126,8 @@ def test_a_job_is_broken_off_taken_up_again_and_agrees(chatty, oracle, tmp_path,
         STEPS,
         "--per-family",
         3,
+        "--lora",
+        adapter,
         "--resume",
     ]
     done = CliRunner().invoke(app, [*map(str, command)])
@@ -106,7 +143,7 @@ def test_a_job_is_broken_off_taken_up_again_and_agrees(chatty, oracle, tmp_path,
     # What the parts hold, against transformers, of a row of the first run and one of the second.
     about = json.loads(table.schema.metadata[b"headrift"])
     assert (about["layers"], about["heads"]) == (2, 4)
-    model = oracle(chatty)
+    model = oracle(merged)
     for at in (0, 23):
         row, pair = {name: table[name][at].as_py() for name in table.column_names}, job.pairs[at]
         n = row["n_steps"]
@@ -168,14 +205,37 @@ def test_what_cannot_be_scored_is_said_before_the_model_loads(chatty, tmp_path, 
 
 def test_pairs_that_cannot_be_used_are_left_out_with_row_and_reason(chatty, tmp_path):
     given = write(tmp_path / "pairs.jsonl", PAIRS)
-    job = ScoringJob(Asked((str(given),), chatty, tmp_path / "out", SYSTEM_PROMPT))
+    asked = Asked((str(given),), chatty, tmp_path / "out", SYSTEM_PROMPT)
+    job = ScoringJob(asked)
     assert len(job.pairs) == 3
+    # Another answer is another verdict, though the tokens are the same.
+    write(given, [{**PAIRS[0], "answer": "pear"}, *PAIRS[1:]])
+    with pytest.raises(JobError, match="another set of pairs"):
+        ScoringJob(replace(asked, resume=True))
     left_out = pq.read_table(tmp_path / "out" / "rejects.parquet").to_pylist()
     assert {(row["row"], row["reason"]) for row in left_out} == {
         (4, "identical_pair"),
         (5, "no_common_core"),
         (6, "no_pair"),
     }
+
+
+def test_so_many_of_a_family_are_drawn_from_files_too(chatty, tmp_path):
+    rows = [{"clean": "Name a fruit.", "wrapped": f"{say} Name a fruit.", "family": "talk"} for say in ("Oh!", "Ah!")]
+    given = write(tmp_path / "pairs.jsonl", rows)
+    for i, (per_family, n) in enumerate(((None, 2), (1, 1), (2, 2))):
+        asked = Asked((str(given),), chatty, tmp_path / str(i), SYSTEM_PROMPT, per_family=per_family)
+        assert len(ScoringJob(asked).pairs) == n
+
+
+def test_an_adapter_that_vllm_cannot_load_is_refused_before_anything_is_begun(chatty, adapted, tmp_path):
+    adapter, _ = adapted
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "use_dora": True}))
+    given = write(tmp_path / "pairs.jsonl", PAIRS[:1])
+    with pytest.raises(EngineError, match="DoRA"):
+        ScoringJob(Asked((str(given),), chatty, tmp_path / "out", SYSTEM_PROMPT, lora=adapter))
+    assert not (tmp_path / "out").exists()
 
 
 def test_rows_that_are_kept_have_a_bound():

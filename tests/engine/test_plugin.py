@@ -55,12 +55,14 @@ def test_every_reason_is_given_at_once(tiny_model):
     config.parallel_config.decode_context_parallel_size = 2
     config.parallel_config.data_parallel_size = 2
     config.parallel_config.enable_dbo = True
+    config.parallel_config.enable_batch_sharded_sampling = True
     config.cache_config.kv_sharing_fast_prefill = True
     config.speculative_config = object()
     reasons = plugin.refusals(config)
-    for word in ("float16", "pipeline", "context par", "data par", "dual-batch", "fast prefill", "speculative"):
+    words = ("float16", "pipeline", "context par", "data par", "dual-batch", "sharded", "fast prefill", "speculative")
+    for word in words:
         assert sum(word in reason for reason in reasons) == 1, (word, reasons)
-    assert len(reasons) == 7
+    assert len(reasons) == len(words)
     message = str(RefusedError(reasons))
     assert all(reason in message for reason in reasons)
 

@@ -124,7 +124,7 @@ def consistency(
             attention_backend=attention_backend.value,
             resume=resume,
         )
-        job = ScoringJob(asked)
+        job = ScoringJob(asked, verbose)
     done, pairs = job.done, len(job.pairs)
     questions = len({pair.question for pair in job.pairs})
     say(f"{pairs:,} pairs of {questions:,} questions{f', {done:,} of them done' if done else ''}", quiet)
@@ -137,6 +137,6 @@ def consistency(
 
     hidden = quiet or done == pairs
     with errors(1, verbose, kept), progress_bar("pairs", pairs, done, unit="pairs/s", hidden=hidden) as on_pairs:
-        found = job.run(on_pairs, verbose)
+        found = job.run(on_pairs)
     print_summary(found)
     say(f"{found['engine_seconds']:.1f} s in the engine; results: {out}", quiet)

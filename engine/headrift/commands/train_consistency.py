@@ -57,7 +57,7 @@ def train_consistency(
     keep: Annotated[
         float, typer.Option(metavar="X", help="Weight of a loss that keeps the model as it was on plain text; 0: none.")
     ] = 0.03,
-    rank: Annotated[int, typer.Option(metavar="N", min=1, help="Rank of the LoRA.")] = 8,
+    rank: Annotated[int, typer.Option(metavar="N", min=1, help="Rank of a new LoRA.")] = 8,
     layers: Annotated[
         str | None,
         typer.Option(
@@ -218,9 +218,9 @@ def evaluate_consistency(
 
     with errors(2, verbose):
         jobs = [EvaluationJob(Asked(run, per_family, questions, skip, seed, model)) for run in runs]
-    for job, before in zip(jobs, [None, *jobs]):
-        if before is not None:
-            job.share_before(before)
+    for i, job in enumerate(jobs):
+        for other in jobs[:i]:
+            job.share_before(other)
         if len(jobs) > 1:
             typer.echo(f"{job.asked.run}:")
         _say_rejected(job.rejected, quiet)

@@ -115,6 +115,7 @@ class EvaluationJob:
         measured = joined(self._before, measured_in(AFTER))
         found = {
             "training": {name: self._training["settings"][name] for name in ("weights", "target", "seed", "layers")},
+            "asked": {name: getattr(self.asked, name) for name in ("per_family", "questions", "skip", "seed")},
             "held_out_families": sorted(self.families),
             **summary(self.pairs, measured, self.families, self.asked.seed),
             "versions": versions(),

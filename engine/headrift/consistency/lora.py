@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -55,6 +56,11 @@ def check(folder: Path, model: Path) -> None:
     has = {int(n) for name in weights for n in re.findall(r"\.layers\.(\d+)\.", name)}
     if layers and has and config.get("layers_to_transform") is None and layers != has:
         raise LoraError(f"--lora {folder} is of another model: it has {len(layers)} layers, and {model} {len(has)}")
+
+
+def fingerprint(folder: Path) -> str:
+    """What tells an adapter from another: its weights and its settings."""
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in (_CONFIG, ADAPTER))).hexdigest()
 
 
 def attach(model: Any, rank: int, alpha: float, seed: int, start: Path | None = None) -> Any:

@@ -9,8 +9,10 @@ the wrapped prompt it counts as wrapper, in the clean one it has no counterpart.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from difflib import SequenceMatcher
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -126,11 +128,18 @@ class Pair:
         return self.core.wrapped, self.core.wrapped + self.core.length
 
     @property
+    def clean_edges(self) -> tuple[Span, ...]:
+        """Ranges [start, end) of the clean prompt's tokens that are in no run: before and after the core, if any."""
+        return _apart(self.head.length, self.clean_core, self.tail.clean)
+
+    @property
     def first_query(self) -> int:
         """The first of the n tokens in common that stands behind a token that the prompts do not have in common. All
         before it attend alike in both, by causality: i >= first_query are the query rows worth comparing."""
-        same = np.flatnonzero(self.clean_positions != self.wrapped_positions)
-        return int(same[0]) if len(same) else len(self.clean_positions)
+        clean, wrapped = self.clean_positions, self.wrapped_positions
+        place = np.arange(len(clean))
+        # Before the first token not in common, the n-th token in common is the n-th token of both.
+        return int(np.flatnonzero((clean != place) | (wrapped != place))[0])
 
     @property
     def clean_queries(self) -> list[int]:
@@ -141,6 +150,17 @@ class Pair:
     def wrapped_queries(self) -> list[int]:
         """Places in wrapped_ids of the same."""
         return self.wrapped_positions[self.first_query :].tolist()
+
+
+def fingerprint(pairs: Iterable[Pair]) -> str:
+    """What tells these pairs from others: all that they hold."""
+    return hashlib.sha256(json.dumps([asdict(pair) for pair in pairs]).encode()).hexdigest()
+
+
+def _apart(head_end: int, core: Span, tail_start: int) -> tuple[Span, ...]:
+    """What lies between the runs."""
+    around = ((head_end, core[0]), (core[1], tail_start))
+    return tuple(span for span in around if span[1] > span[0])
 
 
 def _positions(runs: Iterable[tuple[int, int]]) -> NDArray[np.int64]:
@@ -178,6 +198,8 @@ class PairRenderer:
         if text.core is not None:
             clean_core = self._tokens_of(clean, text.clean, text.core, None, "clean")
             wrapped_core = self._tokens_of(wrapped, text.wrapped, text.core, text.wrapped_at, "wrapped")
+        if clean.token_ids == wrapped.token_ids:
+            raise PromptError("identical_pair", "`clean` and `wrapped` are the same to the model: there is no wrapper")
         core = _longest_run(clean, clean_core, wrapped, wrapped_core)
         head, tail = _head(clean, wrapped), _tail(clean, wrapped)
         if not tail.length:
@@ -185,8 +207,6 @@ class PairRenderer:
                 "no_common_end",
                 "the model's chat template ends the two prompts with other tokens: nothing is alike there",
             )
-        wrapped_end, n = core.wrapped + core.length, len(wrapped.token_ids)
-        around = ((head.length, core.wrapped), (wrapped_end, n - tail.length))
         return Pair(
             id=text.id,
             question=text.question,
@@ -199,7 +219,7 @@ class PairRenderer:
             tail=tail,
             clean_system=clean.regions["system"],
             wrapped_system=wrapped.regions["system"],
-            wrapper=tuple(span for span in around if span[1] > span[0]),
+            wrapper=_apart(head.length, (core.wrapped, core.wrapped + core.length), tail.wrapped),
             key=text.key,
             hints=text.hints,
         )

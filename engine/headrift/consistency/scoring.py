@@ -162,7 +162,7 @@ class _Run:
         group, i = self._running.pop(done.tenant)
         request = done.request
         if i is None:
-            group.clean = self._side(done, recording, group.pairs[0].clean_system[0])
+            group.clean = self._side(done, recording, wrapped=False)
             against = {} if self._replay else {"rows_against": group.reference}
             for at, pair in enumerate(group.pairs):
                 runs = {} if self._replay else {"aligned": _runs(pair)}
@@ -170,7 +170,7 @@ class _Run:
             return
         pair = group.pairs[i]
         if request.answer_ids is None:
-            group.wrapped[i] = self._side(done, recording, pair.wrapped_system[0])
+            group.wrapped[i] = self._side(done, recording, wrapped=True)
             if self._replay:  # by now the prompt is in the cache
                 group.todo.append((i, self._replayed(group, pair)))
         if recording.unwritten and not request.reread:  # a cached block of the prompt covered a step
@@ -194,14 +194,16 @@ class _Run:
             aligned=_runs(pair),
         )
 
-    def _side(self, done: Finished, recording: Recording, system_start: int) -> Side:
+    def _side(self, done: Finished, recording: Recording, *, wrapped: bool) -> Side:
         assert recording.mass is not None
         system, _, core, before, after = np.moveaxis(recording.mass, -1, 0)
-        wrapper = before + after
+        around = before + after
+        wrapper = around if wrapped else np.zeros_like(around)
+        system_start = done.request.regions["system"][0]
         seen = signal.covered(len(recording.share), self._engine.windows, system_start, len(done.request.prompt_ids))
         instability = np.where(seen, signal.instability(recording.share), np.nan)
         score = signal.score(instability, signal.Window(1, self._steps), n_steps=done.n_steps).value
-        focus = signal.focus(signal.focus_heads(system[0], core[0] + wrapper[0]))
+        focus = signal.focus(signal.focus_heads(system[0], core[0] + around[0]))
         return Side(done.answer_ids, np.stack([core, wrapper, system], -1), score, focus)
 
     def _distance(self, group: _Group, pair: Pair, recording: Recording) -> NDArray[np.float32]:
@@ -226,10 +228,16 @@ def _runs(pair: Pair) -> list[tuple[int, int, int]]:
 
 
 def _clean_regions(pair: Pair) -> dict[str, tuple[int, int]]:
-    return {"system": pair.clean_system, "core": pair.clean_core}
+    return _regions(pair.clean_system, pair.clean_core, pair.clean_edges)
 
 
 def _wrapped_regions(pair: Pair) -> dict[str, tuple[int, int]]:
-    core = pair.wrapped_core
-    parts = {"before" if span[1] <= core[0] else "after": span for span in pair.wrapper}
-    return {"system": pair.wrapped_system, "core": core, **parts}
+    return _regions(pair.wrapped_system, pair.wrapped_core, pair.wrapper)
+
+
+def _regions(
+    system: tuple[int, int], core: tuple[int, int], around: Iterable[tuple[int, int]]
+) -> dict[str, tuple[int, int]]:
+    """before, core and after are the user's text."""
+    parts = {"before" if span[1] <= core[0] else "after": span for span in around}
+    return {"system": system, "core": core, **parts}

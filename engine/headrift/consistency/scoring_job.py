@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,13 +17,15 @@ import pyarrow.parquet as pq
 from headrift.beside import write_json, written_beside
 from headrift.consistency import lora
 from headrift.consistency.pair_parts import record, rejects_table, schema, table_of
-from headrift.consistency.pairs import Pair, PairRenderer, PairText, RejectedPair
+from headrift.consistency.pairs import Pair, PairRenderer, PairText, RejectedPair, fingerprint
 from headrift.consistency.predicting import summarised
 from headrift.consistency.reading import read
 from headrift.consistency.scoring import ANSWERS, REGIONS, keys_needed, references_for, score_pairs, together
+from headrift.consistency.split import drawn
 from headrift.consistency.wrappers import wrap
-from headrift.corpus.fingerprints import file_fingerprint, model_fingerprint, versions
+from headrift.corpus.fingerprints import model_fingerprint, versions
 from headrift.corpus.sources import InputError
+from headrift.engine_setup import lora_args, prepare_environment
 from headrift.job_folder import JobError, begun_before, new_folder, shape_of
 from headrift.preparing import load_tokenizer
 from headrift.probed_engine import ProbedEngine
@@ -37,9 +38,9 @@ PART = 128
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What `headrift consistency` is asked for. steps: N, 0..N are compared. answers: whose answer the compared rows
-    follow, of scoring.ANSWERS. per_family: of each family so many wrappers around a question, drawn; families: pairs of
-    these only; limit: of the first so many questions. lora: an adapter's folder. system_prompt: of rows that bring
-    none."""
+    follow, of scoring.ANSWERS. per_family: of each family so many wrappers around a question, drawn, None for all;
+    families: pairs of these only; limit: of the first so many questions. lora: an adapter's folder. system_prompt: of
+    rows that bring none."""
 
     inputs: tuple[str, ...]
     model: Path
@@ -67,13 +68,15 @@ class ScoringJob:
     reason; `summary.json`, settings, versions and, at the end, the figures.
     """
 
-    def __init__(self, asked: Asked) -> None:
-        self.asked = asked
+    def __init__(self, asked: Asked, verbose: bool = False) -> None:
+        self.asked, self._verbose = asked, verbose
         facts, layers, heads = shape_of(asked.model)
         if asked.attention_backend == "flash":
             raise JobError("attention rows are not kept with the backend 'flash': leave it at auto, or use 'triton'")
         if asked.lora is not None:
             lora.check(asked.lora, asked.model)
+            prepare_environment(verbose)
+            lora_args(str(asked.lora))
         self._shape = layers, heads
         texts, rejected = _texts(asked)
         room = None if facts.context is None else facts.context - max(asked.answer_tokens, asked.steps + 1)
@@ -92,11 +95,11 @@ class ScoringJob:
         """Pairs whose scores are in the folder."""
         return sum(len(self._of_part(number)) for number in self._parts_there())
 
-    def run(self, on_pairs: Callable[[int], None] | None = None, verbose: bool = False) -> dict[str, Any]:
+    def run(self, on_pairs: Callable[[int], None] | None = None) -> dict[str, Any]:
         """Score what is not yet scored; the figures. on_pairs: told how many more are done."""
         asked, there = self.asked, self._parts_there()
         todo = [number for number in range(self._n_parts) if number not in there]
-        seconds = 0.0
+        seconds = None
         if todo:
             pairs = [pair for number in todo for pair in self._of_part(number)]
             keys = keys_needed(pairs, asked.steps)
@@ -106,7 +109,7 @@ class ScoringJob:
                 regions=REGIONS,
                 attention_backend=asked.attention_backend,
                 engine_args={} if asked.dtype == "auto" else {"dtype": asked.dtype},
-                verbose=verbose,
+                verbose=self._verbose,
                 row_references=references_for(*self._shape, asked.steps, keys),
                 row_keys=keys,
                 lora=asked.lora,
@@ -150,20 +153,22 @@ class ScoringJob:
 
     def _settings(self) -> dict[str, Any]:
         asked = self.asked
-        tokens = hashlib.sha256(json.dumps([[pair.clean_ids, pair.wrapped_ids] for pair in self.pairs]).encode())
-        adapter = None if asked.lora is None else file_fingerprint(asked.lora / lora.ADAPTER)["sha256"]
+        adapter = None if asked.lora is None else lora.fingerprint(asked.lora)
         return {
             "model": model_fingerprint(asked.model)["fingerprint"],
             "lora": adapter,
             "steps": asked.steps,
             "answer_tokens": asked.answer_tokens,
             "answers": asked.answers,
-            "pairs": len(self.pairs),
-            "tokens of the pairs": tokens.hexdigest(),
+            "number of pairs": len(self.pairs),
+            "set of pairs": fingerprint(self.pairs),
             "dtype": asked.dtype,
         }
 
-    def _finish(self, seconds: float) -> dict[str, Any]:
+    def _finish(self, seconds: float | None) -> dict[str, Any]:
+        """Write the summary. seconds: that the engine took, None where there was nothing left for it."""
+        if seconds is None:
+            seconds = json.loads((self.asked.out / SUMMARY).read_text(encoding="utf-8")).get("engine_seconds", 0.0)
         parts = [self.asked.out / _part(number) for number in range(self._n_parts)]
         found = {
             "settings": self._settings(),
@@ -187,7 +192,7 @@ class ScoringJob:
 def _texts(asked: Asked) -> tuple[list[PairText], list[RejectedPair]]:
     """The pairs that are asked for, and the rows that are none. ValueError where there is none."""
     found = read(asked.inputs, asked.columns)
-    texts = found.pairs + wrap(found.questions, per_family=asked.per_family, seed=asked.seed)
+    texts = found.pairs + wrap(found.questions)
     known = sorted({text.family for text in texts if text.family is not None})
     unknown = sorted(set(asked.families) - set(known))
     if unknown:
@@ -198,6 +203,8 @@ def _texts(asked: Asked) -> tuple[list[PairText], list[RejectedPair]]:
     if asked.limit is not None:
         first = set(list(dict.fromkeys(text.question for text in texts))[: asked.limit])
         texts = [text for text in texts if text.question in first]
+    if asked.per_family is not None:
+        texts = drawn(texts, asked.per_family, asked.seed)
     return texts, found.rejected
 
 

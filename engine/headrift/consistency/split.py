@@ -43,8 +43,9 @@ def split(
     if not 0 < question_part < 1:
         raise ValueError(f"--held-out-questions {question_part:g} is no part between 0 and 1")
     draw = random.Random(seed)
-    if families is None:
-        families = [draw.choice(known)] if len(known) > 1 else []
+    # Drawn even where it is not wanted, so that the questions are the same.
+    one = [draw.choice(known)] if len(known) > 1 else []
+    families = one if families is None else families
     unknown = sorted(set(families) - set(known))
     if unknown:
         there = f"families there are: {', '.join(known)}" if known else "the pairs name no family"

@@ -7,7 +7,6 @@ was broken off goes on from its checkpoint to the same losses.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from headrift.beside import write_json, written_beside
 from headrift.consistency import hooks, lora, losses
 from headrift.consistency.generating import answers
-from headrift.consistency.pairs import Pair
+from headrift.consistency.pairs import Pair, fingerprint
 from headrift.consistency.training_data import DataAsked, batches, load
 from headrift.corpus.fingerprints import model_fingerprint, versions
 from headrift.job_folder import begun_before, new_folder
@@ -46,9 +45,10 @@ class TrainingError(ValueError):
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What is asked for. weights: of the losses, by their names in losses.METHODS; keep: of the loss of that name, on
-    plain text, 0 for none. layers: None for all. target: whose clean side the wrapped one is drawn to: of the model as
-    it was, or as it is. steps: of `batch` pairs each, and at most `minutes` of them. lora: an adapter to start from.
-    answer_tokens: the longest clean answer that BCT trains on.
+    plain text, 0 for none. rank, alpha: of a new adapter; lora: one to start from instead, which has its own. layers:
+    None for all. target: whose clean side the wrapped one is drawn to: of the model as it was (without any adapter), or
+    as it is. steps: of `batch` pairs each, and at most `minutes` of them. answer_tokens: the longest clean answer that
+    BCT trains on.
     """
 
     data: DataAsked
@@ -116,18 +116,22 @@ class TrainingJob:
         begun = time.monotonic() - seconds
         limit = float("inf") if asked.minutes is None else 60 * asked.minutes
         trainer.prepare(out / ANSWERS)
+        whole = True  # the weights and the file of losses are those of the same step
         try:
             with open(out / LOSSES, "a", encoding="utf-8") as file:
                 while trainer.step < asked.steps and time.monotonic() - begun < limit:
+                    whole = False
                     line = trainer.train_step()
                     file.write(json.dumps(line) + "\n")
                     file.flush()
+                    whole = True
                     if trainer.step % asked.checkpoint_every == 0:
                         trainer.save(out / CHECKPOINT, time.monotonic() - begun)
                     if on_step:
                         on_step(1)
         finally:
-            trainer.save(out / CHECKPOINT, time.monotonic() - begun)
+            if whole:
+                trainer.save(out / CHECKPOINT, time.monotonic() - begun)
         trainer.model.save_pretrained(out / ADAPTER)
         values = [line["loss"] for line in read_losses(out)]
         ends = values[:10], values[-10:]
@@ -139,8 +143,6 @@ class TrainingJob:
         """Make the folder, or make sure that what lies in it was begun with the same settings."""
         out, settings = self.asked.out, self._settings()
         path = out / SETTINGS
-        if path.exists() and not self.asked.resume:
-            raise TrainingError(f"--out {out} holds a training already: give another folder, or --resume to go on")
         if begun_before(path, settings, self.asked.resume, TrainingError):
             return
         new_folder(out, TrainingError)
@@ -163,10 +165,9 @@ class TrainingJob:
     def _settings(self) -> dict[str, Any]:
         """What the losses hang on. How many steps there will be is not among it: a training can go on longer."""
         asked = self.asked
-        tokens = [(pair.id, pair.clean_ids, pair.wrapped_ids) for pair in self.pairs]
         found: dict[str, Any] = {
             "model": model_fingerprint(asked.data.model)["fingerprint"],
-            "pairs": hashlib.sha256(json.dumps(tokens).encode()).hexdigest(),
+            "pairs": fingerprint(self.pairs),
             "weights": dict(sorted(asked.weights.items())),
             "layers": sorted(self.layers),
         }

@@ -132,6 +132,10 @@ def _engine_refusals(config: VllmConfig) -> list[str]:
         (context_parallel > 1, "context parallelism gives a rank a part of the keys only; use sizes of 1"),
         (parallel.data_parallel_size > 1, "data parallelism inside one engine; start one Scorer per device instead"),
         (parallel.enable_dbo, "dual-batch overlap runs one step as two half batches; drop enable_dbo"),
+        (
+            parallel.enable_batch_sharded_sampling,
+            "batch-sharded sampling gives a rank the logits of some rows only; drop enable_batch_sharded_sampling",
+        ),
         (cache.kv_sharing_fast_prefill, "KV-sharing fast prefill skips prompt queries in some layers; drop it"),
     )
     return [reason for is_so, reason in found if is_so]
