@@ -12,7 +12,9 @@ DISTRIBUTED := -n $(AT_ONCE) --dist loadfile --no-loadscope-reorder
 GPU_PYTHON ?= $(BIN)/python
 # Those that measure; the other two write tables of what was measured.
 BENCH ?= $(sort $(filter-out bench/_% bench/readme_table.py bench/roofline.py,$(wildcard bench/*.py)))
-BENCH_SHORT ?= bench/overhead.py bench/peers.py bench/scaling.py
+BENCH_SHORT ?= bench/overhead.py bench/peers.py bench/scaling.py bench/tuning.py
+# A Python with nnsight (pip install nnsight==0.8.1), for bench-full to measure that too.
+NNSIGHT ?=
 
 # The repository root stays off sys.path: its folder datasets/ would pass for the `datasets` library.
 export PYTHONSAFEPATH := 1
@@ -78,7 +80,10 @@ bench: setup ## Short benchmarks, some five minutes, into runs/bench/
 	@for script in $(BENCH_SHORT); do echo "== $$script"; $(BIN)/python "$$script" --short $(ARGS) || exit 1; done
 
 bench-full: setup ## All benchmarks (BENCH=bench/x.py: only that one), into bench/results/ and README.md
-	@for script in $(BENCH); do echo "== $$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; done
+	@for script in $(BENCH); do echo "== $$script"; more=; \
+	  [ "$$script" = bench/peers.py ] && [ -n "$(NNSIGHT)" ] && more="--nnsight $(NNSIGHT)"; \
+	  $(BIN)/python "$$script" $$more $(ARGS) || exit 1; done
+	@$(BIN)/python bench/kernels.py --instructions avx2 --out bench/results/kernels_cpu_avx2.json
 	@$(BIN)/python bench/roofline.py
 	@$(BIN)/python bench/readme_table.py
 

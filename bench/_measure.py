@@ -95,6 +95,13 @@ def spread(samples: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(samples), "low": min(samples), "high": max(samples)}
 
 
+def over_all(amounts: Sequence[float], per: Sequence[float]) -> dict[str, float]:
+    """All amounts over all that they took, and the least and the most of the quotients."""
+    each = [a / b for a, b in zip(amounts, per, strict=True)]
+    return {"all": sum(amounts) / sum(per), "low": min(each), "high": max(each)}
+
+
 def figures(found: dict[str, float], digits: int = 1) -> str:
-    """A spread or a ratio for a table's cell."""
-    return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(found["median"], found["low"], found["high"], d=digits)
+    """A spread, a ratio or a quotient over all for a table's cell."""
+    middle = found["all"] if "all" in found else found["median"]
+    return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(middle, found["low"], found["high"], d=digits)

@@ -28,17 +28,14 @@ class Scored:
             return finished
 
         engine.step = noted
-        return {"layers": engine.layers, "heads": engine.heads, "slots": engine.slots, "dtype": engine.dtype}
+        return {}
 
-    def run(
-        self, rows: Sequence[dict[str, Any]], *, replay: bool = False, forget: bool = True, out: str | None = None
-    ) -> dict[str, Any]:
-        """Score the rows. forget: with nothing left in the prefix cache. out: a file for masses and answers, which are
-        then taken off the device too, as _peer_transformers writes them; s0, s1, ... are the scores."""
+    def run(self, rows: Sequence[dict[str, Any]], *, replay: bool = False, out: str | None = None) -> dict[str, Any]:
+        """Score the rows, with nothing in the prefix cache. out: a file for masses and answers, which are then taken
+        off the device too, as _peer_transformers writes them; s0, s1, ... are the scores."""
         scorer = self._scorer
-        if forget:
-            scorer.engine.llm_engine.reset_prefix_cache()
-            scorer._primed.clear()
+        scorer.engine.llm_engine.reset_prefix_cache()
+        scorer._primed.clear()
         scorer.keep_mass = out is not None
         self._finished.clear()
         with Stopwatch() as clock:

@@ -1,8 +1,8 @@
 """Where the time of a job goes: a child of bench/scaling.py (see _children.serve).
 
 Reading, scoring and writing run in this one process, and every part of it is timed by the wall clock on its way in and
-out, what lies inside another counted once: what the engine does in a step, less the kernel's calls in it, is `prefill`
-where the step computed tokens of a prompt (it may decode for others too) and `decode` where it did not.
+out, what lies inside another counted once: what the engine does in a step, less the kernel's calls in it, is PREFILL's
+where the step computed tokens of a prompt (it may decode for others too) and DECODE's where it did not.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from _children import Stopwatch, serve
 
-PREFILL, DECODE = "prefill", "decode"
+PREFILL, DECODE = "steps with prefill", "steps of decoding"
 ATTENTION, MASS = "decode attention with masses", "masses of prompts' last tokens"
 TOKENISING, READING, WRITING, DRAIN, SCORES = "tokenising", "reading", "writing", "drain", "scores"
 REST = "the rest"

@@ -8,9 +8,10 @@ and `headrift replay`, which gets the answers that generate gave; and nnsight, o
 own (--nnsight: one with `pip install nnsight==0.8.1`). All are greedy, float32, and record the masses of steps 0 to 12
 of all heads.
 
-Each way is a process, stopped while another works. A turn is a block of the prompts for the slow ways and all
-prompts for headrift, whose prefix cache is emptied before each turn. Cold: from the start of the process until 10
-prompts are done. The slow ways are given token ids; headrift renders and tokenises in the time that is counted.
+Each way is a process, stopped while another works. A turn is a block of the prompts, shuffled once, for the slow ways,
+which so do all prompts once in all turns, and all prompts for headrift, whose prefix cache is emptied before each turn.
+Rates are all prompts over all seconds. Cold: from the start of the process until 10 prompts are done. The slow ways are
+given token ids, and OpenMP's own settings; headrift renders and tokenises in the time that is counted.
 The machine's peak is the best float32 matrix product of the model's own shapes, measured beside each turn.
 """
 
@@ -24,6 +25,7 @@ import tempfile
 from argparse import Namespace
 from contextlib import ExitStack
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -97,7 +99,9 @@ class Ways:
     def start(self, name: str) -> None:
         """Start a way and have it do its first prompts."""
         model, first = str(self._args.model), range(min(COLD, len(self._prompts)))
-        environment = {**os.environ, HUGE_PAGES: "1" if name == EAGER_HUGE else "0"}
+        # As they come: headrift's settings of OpenMP are headrift's.
+        environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
+        environment[HUGE_PAGES] = "1" if name == EAGER_HUGE else "0"
         if name in (EAGER, EAGER_HUGE, BATCHED):
             child = Child("_peer_transformers.py", environment=environment)
             options = {"batch": BATCH if name == BATCHED else 1}
@@ -180,7 +184,7 @@ def table(report: dict[str, Any]) -> str:
         "",
         f"Made by `bench/peers.py`: {prompts['n']} prompts of {prompts['file']}, {prompts['mean_tokens']:.0f} tokens",
         f"in the mean, {prompts['system_tokens']:.0f} of them a shared system prompt; steps 0 to {prompts['steps']}.",
-        f"Medians of {len(report['turns'])} turns (least to most). Cold: start-up and {prompts['cold']} prompts.",
+        f"Over all of {len(report['turns'])} turns (least to most). Cold: start-up and {prompts['cold']} prompts.",
         f"headrift's KV cache is held to {_measure.KV_BYTES >> 30} GiB, since other engines are there.",
         "",
         "| way | prompts/s | times the first | cold, s | cold prompts/s | peak GB |",
@@ -228,6 +232,7 @@ def main() -> None:
     lines = args.prompts.read_text(encoding="utf-8").splitlines()[: args.limit or (12 if args.short else 100)]
     system = args.system.read_text(encoding="utf-8").strip()
     rows = [{**json.loads(line), "system": system} for line in lines]
+    Random(0).shuffle(rows)  # the file has its kinds one after another, and blocks are to be alike
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ[HUGE_PAGES] = "1"  # of this process, which measures the machine's peak
     report: dict[str, Any] = {"machine": _measure.machine(), "versions": _measure.versions(), "model": args.model.name}
@@ -266,8 +271,8 @@ def main() -> None:
             _keep(kept.setdefault(name, {"masses": [], "answers": []}), ways.arrays(name), len(every))
         names = ways.names
     for of in kept.values():
-        of["scores"] = scores_of(of["masses"], of["answers"], args.steps)
-    speed = {name: [t[name]["prompts"] / t[name]["seconds"] for t in turns] for name in names}
+        of.setdefault("scores", scores_of(of["masses"], of["answers"], args.steps))
+    done = {name: tuple([t[name][of] for t in turns] for of in ("prompts", "seconds")) for name in names}
     report |= {
         "prompts": {
             "file": args.prompts.name,
@@ -280,8 +285,8 @@ def main() -> None:
         "turns": turns,
         "ways": {
             name: {
-                "prompts_per_second": _measure.spread(speed[name]),
-                "ratio": _measure.spread([a / b for a, b in zip(speed[name], speed[EAGER])]),
+                "prompts_per_second": _measure.over_all(*done[name]),
+                "ratio": _ratio(done[name], done[EAGER]),
                 "cold": report["cold"][name],
                 # Of generating and replaying alone: the runs that hand out masses come after the turns.
                 "peak_bytes": turns[-1][name]["peak_bytes"],
@@ -297,6 +302,16 @@ def main() -> None:
 def _keep(into: dict[str, list], arrays: dict[str, np.ndarray], n: int) -> None:
     into["masses"] += [arrays[f"m{i}"] for i in range(n)]
     into["answers"] += [arrays[f"a{i}"].tolist() for i in range(n)]
+    if "s0" in arrays:  # headrift's own; of the others they are worked out from the masses
+        into["scores"] = [None if np.isnan(arrays[f"s{i}"]) else float(arrays[f"s{i}"]) for i in range(n)]
+
+
+def _ratio(ours: tuple[list[float], ...], theirs: tuple[list[float], ...]) -> dict[str, float]:
+    """Of two ways' prompts and seconds by turn: the ratio of their rates over all, and the least and most of a turn."""
+    rates = [[n / seconds for n, seconds in zip(*of)] for of in (ours, theirs)]
+    each = [a / b for a, b in zip(*rates)]
+    over_all = [_measure.over_all(*of)["all"] for of in (ours, theirs)]
+    return {"all": over_all[0] / over_all[1], "low": min(each), "high": max(each)}
 
 
 def peak_report(turns: list[dict[str, Any]], rates: list[dict[str, Any]]) -> dict[str, Any]:

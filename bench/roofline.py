@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/performance.md"
 ITEM = 2  # bytes of a bfloat16
 REGIONS = 3
+WITH_MASS = 5  # regions of an engine for `--save mass`
 STEPS = 12
 CONTEXT = 2048
 BATCHES = (1, 8, 64, 256)
@@ -112,10 +113,11 @@ def host_seconds(host_cost: dict[str, Any]) -> float:
     return max(row["added"] for row in host_cost["rows"]) * 1e-6
 
 
-def recorded_bytes(shapes: Shapes, steps: int) -> int:
-    """What leaves the device for a prompt: shares, the masses of step 0, next-token statistics."""
+def recorded_bytes(shapes: Shapes, steps: int, regions: int = REGIONS) -> int:
+    """What leaves the device for a prompt: shares, the masses of step 0 on all regions but the whole prompt, next-token
+    statistics."""
     heads = shapes.layers * shapes.heads
-    return (steps + 1) * heads * 4 + heads * REGIONS * 4 + (steps + 1) * 12
+    return (steps + 1) * heads * 4 + heads * (regions - 1) * 4 + (steps + 1) * 12
 
 
 def size(n: float) -> str:
@@ -177,8 +179,8 @@ def leaving_table() -> str:
         ways = {
             "headrift: shares of all heads, masses of step 0": ours,
             "the bound it is held to (`bench/overhead.py`)": recorded_bytes_bound(STEPS, shapes.layers, shapes.heads),
-            f"headrift with `--save mass`, {REGIONS} regions": recorded_bytes(shapes, STEPS)
-            + rows * heads * REGIONS * 4,
+            f"headrift with `--save mass`, {WITH_MASS} regions": recorded_bytes(shapes, STEPS, WITH_MASS)
+            + rows * heads * WITH_MASS * 4,
             "K of the prompt, all layers, bfloat16": keys,
             f"K, and the queries of {rows} steps": keys + queries,
             f"whole rows of attention, {rows} steps, float32": rows * heads * CONTEXT * 4,

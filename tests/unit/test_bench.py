@@ -1,6 +1,7 @@
 """What the benchmarks compute with: statistics, orders, bounds, arithmetic, their child processes. No engine runs."""
 
 import importlib
+import json
 import os
 import signal
 import sys
@@ -99,6 +100,24 @@ def test_what_samples_say():
     assert probing["over"]["plain"]["cpu_seconds"]["median"] == 0.8
     assert probing["bytes_per_prompt"] == 11.0, "the most of all runs"
     assert found["bytes_bound"] == 5 * 270 * 4 + 270 * 8 + 4 * 16 + 1024
+
+
+@pytest.mark.parametrize("model", PARAMETERS)
+def test_what_the_page_says_leaves_is_within_the_bound_and_what_the_engine_sends(model):
+    shapes = roofline.MODELS[model]
+    assert roofline.recorded_bytes(shapes, 12) <= model_math.recorded_bytes_bound(12, shapes.layers, shapes.heads)
+    committed = json.loads((BENCH / "results/overhead.json").read_text(encoding="utf-8"))
+    case = next(case for case in committed["cases"] if case["batch"] == 8 and case["steps"] == 10)
+    sent = case["arms"]["probing"]["bytes_per_prompt"]
+    # Of what is sent beside the numbers (names and shapes), a drain's eight prompts have a part each.
+    assert 0 <= sent - roofline.recorded_bytes(SMOLLM2, 10) < 200
+
+
+def test_rates_over_all_are_of_all():
+    found = measure.over_all([10, 30], [1.0, 2.0])
+    assert (found["low"], found["high"]) == (10.0, 15.0)
+    assert found["all"] == pytest.approx(40 / 3)
+    assert measure.figures(found, 2) == "13.33 (10.00 to 15.00)"
 
 
 def test_the_bound_on_bytes_by_hand():

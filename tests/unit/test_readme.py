@@ -27,6 +27,28 @@ def test_the_page_on_performance_is_what_the_arithmetic_gives():
     assert roofline.page(text) == text, "docs/performance.md is out of date: run bench/roofline.py"
 
 
+@pytest.mark.parametrize("name", ["consistency"])
+def test_the_tables_of_results_are_of_the_results(name):
+    made = importlib.import_module(name).table(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
+    assert (RESULTS / f"{name}.md").read_text(encoding="utf-8") == made
+
+
+def test_what_was_measured_is_exact_and_within_its_bounds():
+    """Of the committed results, what does not hang on a machine's speed."""
+    for case in json.loads((RESULTS / "overhead.json").read_text(encoding="utf-8"))["cases"]:
+        assert set(case["answers_equal"].values()) == {1.0}, case["name"]
+        for name, arm in case["arms"].items():
+            assert arm["bytes_per_prompt"] <= case["bytes_bound"], (case["name"], name)
+    peers = json.loads((RESULTS / "peers.json").read_text(encoding="utf-8"))
+    for way in ("generate", "replay"):
+        found = peers["agreement"][way]
+        assert found["same_answers"] == peers["prompts"]["n"]
+        assert found["masses_compared"] > 1e5
+        # 2e-5: float32 sums of softmax weights in another order; measured 7e-6 at most.
+        assert found["largest_difference"] <= 2e-5
+        assert found["spearman_of_scores"] > 0.999
+
+
 def test_another_result_makes_another_readme(tmp_path):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for path in RESULTS.glob("*.json"):

@@ -1,0 +1,176 @@
+"""What headrift's settings are worth on this machine, one at a time; and what a start takes.
+
+    python bench/tuning.py [--turns 6] [--short] [--model DIR]
+
+Throughput: two engines score the same prompts in turns (ABBA), one as headrift comes and one with a single thing
+changed; each is stopped while the other works and begins with an empty prefix cache. A ratio is prompts/s with the
+change over prompts/s without, in the same turn: below 1 the setting pays. Medians with 95% bootstrap intervals.
+
+Start-up: from the start of a process until an engine is there, of plain vLLM, of headrift, and of headrift without what
+it does about it; and until vLLM's modules are imported, which is the floor. One process at a time, in turns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import _measure
+from _children import Child
+
+STEPS = 12
+PROMPTS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One thing that is not as headrift has it. environment: None for a variable that is not set."""
+
+    name: str
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str | None] = field(default_factory=dict)
+
+
+CHANGES = (
+    Change("memory in small pages (headrift asks for huge ones)", environment={"THP_MEM_ALLOC_ENABLE": "0"}),
+    Change(
+        "the norms that vLLM takes by itself (headrift's own)",
+        {"ir_op_priority": {"rms_norm": ["native"], "fused_add_rms_norm": ["native"]}},
+    ),
+    Change("torch.compile (without)", {"enforce_eager": False}),
+    Change("KV cache in blocks of 128 tokens, vLLM's default (32)", {"block_size": 128}),
+    Change("steps of at most 512 tokens (2,048, vLLM's default)", {"max_num_batched_tokens": 512}),
+    Change("steps of at most 8,192 tokens (2,048, vLLM's default)", {"max_num_batched_tokens": 8192}),
+    Change("at most 16 requests in flight (128)", {"max_num_seqs": 16}),
+    Change("at most 32 requests in flight (128)", {"max_num_seqs": 32}),
+)
+# How an engine is started: code, told the model's folder as the first argument.
+_PLAIN = """
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.engine.llm_engine import LLMEngine
+LLMEngine.from_engine_args(EngineArgs(
+    model=sys.argv[1], dtype="float32", enforce_eager=True, kv_cache_memory_bytes=4 << 30, disable_log_stats=True
+))
+"""
+_HEADRIFT = """
+from headrift import Scorer
+Scorer(sys.argv[1], system_prompt="Be brief.", engine_args={"kv_cache_memory_bytes": 4 << 30})
+"""
+STARTS = {
+    "vLLM's modules imported, no engine": """
+import vllm.engine.arg_utils, vllm.v1.engine.llm_engine, vllm.v1.worker.cpu_worker
+""",
+    "plain vLLM": _PLAIN,
+    "headrift": _HEADRIFT,
+    "headrift, garbage collected on the way": f"import gc; gc.disable = lambda: None\n{_HEADRIFT}",
+    "headrift, KV cache filled with zeros": """
+import contextlib
+import headrift.probed_engine
+headrift.probed_engine.memory_taken_on_use = contextlib.nullcontext
+"""
+    + _HEADRIFT,
+}
+
+
+def rows(n: int) -> list[dict[str, str]]:
+    """Prompts of a set, each with its system prompt."""
+    sets = _measure.ROOT
+    system = (sets / "system_prompts/banned_word.txt").read_text(encoding="utf-8").strip()
+    lines = (sets / "datasets/banned_word.jsonl").read_text(encoding="utf-8").splitlines()[:n]
+    return [{"prompt": json.loads(line)["prompt"], "system": system} for line in lines]
+
+
+def started(model: Path, change: Change | None) -> Child:
+    """An engine's process, as headrift has it but for the change."""
+    environment = {**os.environ, **(change.environment if change else {})}
+    child = Child("_peer_headrift.py", environment={k: v for k, v in environment.items() if v is not None})
+    settings = {"kv_cache_memory_bytes": _measure.KV_BYTES, **(change.engine_args if change else {})}
+    child.ask("start", model=str(model), steps=STEPS, engine_args=settings)
+    return child
+
+
+def compared(model: Path, given: list[dict[str, str]], turns: int) -> list[dict[str, Any]]:
+    """Each change against headrift as it comes."""
+    found = []
+    with started(model, None) as as_it_comes:
+        as_it_comes.ask("run", rows=given)
+        for change in CHANGES:
+            with started(model, change) as changed:
+                changed.ask("run", rows=given)
+                seconds: dict[str, list[float]] = {"without": [], "with": []}
+                for turn in range(turns):
+                    order = [("without", as_it_comes), ("with", changed)]
+                    for name, child in order if turn % 2 == 0 else order[::-1]:
+                        seconds[name].append(child.ask("run", rows=given)["seconds"])
+            ratio = _measure.median_ratio(seconds["without"], seconds["with"])
+            found.append({"change": change.name, "ratio": ratio, "seconds": seconds})
+            print(f"{change.name}: {_measure.figures(ratio, 3)}", flush=True)
+    return found
+
+
+def starts(model: Path, turns: int) -> dict[str, list[float]]:
+    """Seconds of whole processes that start an engine and end at once."""
+    found: dict[str, list[float]] = {name: [] for name in STARTS}
+    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    for turn in range(turns + 1):  # the first one fills the file cache
+        for name in list(STARTS) if turn % 2 == 0 else list(STARTS)[::-1]:
+            plugins = {"VLLM_PLUGINS": ""} if STARTS[name] is _PLAIN else {}
+            code = f"import os, sys\n{STARTS[name]}\nos._exit(0)"
+            begun = time.perf_counter()
+            command = [sys.executable, "-P", "-c", code, str(model)]
+            subprocess.run(command, env=environment | plugins, check=True, capture_output=True)
+            if turn:
+                found[name].append(time.perf_counter() - begun)
+        print(f"starts, turn {turn}: " + ", ".join(f"{of[-1]:.1f}" for of in found.values() if of), flush=True)
+    return found
+
+
+def table(report: dict[str, Any]) -> str:
+    machine = report["machine"]
+    lines = [
+        f"# What settings are worth: {machine['cpu']}, {machine['cores']} cores, {report['model']}",
+        "",
+        f"Made by `bench/tuning.py`: {report['prompts']} prompts, {STEPS} steps; prompts/s with a change over those",
+        f"without it, medians of {report['turns']} ABBA turns with 95% bootstrap intervals. Below 1, what headrift has",
+        "(in brackets) is the faster.",
+        "",
+        "| change | prompts/s, with / without |",
+        "|---|---|",
+    ]
+    lines += [f"| {of['change']} | {_measure.figures(of['ratio'], 3)} |" for of in report["changes"]]
+    lines += ["", "From the start of a process until its engine is there, seconds (least to most):", ""]
+    lines += ["| | seconds |", "|---|---|"]
+    lines += [f"| {name} | {_measure.figures(_measure.spread(of))} |" for name, of in report["starts"].items()]
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    options = _measure.parser(__doc__, "tuning")
+    options.add_argument("--turns", type=int, help="turns of each change (6; 2 with --short)")
+    args: Namespace = options.parse_args()
+    turns, n = args.turns or (2 if args.short else 6), 8 if args.short else PROMPTS
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    report: dict[str, Any] = {
+        "machine": _measure.machine(),
+        "versions": _measure.versions(),
+        "model": args.model.name,
+        "turns": turns,
+        "prompts": n,
+        "starts": starts(args.model, 1 if args.short else 4),
+        "changes": compared(args.model, rows(n), turns),
+    }
+    _measure.write(report, table(report), _measure.out_of(args))
+
+
+if __name__ == "__main__":
+    main()
