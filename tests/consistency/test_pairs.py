@@ -59,7 +59,7 @@ def check(pair, tokenizer):
 
 def test_a_wrapper_as_long_as_what_it_replaces_is_still_a_wrapper(renderer, tokenizer):
     """All places are the same then, and only the tokens tell which rows differ."""
-    pair = one(renderer, PairText("a", "q", "Please add 2 + 2 now", "Kindly add 2 + 2 now"))
+    pair = one(renderer, PairText("a", "q", "Now add 2 + 2 quickly", "Then add 2 + 2 quickly"))
     assert isinstance(pair, Pair)
     check(pair, tokenizer)
     np.testing.assert_array_equal(pair.clean_positions, pair.wrapped_positions)
