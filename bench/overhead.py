@@ -285,7 +285,11 @@ def table(report: dict[str, Any]) -> str:
     idle = max(max(of["idle_cpu_seconds"]) for case in report["cases"] for of in case["samples"].values())
     lines += [f"CPU time that an engine took while the others had their turns: {1e3 * idle:.0f} ms at most."]
     if report["gpu"]:
-        lines += ["**Never run before on a GPU**: read the arms' settings in the JSON before you believe a figure."]
+        lines += [
+            "CPU time and peak memory are of the process that asks: on a GPU the engine is another one, which is not",
+            "stopped while others have their turns.",
+            "**Never run before on a GPU**: read the arms' settings in the JSON before you believe a figure.",
+        ]
     return "\n".join([*lines, ""])
 
 
