@@ -1,13 +1,14 @@
 """What headrift's settings are worth on this machine, one at a time; and what a start takes.
 
-    python bench/tuning.py [--turns 6] [--short] [--model DIR]
+    python bench/tuning.py [--turns 8] [--short] [--model DIR]
 
 Throughput: two engines score the same prompts in turns (ABBA), one as headrift comes and one with a single thing
 changed; each is stopped while the other works and begins with an empty prefix cache. A ratio is prompts/s with the
 change over prompts/s without, in the same turn: below 1 the setting pays. Medians with 95% bootstrap intervals.
 
 Start-up: from the start of a process until an engine is there, of plain vLLM, of headrift, and of headrift without what
-it does about it; and until vLLM's modules are imported, which is the floor. One process at a time, in turns.
+it does about it; and until the modules that vLLM needs are imported, which is the floor. One process at a time, in
+turns.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ import _measure
 from _children import Child
 
 STEPS = 12
-PROMPTS = 64
+PROMPTS = 48
+TIMES = ("seconds", "cpu_seconds")  # wall, and CPU time of the process, which others disturb less
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,9 @@ from headrift import Scorer
 Scorer(sys.argv[1], system_prompt="Be brief.", engine_args={"kv_cache_memory_bytes": 4 << 30})
 """
 STARTS = {
-    "vLLM's modules imported, no engine": """
+    "vLLM's modules imported without garbage collection, no engine": """
+import gc
+gc.disable()
 import vllm.engine.arg_utils, vllm.v1.engine.llm_engine, vllm.v1.worker.cpu_worker
 """,
     "plain vLLM": _PLAIN,
@@ -105,14 +109,15 @@ def compared(model: Path, given: list[dict[str, str]], turns: int) -> list[dict[
         for change in CHANGES:
             with started(model, change) as changed:
                 changed.ask("run", rows=given)
-                seconds: dict[str, list[float]] = {"without": [], "with": []}
+                runs: dict[str, list[dict[str, Any]]] = {"without": [], "with": []}
                 for turn in range(turns):
                     order = [("without", as_it_comes), ("with", changed)]
                     for name, child in order if turn % 2 == 0 else order[::-1]:
-                        seconds[name].append(child.ask("run", rows=given)["seconds"])
-            ratio = _measure.median_ratio(seconds["without"], seconds["with"])
-            found.append({"change": change.name, "ratio": ratio, "seconds": seconds})
-            print(f"{change.name}: {_measure.figures(ratio, 3)}", flush=True)
+                        runs[name].append(child.ask("run", rows=given))
+            samples = {name: {of: [run[of] for run in some] for of in TIMES} for name, some in runs.items()}
+            ratios = {of: _measure.median_ratio(samples["without"][of], samples["with"][of]) for of in TIMES}
+            found.append({"change": change.name, "ratios": ratios, "samples": samples})
+            print(f"{change.name}: {_measure.figures(ratios['seconds'], 3)}", flush=True)
     return found
 
 
@@ -137,14 +142,15 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         f"# What settings are worth: {machine['cpu']}, {machine['cores']} cores, {report['model']}",
         "",
-        f"Made by `bench/tuning.py`: {report['prompts']} prompts, {STEPS} steps; prompts/s with a change over those",
+        f"Made by `bench/tuning.py`: {report['prompts']} prompts, {STEPS} steps; throughput with a change over that",
         f"without it, medians of {report['turns']} ABBA turns with 95% bootstrap intervals. Below 1, what headrift has",
         "(in brackets) is the faster.",
         "",
-        "| change | prompts/s, with / without |",
-        "|---|---|",
+        "| change | wall time | CPU time |",
+        "|---|---|---|",
     ]
-    lines += [f"| {of['change']} | {_measure.figures(of['ratio'], 3)} |" for of in report["changes"]]
+    for of in report["changes"]:
+        lines.append(f"| {of['change']} | {' | '.join(_measure.figures(of['ratios'][name], 3) for name in TIMES)} |")
     lines += ["", "From the start of a process until its engine is there, seconds (least to most):", ""]
     lines += ["| | seconds |", "|---|---|"]
     lines += [f"| {name} | {_measure.figures(_measure.spread(of))} |" for name, of in report["starts"].items()]
@@ -153,9 +159,9 @@ def table(report: dict[str, Any]) -> str:
 
 def main() -> None:
     options = _measure.parser(__doc__, "tuning")
-    options.add_argument("--turns", type=int, help="turns of each change (6; 2 with --short)")
+    options.add_argument("--turns", type=int, help="turns of each change (8; 2 with --short)")
     args: Namespace = options.parse_args()
-    turns, n = args.turns or (2 if args.short else 6), 8 if args.short else PROMPTS
+    turns, n = args.turns or (2 if args.short else 8), 8 if args.short else PROMPTS
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     report: dict[str, Any] = {
@@ -164,7 +170,7 @@ def main() -> None:
         "model": args.model.name,
         "turns": turns,
         "prompts": n,
-        "starts": starts(args.model, 1 if args.short else 5),
+        "starts": starts(args.model, 1 if args.short else 4),
         "changes": compared(args.model, rows(n), turns),
     }
     _measure.write(report, table(report), _measure.out_of(args))

@@ -168,10 +168,11 @@ def garbage_left() -> Iterator[None]:
 
 
 @contextmanager
-def memory_taken_on_use() -> Iterator[None]:
+def memory_taken_on_use(compiled: bool = False) -> Iterator[None]:
     """vLLM's CPU build fills the KV cache, gigabytes, with zeros at the start; here the kernel does, page by page, when
-    a page is first written. Holds for an engine in this very process."""
-    if has_gpu():
+    a page is first written. Holds for an engine in this very process. compiled: the engine's model is compiled, and
+    torch.compile refuses a function mode on its way: nothing is changed then."""
+    if has_gpu() or compiled:
         yield
         return
     import torch

@@ -140,7 +140,8 @@ class ProbedEngine:
             # What is there by now is kept, and no collection of vLLM's goes through it.
             gc.freeze()
             ranks = config.parallel_config.local_world_size
-            with llvmlite_out_of_sight(), memory_taken_on_use(), cores_divided(ranks):
+            compiled = not config.model_config.enforce_eager
+            with llvmlite_out_of_sight(), memory_taken_on_use(compiled), cores_divided(ranks):
                 self.llm_engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
         except BaseException as error:
             self.close()

@@ -38,6 +38,16 @@ def test_every_mass_in_mixed_chunked_cached_and_preempted_batches(
     assert attentions.max() > 3 / len(items[0].done.request.prompt_ids), f"{name}'s attention is uniform: a weak test"
 
 
+@pytest.mark.slow
+def test_a_compiled_model_agrees(tiny_model, oracle, settings_of_tests, random_requests, run, assert_agrees):
+    settings = {**settings_of_tests, "skip_tokenizer_init": True, "max_num_seqs": 8, "max_model_len": 256}
+    settings |= {"enforce_eager": False}
+    with ProbedEngine(tiny_model("llama-3to1"), steps=8, slots=12, engine_args=settings) as engine:
+        assert not engine.llm_engine.vllm_config.model_config.enforce_eager
+        items = run(engine, random_requests(1, 16, ignore_eos=True))
+    assert assert_agrees(oracle("llama-3to1"), items) > 30
+
+
 def test_preempted_requests_resume_and_agree(tiny, run, preemptions, assert_agrees):
     name, engine, oracle = tiny
     rng = np.random.default_rng(5)
