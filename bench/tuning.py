@@ -44,6 +44,7 @@ class Change:
 
 CHANGES = (
     Change("memory in small pages (headrift asks for huge ones)", environment={"THP_MEM_ALLOC_ENABLE": "0"}),
+    Change("malloc's memory in huge pages too (small)", environment={"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}),
     Change(
         "the norms that vLLM takes by itself (headrift's own)",
         {"ir_op_priority": {"rms_norm": ["native"], "fused_add_rms_norm": ["native"]}},
