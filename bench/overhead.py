@@ -11,7 +11,8 @@ decoding, the last tokens of each prompt and, where there are any, the drains: t
 
 Arms take turns (idle, plain, probing, logits), mirrored every other time, so that what drifts on the machine falls to
 all of them as ABBA does it, and plain lies beside those that matter most. A ratio is throughput over plain's in the
-same turn: above 1 the arm is the faster. Medians have 95% bootstrap intervals over the turns. Besides wall time the
+same turn: above 1 the arm is the faster. Medians have 95% bootstrap intervals over the turns; two processes of one kind
+can differ by some per cent, which no interval has (see idle.py). Besides wall time the
 ratios are taken of CPU time of the whole process, which other processes disturb less, and of the steps that decode and
 do nothing else.
 

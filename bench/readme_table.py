@@ -87,6 +87,18 @@ def of_overhead(report: dict[str, Any]) -> list[Row]:
     return rows
 
 
+def of_idle(report: dict[str, Any]) -> list[Row]:
+    page, n = "[idle](bench/results/idle.md)", report["processes"]
+    rows = []
+    for case in report["cases"]:
+        plain = case["of_plain"]["plain"]
+        spread = f"{min(plain):.3f} to {max(plain):.3f}"
+        ratio = figures(case["ratio"], 3)
+        rows.append((f"idle / plain vLLM, {n} processes of each, {case['name']}: CPU time", ratio, page))
+        rows.append((f"plain vLLM's processes among themselves, {case['name']}: CPU time", spread, page))
+    return rows
+
+
 def of_kernels(report: dict[str, Any], name: str) -> list[Row]:
     page, means = f"[kernels](bench/results/{name}.md)", report["geometric_means"]
     machine = report["machine"]["instructions"]
@@ -144,6 +156,8 @@ def measured(reports: dict[str, Any]) -> str:
             "in the prefix cache: decoding is timed, where probing weighs most and a faster kernel pays most.",
         ]
         rows += of_overhead(reports["overhead"])
+    if "idle" in reports:
+        rows += of_idle(reports["idle"])
     for name in ("kernels_cpu", "kernels_cpu_avx2"):
         if name in reports:
             rows += of_kernels(reports[name], name)
@@ -172,7 +186,17 @@ def separation(sets: list[dict[str, Any]]) -> str:
 
 def page(text: str, results: Path = RESULTS) -> str:
     """The README with its tables as the results have them."""
-    names = ("peers", "overhead", "scaling", "kernels_cpu", "kernels_cpu_avx2", "host_cost", "safety_heads", "sahara")
+    names = (
+        "peers",
+        "overhead",
+        "idle",
+        "scaling",
+        "kernels_cpu",
+        "kernels_cpu_avx2",
+        "host_cost",
+        "safety_heads",
+        "sahara",
+    )
     paths = {name: results / f"{name}.json" for name in names}
     reports = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
     sets = json.loads((results / "sets.json").read_text(encoding="utf-8"))
