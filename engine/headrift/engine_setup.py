@@ -135,7 +135,7 @@ def prepare_torch(verbose: bool = False) -> None:
     # every wait costs a time slice, and a step takes ten times as long. A short spin costs nothing when they are
     # alone.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    # Read once, at torch's first large tensor on a CPU. Weights and KV cache in huge pages take a tenth off the time.
+    # Read once, at torch's first large tensor on a CPU. Weights and KV cache go into huge pages.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if not verbose:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
