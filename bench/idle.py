@@ -90,8 +90,8 @@ def main() -> None:
             for engine in engines.values():
                 engine.ask("prepare", case=case.name, prompts=prompts, steps=case.steps)
             samples: dict[str, list[list[float]]] = {kind: [[] for _ in range(n)] for kind in KINDS}
-            for turn in range(turns):
-                for kind, i in names if turn % 2 == 0 else names[::-1]:
+            for order in overhead.turns(names, turns):
+                for kind, i in order:
                     samples[kind][i].append(engines[kind, i].ask("run", case=case.name)["cpu_seconds"])
             report["cases"].append({"name": case.name, "samples": samples, **compared(samples)})
             print(f"{case.name}: {_measure.figures(report['cases'][-1]['ratio'], 3)}", flush=True)

@@ -29,7 +29,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -39,6 +39,7 @@ import _measure
 from _children import Child
 from _model_math import Shapes, recorded_bytes_bound
 
+T = TypeVar("T")
 PLAIN = "plain"
 REGIONS = ("system", "user", "prompt")
 # A share needs the system prompt's mass and the prompt's: no engine records fewer.
@@ -129,7 +130,7 @@ GPU_ARMS = {
 }
 
 
-def turns(arms: list[str], n: int) -> Iterator[list[str]]:
+def turns(arms: list[T], n: int) -> Iterator[list[T]]:
     """The orders in which the arms run, n times: mirrored every other time."""
     for turn in range(n):
         yield arms if turn % 2 == 0 else arms[::-1]

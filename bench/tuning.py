@@ -18,7 +18,7 @@ import os
 import subprocess
 import sys
 import time
-from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import _measure
+import overhead
 from _children import Child
 
 STEPS = 12
@@ -35,11 +36,11 @@ TIMES = ("seconds", "cpu_seconds")  # wall, and CPU time of the process, which o
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One thing that is not as headrift has it. environment: None for a variable that is not set."""
+    """One thing that is not as headrift has it."""
 
     name: str
     engine_args: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, str | None] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 CHANGES = (
@@ -95,26 +96,25 @@ def rows(n: int) -> list[dict[str, str]]:
 
 def started(model: Path, change: Change | None) -> Child:
     """An engine's process, as headrift has it but for the change."""
-    environment = {**os.environ, **(change.environment if change else {})}
-    child = Child("_peer_headrift.py", environment={k: v for k, v in environment.items() if v is not None})
+    child = Child("_peer_headrift.py", environment={**os.environ, **(change.environment if change else {})})
     settings = {"kv_cache_memory_bytes": _measure.KV_BYTES, **(change.engine_args if change else {})}
     child.ask("start", model=str(model), steps=STEPS, engine_args=settings)
     return child
 
 
-def compared(model: Path, given: list[dict[str, str]], turns: int) -> list[dict[str, Any]]:
+def compared(model: Path, changes: Sequence[Change], given: list[dict[str, str]], turns: int) -> list[dict[str, Any]]:
     """Each change against headrift as it comes."""
     found = []
     with started(model, None) as as_it_comes:
         as_it_comes.ask("run", rows=given)
-        for change in CHANGES:
+        for change in changes:
             with started(model, change) as changed:
                 changed.ask("run", rows=given)
                 runs: dict[str, list[dict[str, Any]]] = {"without": [], "with": []}
-                for turn in range(turns):
-                    order = [("without", as_it_comes), ("with", changed)]
-                    for name, child in order if turn % 2 == 0 else order[::-1]:
-                        runs[name].append(child.ask("run", rows=given))
+                engines = {"without": as_it_comes, "with": changed}
+                for order in overhead.turns(list(engines), turns):
+                    for name in order:
+                        runs[name].append(engines[name].ask("run", rows=given))
             samples = {name: {of: [run[of] for run in some] for of in TIMES} for name, some in runs.items()}
             ratios = {of: _measure.median_ratio(samples["without"][of], samples["with"][of]) for of in TIMES}
             found.append({"change": change.name, "ratios": ratios, "samples": samples})
@@ -126,8 +126,8 @@ def starts(model: Path, turns: int) -> dict[str, list[float]]:
     """Seconds of whole processes that start an engine and end at once."""
     found: dict[str, list[float]] = {name: [] for name in STARTS}
     environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    for turn in range(turns):
-        for name in list(STARTS) if turn % 2 == 0 else list(STARTS)[::-1]:
+    for turn, order in enumerate(overhead.turns(list(STARTS), turns)):
+        for name in order:
             plugins = {"VLLM_PLUGINS": ""} if STARTS[name] is _PLAIN else {}
             code = f"import os, sys\n{STARTS[name]}\nos._exit(0)"
             begun = time.perf_counter()
@@ -161,7 +161,7 @@ def table(report: dict[str, Any]) -> str:
 def main() -> None:
     options = _measure.parser(__doc__, "tuning")
     options.add_argument("--turns", type=int, help="turns of each change (8; 2 with --short)")
-    args: Namespace = options.parse_args()
+    args = options.parse_args()
     turns, n = args.turns or (2 if args.short else 8), 8 if args.short else PROMPTS
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -172,7 +172,8 @@ def main() -> None:
         "turns": turns,
         "prompts": n,
         "starts": starts(args.model, 1 if args.short else 4),
-        "changes": compared(args.model, rows(n), turns),
+        # torch.compile alone takes a minute to start.
+        "changes": compared(args.model, CHANGES[:1] if args.short else CHANGES, rows(n), turns),
     }
     _measure.write(report, table(report), _measure.out_of(args))
 

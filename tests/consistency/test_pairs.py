@@ -10,7 +10,7 @@ import pytest
 
 from headrift.consistency.pairs import Pair, PairRenderer, PairText, RejectedPair
 from headrift.consistency.reading import read
-from headrift.consistency.split import split
+from headrift.consistency.split import drawn, split
 from headrift.consistency.wrappers import families, library, wrap
 from headrift.corpus.sources import InputError
 
@@ -284,10 +284,10 @@ def test_a_wrapped_question_holds_the_question_where_it_says(questions):
 
 def test_one_wrapper_of_each_family_is_drawn_by_the_seed(questions):
     some = questions[:40]
-    drawn, again, other = wrap(some, per_family=1), wrap(some, per_family=1), wrap(some, per_family=1, seed=1)
-    assert drawn == again != other
-    assert len(drawn) == 4 * len(some)
-    assert {text.wrapper for text in drawn} == {wrapper.name for wrapper in library()}
+    one_each, again, other = (drawn(wrap(some), 1, seed) for seed in (0, 0, 1))
+    assert one_each == again != other
+    assert len(one_each) == 4 * len(some)
+    assert {text.wrapper for text in one_each} == {wrapper.name for wrapper in library()}
 
 
 def test_what_is_held_out_is_never_trained_on(questions):

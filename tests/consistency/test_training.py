@@ -132,7 +132,7 @@ def test_pairs_that_changed_are_another_training(asked, tmp_path):
 
 
 def test_a_training_can_start_from_an_adapter(trained, asked):
-    """From its very weights; and what lora.attach makes of them, the engine can load."""
+    """From its very weights."""
     from safetensors.torch import load_file
 
     asked = replace(asked, lora=trained / "adapter", rank=3)

@@ -173,7 +173,7 @@ class TrainingJob:
         }
         names = ("batch", "learning_rate", "keep", "rank", "alpha", "target", "seed", "answer_tokens")
         found |= {name: value for name, value in asdict(asked).items() if name in names}
-        return found | {"lora": None if asked.lora is None else str(asked.lora)}
+        return found | {"lora": None if asked.lora is None else lora.fingerprint(asked.lora)}
 
 
 class Trainer:

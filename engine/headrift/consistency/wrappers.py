@@ -14,7 +14,6 @@ from pathlib import Path
 
 from headrift.consistency.answers import LETTERS, Key
 from headrift.consistency.pairs import PairText
-from headrift.consistency.split import drawn
 
 _QUESTION, _WRONG = "{question}", "{wrong}"
 
@@ -68,18 +67,10 @@ def families(wrappers: Iterable[Wrapper]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(wrapper.family for wrapper in wrappers))
 
 
-def wrap(
-    questions: Sequence[Question],
-    wrappers: Sequence[Wrapper] | None = None,
-    *,
-    per_family: int | None = None,
-    seed: int = 0,
-) -> list[PairText]:
-    """Each question with each of these wrappers (None: the library's). per_family: with so many of each family only,
-    drawn for each question by the seed."""
+def wrap(questions: Sequence[Question], wrappers: Sequence[Wrapper] | None = None) -> list[PairText]:
+    """Each question with each of these wrappers (None: the library's)."""
     wrappers = library() if wrappers is None else wrappers
-    pairs = [_pair(question, wrapper) for question in questions for wrapper in wrappers]
-    return pairs if per_family is None else drawn(pairs, per_family, seed)
+    return [_pair(question, wrapper) for question in questions for wrapper in wrappers]
 
 
 def _pair(question: Question, wrapper: Wrapper) -> PairText:
