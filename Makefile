@@ -76,7 +76,7 @@ format: setup ## Let ruff format the code and mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## Short benchmarks, some five minutes, into runs/bench/
+bench: setup ## Short benchmarks, ten to fifteen minutes, into runs/bench/
 	@for script in $(BENCH_SHORT); do echo "== $$script"; $(BIN)/python "$$script" --short $(ARGS) || exit 1; done
 
 bench-full: setup ## All benchmarks (BENCH=bench/x.py: only that one), into bench/results/ and README.md
