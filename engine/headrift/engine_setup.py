@@ -6,12 +6,15 @@ import gc
 import logging
 import mmap
 import os
+import shutil
 import sys
+import sysconfig
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from headrift.vllm_plugin import plugin
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 _CPU_KV_CACHE_LIMIT = 4 << 30
 # In the environment: how many engines share this machine's memory; one where it is not set.
 ENGINES_PER_MACHINE = "HEADRIFT_ENGINES_PER_MACHINE"
+_FINALIZE = "finalize_loading"
 
 
 class EngineError(RuntimeError):
@@ -168,13 +172,29 @@ def garbage_left() -> Iterator[None]:
 
 
 @contextmanager
-def memory_taken_on_use(compiled: bool = False) -> Iterator[None]:
+def memory_taken_on_use() -> Iterator[None]:
     """vLLM's CPU build fills the KV cache, gigabytes, with zeros at the start; here the kernel does, page by page, when
-    a page is first written. Holds for an engine in this very process. compiled: the engine's model is compiled, and
-    torch.compile refuses a function mode on its way: nothing is changed then."""
-    if has_gpu() or compiled:
+    a page is first written. Holds for an engine in this very process."""
+    if has_gpu():
         yield
         return
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    fills = GPUModelRunner.initialize_kv_cache_tensors
+
+    def leaves_it(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with zeros_on_use():
+            return fills(self, *args, **kwargs)
+
+    GPUModelRunner.initialize_kv_cache_tensors = leaves_it
+    try:
+        yield
+    finally:
+        GPUModelRunner.initialize_kv_cache_tensors = fills
+
+
+def zeros_on_use() -> AbstractContextManager[Any]:
+    """Under it torch.zeros of plain bytes takes its memory when that is written."""
     import torch
     from torch.overrides import TorchFunctionMode
 
@@ -188,8 +208,42 @@ def memory_taken_on_use(compiled: bool = False) -> Iterator[None]:
                 return torch.frombuffer(memory, dtype=torch.int8)
             return func(*args, **kwargs)
 
-    with OnUse():
+    return OnUse()
+
+
+def check_compiler(verbose: bool = False) -> None:
+    """EngineError where torch.compile would find nothing to compile a model for this CPU with."""
+    prepare_torch(verbose)
+    if has_gpu():
+        return
+    compiler, header = os.environ.get("CXX", "g++"), Path(sysconfig.get_path("include"), "Python.h")
+    missing = [] if shutil.which(compiler) else [f"the C++ compiler {compiler}"]
+    missing += [] if header.exists() else [f"Python's header {header}"]
+    if missing:
+        raise EngineError(
+            f"--compile needs {' and '.join(missing)}, which this machine does not have: install it (g++ and "
+            "python3-dev on Debian and Ubuntu; another compiler is named in CXX), or leave --compile out"
+        )
+
+
+@contextmanager
+def compiled_model_found(compiled: bool) -> Iterator[None]:
+    """vLLM keeps a compiled model on disk. On a CPU it cannot load it again, for want of a method that is there to
+    prepare what only GPUs have, and compiles for most of a minute at each start; here the method does nothing. Holds
+    for an engine in this very process. compiled: whether the engine's model is compiled at all."""
+    if has_gpu() or not compiled:
         yield
+        return
+    from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable as Loaded
+
+    if hasattr(Loaded, _FINALIZE):  # a later torch may have one of its own
+        yield
+        return
+    setattr(Loaded, _FINALIZE, lambda self, config: None)
+    try:
+        yield
+    finally:
+        delattr(Loaded, _FINALIZE)
 
 
 @contextmanager
@@ -221,6 +275,14 @@ def has_gpu() -> bool:
     import torch
 
     return torch.version.cuda is not None or torch.version.hip is not None
+
+
+def instructions() -> dict[str, str]:
+    """What a model on a CPU is compiled for. As a part of vLLM's `additional_config` it goes into the name that the
+    compiled model is kept by: where a home directory is shared, each kind of machine has its own."""
+    import torch
+
+    return {} if has_gpu() else {"instructions": torch.backends.cpu.get_cpu_capability()}
 
 
 def machine_defaults(ranks: int = 1) -> dict[str, Any]:

@@ -14,9 +14,11 @@ from headrift.aligned_keys import check_rows, check_runs
 from headrift.engine_setup import (
     EngineError,
     attention_args,
+    compiled_model_found,
     cores_divided,
     engine_config,
     garbage_left,
+    instructions,
     llvmlite_out_of_sight,
     lora_args,
     machine_defaults,
@@ -106,7 +108,7 @@ class ProbedEngine:
             "row_entropy": row_entropy,
             **additional.get("headrift", {}),
         }
-        args["additional_config"] = {**additional, "headrift": recorder}
+        args["additional_config"] = {**additional, **instructions(), "headrift": recorder}
         args["worker_extension_cls"] = plugin.WORKER_EXTENSION
         config = engine_config(args)
         self.max_model_len: int = config.model_config.max_model_len
@@ -141,7 +143,8 @@ class ProbedEngine:
             gc.freeze()
             ranks = config.parallel_config.local_world_size
             compiled = not config.model_config.enforce_eager
-            with llvmlite_out_of_sight(), memory_taken_on_use(compiled), cores_divided(ranks):
+            found = compiled_model_found(compiled)
+            with llvmlite_out_of_sight(), memory_taken_on_use(), found, cores_divided(ranks):
                 self.llm_engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
         except BaseException as error:
             self.close()

@@ -21,8 +21,9 @@ from headrift.corpus.parts import Record, ShardFiles, columns, part_schema, reco
 from headrift.corpus.rows import Row
 from headrift.corpus.settings import WITH_MASS, Settings, check_context
 from headrift.corpus.summary import SCORE, Summary
+from headrift.engine_setup import EngineError, check_compiler
 from headrift.model_facts import ModelFacts
-from headrift.probed_engine import REGIONS, EngineError
+from headrift.probed_engine import REGIONS
 from headrift.vllm_plugin.plugin import RefusedError
 
 if TYPE_CHECKING:
@@ -174,8 +175,9 @@ class ScoringEngine:
         self.scorer.close()
 
 
-def _scorer(asked: Settings, **more: Any) -> Scorer:
+def _scorer(asked: Settings, *, verbose: bool, **more: Any) -> Scorer:
     window = scoring.check_settings(asked.steps, asked.window, asked.drop_shallow, asked.drop_deep)
+    engine_args = _engine_args(asked, verbose)
     try:
         return scoring.Scorer(
             asked.model,
@@ -188,7 +190,8 @@ def _scorer(asked: Settings, **more: Any) -> Scorer:
             keep_mass="mass" in asked.save,
             regions=(*WITH_MASS, *asked.regions) if "mass" in asked.save else asked.regions,
             attention_backend=asked.attention_backend,
-            engine_args={} if asked.dtype == "auto" else {"dtype": asked.dtype},
+            engine_args=engine_args,
+            verbose=verbose,
             prepare_workers=None,
             **more,
         )
@@ -196,6 +199,14 @@ def _scorer(asked: Settings, **more: Any) -> Scorer:
         raise
     except Exception as error:  # a model's files can break vLLM, transformers and torch in any way
         raise EngineError(f"vLLM cannot start with --model {asked.model}: {plainly(error)}") from error
+
+
+def _engine_args(asked: Settings, verbose: bool) -> dict[str, Any]:
+    args: dict[str, Any] = {} if asked.dtype == "auto" else {"dtype": asked.dtype}
+    if asked.compile:
+        check_compiler(verbose)
+        args["enforce_eager"] = False
+    return args
 
 
 def plainly(error: Exception) -> str:

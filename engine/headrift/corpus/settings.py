@@ -31,7 +31,7 @@ class Settings:
     """What `headrift score` is asked for. labels: one per input. save: kinds of parts.part_schema. regions: names
     that rows with token ids may use beside system, user, tool and bos. redact: write no prompt and no answer
     anywhere. selection: the rows to score. columns: for keys of a row that an input calls otherwise, its name there.
-    engine: local, or ray: on a Ray cluster; workers: how many engines are there, None for what suits the cluster.
+    compile: torch.compile also on a CPU. engine: local, or ray: on a Ray cluster; workers: how many engines are there, None for what suits the cluster.
     calibration: what scores are judged by, in its window and layers (see window_of); calibration_anyway: also where
     it is for another model."""
 
@@ -53,6 +53,7 @@ class Settings:
     columns: Mapping[str, str] = field(default_factory=dict)
     dtype: str = "auto"
     attention_backend: str = "auto"
+    compile: bool = False
     engine: str = "local"
     workers: int | None = None
     calibration: Calibration | None = None
@@ -82,6 +83,7 @@ class Settings:
             "columns": dict(self.columns),
             "dtype": self.dtype,
             "attention_backend": self.attention_backend,
+            "compile": self.compile,
             "calibration": None if self.calibration is None else self.calibration.sha256,
         }
 
@@ -161,7 +163,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def _of_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     for name in {**then, **now}:  # an earlier version, or another command, may not have had a setting
         value, is_now = then.get(name), now.get(name)
-        if value == is_now:
+        if value == is_now or not (value or is_now):
             continue
         if name == "system_prompt_sha256":
             yield "the system prompt is another one"
