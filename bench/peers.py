@@ -3,10 +3,10 @@
     python bench/peers.py [--prompts FILE --system FILE] [--nnsight PYTHON] [--turns 4] [--short]
 
 The ways: transformers with eager attention and `output_attentions`, one prompt at a time (what headrift replaces; once
-more with torch's memory in huge pages, which headrift asks for) and in batches padded on the left; `headrift generate`
-and `headrift replay`, which gets the answers that generate gave; and nnsight, one prompt at a time, in a Python of its
-own (--nnsight: one with `pip install nnsight==0.8.1`). All are greedy, float32, and record the masses of steps 0 to 12
-of all heads.
+more with torch's memory in huge pages, which headrift asks for) and in batches padded on the left; headrift generating
+(as it comes, and not with --short as `headrift score --compile` has it) and replaying, which gets the answers that
+generate gave; and nnsight, one prompt at a time, in a Python of its own (--nnsight: one with `pip install
+nnsight==0.8.1`). All are greedy, float32, and record the masses of steps 0 to 12 of all heads.
 
 Each way is a process, stopped while another works. A turn is a block of the prompts, shuffled once, for the slow ways,
 which so do all prompts once in all turns, and all prompts for headrift, whose prefix cache is emptied before each turn.
@@ -39,6 +39,7 @@ from _peak import matrix_product_rates
 
 REGIONS = ("system", "user", "prompt")
 EAGER, BATCHED, GENERATE, REPLAY = "transformers, one at a time", "transformers, batched", "generate", "replay"
+COMPILED = "generate, compiled"
 EAGER_HUGE = "transformers, one at a time, huge pages"
 NNSIGHT, PLUGIN = "nnsight", "vllm-lens"
 SLOW = (EAGER, EAGER_HUGE, BATCHED, NNSIGHT)
@@ -109,7 +110,9 @@ class Ways:
             child, options = Child("_peer_nnsight.py", environment=environment, python=self._args.nnsight), {}
         else:
             child = Child("_peer_headrift.py")
-            options = {"steps": self._args.steps, "engine_args": {"kv_cache_memory_bytes": _measure.KV_BYTES}}
+            settings = {"kv_cache_memory_bytes": _measure.KV_BYTES}
+            settings |= {"enforce_eager": False} if name == COMPILED else {}
+            options = {"steps": self._args.steps, "engine_args": settings}
         self._children[name] = self._open.enter_context(child)
         about = child.ask("start", model=model, **options)
         self.versions |= about.get("versions", {})
@@ -117,6 +120,12 @@ class Ways:
         self.run(name, list(first))
         self.cold[name] = {"prompts": len(first), "start_s": started, "seconds": child.seconds_since_start}
         print(f"{name}: started in {started:.1f} s, {len(first)} prompts {child.seconds_since_start:.1f} s", flush=True)
+
+    def compile(self) -> None:
+        """Have torch.compile compile the model, where it has not yet: what is timed is a start that finds it done."""
+        settings = {"kv_cache_memory_bytes": _measure.KV_BYTES, "enforce_eager": False}
+        with Child("_peer_headrift.py") as child:
+            child.ask("start", model=str(self._args.model), steps=self._args.steps, engine_args=settings)
 
     def run(self, name: str, which: list[int], *, keep: bool = False) -> dict[str, Any]:
         """Have a way do these prompts. keep: headrift hands out its masses too (the others always do)."""
@@ -184,7 +193,8 @@ def table(report: dict[str, Any]) -> str:
         "",
         f"Made by `bench/peers.py`: {prompts['n']} prompts of {prompts['file']}, {prompts['mean_tokens']:.0f} tokens",
         f"in the mean, {prompts['system_tokens']:.0f} of them a shared system prompt; steps 0 to {prompts['steps']}.",
-        f"Over all of {len(report['turns'])} turns (least to most). Cold: start-up and {prompts['cold']} prompts.",
+        f"Over all of {len(report['turns'])} turns (least to most). Cold: start-up and {prompts['cold']} prompts;",
+        f"`{COMPILED}`: where the compiled model is on disk.",
         f"headrift's KV cache is held to {_measure.KV_BYTES >> 30} GiB, since other engines are there.",
         "",
         "| way | prompts/s | times the first | cold, s | cold prompts/s | peak GB |",
@@ -250,6 +260,9 @@ def main() -> None:
         ways.start(GENERATE)
         ways.answers = ways.run(GENERATE, every)["answers"]
         ways.start(REPLAY)
+        if not args.short:  # compiling takes a minute
+            ways.compile()
+            ways.start(COMPILED)
         if args.nnsight:
             ways.start(NNSIGHT)
         report |= {"not_measured": {PLUGIN: why_no_plugin()}, "cold": ways.cold, "versions_of_peers": ways.versions}
@@ -266,7 +279,7 @@ def main() -> None:
             turns.append(samples)
             rates.append(matrix_product_rates(shapes))
             print({name: round(of["prompts"] / of["seconds"], 2) for name, of in samples.items()}, flush=True)
-        for name in (GENERATE, REPLAY):
+        for name in set(ways.names) - set(SLOW):
             ways.run(name, every, keep=True)
             _keep(kept.setdefault(name, {"masses": [], "answers": []}), ways.arrays(name), len(every))
         names = ways.names
@@ -320,7 +333,8 @@ def peak_report(turns: list[dict[str, Any]], rates: list[dict[str, Any]]) -> dic
         name: _measure.spread(
             [1e-9 * t[name]["flops"] / t[name]["seconds"] / r["peak_gflops"] for t, r in zip(turns, rates)]
         )
-        for name in (GENERATE, REPLAY)
+        for name in turns[0]
+        if name not in SLOW
     }
     best = max(rates, key=lambda rate: rate["peak_gflops"])
     return {

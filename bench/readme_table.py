@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench/results"
 EAGER, GENERATE, REPLAY = "transformers, one at a time", "generate", "replay"
+COMPILED = "generate, compiled"
+COLUMNS = {GENERATE: "headrift", COMPILED: "with --compile", EAGER: "transformers one at a time"}
 Row = tuple[str, str, str]
 
 
@@ -31,6 +33,7 @@ def of_peers(report: dict[str, Any]) -> list[Row]:
         (f"{shown}, prompts/s", figures(ways[name]["prompts_per_second"], 2), page)
         for name, shown in (
             (GENERATE, "headrift, generating"),
+            (COMPILED, "headrift, generating, with --compile"),
             (REPLAY, "headrift, replaying logged answers"),
             (EAGER, "transformers, eager attention, one prompt at a time"),
             ("transformers, batched", "transformers, eager attention, in batches"),
@@ -40,13 +43,15 @@ def of_peers(report: dict[str, Any]) -> list[Row]:
     ]
     rows += [
         (f"headrift {name} / transformers one at a time, warm", figures(ways[name]["ratio"]), page)
-        for name in (GENERATE, REPLAY)
+        for name in (GENERATE, COMPILED, REPLAY)
+        if name in ways
     ]
     cold = {name: f"{way['cold']['seconds']:.1f}" for name, way in ways.items()}
     starts = {name: f"{way['cold']['start_s']:.1f}" for name, way in ways.items()}
     memory = {name: f"{way['peak_bytes'] / 1e9:.1f}" for name, way in ways.items()}
+    shown = [name for name in (GENERATE, COMPILED, EAGER) if name in ways]
     rows += [
-        (f"{what}: headrift; transformers one at a time", f"{of[GENERATE]}; {of[EAGER]}", page)
+        (f"{what}: {'; '.join(COLUMNS[name] for name in shown)}", "; ".join(of[name] for name in shown), page)
         for what, of in (
             (f"cold, start-up and {prompts['cold']} prompts, seconds", cold),
             ("start-up alone, seconds", starts),
@@ -76,7 +81,8 @@ def of_overhead(report: dict[str, Any]) -> list[Row]:
     page = "[overhead](bench/results/overhead.md)"
     rows = []
     for case in report["cases"]:
-        for name, arm in case["arms"].items():
+        # Idle engines are told from plain vLLM by idle.py: processes differ by more.
+        for name, arm in ((name, arm) for name, arm in case["arms"].items() if name != "idle"):
             for plain, over in arm["over"].items():
                 wall, cpu = figures(over["seconds"], 3), figures(over["cpu_seconds"], 3)
                 rows.append((f"{name} / {plain} vLLM, {case['name']}: wall; CPU time", f"{wall}; {cpu}", page))
@@ -90,12 +96,14 @@ def of_overhead(report: dict[str, Any]) -> list[Row]:
 def of_idle(report: dict[str, Any]) -> list[Row]:
     page, n = "[idle](bench/results/idle.md)", report["processes"]
     rows = []
+    for case in report["one_process"]:
+        for arm, over in case["over"].items():
+            ratios = f"{figures(over['seconds'], 3)}; {figures(over['cpu_seconds'], 3)}"
+            what = f"{arm} / the same engine without headrift's parts, in one process, {case['name']}: wall; CPU time"
+            rows.append((what, ratios, page))
     for case in report["cases"]:
-        plain = case["of_plain"]["plain"]
-        spread = f"{min(plain):.3f} to {max(plain):.3f}"
         ratio = figures(case["ratio"], 3)
         rows.append((f"idle / plain vLLM, {n} processes of each, {case['name']}: CPU time", ratio, page))
-        rows.append((f"plain vLLM's processes among themselves, {case['name']}: CPU time", spread, page))
     return rows
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -201,7 +202,7 @@ def test_help_fits_80_columns_and_names_every_option():
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert "Exit codes:\n" in done.stdout
     options = "model out labels system-prompt-file steps window replay drop-shallow drop-deep save logit-stats region "
-    options += "redact limit dtype resume column sample seed shard"
+    options += "redact limit dtype resume column sample seed shard compile"
     for option in [*options.split(), "quiet", "verbose"]:
         assert f"--{option} " in done.stdout, option
 
@@ -336,6 +337,24 @@ def test_replay_and_quiet(work, monkeypatch):
     done = score("in.jsonl", "--replay", "--quiet")
     assert (done.exit_code, done.output) == (0, "")
     assert fake.called == {"replay": True}
+
+
+def test_a_model_is_compiled_where_that_is_asked_for(work, monkeypatch):
+    fake = install(monkeypatch)
+    done = score("in.jsonl", "--compile")
+    assert done.exit_code == 0, done.output
+    assert fake.settings["engine_args"] == {"enforce_eager": False}
+    assert "a minute more the first time" in done.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="of vLLM's build for CPUs")
+def test_nothing_to_compile_with(work, monkeypatch):
+    install(monkeypatch)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    done = score("in.jsonl", "--compile")
+    assert done.exit_code == 2
+    assert "--compile needs the C++ compiler no-such-compiler" in done.stderr
+    assert "leave --compile out" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,9 @@ def identity(**changes) -> dict:
         ({}, []),
         ({"engine": None}, []),
         ({"settings": {**identity()["settings"], "steps": 8}}, ["--steps was 12 and is 8"]),
+        # A run that was begun before there was the option goes on.
+        ({"settings": {**identity()["settings"], "compile": False}}, []),
+        ({"settings": {**identity()["settings"], "compile": True}}, ["--compile was not given and is True"]),
         ({"settings": {**identity()["settings"], "sample": 5}}, ["--sample was not given and is 5"]),
         ({"settings": {**identity()["settings"], "save": []}}, ["--save was ['text'] and is not given"]),
         ({"settings": {**identity()["settings"], "system_prompt_sha256": "2"}}, ["the system prompt is another one"]),

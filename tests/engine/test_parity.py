@@ -39,13 +39,22 @@ def test_every_mass_in_mixed_chunked_cached_and_preempted_batches(
 
 
 @pytest.mark.slow
-def test_a_compiled_model_agrees(tiny_model, oracle, settings_of_tests, random_requests, run, assert_agrees):
+def test_a_compiled_model_agrees_and_is_found_again(
+    tiny_model, oracle, settings_of_tests, random_requests, run, assert_agrees, monkeypatch, tmp_path
+):
+    from vllm.compilation.counter import compilation_counter as counts
+
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     settings = {**settings_of_tests, "skip_tokenizer_init": True, "max_num_seqs": 8, "max_model_len": 256}
     settings |= {"enforce_eager": False}
-    with ProbedEngine(tiny_model("llama-3to1"), steps=8, slots=12, engine_args=settings) as engine:
-        assert not engine.llm_engine.vllm_config.model_config.enforce_eager
-        items = run(engine, random_requests(1, 16, ignore_eos=True))
-    assert assert_agrees(oracle("llama-3to1"), items) > 30
+    before = counts.num_aot_compiles, counts.num_aot_artifacts_loaded
+    for compiled, loaded in ((1, 0), (1, 1)):
+        with ProbedEngine(tiny_model("llama-3to1"), steps=8, slots=12, engine_args=settings) as engine:
+            assert not engine.llm_engine.vllm_config.model_config.enforce_eager
+            items = run(engine, random_requests(1, 16, ignore_eos=True))
+        assert assert_agrees(oracle("llama-3to1"), items) > 30
+        found = counts.num_aot_compiles - before[0], counts.num_aot_artifacts_loaded - before[1]
+        assert found == (compiled, loaded)
 
 
 def test_preempted_requests_resume_and_agree(tiny, run, preemptions, assert_agrees):

@@ -4,13 +4,13 @@ import psutil
 import pytest
 import torch
 
-from headrift.engine_setup import garbage_left, memory_taken_on_use
+from headrift.engine_setup import garbage_left, zeros_on_use
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="of vLLM's build for CPUs")
 def test_memory_of_the_cache_is_taken_when_it_is_written():
     process, size = psutil.Process(), 1 << 30
-    with memory_taken_on_use():
+    with zeros_on_use():
         before = process.memory_info().rss
         cache = torch.zeros(size, dtype=torch.int8, device=torch.device("cpu"))
         others = torch.zeros((3, 5)), torch.zeros(4, dtype=torch.int32)

@@ -40,7 +40,7 @@ def test_what_was_measured_is_exact_and_within_its_bounds():
         for name, arm in case["arms"].items():
             assert arm["bytes_per_prompt"] <= case["bytes_bound"], (case["name"], name)
     peers = json.loads((RESULTS / "peers.json").read_text(encoding="utf-8"))
-    for way in ("generate", "replay"):
+    for way in ("generate", "replay", "generate, compiled"):
         found = peers["agreement"][way]
         assert found["same_answers"] == peers["prompts"]["n"]
         assert found["masses_compared"] > 1e5

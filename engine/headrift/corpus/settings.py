@@ -31,9 +31,9 @@ class Settings:
     """What `headrift score` is asked for. labels: one per input. save: kinds of parts.part_schema. regions: names
     that rows with token ids may use beside system, user, tool and bos. redact: write no prompt and no answer
     anywhere. selection: the rows to score. columns: for keys of a row that an input calls otherwise, its name there.
-    compile: torch.compile also on a CPU. engine: local, or ray: on a Ray cluster; workers: how many engines are there, None for what suits the cluster.
-    calibration: what scores are judged by, in its window and layers (see window_of); calibration_anyway: also where
-    it is for another model."""
+    compile: torch.compile on a CPU too. engine: local, or ray: on a Ray cluster; workers: how many engines are there,
+    None for what suits the cluster. calibration: what scores are judged by, in its window and layers (see window_of);
+    calibration_anyway: also where it is for another model."""
 
     inputs: tuple[str, ...]
     model: Path
