@@ -23,6 +23,7 @@ class Parts:
 
     def __init__(self, llm_engine: Any):
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder
+        from vllm.v1.sample.logits_processor import validate_logits_processors_parameters as validate
 
         runner = llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
         layers = runner.compilation_config.static_forward_context.values()
@@ -37,7 +38,7 @@ class Parts:
             for of in (processors.argmax_invariant, processors.non_argmax_invariant)
         ]
         self._needs_ids = self._batch.logitsprocs_need_output_token_ids
-        self._checks = {name: of for name, of in vars(self._front).items() if getattr(of, "func", None) is not None}
+        self._checks = {name: of for name, of in vars(self._front).items() if getattr(of, "func", None) is validate}
         changed = [impl for impl, own, plain in self._classes if own is plain]
         if changed or not builders or all(own == plain for _, own, plain in self._lists) or not self._checks:
             raise RuntimeError("headrift's parts of this engine are not where they were thought to be")

@@ -49,6 +49,13 @@ def test_what_was_measured_is_exact_and_within_its_bounds():
         assert found["spearman_of_scores"] > 0.999
 
 
+def test_an_engine_without_headrifts_parts_calls_none_of_it():
+    """Of the committed results of bench/idle.py."""
+    for case in json.loads((RESULTS / "idle.json").read_text(encoding="utf-8"))["one_process"]:
+        assert case["calls"]["plain"] == 0, case["name"]
+        assert 0 < case["calls"]["idle"] < case["calls"]["probing"], case["name"]
+
+
 def test_another_result_makes_another_readme(tmp_path):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for path in RESULTS.glob("*.json"):
