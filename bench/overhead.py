@@ -153,6 +153,7 @@ def engine_settings(model: Path, cases: tuple[Case, ...], gpu: bool) -> dict[str
     return {
         "model": str(model),
         **machine_defaults(),
+        "prefix_match_unit": None,  # which vLLM by itself would refuse
         "max_num_seqs": MOST_BATCH,
         "max_model_len": -(-longest // PAGE) * PAGE,
         "max_num_batched_tokens": 2048,

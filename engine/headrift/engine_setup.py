@@ -297,6 +297,8 @@ def machine_defaults(ranks: int = 1) -> dict[str, Any]:
         "use_tqdm_on_load": False,
         # Small blocks let short system prompts be shared; vLLM's CPU default of 128 tokens seldom does.
         "block_size": 32,
+        # And what is left over of them: see vllm_plugin.prefix_tails.
+        "prefix_match_unit": 1,
         "dtype": "float32",
         "enforce_eager": True,
         # Of each rank.

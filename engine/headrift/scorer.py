@@ -14,7 +14,7 @@ import numpy as np
 
 from headrift import signal
 from headrift.preparing import Ahead, Prepared, Preparer, Prompt, Rejected, Rules, load_tokenizer, workers_for_machine
-from headrift.probe_requests import Finished, Recording, Ticket
+from headrift.probe_requests import Finished, ProbeRequest, Recording, Ticket
 from headrift.probed_engine import REGIONS, ProbedEngine
 from headrift.reporter import progress_bar
 from headrift.signal import Window
@@ -249,9 +249,8 @@ class Scorer:
                         waiting.add(prepared)
                 while len(waiting) and engine.free_slots:
                     prepared = waiting.pop()
+                    finished += self._prime(prepared, waiting.to_prime(prepared))
                     running[engine.submit(prepared.request)] = prepared
-                    if waiting.should_prime(prepared):
-                        finished += self._step()
                 if engine.running:
                     finished += self._step()
                 if collected is not None:
@@ -277,6 +276,22 @@ class Scorer:
         finally:
             if running or finished or collected:
                 engine.abort()
+
+    def _prime(self, prepared: Prepared, tokens: int) -> list[Finished]:
+        """Prefill so many tokens of a prompt, for it and others to find cached; what there is to collect by then."""
+        if not tokens:
+            return []
+        # A request leaves all of its prompt but the last token for others.
+        ids = prepared.request.prompt_ids[: tokens + 1]
+        tenant = self.engine.submit(ProbeRequest(ids, {}, steps=0, probed=False))
+        finished: list[Finished] = []
+        while True:
+            found = self._step()
+            finished += [done for done in found if done.tenant != tenant]
+            primed = [done for done in found if done.tenant == tenant]
+            if primed:
+                self.engine.collect(primed)  # its slot is free again
+                return finished
 
     def _step(self) -> list[Finished]:
         """Run the engine once; what there is to collect."""

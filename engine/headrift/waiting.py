@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +21,7 @@ _RESULT_BYTES, _TOKEN_BYTES = 1500, 40
 class Waiting:
     """A queue of prompts, those with the same system prompt one after another, so that one prefill serves them all.
 
-    group: False for a queue in plain order. prime: whether `should_prime` ever says so. primed: prefixes that are
+    group: False for a queue in plain order. prime: whether `to_prime` ever names any. primed: prefixes that are
     prefilled already; those that are told to be are added.
     """
 
@@ -58,17 +59,19 @@ class Waiting:
         self._turn -= 1
         return prepared
 
-    def should_prime(self, prepared: Prepared) -> bool:
-        """Whether to prefill this prompt before the next is taken, so that those that wait find their prefix cached."""
+    def to_prime(self, prepared: Prepared) -> int:
+        """How many tokens, that this prompt and those that wait with its system prompt begin with, to prefill before
+        it; 0 for none."""
         if not self._prime or prepared.prefix in self._primed:
-            return False
+            return 0
         queue = self._by_prefix.get(prepared.prefix if self._group else b"")
         if not queue or queue[0].prefix != prepared.prefix:
-            return False
+            return 0
         if len(self._primed) >= _PRIMED:
             self._primed.clear()
         self._primed.add(prepared.prefix)
-        return True
+        alike = (other.request.prompt_ids for other in queue if other.prefix == prepared.prefix)
+        return min(_in_common(prepared.request.prompt_ids, ids) for ids in alike)
 
 
 class Repeats:
@@ -94,6 +97,13 @@ class Repeats:
         self._bytes += _size(result)
         while self._bytes > self.most_bytes:
             self._bytes -= _size(self._results.popitem(last=False)[1])
+
+
+def _in_common(ids: Sequence[int], others: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    n = min(len(ids), len(others))
+    apart = np.flatnonzero(np.asarray(ids[:n]) != np.asarray(others[:n]))
+    return int(apart[0]) if len(apart) else n
 
 
 def _size(result: ScoreResult) -> int:

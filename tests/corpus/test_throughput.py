@@ -4,7 +4,7 @@ import itertools
 import json
 import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from types import SimpleNamespace
@@ -23,8 +23,9 @@ from headrift.waiting import Repeats, Waiting
 # ------------------------------------------------------------------------------------------------------ the queue
 
 
-def prepared(index: int, prefix: str, key: str = "") -> SimpleNamespace:
-    return SimpleNamespace(index=index, prefix=prefix.encode(), key=key.encode())
+def prepared(index: int, prefix: str, key: str = "", ids: Sequence[int] = (1, 2)) -> SimpleNamespace:
+    request = SimpleNamespace(prompt_ids=list(ids))
+    return SimpleNamespace(index=index, prefix=prefix.encode(), key=key.encode(), request=request)
 
 
 def order(waiting: Waiting) -> list[int]:
@@ -63,10 +64,23 @@ def test_a_prefix_is_primed_once_and_where_another_waits_with_it():
     primed = []
     while len(waiting):
         one = waiting.pop()
-        primed += [one.index] if waiting.should_prime(one) else []
+        primed += [one.index] if waiting.to_prime(one) else []
     assert primed == [0]
     never = filled("aa", prime=False)
-    assert not never.should_prime(never.pop())
+    assert not never.to_prime(never.pop())
+
+
+def test_what_is_primed_is_what_all_that_wait_with_a_system_prompt_begin_with():
+    waiting = Waiting()
+    prompts = {
+        "a": ([7, 8, 9, 1, 1], [7, 8, 9, 1, 2], [7, 8, 9, 3]),
+        "b": ([7, 5],),
+        "c": ([4, 4, 4], [4, 4, 4], [4, 4]),
+    }
+    for prefix, of in prompts.items():
+        for ids in of:
+            waiting.add(prepared(len(waiting), prefix, ids=ids))
+    assert [waiting.to_prime(waiting.pop()) for _ in range(7)] == [3, 0, 0, 0, 2, 0, 0]
 
 
 def test_repeats_are_forgotten_when_they_take_too_much():

@@ -15,7 +15,10 @@ from vllm.outputs import RequestOutput
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends import cpu_attn
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1Processor
@@ -125,6 +128,16 @@ def test_engine_settings_and_instance_id():
     assert {"additional_config", "worker_extension_cls", "logits_processors", "kv_cache_memory_bytes"} <= fields
     assert isinstance(inspect.getattr_static(VllmConfig, "use_v2_model_runner"), property)
     assert "instance_id" in {f.name for f in dataclasses.fields(VllmConfig)}
+
+
+def test_where_hits_inside_a_block_are_put_together():
+    """What prefix_tails.py replaces, and the parts of vLLM's that it relies on."""
+    assert "resolve_kv_cache_block_sizes(" in inspect.getsource(EngineCore.__init__)
+    assert "get_kv_cache_coordinator(" in inspect.getsource(KVCacheManager.__init__)
+    assert FullAttentionManager.supports_fine_grained_hash_lookup
+    assert "_cache_partial_tail_block" in inspect.getsource(FullAttentionManager.cache_blocks)
+    assert "copy_kv_cache_blocks_inplace(" in inspect.getsource(GPUModelRunner._update_states)
+    assert "prefix_match_unit" in {f.name for f in dataclasses.fields(EngineArgs)}
 
 
 def test_llm_engine_methods():

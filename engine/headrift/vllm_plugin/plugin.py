@@ -44,9 +44,10 @@ def register() -> None:
     for ours, stock in STOCK_BACKENDS.items():
         register_backend(AttentionBackendEnum[stock], BACKENDS[ours])
     if os.environ.get(BACKEND, "cpu") == "cpu":
-        from headrift.vllm_plugin import cpu_ops
+        from headrift.vllm_plugin import cpu_ops, prefix_tails
 
         cpu_ops.register()
+        prefix_tails.register()
 
 
 def backend_for(asked: str, gpu: bool) -> str:
