@@ -52,6 +52,7 @@ CHANGES = (
         {"ir_op_priority": {"rms_norm": ["native"], "fused_add_rms_norm": ["native"]}},
     ),
     Change("torch.compile (without)", {"enforce_eager": False}),
+    Change("cached prefixes of whole blocks (to the token)", {"prefix_match_unit": None}),
     Change("KV cache in blocks of 128 tokens, vLLM's default (32)", {"block_size": 128}),
     Change("steps of at most 512 tokens (2,048, vLLM's default)", {"max_num_batched_tokens": 512}),
     Change("steps of at most 8,192 tokens (2,048, vLLM's default)", {"max_num_batched_tokens": 8192}),

@@ -85,7 +85,8 @@ def attention_args(asked: str) -> dict[str, Any]:
     if backend == "cpu":
         from headrift.vllm_plugin import cpu_ops
 
-        return {"ir_op_priority": cpu_ops.PRIORITY}
+        # Cached prefixes may end with any token: see vllm_plugin.prefix_tails.
+        return {"ir_op_priority": cpu_ops.PRIORITY, "prefix_match_unit": 1}
     if not gpu:
         return {}
     from vllm.platforms import current_platform
@@ -297,8 +298,6 @@ def machine_defaults(ranks: int = 1) -> dict[str, Any]:
         "use_tqdm_on_load": False,
         # Small blocks let short system prompts be shared; vLLM's CPU default of 128 tokens seldom does.
         "block_size": 32,
-        # And what is left over of them: see vllm_plugin.prefix_tails.
-        "prefix_match_unit": 1,
         "dtype": "float32",
         "enforce_eager": True,
         # Of each rank.

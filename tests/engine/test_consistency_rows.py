@@ -128,15 +128,17 @@ def test_what_was_never_computed_is_no_number(tiny, run):
     regions, runs = regions_of(ids), [(0, 0, 62)]
     run(engine, [ProbeRequest(ids, regions, STEPS, ignore_eos=True, rows_as=1)])
     # 66 tokens are fed; the second time 64 of them lie in cached blocks: positions 61, 62 and 63 are steps 0, 1, 2.
+    # Where all layers have full attention, hits may end inside a block: all but the last token were found.
+    holes = 3 if any(engine.windows) else 4
     how = {"answer_ids": answer, "rows_against": 1, "aligned": runs, "row_entropy": True}
     request = ProbeRequest(ids, regions, STEPS, **how)
     first, second = run(engine, [request], at_once=1) + run(engine, [request], at_once=1)
     assert np.isfinite(first.recording.distance).all()
-    assert second.recording.unwritten == [0, 1, 2]
+    assert second.recording.unwritten == list(range(holes))
     for name, tolerance in (("distance", TOLERANCE), ("row_entropy", NATS)):
         found, expected = getattr(second.recording, name), getattr(first.recording, name)
-        assert np.isnan(found[:3]).all()
-        np.testing.assert_allclose(found[3:], expected[3:], rtol=0, atol=tolerance)
+        assert np.isnan(found[:holes]).all()
+        np.testing.assert_allclose(found[holes:], expected[holes:], rtol=0, atol=tolerance)
     # The reference has a new owner, whose prompt takes two steps: after the first nothing of the old one is left.
     engine.submit(ProbeRequest([*ids[::-1], *ids], regions, 0, rows_as=1))
     assert engine.step() == []
