@@ -91,7 +91,7 @@ class Scorer:
     the answer there where it says True.
 
     How it is made fast, which changes no number beyond rounding: group: prompts with the same system prompt go one
-    after another; prime: a system prompt that several wait with is prefilled first; repeat_bytes: memory for results
+    after another; prime: what several that wait begin with is prefilled first; repeat_bytes: memory for results
     of prompts that may come again, token for token, 0 to score each anew; prepare_workers: processes that render and
     tokenise ahead of the engine, 0 to do so in this one, None for what suits the machine.
 
@@ -274,7 +274,7 @@ class Scorer:
                 if exhausted and not (len(waiting) or running or ready or collected):
                     return
         finally:
-            if running or finished or collected:
+            if running or finished or collected or engine.running:
                 engine.abort()
 
     def _prime(self, prepared: Prepared, tokens: int) -> list[Finished]:
