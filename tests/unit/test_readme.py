@@ -27,7 +27,7 @@ def test_the_page_on_performance_is_what_the_arithmetic_gives():
     assert roofline.page(text) == text, "docs/performance.md is out of date: run bench/roofline.py"
 
 
-@pytest.mark.parametrize("name", ["consistency", "overhead", "idle", "peers", "tuning"])
+@pytest.mark.parametrize("name", ["consistency", "overhead", "idle", "peers", "scaling", "tuning"])
 def test_the_tables_of_results_are_of_the_results(name):
     made = importlib.import_module(name).table(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
     assert (RESULTS / f"{name}.md").read_text(encoding="utf-8") == made
