@@ -80,9 +80,9 @@ Compile = Annotated[
     bool,
     typer.Option(
         "--compile",
-        help="On a CPU, compile the model with torch.compile: by the job nothing to a fifth faster, which may pay from "
-        "some thousands of rows on. The first start takes a minute longer, later ones some seconds. (On a GPU vLLM "
-        "compiles anyway.)",
+        help="On a CPU, compile the model with torch.compile. With the demonstration model that is hardly faster: try "
+        "it before a long job. The first start takes a minute longer, later ones some seconds. (On a GPU vLLM compiles "
+        "anyway.)",
     ),
 ]
 Engine = Annotated[
