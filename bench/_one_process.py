@@ -8,11 +8,12 @@ drives it; for `idle` and `probing` they are put back.
 from __future__ import annotations
 
 import sys
+from copy import copy
 from types import FrameType
 from typing import Any
 
 from _children import serve
-from _overhead_engine import Bench, Engine, Plain, Probed
+from _overhead_engine import Bench, Engine, Plain
 
 PLAIN = "plain"
 
@@ -64,8 +65,8 @@ class OneProcess(Bench):
     def start(self, kind: str, settings: dict[str, Any], **options: Any) -> dict[str, Any]:
         about = super().start(kind, settings, probed=True, **options)
         probed = self._engine
-        idle: Any = Probed.__new__(Probed)
-        idle.__dict__ |= vars(probed) | {"_asked": {"probed": False, "row_entropy": False}}
+        idle: Any = copy(probed)
+        idle._asked = {"probed": False, "row_entropy": False}
         plain: Any = Plain.__new__(Plain)
         plain.__dict__ |= {"llm_engine": probed.llm_engine, "bytes_out": 0, "_requests": 0}
         self._parts = Parts(probed.llm_engine)

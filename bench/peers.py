@@ -109,10 +109,7 @@ class Ways:
         elif name == NNSIGHT:
             child, options = Child("_peer_nnsight.py", environment=environment, python=self._args.nnsight), {}
         else:
-            child = Child("_peer_headrift.py")
-            settings = {"kv_cache_memory_bytes": _measure.KV_BYTES}
-            settings |= {"enforce_eager": False} if name == COMPILED else {}
-            options = {"steps": self._args.steps, "engine_args": settings}
+            child, options = Child("_peer_headrift.py"), self._headrift(name)
         self._children[name] = self._open.enter_context(child)
         about = child.ask("start", model=model, **options)
         self.versions |= about.get("versions", {})
@@ -123,9 +120,14 @@ class Ways:
 
     def compile(self) -> None:
         """Have torch.compile compile the model, where it has not yet: what is timed is a start that finds it done."""
-        settings = {"kv_cache_memory_bytes": _measure.KV_BYTES, "enforce_eager": False}
         with Child("_peer_headrift.py") as child:
-            child.ask("start", model=str(self._args.model), steps=self._args.steps, engine_args=settings)
+            child.ask("start", model=str(self._args.model), **self._headrift(COMPILED))
+
+    def _headrift(self, name: str) -> dict[str, Any]:
+        """What headrift is started with for this way."""
+        settings = {"kv_cache_memory_bytes": _measure.KV_BYTES}
+        settings |= {"enforce_eager": False} if name == COMPILED else {}
+        return {"steps": self._args.steps, "engine_args": settings}
 
     def run(self, name: str, which: list[int], *, keep: bool = False) -> dict[str, Any]:
         """Have a way do these prompts. keep: headrift hands out its masses too (the others always do)."""
@@ -279,7 +281,7 @@ def main() -> None:
             turns.append(samples)
             rates.append(matrix_product_rates(shapes))
             print({name: round(of["prompts"] / of["seconds"], 2) for name, of in samples.items()}, flush=True)
-        for name in set(ways.names) - set(SLOW):
+        for name in (name for name in ways.names if name not in SLOW):
             ways.run(name, every, keep=True)
             _keep(kept.setdefault(name, {"masses": [], "answers": []}), ways.arrays(name), len(every))
         names = ways.names
