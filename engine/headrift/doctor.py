@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -50,7 +51,9 @@ def examine(say: Callable[[str], None], model: Path | None = None, steps: int = 
 
 
 def _line(say: Callable[[str], None], name: str, text: str) -> None:
-    say(f"{name:<{_WIDTH}}{text}")
+    for line in textwrap.wrap(text, 80 - _WIDTH, break_on_hyphens=False):
+        say(f"{name:<{_WIDTH}}{line}")
+        name = ""
 
 
 def _machine(say: Callable[[str], None]) -> Iterator[str]:
@@ -93,9 +96,7 @@ def _packages(say: Callable[[str], None]) -> Iterator[str]:
     _line(say, "engine", engine or "no vLLM")
     versions = {distribution: _version(distribution) for _, distribution in _PACKAGES}
     installed = [f"{name} {version}" for name, version in versions.items() if version is not None]
-    _line(say, "packages", f"headrift {__version__}, {', '.join(installed[:3])}")
-    for i in range(3, len(installed), 3):
-        _line(say, "", ", ".join(installed[i : i + 3]))
+    _line(say, "packages", ", ".join([f"headrift {__version__}", *installed]))
     if not builds or importlib.util.find_spec("vllm") is None:
         yield f"vLLM {VLLM_VERSION}x is missing: {_GET_CPU}, or make setup"
     elif len(builds) > 1:

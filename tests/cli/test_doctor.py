@@ -90,6 +90,16 @@ def test_this_machine_is_ready():
     assert max(map(len, lines)) <= 80
 
 
+def test_long_names_are_wrapped_whatever_the_machine(monkeypatch):
+    name = "AMD EPYC 9V33X 96-Core Processor with Radeon Graphics and 3D V-Cache"
+    monkeypatch.setattr(doctor, "processor", lambda: (name, set(doctor._INSTRUCTIONS)))
+    lines: list[str] = []
+    doctor.examine(lines.append)
+    start = next(i for i, line in enumerate(lines) if line.startswith("processor"))
+    assert " ".join(line[12:] for line in lines[start : start + 2]).endswith(" ".join(doctor._INSTRUCTIONS))
+    assert max(map(len, lines)) <= 80
+
+
 @pytest.mark.parametrize(
     ("versions", "says"),
     [
