@@ -1,11 +1,17 @@
-"""What probing costs the host at each step on a GPU's backend: publishing the rows and planning the step.
+"""What measuring costs the host at each step on a GPU's backend, without a GPU.
 
     python bench/host_cost.py [--rounds 400] [--out bench/results/host_cost.json]
 
-The metadata builder of headrift's Triton backend builds the metadata of decode steps of 1 to 256 rows, all probed, and
-vLLM's own builder that of the same steps, in turns. This is all the Python that probing adds to a step: the layers'
-forward passes launch one kernel each (two where rows are split), as vLLM's do, or are replayed from a CUDA graph. The
-tensors lie on the CPU here, so that what a copy to a GPU costs the host (two small asynchronous ones) is not in it.
+Two kinds of step of 1 to 256 rows, all probed, on a model of 32 layers with the heads of Llama-3-8B:
+
+- `decode`: every row decodes. The layers are replayed from a CUDA graph, so what measuring adds to the host's work is the
+  step's plan: ours beside the metadata that vLLM's own builder makes, in turns.
+- `streaming`: one row in 13 is a prompt of 300 tokens that ends in this step, the others decode; nearly every step of a
+  job of 12 steps a prompt is of this kind, and its attention is launched from Python. Added are the plan and, for each
+  layer, the fused kernel's launches. The prefill kernel is launched once a layer with headrift and without.
+
+Triton's launcher runs over a CUDA library that does nothing, on CPU tensors: what the GPU's driver takes for a launch
+and for the step's few small copies is not in it.
 """
 
 from __future__ import annotations
@@ -13,55 +19,84 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import _fake_cuda
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+BATCHES = (1, 4, 16, 64, 256)
+LAYERS, HEADS, KV_HEADS, HEAD_DIM = 32, 32, 8, 128
+PROMPT, ANSWER = 300, 13
 
 
-def decode_step(rows: int) -> Any:
-    """vLLM's description of a step in which `rows` requests decode a token each."""
+def make_model(folder: Path) -> Path:
+    """A model with the attention of Llama-3-8B and little else."""
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
+        "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "vocab_size": 512, "max_position_embeddings": 4096,
+        "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def describe_step(rows: int, prefills: int) -> Any:
+    """vLLM's description of a step in which `prefills` of the rows are whole prompts and the others decode."""
     import torch
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
-    starts = torch.arange(rows + 1, dtype=torch.int32)
-    lengths = torch.full((rows,), 300, dtype=torch.int32)
+    tokens = np.ones(rows, np.int32)
+    tokens[rows - prefills :] = PROMPT
+    starts = torch.from_numpy(np.concatenate([[0], np.cumsum(tokens)]).astype(np.int32))
+    lengths = torch.full((rows,), PROMPT, dtype=torch.int32)
     return CommonAttentionMetadata(
-        query_start_loc=starts,
+        query_start_loc=starts.clone(),
         query_start_loc_cpu=starts,
-        seq_lens=lengths,
+        seq_lens=lengths.clone(),
         seq_lens_cpu_upper_bound=lengths,
         num_reqs=rows,
-        num_actual_tokens=rows,
-        max_query_len=1,
-        max_seq_len=300,
-        block_table_tensor=torch.zeros((rows, 32), dtype=torch.int32),
-        slot_mapping=torch.zeros(rows, dtype=torch.int64),
+        num_actual_tokens=int(tokens.sum()),
+        max_query_len=int(tokens.max()),
+        max_seq_len=2048,  # of other rows, so that keys are split and the second kernel is launched too
+        block_table_tensor=torch.zeros((rows, 128), dtype=torch.int32),
+        slot_mapping=torch.zeros(int(tokens.sum()), dtype=torch.int64),
         req_idx=np.arange(rows),
     )
 
 
-def times_in_turns(recorder: Any, rows: int, rounds: int) -> dict[str, list[float]]:
-    """Microseconds of each round: ours, with all rows probed, and the stock builder's."""
+def times_in_turns(worker: Any, rows: int, prefills: int, rounds: int) -> dict[str, list[float]]:
+    """Microseconds of each round: vLLM's builder, ours with all rows probed, and all layers' launches."""
+    import torch
     from vllm.v1.attention.backends.triton_attn import TritonAttentionMetadataBuilder
 
-    builder, step = recorder.publisher, decode_step(rows)
+    from headrift.vllm_plugin.recorder import Recorder
+
+    recorder = Recorder.required(worker.vllm_config)
+    builder, step = recorder.publisher, describe_step(rows, prefills)
     recorder.runner_rows[:rows] = np.arange(rows)
-    samples: dict[str, list[float]] = {"stock": [], "probed": []}
+    recorder.prompt_lens[:], recorder.rows_wanted[:] = PROMPT, ANSWER
+    query = torch.zeros(step.num_actual_tokens, HEADS, HEAD_DIM)
+    output = torch.empty_like(query)
+    samples: dict[str, list[float]] = {"stock": [], "plan": [], "launches": []}
     for _ in range(rounds):
         start = time.perf_counter()
         TritonAttentionMetadataBuilder.build(builder, 0, step)
         middle = time.perf_counter()
         recorder.begin_step()
-        builder.build(0, step)
+        metadata = builder.build(0, step)
+        planned = time.perf_counter()
+        for layer in builder.layers:
+            layer.impl.measure(layer, query, layer.kv_cache, metadata.measured, output)
         end = time.perf_counter()
-        samples["stock"].append((middle - start) * 1e6)
-        samples["probed"].append((end - middle) * 1e6)
+        for name, seconds in (("stock", middle - start), ("plan", planned - middle), ("launches", end - planned)):
+            samples[name].append(seconds * 1e6)
     assert recorder.probed
+    assert metadata.measured.prefill_from == (rows - prefills if prefills else None)
     return samples
 
 
@@ -69,45 +104,55 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         f"# Host cost of a probed step, microseconds: {report['machine']['cpu']}",
         "",
-        "Made by `bench/host_cost.py`: medians (and middle halves) of building a decode step's attention metadata, on",
-        "CPU tensors; not run on a GPU.",
+        f"Made by `bench/host_cost.py`: medians (and middle halves), {LAYERS} layers, the heads of Llama-3-8B, CPU tensors,",
+        "Triton's launcher over a CUDA library that does nothing; not run on a GPU.",
         "",
-        "| rows | vLLM's builder | ours, all rows probed | added |",
-        "|---|---|---|---|",
+        "| step | rows | vLLM's builder | ours | launches, all layers | added |",
+        "|---|---|---|---|---|---|",
     ]
     for row in report["rows"]:
         spread = {name: f"{q[1]:.1f} ({q[0]:.1f}-{q[2]:.1f})" for name, q in row["quartiles"].items()}
-        lines.append(f"| {row['rows']} | {spread['stock']} | {spread['probed']} | {row['added']:.1f} |")
+        launches = spread["launches"] if row["step"] == "streaming" else "in the graph"
+        lines.append(
+            f"| {row['step']} | {row['rows']} | {spread['stock']} | {spread['plan']} | {launches} | {row['added']:.1f} |"
+        )
     return "\n".join([*lines, ""])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=ROOT / "models/smollm2-135m-instruct")
     parser.add_argument("--rounds", type=int, default=400)
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/host_cost.json")
     args = parser.parse_args()
-    # The Triton backend can be built without a GPU where its kernels would be interpreted; none is launched here.
-    os.environ["TRITON_INTERPRET"] = "1"
+    with tempfile.TemporaryDirectory() as folder:
+        _fake_cuda.activate(Path(folder))
+        # Kernels that were imported before this are compiled; vLLM's backend for GPUs is then taken on a CPU.
+        from headrift_kernels.triton import decode_mass, replay_mass  # noqa: F401
 
-    from headrift.machine import processor
-    from headrift.probed_engine import ProbedEngine
-    from headrift.vllm_plugin.recorder import Recorder
+        os.environ["TRITON_INTERPRET"] = "1"
+        from headrift.machine import processor
+        from headrift.probed_engine import ProbedEngine
 
-    settings = {"max_num_seqs": max(BATCHES), "max_model_len": 1024, "max_num_batched_tokens": 1024}
-    with ProbedEngine(
-        args.model, steps=12, slots=max(BATCHES), attention_backend="triton", engine_args=settings
-    ) as engine:
-        rows = engine.llm_engine.collective_rpc(
-            lambda worker: [
-                {"rows": n, "samples": times_in_turns(Recorder.required(worker.vllm_config), n, args.rounds)}
-                for n in BATCHES
-            ]
-        )[0]
+        settings = {
+            "load_format": "dummy", "skip_tokenizer_init": True, "dtype": "float32", "max_num_seqs": max(BATCHES),
+            "max_model_len": 4096, "max_num_batched_tokens": 8192, "kv_cache_memory_bytes": 2 << 30,
+        }  # fmt: skip
+        with ProbedEngine(
+            make_model(Path(folder)), steps=12, slots=max(BATCHES), attention_backend="triton", engine_args=settings
+        ) as engine:
+            kinds = [("decode", n, 0) for n in BATCHES] + [("streaming", n, -(-n // ANSWER)) for n in BATCHES if n > 1]
+            rows = engine.llm_engine.collective_rpc(
+                lambda worker: [
+                    {"step": step, "rows": n, "samples": times_in_turns(worker, n, prefills, args.rounds)}
+                    for step, n, prefills in kinds
+                ]
+            )[0]
     for row in rows:
         row["quartiles"] = {name: np.percentile(x, [25, 50, 75]).tolist() for name, x in row.pop("samples").items()}
-        row["added"] = row["quartiles"]["probed"][1] - row["quartiles"]["stock"][1]
-        print(f"{row['rows']:4} rows: stock {row['quartiles']['stock'][1]:6.1f}  probed added {row['added']:6.1f} us")
+        median = {name: q[1] for name, q in row["quartiles"].items()}
+        launches = median["launches"] if row["step"] == "streaming" else 0.0
+        row["added"] = median["plan"] - median["stock"] + launches
+        print(f"{row['step']:9} {row['rows']:4} rows: {row['added']:6.1f} us added, {launches:6.1f} of them launches")
     report = {"machine": {"cpu": processor()[0], "cores": os.cpu_count()}, "unit": "microseconds", "rows": rows}
     args.out.write_text(json.dumps(report, indent=1) + "\n")
     args.out.with_suffix(".md").write_text(table(report))

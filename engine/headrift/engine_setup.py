@@ -32,8 +32,17 @@ class EngineError(RuntimeError):
     """The engine could not be started with these settings; the message says why and what to change."""
 
 
-def engine_config(args: dict[str, Any]) -> VllmConfig:
-    """vLLM's configuration for these engine arguments; EngineError or RefusedError where there is none to be had."""
+def engine_config(args: dict[str, Any], requested_backend: str = "auto") -> VllmConfig:
+    """vLLM's configuration for these engine arguments, with headrift in it.
+
+    Args:
+        args: vLLM's, those of `attention_args` among them.
+        requested_backend: as `attention_args` was given it; with auto, Triton attends what FlashAttention cannot.
+
+    Raises:
+        EngineError: vLLM cannot load the model or does not take these settings.
+        RefusedError: the engine cannot be measured.
+    """
     from vllm.engine.arg_utils import EngineArgs
 
     plugin.register()
@@ -43,12 +52,26 @@ def engine_config(args: dict[str, Any]) -> VllmConfig:
         raise EngineError(f"vLLM does not take these engine settings: {error}") from error
     except (ValueError, OSError) as error:
         raise EngineError(f"vLLM cannot load {args['model']}: {error}") from error
+    if requested_backend == "auto" and os.environ[plugin.BACKEND] == "flash":
+        _fall_back_to_triton(config)
     reasons = plugin.refusals(config)
     if reasons:
         raise plugin.RefusedError(reasons)
     processors = list(config.model_config.logits_processors or [])
     config.model_config.logits_processors = [*processors, plugin.rows_processor(config.use_v2_model_runner)]
+    config.additional_config = plugin.AdditionalConfig(config.additional_config)
     return config
+
+
+def _fall_back_to_triton(config: VllmConfig) -> None:
+    """Attend with Triton if FlashAttention cannot for this model on this GPU."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    misfits = plugin.flash_misfits(config)
+    if misfits:
+        logging.getLogger("headrift").info("attention by Triton, not FlashAttention: %s", "; ".join(misfits))
+        os.environ[plugin.BACKEND] = "triton"
+        config.attention_config.backend = AttentionBackendEnum[plugin.STOCK_BACKENDS["triton"]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +97,11 @@ def plan_engine(model: str | os.PathLike[str]) -> EnginePlan:
     return EnginePlan(dtype, config.max_model_len, 2 * args["max_num_seqs"], args.get("kv_cache_memory_bytes"))
 
 
-def attention_args(asked: str) -> dict[str, Any]:
-    """Engine arguments for the attention backend asked for, which every process of the engine is told of too."""
+def attention_args(requested: str) -> dict[str, Any]:
+    """Engine arguments for the requested attention backend; the environment names it to every process of the engine."""
     gpu = has_gpu()
     try:
-        backend = plugin.backend_for(asked, gpu)
+        backend = plugin.backend_for(requested, gpu)
     except ValueError as error:
         raise EngineError(str(error)) from error
     os.environ[plugin.BACKEND] = backend

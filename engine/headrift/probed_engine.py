@@ -110,13 +110,14 @@ class ProbedEngine:
         }
         args["additional_config"] = {**additional, **instructions(), "headrift": recorder}
         args["worker_extension_cls"] = plugin.WORKER_EXTENSION
-        config = engine_config(args)
+        config = engine_config(args, attention_backend)
         self.max_model_len: int = config.model_config.max_model_len
         self.vocabulary: int = config.model_config.get_vocab_size()
         self.width: int = config.model_config.get_hidden_size()
         self._ranks = config.parallel_config.tensor_parallel_size
         self._start(config)
         self._lora = None if lora is None else _lora_request(os.fspath(lora))
+        self.llm_engine.collective_rpc("headrift_warm_up")
         if hidden_states:
             self.llm_engine.collective_rpc("headrift_keep_hidden_states")
         described = merge_descriptions(self.llm_engine.collective_rpc("headrift_describe"))

@@ -269,6 +269,48 @@ def random_requests():
     return make
 
 
+def profile_graph_memory(runner) -> None:
+    """What a CUDA worker does before it sizes the KV cache: make cache and metadata builders, and throw them away.
+
+    vLLM's `profile_cudagraph_memory` of either model runner, without the graphs. `kv_cache_memory_bytes` skips that on
+    a GPU; on a CPU nothing does it.
+    """
+    from vllm.config import set_current_vllm_config
+    from vllm.v1.worker.gpu import cudagraph_utils
+
+    v2 = hasattr(runner, "model_state")
+    kind, compilation = type(runner), runner.compilation_config
+    begin = cudagraph_utils._init_minimal_kv_cache_for_profiling if v2 else kind._init_minimal_kv_cache_for_profiling
+    end = cudagraph_utils._teardown_profiling_state if v2 else kind._cleanup_profiling_kv_cache
+    size, compilation.max_cudagraph_capture_size = compilation.max_cudagraph_capture_size, 4
+    with pytest.MonkeyPatch.context() as patch, set_current_vllm_config(runner.vllm_config):
+        for name in ("synchronize", "empty_cache"):
+            patch.setattr(torch.accelerator, name, lambda *_: None)
+        begin(runner)
+        end(runner)
+    compilation.max_cudagraph_capture_size = size
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _graph_memory_is_profiled():
+    """Every engine of these tests starts as on a GPU: its first KV cache and metadata builders are thrown away."""
+    if torch.cuda.is_available():  # vLLM does it by itself
+        yield
+        return
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    size_of_cache = CPUWorker.determine_available_memory
+
+    def after_profiling(self):
+        size = size_of_cache(self)
+        profile_graph_memory(self.model_runner)
+        return size
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CPUWorker, "determine_available_memory", after_profiling)
+        yield
+
+
 @pytest.fixture(scope="session")
 def settings_of_tests() -> Mapping[str, object]:
     """Engine settings that make every hard case happen: 64-token chunks, small blocks, prefix caching."""

@@ -6,11 +6,9 @@ import pytest
 import torch
 
 from headrift.ablation import SIDES
-from headrift.engine_setup import EngineError
 from headrift.probe_requests import ProbeRequest
 from headrift.probed_engine import ProbedEngine
 from headrift.safety_heads.answering import answers, log_likelihoods
-from headrift.vllm_plugin.plugin import RefusedError
 from headrift.vllm_plugin.recorder import Recorder
 
 # Next-token probabilities of two float32 computations of the same model: logits of size 10 differ by some 1e-5.
@@ -77,13 +75,6 @@ def test_an_engine_that_was_not_started_for_it_refuses(tiny_model, settings_of_t
             engine.submit(ProbeRequest([5, 6], {}, 0, ablate=[(0, 0, "scaling")]))
         recorder = engine.llm_engine.collective_rpc(lambda worker: Recorder.required(worker.vllm_config))[0]
         assert recorder.ablations is None
-
-
-def test_flash_attention_is_refused_before_the_model_loads(tiny_model, monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    settings = {"skip_tokenizer_init": True, "dtype": "float32"}
-    with pytest.raises((RefusedError, EngineError), match="not ablated with the attention backend 'flash'"):
-        ProbedEngine(tiny_model("llama-3to1"), steps=1, ablation=True, attention_backend="flash", engine_args=settings)
 
 
 @pytest.mark.slow

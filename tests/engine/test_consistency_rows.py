@@ -6,10 +6,8 @@ import pytest
 from scipy.special import entr
 from vllm import SamplingParams
 
-from headrift.engine_setup import EngineError
 from headrift.probe_requests import ProbeRequest
 from headrift.probed_engine import ProbedEngine
-from headrift.vllm_plugin.plugin import RefusedError
 from headrift.vllm_plugin.recorder import Probe, Recorder, Settings
 
 # What the proposal asks for: two float32 computations of one model tell probabilities apart by some 1e-6.
@@ -239,12 +237,3 @@ def test_an_engine_that_was_not_started_for_entropies_refuses_them(tiny, monkeyp
     extra = {"slot": 0, "tenant": 0, "prompt_len": 3, "regions": [[0, 3]], "steps": 0, "row_entropy": True}
     with pytest.raises(ValueError, match="set row_entropy=True"):
         Probe.of(SamplingParams(extra_args={"headrift": extra}), Settings(slots=1, steps=0))
-
-
-def test_flash_attention_keeps_no_rows(tiny_model, monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    settings = {"dtype": "float32", "skip_tokenizer_init": True, "max_model_len": 64}
-    rows = {"row_references": 1, "row_keys": 64, "row_entropy": True}
-    options = {"steps": 0, "attention_backend": "flash", "engine_args": settings, **rows}
-    with pytest.raises((RefusedError, EngineError), match=r"(?s)rows are not kept .*entropy is not taken"):
-        ProbedEngine(tiny_model("llama-3to1"), **options)

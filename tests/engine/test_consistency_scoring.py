@@ -196,7 +196,6 @@ def test_the_demonstration_model(demo_model, oracle, settings_of_tests, tmp_path
         (QUESTIONS[2:], {}, "no `answer`"),
         (PAIRS[:3], {"families": ("hint",)}, "--family hint is not among the pairs; families there are: role, talk"),
         (PAIRS[:3], {"lora": "nowhere"}, "has no adapter_config.json"),
-        (PAIRS[:3], {"attention_backend": "flash"}, "'flash'"),
     ],
 )
 def test_what_cannot_be_scored_is_said_before_the_model_loads(chatty, tmp_path, rows, more, message):

@@ -218,11 +218,39 @@ def test_the_last_of_two_tenants_between_two_steps_is_installed(recorder):
     assert (int(recorder.prompt_len[0]), int(recorder.n_rows[0])) == (9, 2)
 
 
+class Builder:
+    """Only its identity counts."""
+
+
+def test_builders_made_again_publish_in_place_of_the_first(recorder):
+    first, second, again, fourth = (Builder() for _ in range(4))
+    recorder.add_builder(first, ["layers.1", "layers.2"])
+    recorder.add_builder(second, ["layers.0"])
+    assert recorder.publisher is first
+    recorder.add_builder(again, ["layers.1", "layers.2"])
+    assert recorder.publisher is again
+    recorder.add_builder(fourth, ["layers.0"])
+    assert recorder.publisher is again
+    assert set(map(id, recorder.builders.values())) == {id(again), id(fourth)}
+
+
+def test_what_is_recorded_does_not_compile_the_model_anew(tiny_model):
+    def name_of_the_compiled_model(**recorded):
+        config = config_of(tiny_model("llama-3to1"), additional_config={"headrift": recorded, "instructions": "x"})
+        config.additional_config = plugin.AdditionalConfig(config.additional_config)
+        assert plugin.settings_of(config) == recorded
+        return config.compute_hash()
+
+    assert name_of_the_compiled_model(slots=2, steps=3) == name_of_the_compiled_model(slots=4, steps=12)
+    other = plugin.AdditionalConfig({"headrift": {}, "instructions": "y"})
+    assert other.compute_hash() != plugin.AdditionalConfig({"headrift": {}, "instructions": "x"}).compute_hash()
+
+
 def test_the_backend_of_a_machine(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert plugin.backend_for("auto", gpu=False) == "cpu"
-    assert plugin.backend_for("auto", gpu=True) == "triton"
-    assert plugin.backend_for("flash", gpu=True) == "flash"
+    assert plugin.backend_for("auto", gpu=True) == "flash"
+    assert plugin.backend_for("triton", gpu=True) == "triton"
     for asked, gpu, why in (
         ("fancy", True, "there is no"),
         ("cpu", True, "CPU build"),

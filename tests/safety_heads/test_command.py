@@ -23,7 +23,6 @@ def queries(tmp_path):
         (["--epsilon", "nan"], "epsilon"),
         (["--epsilon", "small"], "Invalid value for '--epsilon'"),
         (["--kind", "zero"], "undifferentiated"),
-        (["--attention-backend", "flash"], "not ablated"),
         (["--column", "prompt"], "is not KEY=NAME"),
         (["--model", "nowhere"], "is no folder"),
     ],

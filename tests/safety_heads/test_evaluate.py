@@ -52,7 +52,6 @@ def ranked(tmp_path):
         (["--from", "nowhere", "--top", "2"], "holds no results"),
         (["--heads", "1:1", "--epsilon", "nan"], "epsilon"),
         (["--heads", "1:1", "--epsilon", "small"], "Invalid value for '--epsilon'"),
-        (["--heads", "1:1", "--attention-backend", "flash"], "not ablated"),
         (["--heads", "1:1", "--tokens", "9000"], "context holds 8192"),
         (["--heads", "1:1", "--labels", "attack,benign"], "2 labels for 1 input"),
     ],

@@ -28,7 +28,6 @@ from headrift.safety_heads.sahara import Step, hidden_states_of
         (["--epsilon", "nan"], "epsilon"),
         (["--epsilon", "small"], "Invalid value for '--epsilon'"),
         (["--kind", "zero"], "undifferentiated"),
-        (["--attention-backend", "flash"], "not ablated"),
         (["--model", "nowhere"], "is no folder"),
     ],
 )

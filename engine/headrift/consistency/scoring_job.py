@@ -71,8 +71,6 @@ class ScoringJob:
     def __init__(self, asked: Asked, verbose: bool = False) -> None:
         self.asked, self._verbose = asked, verbose
         facts, layers, heads = shape_of(asked.model)
-        if asked.attention_backend == "flash":
-            raise JobError("attention rows are not kept with the backend 'flash': leave it at auto, or use 'triton'")
         if asked.lora is not None:
             lora.check(asked.lora, asked.model)
             prepare_environment(verbose)

@@ -15,7 +15,7 @@ from headrift.corpus.fingerprints import model_fingerprint, versions
 from headrift.job_folder import begun_before, new_folder, shape_of
 from headrift.preparing import load_tokenizer
 from headrift.probed_engine import ProbedEngine
-from headrift.safety_heads.checks import check_backend, check_lengths
+from headrift.safety_heads.checks import check_lengths
 from headrift.safety_heads.queries import CHAT, prepare, read_rows
 from headrift.safety_heads.ships import Head, all_heads, sampled_heads
 
@@ -59,7 +59,6 @@ class HeadsJob:
     def __init__(self, asked: Asked):
         self.asked = asked
         facts, layers, heads = shape_of(asked.model)
-        check_backend(asked.attention_backend)
         self._shape = layers, heads
         self.heads = _heads(asked, *self._shape)
         ablation.check([(*head, asked.kind) for head in self.heads], asked.epsilon)

@@ -1,4 +1,4 @@
-"""What every job that ablates heads has to know and to refuse before a model is loaded."""
+"""Check before a model is loaded that the queries of a job that ablates heads fit."""
 
 from __future__ import annotations
 
@@ -7,12 +7,6 @@ from collections.abc import Sequence
 from headrift.job_folder import JobError
 from headrift.model_facts import ModelFacts
 from headrift.safety_heads.queries import Query
-
-
-def check_backend(attention_backend: str) -> None:
-    """JobError for the one that does not ablate."""
-    if attention_backend == "flash":
-        raise JobError("heads are not ablated with the attention backend 'flash': leave it at auto, or use 'triton'")
 
 
 def check_lengths(queries: Sequence[Query], facts: ModelFacts, tokens: int) -> None:

@@ -41,7 +41,7 @@ from headrift.safety_heads.arms import (
 )
 from headrift.safety_heads.bars import bars_png
 from headrift.safety_heads.base import ablating_engine
-from headrift.safety_heads.checks import check_backend, check_lengths
+from headrift.safety_heads.checks import check_lengths
 from headrift.safety_heads.leading import leading_heads
 from headrift.safety_heads.queries import CHAT, prepare, read_rows
 from headrift.safety_heads.refusals import is_refusal
@@ -115,7 +115,6 @@ class EvaluateJob:
     def __init__(self, asked: Asked):
         self.asked = asked
         facts, layers, heads = shape_of(asked.model)
-        check_backend(asked.attention_backend)
         self.heads, self.kind, self.epsilon = _chosen(asked)
         ablation.check([(*head, self.kind) for head in self.heads], self.epsilon)
         ablation.check_heads(self.heads, layers, heads)

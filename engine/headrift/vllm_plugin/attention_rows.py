@@ -278,7 +278,7 @@ def keeping_rows(forward: F) -> F:
         wanted: Sequence[Queries] = getattr(attn_metadata, "row_queries", None) or ()
         for queries in wanted:
             pages = -(-queries.keys // kv_cache.shape[2])
-            blocks = attn_metadata.block_table.index_select(0, queries.rows)[:, :pages]
+            blocks = attn_metadata.batch_block_table.index_select(0, queries.rows)[:, :pages]
             keys = self.gathered_keys(layer, kv_cache, blocks)
             self.recorder.bank.take(self.layer_index, queries, query, keys, **self.attention_options())
         return output

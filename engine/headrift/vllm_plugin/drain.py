@@ -138,6 +138,10 @@ class WorkerExtension:
             "dtype": str(self.vllm_config.model_config.dtype).removeprefix("torch."),
         }
 
+    def headrift_warm_up(self) -> None:
+        """`Recorder.warm_up`, when the KV cache is there."""
+        Recorder.required(self.vllm_config).warm_up()
+
     def headrift_collect(
         self,
         ticket: int,

@@ -1,15 +1,15 @@
 """What every backend of ours shares: which rows of a step are measured, and where their numbers go.
 
 A backend file mixes these two classes in before vLLM's own builder and implementation, and adds what is particular to
-it. All layers of an engine share one recorder; where a model has several KV cache groups (full and sliding layers), the
+it. All layers of an engine share one recorder; if a model has several KV cache groups (full and sliding layers), the
 first group's builder publishes the step's rows for all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.models.utils import extract_layer_index
@@ -43,6 +43,9 @@ class MeasuringImpl(AttentionImpl):
         reasons = self.layer_refusals(self.recorder)
         if reasons:
             raise RefusedError(reasons)
+
+    def forget_cache(self) -> None:
+        """Drop what is kept of the layer's KV cache: vLLM is about to allocate another."""
 
     def layer_refusals(self, recorder: Recorder) -> list[str]:
         """Every reason why this layer cannot be measured."""
@@ -85,27 +88,40 @@ class MeasuringBuilder(AttentionMetadataBuilder):
         self.capturing = False
         if self.recorder is None:
             return
-        if self.recorder.publisher is None:
-            self.recorder.publisher = self
+        self.recorder.add_builder(self, layer_names)
+        # One group's metadata is not another's with the block table exchanged: what is measured hangs on the group.
+        self.supports_update_block_table = False
         layers = vllm_config.compilation_config.static_forward_context
-        for name in layer_names:
-            index, impl = extract_layer_index(name), layers[name].impl
+        self.layers = [layers[name] for name in layer_names]
+        for name, layer in zip(layer_names, self.layers):
+            index, impl = extract_layer_index(name), layer.impl
             impl.layer_index = index
             impl.sinks_float32 = None if impl.sinks is None else impl.sinks.float()
+            impl.forget_cache()
             self.recorder.windows[index] = impl.window
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Any:
-        metadata: Any = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        metadata.measured = metadata.ablated = metadata.row_queries = None
-        if self.recorder is not None:
-            if self.recorder.publisher is self:
-                self.recorder.publish(batch_rows(common_attn_metadata), common_attn_metadata.seq_lens)
-            if self.capturing or self.recorder.probed:
-                metadata.measured = self.plan(self.recorder, metadata, common_attn_metadata)
-            metadata.ablated = self._ablated(self.recorder, common_attn_metadata)
-            metadata.row_queries = self._row_queries(self.recorder, common_attn_metadata)
+        def build(common: CommonAttentionMetadata) -> Any:
+            return parent(common_prefix_len, common, fast_build)
+
+        parent, recorder, common = super().build, self.recorder, common_attn_metadata
+        measured = ablated = row_queries = None
+        if recorder is None:
+            metadata = build(common)
+        else:
+            if recorder.publisher is self:
+                recorder.publish(batch_rows(common), common.seq_lens)
+            if self.capturing or recorder.probed:
+                metadata, measured = self.plan(recorder, common, build)
+            else:
+                metadata = build(common)
+            ablated = self._ablated(recorder, common)
+            row_queries = self._row_queries(recorder, common)
+        metadata.measured, metadata.ablated, metadata.row_queries = measured, ablated, row_queries
+        # The whole batch's: the parent's own may be of a part of it.
+        metadata.batch_block_table = common.block_table_tensor
         return metadata
 
     def _ablated(self, recorder: Recorder, common: CommonAttentionMetadata) -> AblatedStep | None:
@@ -131,6 +147,8 @@ class MeasuringBuilder(AttentionMetadataBuilder):
         return recorder.row_queries
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
+        # A kernel's first launch loads its code, which is not permitted inside a capture; this runs before one.
+        self.warm_up()
         # A graph is captured with our kernels in it; which rows they measure is read from the device at each replay.
         self.capturing = True
         try:
@@ -138,30 +156,37 @@ class MeasuringBuilder(AttentionMetadataBuilder):
         finally:
             self.capturing = False
 
+    def warm_up(self) -> None:
+        """Launch every kernel that steps of this builder's layers may launch, so that none is compiled during a job.
+
+        The KV cache has to be there. A builder without kernels that are compiled at their first launch does nothing.
+        """
+
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> AttentionCGSupport:
-        """Whole-step graphs for decode steps only: how a mixed step is parted is decided on the host, and so is, in
+        """Whole-step graphs for decode steps only: how a mixed step is split is decided on the host, and so is, in
         every step, what is ablated and which attention rows are taken."""
         support = super().get_cudagraph_support(vllm_config, kv_cache_spec)
         settings = settings_of(vllm_config)
         if settings is None:
             return support
-        if any(settings.get(name) for name in ("ablation", "row_references", "row_entropy")):
+        if any(settings.get(name) for name in ("ablation", "row_references")):
             return AttentionCGSupport.NEVER
         return min(support, AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE, key=lambda s: s.value)
 
-    def any_measured(self, recorder: Recorder, common: CommonAttentionMetadata, first_row: int = 0) -> bool:
-        """Whether a query of rows first_row.. is at a recorded step, as far as the host can tell without waiting."""
-        slots = recorder.slots[first_row:]
-        rows = slice(first_row, first_row + len(slots))
-        if common.seq_lens_cpu_upper_bound is None:
-            return bool((slots >= 0).any())
-        seq_lens = common.seq_lens_cpu_upper_bound.numpy()[rows]
-        query_lens = np.diff(common.query_start_loc_cpu.numpy())[rows]
-        last = seq_lens - recorder.prompt_lens[slots]
-        first = np.maximum(last - query_lens + 1, 0)
-        return bool(((slots >= 0) & (last >= 0) & (first < recorder.rows_wanted[slots])).any())
+    def plan(
+        self,
+        recorder: Recorder,
+        common: CommonAttentionMetadata,
+        build: Callable[[CommonAttentionMetadata], Any],
+    ) -> tuple[Any, Any]:
+        """Metadata of a step with probed rows, and what its forward passes measure and how.
 
-    def plan(self, recorder: Recorder, metadata: Any, common: CommonAttentionMetadata) -> Any:
-        """What the forward passes of this step measure and how; None for nothing."""
+        Args:
+            common: vLLM's description of the whole batch.
+            build: makes the parent's metadata of a batch, or of a part of one that the parent is to attend for.
+
+        Returns:
+            The parent's metadata, and the plan that `forward` finds as `metadata.measured` (None: nothing is measured).
+        """
         raise NotImplementedError

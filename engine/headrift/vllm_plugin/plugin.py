@@ -5,7 +5,10 @@ vLLM loads this module in every process it starts, so it imports nothing but the
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,6 +25,8 @@ BACKENDS = {
 }
 # vLLM's names of the backends that ours take the place of on a GPU.
 STOCK_BACKENDS = {"triton": "TRITON_ATTN", "flash": "FLASH_ATTN"}
+# Model types with attention sinks, which FlashAttention does not take on every GPU.
+SINK_MODELS = ("gpt_oss",)
 WORKER_EXTENSION = "headrift.vllm_plugin.drain.WorkerExtension"
 
 
@@ -50,30 +55,65 @@ def register() -> None:
         prefix_tails.register()
 
 
-def backend_for(asked: str, gpu: bool) -> str:
-    """The name of the backend to attend with; ValueError where there is none of that name on this machine.
+def backend_for(requested: str, gpu: bool) -> str:
+    """Name of the backend to attend with.
 
-    asked: auto, cpu, triton or flash. gpu: whether vLLM is a build for GPUs. Triton's interpreter runs the GPU's
-    backends on a CPU, slowly; it is what their tests use.
+    Args:
+        requested: auto, cpu, triton or flash.
+        gpu: whether vLLM is a build for GPUs. Triton's interpreter runs the backend 'triton' or 'flash' on a CPU,
+            slowly; their tests use that.
+
+    Returns:
+        cpu, triton or flash. For auto on a GPU: flash, which `flash_misfits` may rule out once the model is known.
+
+    Raises:
+        ValueError: there is no backend of that name on this machine.
     """
-    if asked not in ("auto", *BACKENDS):
-        raise ValueError(f"there is no attention backend '{asked}'; choose auto, {', '.join(BACKENDS)}")
-    if asked == "auto":
-        return "triton" if gpu else "cpu"
-    if gpu and asked == "cpu":
+    if requested not in ("auto", *BACKENDS):
+        raise ValueError(f"there is no attention backend '{requested}'; choose auto, {', '.join(BACKENDS)}")
+    if requested == "auto":
+        return "flash" if gpu else "cpu"
+    if gpu and requested == "cpu":
         raise ValueError("the attention backend 'cpu' is for vLLM's CPU build; choose auto, triton or flash")
-    if not gpu and asked != "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"the attention backend '{asked}' needs a GPU, and this is vLLM's CPU build; leave it at auto")
-    return asked
+    if not gpu and requested != "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"the attention backend '{requested}' needs a GPU, and this is vLLM's CPU build; choose auto")
+    return requested
+
+
+def flash_misfits(config: VllmConfig) -> list[str]:
+    """Reasons why FlashAttention cannot attend for this model on this GPU; empty if it can."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+
+    if not current_platform.is_cuda():
+        return ["FlashAttention in vLLM is for NVIDIA GPUs"]
+    model, cache = config.model_config, config.cache_config
+    if get_flash_attn_version(head_size=model.get_head_size()) not in (2, 3):
+        return ["neither FlashAttention 2 nor 3 is for this GPU"]
+    reasons = FlashAttentionBackend.validate_configuration(
+        head_size=model.get_head_size(),
+        dtype=model.dtype,
+        kv_cache_dtype=cache.cache_dtype,
+        block_size=cache.block_size,
+        use_mla=model.use_mla,
+        has_sink=model.hf_text_config.model_type in SINK_MODELS,
+        use_sparse=False,
+        use_mm_prefix=model.is_mm_prefix_lm,
+        use_per_head_quant_scales=False,
+        device_capability=current_platform.get_device_capability(),
+        attn_type="decoder",
+    )
+    return reasons + ["its queries would be fp8 too"] * cache.cache_dtype.startswith("fp8")
 
 
 def replaces_flashinfer(capability: tuple[int, int] | None) -> str | None:
-    """What to tell the user where vLLM by itself would attend with FlashInfer: on compute capability 10 (Blackwell)."""
+    """Notice for GPUs on which vLLM by itself would attend with FlashInfer: compute capability 10 (Blackwell)."""
     if capability is None or capability[0] != 10:
         return None
     return (
-        "vLLM would attend with FlashInfer on this GPU, which keeps neither masses nor LSE; headrift's own attention "
-        "backend takes its place"
+        "vLLM would attend with FlashInfer on this GPU, which keeps no masses; headrift's own attention backend takes "
+        "its place"
     )
 
 
@@ -94,7 +134,6 @@ def refusals(config: VllmConfig) -> list[str]:
     reasons += _model_refusals(config)
     reasons += _engine_refusals(config)
     reasons += _platform_refusals(config)
-    reasons += _flash_refusals(config)
     return reasons
 
 
@@ -197,20 +236,25 @@ def _cpu_refusals(config: VllmConfig) -> list[str]:
     return reasons
 
 
-def _flash_refusals(config: VllmConfig) -> list[str]:
-    """What is asked for that the FlashAttention backend does not do, where that attends."""
-    asked, attention = settings_of(config) or {}, config.attention_config.backend
-    if os.environ.get(BACKEND) != "flash" and (attention is None or attention.name != STOCK_BACKENDS["flash"]):
-        return []
-    found = (
-        (asked.get("ablation"), "heads are not ablated with the attention backend 'flash': use 'triton'"),
-        (asked.get("row_references"), "attention rows are not kept with the attention backend 'flash': use 'triton'"),
-        (asked.get("row_entropy"), "attention entropy is not taken with the attention backend 'flash': use 'triton'"),
-    )
-    return [reason for is_so, reason in found if is_so]
+class AdditionalConfig:
+    """vLLM's `additional_config` of a probed engine.
+
+    vLLM hashes this config into the name of the compiled model. What is recorded does not change the model, so that
+    another number of steps or slots need not compile it again.
+    """
+
+    def __init__(self, values: Mapping[str, Any]):
+        self.values = dict(values)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.values.get(name, default)
+
+    def compute_hash(self) -> str:
+        hashed = {**self.values, "headrift": "headrift" in self.values}
+        return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
 
 
 def settings_of(config: VllmConfig) -> dict[str, Any] | None:
-    """The `additional_config={"headrift": {...}}` of this engine, or None where probing was not asked for."""
+    """The `additional_config={"headrift": {...}}` of this engine, or None if it is not to be probed."""
     additional = config.additional_config
-    return additional.get("headrift") if isinstance(additional, dict) else None
+    return additional.get("headrift") if isinstance(additional, (dict, AdditionalConfig)) else None

@@ -194,8 +194,9 @@ class Recorder:
         self.compares = np.full(settings.slots, -1, np.int32)
         self.hiddens = np.full(settings.slots, -1, np.int32)
         self.rooms: dict[str, torch.Tensor] = {}
-        # The metadata builder that publishes the rows of each step: the first of an engine.
+        # The metadata builder that publishes the rows of each step, and all builders by the layers they serve.
         self.publisher: Any = None
+        self.builders: dict[str, Any] = {}
         self._tenants = np.full(settings.slots, -1, np.int64)
         self._newcomers: dict[int, Probe] = {}
         self._step_is_real = False
@@ -248,6 +249,22 @@ class Recorder:
         """Room of at least so many float32 in `rooms`, for kernels of all layers in turn; at start-up only."""
         if name not in self.rooms or self.rooms[name].numel() < floats:
             self.rooms[name] = torch.empty(floats, dtype=torch.float32, device=self.mass.device)
+
+    def add_builder(self, builder: Any, layer_names: Sequence[str]) -> None:
+        """Register a metadata builder for its layers; the first one publishes the rows of each step.
+
+        vLLM makes the builders twice on a GPU: once to profile the memory of graphs, which it throws away, and once to
+        keep. A builder for layers that have one already begins a new set, and the old set is forgotten.
+        """
+        if self.publisher is None or any(name in self.builders for name in layer_names):
+            self.publisher = builder
+            self.builders.clear()
+        self.builders.update(dict.fromkeys(layer_names, builder))
+
+    def warm_up(self) -> None:
+        """Launch every kernel once that steps may launch, so that no request waits for a compilation."""
+        for builder in {id(builder): builder for builder in self.builders.values()}.values():
+            builder.warm_up()
 
     def admit(self, params: SamplingParams | None) -> int:
         """Give a request its slot: -1 where it is not probed. A new tenant's step begins with an empty slot.

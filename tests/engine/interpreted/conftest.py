@@ -49,7 +49,7 @@ def only_once(case) -> None:
     """For tests of what no model changes: one case of each runner takes them."""
     if (case["backend"], case["runner"], case["model"]) not in {
         ("triton", "v1", "gemma3"),
-        ("triton", "v2", "llama-3to1"),
+        ("flash", "v2", "llama-3to1"),
     }:
         pytest.skip("tested in another case")
 
@@ -115,8 +115,7 @@ def tiny(case, tiny_model, oracle, settings_of_tests):
     }
     backend = case["backend"]
     options = {"steps": 8, "slots": 4, "logit_stats": True, "attention_backend": backend}
-    if backend == "triton":
-        options |= {"ablation": True, "references": 2, "hidden_states": 4}
-        options |= {"row_references": 2, "row_keys": 64, "row_entropy": True}
+    options |= {"ablation": True, "references": 2, "hidden_states": 4}
+    options |= {"row_references": 2, "row_keys": 64, "row_entropy": True}
     with ProbedEngine(tiny_model(case["model"]), **options, engine_args=settings) as engine:
         yield engine, oracle(case["model"])

@@ -131,6 +131,7 @@ def replay_a_captured_step(worker, v2: bool) -> dict:
                                   recorder.admit(probe(1, 10**6 + 1, 44, [[3, 40], [40, 44], [0, 44]]))]  # fmt: skip
     common.req_idx = np.array(rows) if v2 else None
     common.seq_lens.copy_(torch.tensor([31, 44, 0, 0]))
+    common.query_start_loc[REAL:] = common.query_start_loc_cpu[REAL:] = REAL  # padding rows have no token
     common.block_table_tensor[:REAL, :2] = torch.tensor([[3, 1], [5, 2]])
     query.normal_(generator=generator)
     recorder.begin_step()

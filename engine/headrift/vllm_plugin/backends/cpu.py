@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,10 +81,12 @@ class CPUMassBuilder(MeasuringBuilder, CPUAttentionMetadataBuilder):
         body_for(self.dtype)
 
     def plan(
-        self, recorder: Recorder, metadata: CPUAttentionMetadata, common: CommonAttentionMetadata
-    ) -> MeasuredStep | None:
-        """What to do in this step; None where no query of a probed row is one of its recorded steps."""
-        rows = common.num_reqs
+        self,
+        recorder: Recorder,
+        common: CommonAttentionMetadata,
+        build: Callable[[CommonAttentionMetadata], CPUAttentionMetadata],
+    ) -> tuple[CPUAttentionMetadata, MeasuredStep | None]:
+        metadata, rows = build(common), common.num_reqs
         starts = metadata.query_start_loc.numpy()
         lengths = np.diff(starts[: rows + 1])
         bounds = np.flatnonzero(np.diff(np.concatenate([[False], lengths > 1, [False]])))
@@ -98,16 +101,17 @@ class CPUMassBuilder(MeasuringBuilder, CPUAttentionMetadataBuilder):
             few,
         )
         if not (table[:, SLOT] >= 0).any():
-            return None
+            return metadata, None
         runs = [(0, rows)]
         if few:
             runs = [(int(first), int(end)) for first, end in zip(bounds[::2], bounds[1::2], strict=True)]
         alone = (lengths[table[:, 0]] == 1) & few
-        return MeasuredStep(
+        step = MeasuredStep(
             [self._run(metadata, first, end) for first, end in runs],
             self._queries(table[alone]),
             self._queries(table[~alone]),
         )
+        return metadata, step
 
     def _queries(self, table: np.ndarray) -> Queries | None:
         return Queries.of(np.ascontiguousarray(table), self.block_size) if len(table) else None
@@ -150,6 +154,9 @@ class CPUMassImpl(MeasuringImpl, CPUAttentionBackendImpl):
     """The parent, but in a step with measured queries: then decode rows are attended and measured in one pass."""
 
     _attention: PagedAttention | None = None
+
+    def forget_cache(self) -> None:
+        self._attention = None
 
     @ablating
     @keeping_rows

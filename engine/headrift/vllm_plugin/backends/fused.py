@@ -1,0 +1,291 @@
+"""What the GPU backends share: one fused kernel attends and measures decode rows, the parent attends the prefill rows.
+
+In a mixed step each prompt's last token is one more row of that kernel, measured and not attended, so a streaming job
+needs one launch more a layer than stock vLLM (two if rows are split). Only replayed answers, and requests that are
+prefilled again after preemption, have measured queries before a row's last; a second kernel takes those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import is_quantized_kv_cache
+from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from headrift.vllm_plugin.ablation import ablating
+from headrift.vllm_plugin.attention_rows import keeping_rows
+from headrift.vllm_plugin.measure import MeasuringBuilder, MeasuringImpl
+from headrift.vllm_plugin.recorder import Recorder
+from headrift_kernels.triton.decode_mass import SplitScratch, decode_mass, splits_for
+from headrift_kernels.triton.replay_mass import ReplayScratch, replay_mass, replay_splits
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredStep:
+    """How a step with probed rows is attended, worked out once for all layers of a KV cache group.
+
+    Attributes:
+        block_table, seq_lens, query_start_loc: the whole batch's, on the device.
+        scratch: where the fused kernel splits rows; None: one program a row and KV head.
+        prefill_from: the first row, and token, that the parent attends for; None: it attends for none.
+        replayed: the most measured queries of any row before its last one.
+        replay_scratch: as scratch, for these.
+    """
+
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    query_start_loc: torch.Tensor
+    scratch: SplitScratch | None
+    prefill_from: int | None = None
+    replayed: int = 0
+    replay_scratch: ReplayScratch | None = None
+
+
+class FusedBuilder(MeasuringBuilder):
+    """Mixin before a GPU backend's builder: the parent's metadata is of the prefill rows alone in a measured step."""
+
+    num_heads_q: int
+    num_heads_kv: int
+
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        if self.recorder is not None:
+            # Model runner V1 then puts decode rows first; V2 always does.
+            self._init_reorder_batch_threshold(1)
+            self.head_size = kv_cache_spec.head_size
+            self.is_warm = False
+
+    def plan(
+        self,
+        recorder: Recorder,
+        common: CommonAttentionMetadata,
+        build: Callable[[CommonAttentionMetadata], Any],
+    ) -> tuple[Any, MeasuredStep | None]:
+        scratch = self._scratch(recorder, common.num_reqs, common.max_seq_len)
+        batch = (common.block_table_tensor, common.seq_lens, common.query_start_loc, scratch)
+        if common.max_query_len <= 1:
+            return build(common), MeasuredStep(*batch)
+        lengths = np.diff(common.query_start_loc_cpu.numpy()[: common.num_reqs + 1])
+        measured, replayed = count_measured(recorder, common, lengths)
+        if not measured:
+            return build(common), None
+        decode_rows = int(np.argmax(lengths > 1))
+        replay_scratch = None
+        if replayed:
+            splits = replay_splits(
+                common.num_reqs, replayed, self.num_heads_q, self.num_heads_kv, common.max_seq_len, _processors()
+            )
+            if splits > 1:
+                replay_scratch = ReplayScratch.allocate(
+                    common.num_reqs, replayed, self.num_heads_q, recorder.settings.regions, splits, self.device
+                )
+        step = MeasuredStep(*batch, decode_rows, replayed, replay_scratch)
+        return build(rows_from(common, decode_rows)), step
+
+    def _scratch(self, recorder: Recorder, rows: int, longest: int) -> SplitScratch | None:
+        splits = recorder.settings.splits or splits_for(rows, self.num_heads_kv, longest, _processors())
+        if splits == 1:
+            return None
+        sizes = _scratch_sizes(rows * splits, self.num_heads_q, self.head_size, recorder.settings.regions)
+        return SplitScratch(
+            *(recorder.rooms[name][:size].view(rows, self.num_heads_q, splits, -1) for name, size in sizes.items())
+        )
+
+    def warm_up(self) -> None:
+        if self.recorder is None or self.is_warm:
+            return
+        self.is_warm = True
+        for layer in self.layers:
+            layer.impl.warm_up(layer, self._warm_up_steps(self.recorder))
+
+    def _warm_up_steps(self, recorder: Recorder) -> list[MeasuredStep]:
+        """Steps of one row that is not probed, which launch every variant of every kernel and record nothing."""
+        row = torch.zeros((1, 1), dtype=torch.int32, device=self.device)
+        start = torch.tensor([0, 1], dtype=torch.int32, device=self.device)
+        batch = (row, torch.ones(1, dtype=torch.int32, device=self.device), start)
+        heads, regions, most = self.num_heads_q, recorder.settings.regions, recorder.settings.rows
+        steps = [MeasuredStep(*batch, SplitScratch.allocate(1, heads, self.head_size, regions, 2, self.device))]
+        # As many queries as fill a larger tile each time.
+        for replayed in sorted({1, *(n for n in (4, 16, 64) if n <= most), most}):
+            for scratch in (None, ReplayScratch.allocate(1, replayed, heads, regions, 2, self.device)):
+                steps.append(MeasuredStep(*batch, None, None, replayed, scratch))
+        return steps
+
+
+def rows_from(common: CommonAttentionMetadata, first: int) -> CommonAttentionMetadata:
+    """The batch without its first rows, of one token each: what the parent attends for.
+
+    The tensors are copies: at an odd offset into the batch's own, Triton would compile vLLM's kernel again.
+    """
+    if first == 0:
+        return common
+    upper = common.seq_lens_cpu_upper_bound
+    return common.replace(
+        query_start_loc=common.query_start_loc[first:] - first,
+        query_start_loc_cpu=common.query_start_loc_cpu[first:] - first,
+        seq_lens=common.seq_lens[first:].clone(),
+        seq_lens_cpu_upper_bound=None if upper is None else upper[first:],
+        num_reqs=common.num_reqs - first,
+        num_actual_tokens=common.num_actual_tokens - first,
+        block_table_tensor=common.block_table_tensor[first:].clone(),
+        slot_mapping=common.slot_mapping[first:],
+        is_prefilling=None if common.is_prefilling is None else common.is_prefilling[first:],
+        req_idx=None if common.req_idx is None else common.req_idx[first:],
+        _num_computed_tokens_cache=None,
+        _token_to_req_indices_cache=None,
+    )
+
+
+def count_measured(recorder: Recorder, common: CommonAttentionMetadata, lengths: np.ndarray) -> tuple[bool, int]:
+    """Whether any query of the step is measured, and the most of a row before its last, known without waiting.
+
+    Args:
+        lengths: [rows] queries of each row.
+    """
+    slots = recorder.slots
+    assert common.seq_lens_cpu_upper_bound is not None  # exact: speculative decoding is refused
+    last = common.seq_lens_cpu_upper_bound.numpy()[: len(slots)] - recorder.prompt_lens[slots]
+    first = np.maximum(last - lengths + 1, 0)
+    end = np.where(slots >= 0, np.minimum(last + 1, recorder.rows_wanted[slots]), 0)
+    return bool((end > first).any()), int((np.minimum(end, last) - first).max(initial=0))
+
+
+class FusedImpl(MeasuringImpl):
+    """Mixin before a GPU backend's implementation: in a measured step the fused kernel attends for the decode rows."""
+
+    _halves: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.recorder is None:
+            return
+        # Our kernel takes the query in the model's own type, whatever the cache's.
+        self.supports_quant_query_input = False
+        longest, settings = get_current_vllm_config().model_config.max_model_len, self.recorder.settings
+        parts = max(
+            n * (settings.splits or splits_for(n, self.num_kv_heads, longest, _processors()))
+            for n in range(1, len(self.recorder.row_slot) + 1)
+        )
+        for name, size in _scratch_sizes(parts, self.num_heads, self.head_size, settings.regions).items():
+            self.recorder.reserve(name, size)
+
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        return self.recorder is None and super().fused_output_quant_supported(quant_key)
+
+    def forget_cache(self) -> None:
+        self._halves = None
+
+    def _keys_and_values(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of the cache, [blocks, page, KV heads, head_dim] each, made when vLLM gives a new one."""
+        if self._halves is None or self._halves[0] is not kv_cache:
+            keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+            if is_quantized_kv_cache(self.kv_cache_dtype):
+                fp8 = current_platform.fp8_dtype()
+                keys, values = keys.view(fp8), values.view(fp8)
+            self._halves = kv_cache, keys, values
+        return self._halves[1:]
+
+    def gathered_keys(self, layer: AttentionLayer, kv_cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        """Keys [m, KV heads, head_dim, pages * page] of blocks [m, pages]."""
+        keys, _ = self._keys_and_values(kv_cache)
+        picked = keys.index_select(0, blocks.flatten())
+        if is_quantized_kv_cache(self.kv_cache_dtype):
+            picked = picked.float() * layer._k_scale
+        return picked.view(len(blocks), -1, *picked.shape[2:]).permute(0, 2, 3, 1)
+
+    @ablating
+    @keeping_rows
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        step: MeasuredStep | None = getattr(attn_metadata, "measured", None)
+        if step is None:
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            )
+        self.measure(layer, query, kv_cache, step, output)
+        if step.prefill_from is not None:
+            rest = slice(step.prefill_from, None)
+            super().forward(layer, query[rest], key, value, kv_cache, attn_metadata, output[rest])
+        return output
+
+    def measure(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        step: MeasuredStep,
+        output: torch.Tensor,
+    ) -> None:
+        """Attend for the decode rows and write the masses of all measured queries of the step."""
+        recorder = self.recorder
+        assert recorder is not None
+        keys, values = self._keys_and_values(kv_cache)
+        quantized = is_quantized_kv_cache(self.kv_cache_dtype)
+        slots = (recorder.row_slot, recorder.prompt_len, recorder.n_rows, recorder.bounds)
+        options = self.attention_options()
+        if quantized:
+            options["k_scale"] = layer._k_scale
+        decode_mass(
+            output,
+            recorder.mass,
+            self.layer_index,
+            query,
+            keys,
+            values,
+            step.block_table,
+            step.seq_lens,
+            *slots,
+            query_start_loc=step.query_start_loc,
+            v_scale=layer._v_scale if quantized else None,
+            scratch=step.scratch,
+            **options,
+        )
+        if step.replayed:
+            replay_mass(
+                recorder.mass,
+                self.layer_index,
+                query,
+                keys,
+                step.block_table,
+                step.query_start_loc,
+                step.seq_lens,
+                *slots,
+                most_queries=step.replayed,
+                scratch=step.replay_scratch,
+                **options,
+            )
+
+    def warm_up(self, layer: Any, steps: list[MeasuredStep]) -> None:
+        """Attend for steps that record nothing."""
+        cache = layer.kv_cache
+        query = torch.zeros((1, self.num_heads, self.head_size), dtype=layer.dtype, device=cache.device)
+        for step in steps:
+            self.measure(layer, query, cache, step, torch.empty_like(query))
+
+
+def _processors() -> int:
+    return current_platform.num_compute_units()
+
+
+def _scratch_sizes(parts: int, heads: int, head_dim: int, regions: int) -> dict[str, int]:
+    """Floats that `parts` splits of rows leave, in the order of SplitScratch."""
+    return {"acc": parts * heads * head_dim, "stat": parts * heads * 3, "mass": parts * heads * regions}
