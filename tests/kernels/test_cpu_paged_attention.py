@@ -101,7 +101,7 @@ def assert_agrees(case, layer=1, *, decode_rows=True, with_output=True, threads=
     kv_heads=st.integers(1, 3),
     group=st.sampled_from([1, 2, 3, 4, 5, 7, 16]),
     head_dim=st.sampled_from([32, 64, 80, 96, 128, 256]),
-    page=st.sampled_from([32, 64, 128]),
+    page=st.sampled_from([16, 32, 48, 64, 128]),
     regions=st.integers(1, 8),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     window=st.one_of(st.none(), st.integers(1, 60)),
@@ -239,6 +239,13 @@ def test_strided_queries_and_outputs_of_neighbouring_tokens_are_left_alone(decod
     assert decode_case["query"].stride() == (960, 64, 1)
     _, output, _ = run(decode_case, scale=0.125)
     assert torch.equal(output.contiguous(), expected)
+
+
+@pytest.mark.parametrize(("page", "head_dim"), [(24, 64), (32, 40), (8, 64)])
+def test_a_cache_that_the_tiles_do_not_divide_is_refused(page, head_dim):
+    mass, bounds = torch.empty(1, 1, 1, 2, 1), torch.zeros(1, 1, 2, dtype=torch.int32)
+    with pytest.raises(ValueError, match=f"block size {page} and head size {head_dim}: both must be multiples of 16"):
+        PagedAttention(mass, 0, torch.zeros(3, 1, page, 2 * head_dim), bounds, scale=1.0)
 
 
 def test_queries_of_a_batch_by_hand():

@@ -104,10 +104,10 @@ def _find(work, unit):
     return low
 
 
-# Score rows, and the two widths in which value rows are taken.
-_key_products = sum_of_rows(KEY_TILE)
+# The widths in which score rows and value rows are taken; the last is for what the wide ones leave over of either.
+_wide_scores = sum_of_rows(KEY_TILE)
 _wide_values = sum_of_rows(VALUE_TILE)
-_thin_values = sum_of_rows(LEAST_TILE)
+_thin_rows = sum_of_rows(LEAST_TILE)
 
 
 @kernel()
@@ -178,12 +178,18 @@ def _attend_part(a, element, query, kv_head, first, past, next_at, room_at, m, l
             ahead = _keys_at(a, size, query, kv_head, first) + half - keys
         else:
             ahead = next_at - keys
-        for tile in range(0, page, KEY_TILE):
+        tile: Any = np.int64(0)
+        while tile < page:
             rows, out = keys + tile * size, scores_at + 4 * (p * page - base + tile)
+            wide = tile + KEY_TILE <= page
             for g in range(0, group, MOST_HEADS):
                 heads, fetch = np.int64(min(MOST_HEADS, group - g)), ahead if g == 0 else np.int64(0)
-                x, to = q_at + g * row_bytes, out + g * score_bytes
-                _key_products(element, heads, x, row_bytes, rows, page * size, head_dim, to, score_bytes, 0, fetch)
+                x, to, step = q_at + g * row_bytes, out + g * score_bytes, page * size
+                if wide:
+                    _wide_scores(element, heads, x, row_bytes, rows, step, head_dim, to, score_bytes, 0, fetch)
+                else:
+                    _thin_rows(element, heads, x, row_bytes, rows, step, head_dim, to, score_bytes, 0, fetch)
+            tile += KEY_TILE if wide else LEAST_TILE
 
     n = (past - first) * page
     for g in range(group):
@@ -221,7 +227,7 @@ def _attend_part(a, element, query, kv_head, first, past, next_at, room_at, m, l
                     _wide_values(element, heads, x, score_bytes, rows, step, n, to, row_bytes, onto, fetch)
                     column += VALUE_TILE
                 else:
-                    _thin_values(element, heads, x, score_bytes, rows, step, n, to, row_bytes, onto, fetch)
+                    _thin_rows(element, heads, x, score_bytes, rows, step, n, to, row_bytes, onto, fetch)
                     column += LEAST_TILE
 
 
@@ -359,11 +365,22 @@ _workspace = Workspace()
 class PagedAttention:
     """One layer's attention and span masses over vLLM's KV cache.
 
-    mass: [slots, steps, layers, heads, regions] float32, contiguous: the buffer that `layer`'s masses are written to.
-    kv_cache: vLLM's [blocks, kv_heads, block_size, 2 * head_dim], the last two contiguous, the block size a multiple of
-    32 and head_dim of 16, float32 or bfloat16. bounds: [slots, regions, 2] int32, half open key positions. window: a
-    query attends the keys at distance < window (None: all). softcap: 0 for none. alibi_slopes, sinks: [heads] float32.
-    All are kept, and read or written in place by every `attend`.
+    All tensors are kept, and read or written in place by every `attend`.
+
+    Args:
+        mass: [slots, steps, layers, heads, regions] float32, contiguous: the buffer that `layer`'s masses are written
+            to.
+        layer: index into `mass`.
+        kv_cache: vLLM's [blocks, kv_heads, block_size, 2 * head_dim], the last two contiguous, block_size and head_dim
+            multiples of 16, float32 or bfloat16.
+        bounds: [slots, regions, 2] int32, half open key positions.
+        scale: factor of the scores.
+        window: a query attends the keys at distance < window; None: all.
+        softcap: 0 for none.
+        alibi_slopes, sinks: [heads] float32.
+
+    Raises:
+        ValueError: the cache's block size or head size is not one that the kernel reads.
     """
 
     def __init__(
@@ -383,6 +400,10 @@ class PagedAttention:
         self._kept = (mass, bounds, alibi_slopes, sinks)
         heads, regions = mass.shape[3:]
         kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], kv_cache.shape[3] // 2
+        if page % LEAST_TILE or head_dim % LEAST_TILE:
+            raise ValueError(
+                f"a KV cache of block size {page} and head size {head_dim}: both must be multiples of {LEAST_TILE}"
+            )
         self._fixed = _pack_fixed(
             *(mass.data_ptr(), *mass.shape, layer, bounds.data_ptr()),
             *(kv_cache.data_ptr(), kv_cache.stride(0), kv_cache.stride(1), kv_heads, page, head_dim),
