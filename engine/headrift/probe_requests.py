@@ -80,8 +80,8 @@ class Recording:
     None. divergence: KL in nats of the reference's next-token distribution to this one's at step 0, NaN unless
     compared. distance: [T, layers, heads, 2], L2 and total variation of the attention rows from the reference's, NaN
     unless compared, None where the engine keeps no rows. row_entropy: [T, layers, heads], -sum p ln p over the keys of
-    each head's attention row, in nats, NaN unless asked for, None where the engine does not take it. A sink's part is
-    no key's: it adds no term, and the p then sum to less than 1.
+    each head's attention row, in nats, None unless the request asks for it. A sink's part is no key's: it adds no term,
+    and the p then sum to less than 1.
     """
 
     share: np.ndarray

@@ -265,15 +265,14 @@ class ProbedEngine:
             raise ValueError(
                 "attention entropy is asked for, and this engine was not started for that: set row_entropy=True"
             )
-        told: dict[str, Any] = {"row_entropy": True} if request.row_entropy else {}
         if references == (None, None):
-            return told
+            return {}
         other = own if request.rows_against is None else self._row_prompts.get(request.rows_against, 0)
         check_rows(references, other, own, request.steps, kept=self.row_references, keys=self.row_keys)
         if not other:
             raise ValueError(f"rows {request.rows_against} have not been kept: submit a request with rows_as first")
         check_runs(request.aligned, other, own)
-        told |= {"rows_as": request.rows_as, "rows_against": request.rows_against}
+        told: dict[str, Any] = {"rows_as": request.rows_as, "rows_against": request.rows_against}
         return told | {"other_len": other, "aligned": [list(run) for run in request.aligned]}
 
     def _check_ablation(self, request: ProbeRequest) -> None:
@@ -375,9 +374,8 @@ class ProbedEngine:
             n = f.n_steps + 1
             mass = arrays["mass"][i, :n] if ticket.want_mass else None
             kl = float(arrays["divergence"][i]) if "divergence" in arrays else float("nan")
-            distance, entropy = (
-                arrays[name][i, :n] if name in arrays else None for name in ("distance", "row_entropy")
-            )
+            distance = arrays["distance"][i, :n] if "distance" in arrays else None
+            entropy = arrays["row_entropy"][i, :n] if f.request.row_entropy else None
             of_steps = arrays["share"][i, :n], arrays["first"][i], arrays["stats"][i, :n]
             recordings.append(Recording(*of_steps, mass, kl, distance, entropy))
             self._check(f, float(arrays["astray"][i]))

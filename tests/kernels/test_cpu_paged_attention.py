@@ -14,6 +14,8 @@ from headrift_kernels.cpu.queries import KEYS, ROW, SLOT, STEP, TOKEN, Queries, 
 # bfloat16 inputs are exact in float32, so they get no wider band. Outputs are sums of values of about 1 with weights
 # that sum to 1; a bfloat16 output is rounded to 8 bits.
 MASS_TOLERANCE = 2e-6
+# An entropy weighs those errors of the probabilities with their logarithms, of up to some 20.
+ENTROPY_TOLERANCE = 1e-5
 OUTPUT_TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2**-8}
 
 
@@ -61,21 +63,27 @@ def packed(case) -> torch.Tensor:
     return torch.cat(halves, 2).reshape(blocks, kv_heads, page, 2 * head_dim).contiguous()
 
 
-def run(case, layer=1, decode_rows=True, with_output=True, threads=None, **how):
-    """The kernel's mass buffer, its output (NaN where it wrote none) and the queries it was given."""
+def run(case, layer=1, decode_rows=True, with_output=True, threads=None, entropy=None, **how):
+    """The kernel's mass buffer, its output (NaN where it wrote none) and the queries it was given. entropy: a buffer it
+    is to write to."""
     mass, output = case["mass"].clone(), torch.full_like(case["query"], torch.nan)
     names = ("query_start_loc", "seq_lens", "row_slot", "prompt_len", "n_rows")
     table = measured_queries(*(case[name].numpy() for name in names), mass.shape[1], decode_rows)
     if len(table):
         queries = Queries.of(table, case["keys"].shape[1])
-        attention = PagedAttention(mass, layer, packed(case), case["bounds"], **how)
+        attention = PagedAttention(mass, layer, packed(case), case["bounds"], entropy=entropy, **how)
         into = output if with_output else None
         attention.attend(case["query"], case["block_table"], queries, output=into, threads=threads)
     return mass, output, table
 
 
 def assert_agrees(case, layer=1, *, decode_rows=True, with_output=True, threads=None, **how):
-    mass, output, table = run(case, layer, decode_rows, with_output, threads=threads, **how)
+    entropy = torch.full(case["mass"].shape[:4], torch.nan)
+    mass, output, table = run(case, layer, decode_rows, with_output, threads=threads, entropy=entropy, **how)
+    without = run(case, layer, decode_rows, with_output, threads=threads, **how)
+    for measured, other in zip((mass, output), without[:2], strict=True):
+        assert torch.equal(measured.nan_to_num(9), other.nan_to_num(9)), "entropies change another number"
+    entropies = torch.full_like(entropy, torch.nan).double()
     expected, attended = case["mass"].double(), torch.full_like(case["query"], torch.nan).double()
     for query in table:
         keys, values = (
@@ -86,9 +94,11 @@ def assert_agrees(case, layer=1, *, decode_rows=True, with_output=True, threads=
         if with_output:
             attended[query[TOKEN]] = seen.output
         if query[SLOT] >= 0:
+            entropies[query[SLOT], query[STEP], layer] = seen.entropy()
             for region, (start, end) in enumerate(case["bounds"][query[SLOT]].tolist()):
                 expected[query[SLOT], query[STEP], layer, :, region] = seen.mass(start, end)
     torch.testing.assert_close(mass.double(), expected, rtol=0, atol=MASS_TOLERANCE, equal_nan=True)
+    torch.testing.assert_close(entropy.double(), entropies, rtol=0, atol=ENTROPY_TOLERANCE, equal_nan=True)
     tolerance = OUTPUT_TOLERANCE[case["query"].dtype]
     torch.testing.assert_close(output.double(), attended, rtol=tolerance, atol=tolerance, equal_nan=True)
     return mass
@@ -101,7 +111,7 @@ def assert_agrees(case, layer=1, *, decode_rows=True, with_output=True, threads=
     kv_heads=st.integers(1, 3),
     group=st.sampled_from([1, 2, 3, 4, 5, 7, 16]),
     head_dim=st.sampled_from([32, 64, 80, 96, 128, 256]),
-    page=st.sampled_from([32, 64, 128]),
+    page=st.sampled_from([16, 32, 48, 64, 128]),
     regions=st.integers(1, 8),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     window=st.one_of(st.none(), st.integers(1, 60)),
@@ -208,9 +218,28 @@ def test_a_poisoned_key_that_is_attended_shows(decode_case):
     position = int(decode_case["seq_lens"][0]) - 1
     page, offset = divmod(position, 32)
     decode_case["keys"][decode_case["block_table"][0, page], offset] = torch.nan
-    mass, output, _ = run(decode_case, 1, scale=0.125)
+    entropy = torch.zeros(decode_case["mass"].shape[:4])
+    mass, output, _ = run(decode_case, 1, scale=0.125, entropy=entropy)
     assert torch.isnan(mass[4, 2, 1]).all()
+    assert torch.isnan(entropy[4, 2, 1]).all()
     assert torch.isnan(output[0]).all()
+
+
+def test_entropy_of_keys_that_have_as_much_each_and_of_one_that_has_all(decode_case):
+    """ln n of n equal keys, less by a sink's share: (1 - share) (ln n - ln(1 - share)); next to 0 of one key alone."""
+    case, entropy, how = decode_case, torch.full(decode_case["mass"].shape[:4], torch.nan), {"scale": 0.125}
+    case["keys"][:] = 0.0
+    lengths = case["seq_lens"].double()
+    of_rows = (case["row_slot"].long(), 2, 1)
+    run(case, entropy=entropy, **how)
+    torch.testing.assert_close(entropy[of_rows].double(), lengths.log()[:, None].expand(-1, 9), rtol=1e-6, atol=0)
+    run(case, entropy=entropy, sinks=torch.full((9,), 3.0), **how)
+    rest = lengths / (lengths + np.exp(3.0))
+    expected = (rest * (lengths.log() - rest.log()))[:, None].expand(-1, 9)
+    torch.testing.assert_close(entropy[of_rows].double(), expected, rtol=1e-6, atol=0)
+    case["query"][:], case["keys"][case["block_table"][:, 0], 0] = 10.0, 10.0
+    run(case, entropy=entropy, **how)
+    assert (entropy[of_rows].abs() < 1e-30).all()
 
 
 def test_a_query_cut_between_many_threads():
@@ -239,6 +268,19 @@ def test_strided_queries_and_outputs_of_neighbouring_tokens_are_left_alone(decod
     assert decode_case["query"].stride() == (960, 64, 1)
     _, output, _ = run(decode_case, scale=0.125)
     assert torch.equal(output.contiguous(), expected)
+
+
+@pytest.mark.parametrize(("page", "head_dim"), [(24, 64), (32, 40), (8, 64)])
+def test_a_cache_that_the_tiles_do_not_divide_is_refused(page, head_dim):
+    mass, bounds = torch.empty(1, 1, 1, 2, 1), torch.zeros(1, 1, 2, dtype=torch.int32)
+    with pytest.raises(ValueError, match=f"block size {page} and head size {head_dim}: both must be multiples of 16"):
+        PagedAttention(mass, 0, torch.zeros(3, 1, page, 2 * head_dim), bounds, scale=1.0)
+
+
+def test_a_buffer_for_entropies_of_another_shape_is_refused():
+    mass, bounds = torch.empty(2, 4, 3, 2, 1), torch.zeros(2, 1, 2, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"entropy of shape \[2, 4, 3, 1\] beside mass of shape \[2, 4, 3, 2, 1\]"):
+        PagedAttention(mass, 0, torch.zeros(3, 1, 32, 64), bounds, scale=1.0, entropy=torch.empty(2, 4, 3, 1))
 
 
 def test_queries_of_a_batch_by_hand():

@@ -6,9 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from scipy.special import entr
 
-from headrift.vllm_plugin.attention_rows import RowBank, attention_rows, row_entropy
+from headrift.vllm_plugin.attention_rows import RowBank, attention_rows
 from headrift_kernels import reference
 
 HEADS, KV_HEADS, DIM = 6, 2, 16
@@ -41,23 +40,13 @@ def test_rows_are_the_oracles(name):
             expected = reference.attend(query[row, at], seen, seen, **options).probabilities
             np.testing.assert_allclose(found[row, at, :, :n], expected, rtol=0, atol=1e-6)
             assert (found[row, at, :, n:] == 0).all()
-            # float32 logarithms of up to 20 probabilities.
-            entropy = entr(expected.numpy()).sum(-1)
-            np.testing.assert_allclose(row_entropy(found[row, at]), entropy, rtol=0, atol=1e-5)
-
-
-def test_entropy_is_the_logarithm_of_as_many_keys_as_have_as_much_each():
-    rows = torch.tensor([[0.25] * 4 + [0.0], [0, 1.0, 0, 0, 0], [0.25, 0.25, 0, 0, 0]])
-    # The last: a sink has half of it.
-    np.testing.assert_allclose(row_entropy(rows), [np.log(4), 0, np.log(4) / 2], rtol=1e-6)
 
 
 def bank_of(**asked) -> RowBank:
     """A bank of 4 slots whose slot 1 keeps, and slot 2 compares with, reference 0."""
     sizes = {"slots": 4, "references": 2, "steps": 2, "layers": 1, "heads": HEADS, "keys": 24}
-    bank = RowBank(**sizes, device=torch.device("cpu"), entropy=True)
+    bank = RowBank(**sizes, device=torch.device("cpu"))
     none = {"rows_as": None, "rows_against": None, "aligned": (), "other_len": 0, "prompt_len": 10, "steps": 2}
-    none["row_entropy"] = False
     bank.admit(0, SimpleNamespace(**none))
     bank.admit(1, SimpleNamespace(**none | {"rows_as": 0}))
     bank.admit(2, SimpleNamespace(**none | {"rows_against": 0, "other_len": 10, "aligned": [(0, 0, 10)], **asked}))
@@ -108,25 +97,3 @@ def test_a_row_is_no_distance_from_itself_and_its_mass_from_nothing():
         for kind, expected in enumerate((l2_of(kept), tv_of(kept))):
             np.testing.assert_allclose(bank.distance[2, 0, 0, :, kind], np.broadcast_to(expected, HEADS), atol=1e-6)
         assert bank.distance[[0, 1, 3]].isnan().all()
-
-
-def test_entropies_need_no_rows_of_others():
-    torch.manual_seed(0)
-    bank = RowBank(2, 0, 1, 1, HEADS, 0, torch.device("cpu"), entropy=True)
-    assert bank.nbytes == bank.entropy.nbytes == 2 * 2 * HEADS * 4
-    asked = SimpleNamespace(rows_as=None, rows_against=None, row_entropy=True)
-    bank.admit(1, asked)
-    bank.install(np.array([1]), torch.tensor([1]), torch.from_numpy)
-    query, keys = torch.randn(2, HEADS, DIM), torch.randn(1, KV_HEADS, DIM, 16)
-    starts, lens = np.array([0, 1, 2]), np.array([10, 10])
-    (one,) = bank.plan(np.array([0, 1]), starts, lens, np.full(2, 10), np.full(2, 2), torch.from_numpy)
-    bank.take(0, one, query, keys, **PLAIN)
-    expected = row_entropy(attention_rows(query[1:, None], keys, torch.tensor([[9]]), **PLAIN))[0, 0]
-    torch.testing.assert_close(bank.entropy[1, 0, 0], expected, rtol=0, atol=0)
-    assert bank.entropy[0].isnan().all()
-    assert bank.entropy[1, 1].isnan().all()
-
-
-def test_what_is_not_asked_for_takes_no_memory():
-    bank = RowBank(4, 2, 2, 1, HEADS, 24, torch.device("cpu"))
-    assert bank.entropy.nbytes == 0

@@ -20,10 +20,10 @@ from itertools import product
 from typing import TypeAlias
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from headrift import signal
+from headrift_kernels.cpu.compile import kernel
 
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
@@ -168,7 +168,7 @@ def standard_error(auroc: float, n_attack: int, n_benign: int) -> float:
     return float(np.sqrt(max(variance, 0.0) / (n_attack * n_benign)))
 
 
-@njit(nogil=True, cache=True)
+@kernel(nogil=True)
 def _cell_scores(sums, counts, first, last, start, end, out):
     for i in range(out.shape[0]):
         n = counts[last, end, i] - counts[first, end, i] - counts[last, start, i] + counts[first, start, i]
@@ -176,7 +176,7 @@ def _cell_scores(sums, counts, first, last, start, end, out):
         out[i] = total / n if n > 0 else np.nan
 
 
-@njit(nogil=True, cache=True)
+@kernel(nogil=True)
 def _bin(sums, counts, bounds, bins):
     """Bin 0 for no score, else 1 to 255, from low to high."""
     scores = np.empty(bins.shape[1])
@@ -201,7 +201,7 @@ def _bin(sums, counts, bounds, bins):
             bins[c, i] = 1 + min(max(int((x - low) * scale), 0), _BINS - 2) if x == x else 0
 
 
-@njit(nogil=True, cache=True)
+@kernel(nogil=True)
 def _aurocs(bins, weights, ends, out):
     """ends: where the rows of fold 0 benign, fold 0 attack, fold 1 benign, ... begin, and the last end."""
     n_folds = out.shape[1] - 1

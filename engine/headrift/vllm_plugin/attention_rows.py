@@ -1,4 +1,4 @@
-"""Attention rows worked out on the device: of each, its entropy, and how far it is from another request's, may leave.
+"""Attention rows worked out on the device: how far each is from another request's may leave.
 
 What a row is, and what the distances of two rows are, `headrift.aligned_keys` says. Only requests that ask have their
 rows worked out, in torch, from their query and the keys in vLLM's cache. Which queries these are is worked out once a
@@ -30,10 +30,6 @@ _KEYS_AT_ONCE = 1 << 14
 
 def check(probe: Probe, settings: Settings) -> None:
     """ValueError where a request's attention rows cannot be measured, kept or compared as it asks."""
-    if probe.row_entropy and not settings.row_entropy:
-        raise ValueError(
-            "attention entropy is asked for, and this engine was not started for that: set row_entropy=True"
-        )
     references = probe.rows_as, probe.rows_against
     if references != (None, None):
         kept, keys = settings.row_references, settings.row_keys
@@ -47,8 +43,7 @@ class Queries:
 
     rows: [m]; tokens: [n] of the batch; positions: [m, c]; keys: so many from the first are gathered. kept: which of
     the n are kept [k], as which reference [k] and step [k], as one tensor [3, k], None where none is; compared: which
-    are compared, their slots, references and steps, [4, k] or None; measured: of which the entropy is taken, their
-    slots and steps, [3, k] or None.
+    are compared, their slots, references and steps, [4, k] or None.
     """
 
     rows: torch.Tensor
@@ -57,52 +52,39 @@ class Queries:
     keys: int
     kept: torch.Tensor | None
     compared: torch.Tensor | None
-    measured: torch.Tensor | None
 
 
 class RowBank:
     """Rows that are kept, and what is found of rows: S slots, N+1 steps, L layers, H heads, K keys.
 
     rows: [references, L, N+1, H, K] float32, NaN where unwritten: 4 bytes times the product, the bound of what is kept.
-    distance: [S, N+1, L, H, 2] float32, L2 and TV, NaN where unwritten; of no slot where there are no references.
-    places: [S, K] int64, of `aligned_keys.places`, K where the reference has no such key. entropy: [S, N+1, L, H]
-    float32 in nats, see `row_entropy`, NaN where unwritten; of no slot unless entropies are asked for.
+    distance: [S, N+1, L, H, 2] float32, L2 and TV, NaN where unwritten. places: [S, K] int64, of `aligned_keys.places`,
+    K where the reference has no such key.
 
-    On the host, by slot: keeps and compares, the references, -1 for none; measures, whether the entropy is taken.
+    On the host, by slot: keeps and compares, the references, -1 for none.
     """
 
     def __init__(
-        self,
-        slots: int,
-        references: int,
-        steps: int,
-        layers: int,
-        heads: int,
-        keys: int,
-        device: torch.device,
-        entropy: bool = False,
+        self, slots: int, references: int, steps: int, layers: int, heads: int, keys: int, device: torch.device
     ):
         def unwritten(*shape: int) -> torch.Tensor:
             return torch.full(shape, torch.nan, dtype=torch.float32, device=device)
 
         self.rows = unwritten(references, layers, steps + 1, heads, keys)
-        self.distance = unwritten(slots if references else 0, steps + 1, layers, heads, 2)
-        self.entropy = unwritten(slots if entropy else 0, steps + 1, layers, heads)
+        self.distance = unwritten(slots, steps + 1, layers, heads, 2)
         self.places = torch.full((slots, keys), keys, dtype=torch.int64, device=device)
         self.keys = keys
         self.keeps = np.full(slots, -1)
         self.compares = np.full(slots, -1)
-        self.measures = np.zeros(slots, bool)
         self._places: dict[int, np.ndarray] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes of device memory."""
-        return sum(tensor.nbytes for tensor in (self.rows, self.distance, self.entropy, self.places))
+        return sum(tensor.nbytes for tensor in (self.rows, self.distance, self.places))
 
     def admit(self, slot: int, probe: Probe) -> None:
-        """Take down what a slot's new tenant keeps, compares and measures."""
-        self.measures[slot] = probe.row_entropy
+        """Take down what a slot's new tenant keeps and compares."""
         self.keeps[slot] = -1 if probe.rows_as is None else probe.rows_as
         self.compares[slot] = -1 if probe.rows_against is None else probe.rows_against
         if probe.rows_against is not None:
@@ -113,9 +95,7 @@ class RowBank:
     def install(self, slots: np.ndarray, on_device: torch.Tensor, staged: Staged) -> None:
         """Wipe what new tenants will write, and set their places; on_device: their slots as an index."""
         device = self.rows.device
-        for found in (self.distance, self.entropy):
-            if len(found):
-                found.index_fill_(0, on_device, torch.nan)
+        self.distance.index_fill_(0, on_device, torch.nan)
         kept = self.keeps[slots]
         if (kept >= 0).any():
             self.rows.index_fill_(0, staged(kept[kept >= 0]).to(device, non_blocking=True), torch.nan)
@@ -137,7 +117,7 @@ class RowBank:
         slots: [rows] of the batch (-1: not probed). query_start: [rows + 1] the rows' first tokens. seq_lens: [rows]
         with this step's tokens. prompt_lens, rows_wanted: [S].
         """
-        asked = (self.keeps >= 0) | (self.compares >= 0) | self.measures
+        asked = (self.keeps >= 0) | (self.compares >= 0)
         rows = np.flatnonzero((slots >= 0) & asked[slots])
         if not len(rows):
             return None
@@ -173,8 +153,6 @@ class RowBank:
         kept, compared = np.flatnonzero(self.keeps[slot] >= 0), np.flatnonzero(self.compares[slot] >= 0)
         keep = np.stack([kept, self.keeps[slot[kept]], step[kept]])
         compare = np.stack([compared, slot[compared], self.compares[slot[compared]], step[compared]])
-        measured = np.flatnonzero(self.measures[slot])
-        measure = np.stack([measured, slot[measured], step[measured]])
         return Queries(
             rows=on_device(rows),
             tokens=on_device(tokens.ravel()),
@@ -182,11 +160,10 @@ class RowBank:
             keys=int(positions.max()) + 1,
             kept=on_device(keep) if len(kept) else None,
             compared=on_device(compare) if len(compared) else None,
-            measured=on_device(measure) if len(measured) else None,
         )
 
     def take(self, layer: int, queries: Queries, query: torch.Tensor, keys: torch.Tensor, **options: Any) -> None:
-        """Work out a layer's rows, measure, keep and compare them. Enqueues its work and waits for nothing.
+        """Work out a layer's rows, keep and compare them. Enqueues its work and waits for nothing.
 
         query: [tokens, H, D] of the batch. keys: [m, KV heads, D, at least queries.keys], of the cache. options: see
         `attention_rows`. What a row is compared with was kept in an earlier step.
@@ -194,11 +171,6 @@ class RowBank:
         m, c = queries.positions.shape
         asked = query.index_select(0, queries.tokens)
         rows = attention_rows(asked.view(m, c, *asked.shape[1:]), keys, queries.positions, **options).flatten(0, 1)
-        if queries.measured is not None:
-            at, slots, steps = queries.measured
-            self.entropy[:, :, layer].index_put_((slots, steps), row_entropy(rows).index_select(0, at))
-        if queries.kept is None and queries.compared is None:
-            return
         rows = torch.nn.functional.pad(rows[..., : self.keys], (0, max(0, self.keys - rows.shape[-1])))
         if queries.kept is not None:
             at, references, steps = queries.kept
@@ -243,14 +215,6 @@ def attention_rows(
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks[:, None])
     return torch.exp(scores - lse)
-
-
-def row_entropy(rows: torch.Tensor) -> torch.Tensor:
-    """-sum_k p_k ln p_k of rows [..., keys], in nats: 0 where one key has all, ln n where n keys have as much each.
-
-    Of the row as it is: where a sink takes a part the p of the keys sum to less than 1, and the sink adds no term.
-    """
-    return torch.special.entr(rows).sum(-1)
 
 
 def keeping_rows(forward: F) -> F:

@@ -34,8 +34,8 @@ class Settings:
     decode row's keys on a GPU; 0: as many as fill it. ablation: requests may ablate heads. references: how many
     requests' logits at step 0 are kept for others to be compared with. hidden_states: how many requests' last hidden
     states at step 0 are kept. row_references, row_keys: of so many requests the attention rows, over so many keys at
-    most, are kept for others' to be compared with. row_entropy: requests may ask for the entropy of their attention
-    rows.
+    most, are kept for others' to be compared with. row_entropy: the entropy of every
+    probed request's attention rows is recorded.
     """
 
     slots: int
@@ -78,8 +78,7 @@ class Probe:
     ablate, epsilon: see `headrift.ablation`. keep: the reference that the logits of step 0 become; compare: the one
     that they are compared with. hidden: the row that the last hidden state of step 0 becomes. rows_as: the reference
     that the attention rows become; rows_against: the one that they are compared with, whose prompt has other_len
-    tokens; aligned: the tokens that both prompts have, see `headrift.aligned_keys`. row_entropy: the entropy of the
-    attention rows is taken.
+    tokens; aligned: the tokens that both prompts have, see `headrift.aligned_keys`.
     """
 
     slot: int
@@ -96,7 +95,6 @@ class Probe:
     rows_against: int | None = None
     other_len: int = 0
     aligned: Sequence[Run] = ()
-    row_entropy: bool = False
 
     @classmethod
     def of(cls, params: SamplingParams | None, settings: Settings) -> Probe | None:
@@ -135,7 +133,9 @@ class Probe:
 class Recorder:
     """Device tensors of one engine's probes; S slots, N+1 steps, L layers, H heads of this rank, R regions.
 
-    mass: [S, N+1, L, H, R] float32, NaN where unwritten. stats: [S, N+1, 3] float32 (entropy, top-1, margin), NaN where
+    mass: [S, N+1, L, H, R] float32, NaN where unwritten. entropy: [S, N+1, L, H] float32, -sum p ln p over the keys of
+    a head's attention row in nats, NaN where unwritten: the kernels write it beside `mass`; None where the engine was
+    not started for that. stats: [S, N+1, 3] float32 (entropy, top-1, margin), NaN where
     unwritten. bounds: [S, R, 2], prompt_len, n_rows: [S] int32. row_slot: [rows] int32, the slot of each batch row of
     the running step, -1 where the row is not probed; row_step: [rows] int32, the step of the row's last query. All of
     them keep their address, so that a captured CUDA graph may read and write them.
@@ -165,6 +165,9 @@ class Recorder:
         shape = (settings.slots, settings.rows, layers, heads, settings.regions)
         on_device: dict[str, Any] = {"device": device}
         self.mass = torch.full(shape, torch.nan, dtype=torch.float32, **on_device)
+        self.entropy: torch.Tensor | None = None
+        if settings.row_entropy:
+            self.entropy = torch.full(shape[:4], torch.nan, dtype=torch.float32, **on_device)
         self.stats = torch.full((*shape[:2], len(LOGIT_STATISTICS)), torch.nan, dtype=torch.float32, **on_device)
         self.bounds = torch.zeros((settings.slots, settings.regions, 2), dtype=torch.int32, **on_device)
         self.prompt_len = torch.ones(settings.slots, dtype=torch.int32, **on_device)
@@ -177,8 +180,8 @@ class Recorder:
         self.ablations = Ablations(settings.slots, layers, heads, device, first_head) if settings.ablation else None
         shape = (settings.row_references, settings.steps, layers, heads, settings.row_keys)
         self.bank = None
-        if settings.row_references or settings.row_entropy:
-            self.bank = RowBank(settings.slots, *shape, device, settings.row_entropy)
+        if settings.row_references:
+            self.bank = RowBank(settings.slots, *shape, device)
         self.windows: list[int | None] = [None] * layers
         # Attention sinks take a part of every head's mass, so that the keys' masses sum to less than 1.
         self.sinks = False
@@ -349,8 +352,9 @@ class Recorder:
             (self.n_rows, self.rows_wanted[taken]),
         ):
             tensor.index_copy_(0, slots, self.staged(values).to(device, non_blocking=True))
-        for tensor in (self.mass, self.stats, self.divergence):
-            tensor.index_fill_(0, slots, torch.nan)
+        for written in (self.mass, self.entropy, self.stats, self.divergence):
+            if written is not None:
+                written.index_fill_(0, slots, torch.nan)
         for kept, tensor in ((self.keeps[taken], self.kept), (self.hiddens[taken], self.hidden)):
             if (kept >= 0).any():
                 tensor.index_fill_(0, self.index(kept[kept >= 0]), torch.nan)
@@ -387,10 +391,10 @@ class Recorder:
             out["mass"] = mass
         if self.settings.references:
             out["divergence"] = torch.stack([self.divergence[slot] for slot, _ in tenants])
-        if self.bank is not None and self.settings.row_references:
+        if self.bank is not None:
             out["distance"] = torch.stack([self.bank.distance[slot, :n_rows] for slot, _ in tenants])
-        if self.bank is not None and self.settings.row_entropy:
-            out["row_entropy"] = torch.stack([self.bank.entropy[slot, :n_rows] for slot, _ in tenants])
+        if self.entropy is not None:
+            out["row_entropy"] = torch.stack([self.entropy[slot, :n_rows] for slot, _ in tenants])
         return out
 
 

@@ -36,7 +36,7 @@ def _validate(params: SamplingParams) -> None:
     # The engine's own limits are not known here; they are checked again when the request is admitted.
     most = 2**31
     kept: dict[str, Any] = {"references": most, "hidden_states": most, "row_references": most, "row_keys": most}
-    Probe.of(params, Settings(slots=most, steps=most, regions=8, ablation=True, row_entropy=True, **kept))
+    Probe.of(params, Settings(slots=most, steps=most, regions=8, ablation=True, **kept))
 
 
 def _read(recorder: Recorder, logits: torch.Tensor) -> None:

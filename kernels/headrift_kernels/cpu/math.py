@@ -7,6 +7,7 @@ from numba import njit, types
 from numba.extending import overload
 
 LOG2E = np.float32(1.4426950408889634)
+LN2 = np.float32(0.6931471805599453)
 # Relative error below 2e-7 on [-0.5, 0.5]: the Taylor series of 2**f, from the constant on.
 EXP2_SERIES = (
     1.0,

@@ -1,4 +1,4 @@
-"""Paged attention and the mass of key spans in one pass over K and V, from vLLM's x86 KV cache.
+"""Paged attention, the mass of key spans and the entropy in one pass over K and V, from vLLM's x86 KV cache.
 
 Within a (block, KV head) of the cache the keys lie packed as [head_dim, block_size], so that a row holds one
 coordinate of `block_size` neighbouring keys, and the values as [block_size, head_dim]. The work is cut by keys, not
@@ -18,7 +18,7 @@ from numba import carray, cfunc
 
 from headrift_kernels.cpu import pool
 from headrift_kernels.cpu.compile import cache_folder, kernel
-from headrift_kernels.cpu.math import LOG2E, exp2, from_float32, to_float32
+from headrift_kernels.cpu.math import LN2, LOG2E, exp2, from_float32, to_float32
 from headrift_kernels.cpu.queries import KEYS, ROW, SLOT, STEP, TOKEN, Queries
 from headrift_kernels.cpu.simd import (
     KEY_TILE,
@@ -37,6 +37,7 @@ _SUMS = {"reassoc", "contract", "nsz", "arcp"}
 _FIXED = np.dtype(
     [
         *((name, np.int64) for name in ("mass", "slots", "steps", "layers", "heads", "regions", "layer", "bounds")),
+        ("entropy", np.int64),
         *((name, np.int64) for name in ("cache", "block_stride", "head_stride", "kv_heads", "page", "head_dim")),
         *((name, np.int64) for name in ("window", "alibi_slopes", "sinks")),
         *((name, np.float32) for name in ("scale", "softcap")),
@@ -104,10 +105,10 @@ def _find(work, unit):
     return low
 
 
-# Score rows, and the two widths in which value rows are taken.
-_key_products = sum_of_rows(KEY_TILE)
+# The widths in which score rows and value rows are taken; the last is for what the wide ones leave over of either.
+_wide_scores = sum_of_rows(KEY_TILE)
 _wide_values = sum_of_rows(VALUE_TILE)
-_thin_values = sum_of_rows(LEAST_TILE)
+_thin_rows = sum_of_rows(LEAST_TILE)
 
 
 @kernel()
@@ -117,14 +118,16 @@ def _floats(address, shape):
 
 @kernel()
 def _part(a, thread, index):
-    """Views of a thread's place for part 0 or 1: m, l, value sums, masses. A third is never needed (see `_work`)."""
+    """Views of a thread's place for part 0 or 1: m, l, moment, value sums, masses. A third is never needed (see
+    `_work`)."""
     group = a.heads // a.kv_heads
     at = a.scratch + thread * a.scratch_bytes + 4 * group * (a.head_dim + a.longest)
-    at += 4 * index * group * (2 + a.head_dim + a.regions)
-    sums_at = at + 8 * group
+    at += 4 * index * group * (3 + a.head_dim + a.regions)
+    sums_at = at + 12 * group
     return (
         _floats(at, group),
         _floats(at + 4 * group, group),
+        _floats(at + 8 * group, group),
         _floats(sums_at, (group, a.head_dim)),
         _floats(sums_at + 4 * group * a.head_dim, (group, a.regions)),
     )
@@ -134,6 +137,11 @@ def _part(a, thread, index):
 def _first_key(a, query):
     """The first key that a query attends."""
     return max(np.int64(query[KEYS]) - a.window, 0) if a.window > 0 else 0
+
+
+@kernel()
+def _takes_entropy(a, query):
+    return a.entropy != 0 and query[SLOT] >= 0
 
 
 @kernel()
@@ -148,19 +156,21 @@ def _keys_at(a, size, query, kv_head, block):
 
 
 @kernel()
-def _attend_part(a, element, query, kv_head, first, past, next_at, room_at, m, l, sums, masses):
+def _attend_part(a, element, query, kv_head, first, past, next_at, room_at, m, l, moment, sums, masses):
     """What blocks first..past-1 contribute to one query's heads on one KV head.
 
     Leaves, per head, the largest score m (base 2), the sum l of 2**(score - m), and the value sums and span masses in
-    units of 2**m. next_at: what to fetch into the cache at the end. room_at: place for the query in float32,
-    [group, head_dim], and the scores, [group, longest].
+    units of 2**m; of a query whose entropy is taken also moment, the sum of 2**(score - m) * (score - m). next_at:
+    what to fetch into the cache at the end. room_at: place for the query in float32, [group, head_dim], and the
+    scores, [group, longest].
     """
     size = np.int64(4) if element is np.float32 else np.int64(2)
     group, head_dim, page = a.heads // a.kv_heads, a.head_dim, a.page
     low = _first_key(a, query)
     low, high = max(low, first * page), min(np.int64(query[KEYS]), past * page)
     if low >= high:
-        m[:], l[:], sums[:], masses[:] = np.float32(-1e30), np.float32(0.0), np.float32(0.0), np.float32(0.0)
+        m[:], l[:], moment[:] = np.float32(-1e30), np.float32(0.0), np.float32(0.0)
+        sums[:], masses[:] = np.float32(0.0), np.float32(0.0)
         return
     q_at, row_bytes = room_at, np.int64(4 * head_dim)
     scores_at, score_bytes = room_at + group * row_bytes, np.int64(4 * a.longest)
@@ -178,12 +188,18 @@ def _attend_part(a, element, query, kv_head, first, past, next_at, room_at, m, l
             ahead = _keys_at(a, size, query, kv_head, first) + half - keys
         else:
             ahead = next_at - keys
-        for tile in range(0, page, KEY_TILE):
+        tile: Any = np.int64(0)
+        while tile < page:
             rows, out = keys + tile * size, scores_at + 4 * (p * page - base + tile)
+            wide = tile + KEY_TILE <= page
             for g in range(0, group, MOST_HEADS):
                 heads, fetch = np.int64(min(MOST_HEADS, group - g)), ahead if g == 0 else np.int64(0)
-                x, to = q_at + g * row_bytes, out + g * score_bytes
-                _key_products(element, heads, x, row_bytes, rows, page * size, head_dim, to, score_bytes, 0, fetch)
+                x, to, step = q_at + g * row_bytes, out + g * score_bytes, page * size
+                if wide:
+                    _wide_scores(element, heads, x, row_bytes, rows, step, head_dim, to, score_bytes, 0, fetch)
+                else:
+                    _thin_rows(element, heads, x, row_bytes, rows, step, head_dim, to, score_bytes, 0, fetch)
+            tile += KEY_TILE if wide else LEAST_TILE
 
     n = (past - first) * page
     for g in range(group):
@@ -195,7 +211,8 @@ def _attend_part(a, element, query, kv_head, first, past, next_at, room_at, m, l
             _bend(row, query[KEYS] - 1 - base, a.softcap, slope)
         _hide(row, 0, low - base)
         _hide(row, high - base, n)
-    exponentials(np.int64(group), scores_at, score_bytes, n, m.ctypes.data, l.ctypes.data)
+    moments = moment.ctypes.data if _takes_entropy(a, query) else np.int64(0)
+    exponentials(np.int64(group), scores_at, score_bytes, n, m.ctypes.data, l.ctypes.data, moments)
     if query[SLOT] >= 0:
         bounds = carray(pool.pointer(a.bounds + 8 * query[SLOT] * a.regions), (a.regions, 2), np.int32)
         for r in range(a.regions):
@@ -221,13 +238,17 @@ def _attend_part(a, element, query, kv_head, first, past, next_at, room_at, m, l
                     _wide_values(element, heads, x, score_bytes, rows, step, n, to, row_bytes, onto, fetch)
                     column += VALUE_TILE
                 else:
-                    _thin_values(element, heads, x, score_bytes, rows, step, n, to, row_bytes, onto, fetch)
+                    _thin_rows(element, heads, x, score_bytes, rows, step, n, to, row_bytes, onto, fetch)
                     column += LEAST_TILE
 
 
 @kernel()
-def _finish(a, element, query, kv_head, m, l, sums, masses):
-    """Divide by the whole sum, sinks included, and write the output and, where the query is measured, the masses."""
+def _finish(a, element, query, kv_head, m, l, moment, sums, masses):
+    """Divide by the whole sum, sinks included, and write the output and, if the query is measured, its numbers.
+
+    With p_j = 2**(s_j - top) / total, the entropy -sum p_j log2 p_j is (log2(total) sum 2**(s_j - top) - moment) /
+    total, moment relative to `top`; both terms are positive, so none costs the other precision.
+    """
     group, head_dim = a.heads // a.kv_heads, a.head_dim
     for g in range(group):
         head = kv_head * group + g
@@ -239,6 +260,9 @@ def _finish(a, element, query, kv_head, m, l, sums, masses):
         factor = exp2(m[g] - top) / total
         if query[SLOT] >= 0:
             cell = ((query[SLOT] * a.steps + query[STEP]) * a.layers + a.layer) * a.heads + head
+            if a.entropy != 0:
+                bits = (np.log2(total) + top - m[g]) * l[g] - moment[g]
+                _floats(a.entropy, cell + 1)[cell] = bits * factor * LN2
             mass = _floats(a.mass + 4 * cell * a.regions, a.regions)
             for r in range(a.regions):
                 mass[r] = masses[g, r] * factor
@@ -252,7 +276,7 @@ def _join(a, element, threads):
     """Put together the queries whose blocks fell to several threads; parts come in the order of their keys."""
     queries = carray(pool.pointer(a.queries), (a.n_queries, 5), np.int32)
     parts = carray(pool.pointer(a.parts), (threads, 2), np.int64)
-    m, l, sums, masses = _part(a, 0, 0)
+    m, l, moment, sums, masses = _part(a, 0, 0)
     open_item = np.int64(-1)
     for thread in range(threads):
         for index in range(2):
@@ -261,21 +285,26 @@ def _join(a, element, threads):
                 continue
             if item != open_item:
                 if open_item >= 0:
-                    _finish(a, element, queries[open_item // a.kv_heads], open_item % a.kv_heads, m, l, sums, masses)
+                    query, kv_head = queries[open_item // a.kv_heads], open_item % a.kv_heads
+                    _finish(a, element, query, kv_head, m, l, moment, sums, masses)
                 open_item = item
-                m, l, sums, masses = _part(a, thread, index)
+                m, l, moment, sums, masses = _part(a, thread, index)
                 continue
-            m_more, l_more, sums_more, masses_more = _part(a, thread, index)
+            m_more, l_more, moment_more, sums_more, masses_more = _part(a, thread, index)
             for g in range(m.shape[0]):
                 top = max(m[g], m_more[g])
                 ours, theirs = exp2(m[g] - top), exp2(m_more[g] - top)
+                if a.entropy != 0:
+                    moment[g] = ours * (moment[g] + (m[g] - top) * l[g])
+                    moment[g] += theirs * (moment_more[g] + (m_more[g] - top) * l_more[g])
                 m[g], l[g] = top, l[g] * ours + l_more[g] * theirs
                 for d in range(sums.shape[1]):
                     sums[g, d] = sums[g, d] * ours + sums_more[g, d] * theirs
                 for r in range(masses.shape[1]):
                     masses[g, r] = masses[g, r] * ours + masses_more[g, r] * theirs
     if open_item >= 0:
-        _finish(a, element, queries[open_item // a.kv_heads], open_item % a.kv_heads, m, l, sums, masses)
+        query, kv_head = queries[open_item // a.kv_heads], open_item % a.kv_heads
+        _finish(a, element, query, kv_head, m, l, moment, sums, masses)
 
 
 @kernel()
@@ -303,11 +332,11 @@ def _work(a, element):
         next_at = np.int64(0)
         if unit < end:
             next_at = _keys_at(a, size, queries[next_i], next_head, _first_key(a, queries[next_i]) // a.page)
-        m, l, sums, masses = _part(a, thread, used)
+        m, l, moment, sums, masses = _part(a, thread, used)
         room_at = a.scratch + thread * a.scratch_bytes
-        _attend_part(a, element, query, kv_head, first, first + taken, next_at, room_at, m, l, sums, masses)
+        _attend_part(a, element, query, kv_head, first, first + taken, next_at, room_at, m, l, moment, sums, masses)
         if taken == blocks:
-            _finish(a, element, query, kv_head, m, l, sums, masses)
+            _finish(a, element, query, kv_head, m, l, moment, sums, masses)
         else:
             parts[used] = i * a.kv_heads + kv_head
             used += 1
@@ -357,13 +386,27 @@ _workspace = Workspace()
 
 
 class PagedAttention:
-    """One layer's attention and span masses over vLLM's KV cache.
+    """One layer's attention, span masses and entropies over vLLM's KV cache.
 
-    mass: [slots, steps, layers, heads, regions] float32, contiguous: the buffer that `layer`'s masses are written to.
-    kv_cache: vLLM's [blocks, kv_heads, block_size, 2 * head_dim], the last two contiguous, the block size a multiple of
-    32 and head_dim of 16, float32 or bfloat16. bounds: [slots, regions, 2] int32, half open key positions. window: a
-    query attends the keys at distance < window (None: all). softcap: 0 for none. alibi_slopes, sinks: [heads] float32.
-    All are kept, and read or written in place by every `attend`.
+    All tensors are kept, and read or written in place by every `attend`.
+
+    Args:
+        mass: [slots, steps, layers, heads, regions] float32, contiguous: the buffer that `layer`'s masses are written
+            to.
+        layer: index into `mass`.
+        kv_cache: vLLM's [blocks, kv_heads, block_size, 2 * head_dim], the last two contiguous, block_size and head_dim
+            multiples of 16, float32 or bfloat16.
+        bounds: [slots, regions, 2] int32, half open key positions.
+        scale: factor of the scores.
+        window: a query attends the keys at distance < window; None: all.
+        softcap: 0 for none.
+        alibi_slopes, sinks: [heads] float32.
+        entropy: [slots, steps, layers, heads] float32, contiguous: the buffer that the entropy of each head's attention
+            over its keys is written to, in nats; a sink's share adds no term. None: it is not taken.
+
+    Raises:
+        ValueError: the cache's block size or head size is not one that the kernel reads, or `entropy` does not have
+            the shape of `mass`.
     """
 
     def __init__(
@@ -378,20 +421,27 @@ class PagedAttention:
         softcap: float = 0.0,
         alibi_slopes: torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
+        entropy: torch.Tensor | None = None,
     ):
+        if entropy is not None and entropy.shape != mass.shape[:4]:
+            raise ValueError(f"entropy of shape {list(entropy.shape)} beside mass of shape {list(mass.shape)}")
         self.kv_cache = kv_cache
-        self._kept = (mass, bounds, alibi_slopes, sinks)
+        self._kept = (mass, bounds, alibi_slopes, sinks, entropy)
         heads, regions = mass.shape[3:]
         kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], kv_cache.shape[3] // 2
+        if page % LEAST_TILE or head_dim % LEAST_TILE:
+            raise ValueError(
+                f"a KV cache of block size {page} and head size {head_dim}: both must be multiples of {LEAST_TILE}"
+            )
         self._fixed = _pack_fixed(
-            *(mass.data_ptr(), *mass.shape, layer, bounds.data_ptr()),
+            *(mass.data_ptr(), *mass.shape, layer, bounds.data_ptr(), _address(entropy)),
             *(kv_cache.data_ptr(), kv_cache.stride(0), kv_cache.stride(1), kv_heads, page, head_dim),
             *(window or 0, _address(alibi_slopes), _address(sinks), scale, softcap),
         )
         self._body = body_for(kv_cache.dtype).address
         self._group = heads // kv_heads
         # `sums_between` reads past the end of the last row of scores: the parts lie there.
-        self._floats = self._group * (head_dim + 2 * (2 + head_dim + regions)) + LEAST_TILE
+        self._floats = self._group * (head_dim + 2 * (3 + head_dim + regions)) + LEAST_TILE
         self._block_work = heads * page * head_dim
 
     def attend(
@@ -403,7 +453,7 @@ class PagedAttention:
         output: torch.Tensor | None = None,
         threads: int | None = None,
     ) -> None:
-        """Attend for the queries listed and write the masses of those that are measured; nothing else is touched.
+        """Attend for the queries listed and write the numbers of those that are measured; nothing else is touched.
 
         query: [tokens, heads, head_dim] of the cache's type, heads contiguous within a token. block_table: [batch,
         pages] int32. output: like query, written at the queries' tokens; None to take masses only. threads: of torch's

@@ -175,42 +175,60 @@ def _exp2(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
 
 
 @intrinsic
-def exponentials(typing_context, heads, scores, score_head, n, tops, totals):
+def exponentials(typing_context, heads, scores, score_head, n, tops, totals, moments):
     """Of each head g < heads: tops[g] = the largest of scores[g, :n], then scores[g, j] = 2**(scores[g, j] - tops[g])
-    in place, and totals[g] = their sum; a function of six int64.
+    in place, and totals[g] = their sum; a function of seven int64.
 
-    scores, tops, totals: addresses of float32; score_head: distance in bytes. n: a positive multiple of LEAST_TILE.
-    A NaN is not the largest, but shows in the sum.
+    moments: 0, or where to write sum over j of 2**(s_j - tops[g]) * (s_j - tops[g]), to which a masked score (-inf)
+    adds 0. scores, tops, totals, moments: addresses of float32; score_head: distance in bytes. n: a positive multiple
+    of LEAST_TILE. A NaN is not the largest, but shows in the sums.
     """
 
     def generate(context, builder, _signature, arguments):
-        heads, scores, score_head, n, tops, totals = arguments
+        heads, scores, score_head, n, tops, totals, moments = arguments
         vector, four = _vector(LEAST_TILE), ir.Constant(_INT64, 4)
+        zero = ir.Constant(vector, [0.0] * LEAST_TILE)
+        tiles = _INT64(0), n, _INT64(LEAST_TILE)
 
         def larger(a: ir.Value, b: ir.Value) -> ir.Value:
             return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
+        def powers(row: ir.Value, top: ir.Value, head: ir.Value, with_moment: bool) -> None:
+            """Scores above their largest made powers, their sum, and where wanted the moment."""
+            everywhere = _repeated(builder, top, LEAST_TILE)
+            sums = [cgutils.alloca_once_value(builder, zero) for _ in range(1 + with_moment)]
+            with cgutils.for_range_slice(builder, *tiles) as (j, _):
+                place = _skip(builder, row, four, j)
+                score = builder.fsub(_load(builder, place, vector), everywhere)
+                power = _exp2(builder, score)
+                _store(builder, power, place)
+                terms = [power]
+                if with_moment:
+                    # Where the power is 0 the score may be -inf, and their product NaN.
+                    none = builder.fcmp_ordered("==", power, zero)
+                    terms.append(builder.select(none, zero, builder.fmul(power, score)))
+                for total, term in zip(sums, terms, strict=True):
+                    builder.store(builder.fadd(builder.load(total), term), total)
+            for total, out in zip(sums, (totals, moments)):
+                value = _folded(builder, builder.load(total), builder.fadd)
+                _store(builder, value, _skip(builder, out, four, head))
+
         with cgutils.for_range(builder, heads) as head:
             row = _skip(builder, scores, score_head, head.index)
             largest = cgutils.alloca_once_value(builder, ir.Constant(vector, [float("-inf")] * LEAST_TILE))
-            with cgutils.for_range_slice(builder, _INT64(0), n, _INT64(LEAST_TILE)) as (j, _):
-                found = _load(builder, _skip(builder, row, four, j), vector)
-                builder.store(larger(found, builder.load(largest)), largest)
+            with cgutils.for_range_slice(builder, *tiles) as (j, _):
+                score = _load(builder, _skip(builder, row, four, j), vector)
+                builder.store(larger(score, builder.load(largest)), largest)
             top = _folded(builder, builder.load(largest), larger)
-            everywhere = _repeated(builder, top, LEAST_TILE)
-            total = cgutils.alloca_once_value(builder, ir.Constant(vector, [0.0] * LEAST_TILE))
-            with cgutils.for_range_slice(builder, _INT64(0), n, _INT64(LEAST_TILE)) as (j, _):
-                place = _skip(builder, row, four, j)
-                powers = _exp2(builder, builder.fsub(_load(builder, place, vector), everywhere))
-                _store(builder, powers, place)
-                builder.store(builder.fadd(builder.load(total), powers), total)
             _store(builder, top, _skip(builder, tops, four, head.index))
-            _store(
-                builder, _folded(builder, builder.load(total), builder.fadd), _skip(builder, totals, four, head.index)
-            )
+            with builder.if_else(cgutils.is_not_null(builder, moments)) as (then, otherwise):
+                with then:
+                    powers(row, top, head.index, True)
+                with otherwise:
+                    powers(row, top, head.index, False)
         return context.get_dummy_value()
 
-    return typing.signature(types.void, *[types.int64] * 6), generate
+    return typing.signature(types.void, *[types.int64] * 7), generate
 
 
 @intrinsic

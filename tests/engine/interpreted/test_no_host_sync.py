@@ -80,7 +80,7 @@ def put_on_device(engine, patch: pytest.MonkeyPatch) -> list:
         for side in (recorder.ablations.query, recorder.ablations.output):
             patch.setattr(side, "factor", on_device(side.factor))
             patch.setattr(side, "mean", on_device(side.mean))
-        for name in ("rows", "distance", "places", "entropy"):
+        for name in ("rows", "distance", "places"):
             patch.setattr(recorder.bank, name, on_device(getattr(recorder.bank, name)))
         for layer in worker.vllm_config.compilation_config.static_forward_context.values():
             for name in ("_q_scale", "_k_scale", "_v_scale"):

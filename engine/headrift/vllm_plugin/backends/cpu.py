@@ -203,6 +203,7 @@ class CPUMassImpl(MeasuringImpl, CPUAttentionBackendImpl):
                 self.layer_index,
                 kv_cache,
                 self.recorder.bounds,
+                entropy=self.recorder.entropy,
                 **self.attention_options(),
             )
         return self._attention

@@ -241,7 +241,7 @@ class FusedImpl(MeasuringImpl):
         keys, values = self._keys_and_values(kv_cache)
         quantized = is_quantized_kv_cache(self.kv_cache_dtype)
         slots = (recorder.row_slot, recorder.prompt_len, recorder.n_rows, recorder.bounds)
-        options = self.attention_options()
+        options = {**self.attention_options(), "entropy": recorder.entropy}
         if quantized:
             options["k_scale"] = layer._k_scale
         decode_mass(
