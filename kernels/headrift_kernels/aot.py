@@ -32,7 +32,9 @@ CHATS = {
     2048: ((5, 400), (405, 2010), (0, 2030)),
 }
 BARS = {512: 1.25, 2048: 1.10}
-FLAGS = ("MASS", "ENTROPY", "WINDOW", "SOFTCAP", "ALIBI", "SINKS", "FP8")
+# Queries and splits of a replay's kernels.
+REPLAYS = ((1, 1), (16, 1), (16, 8))
+FLAGS = ("MASS", "LAST_TOKENS", "ENTROPY", "WINDOW", "SOFTCAP", "ALIBI", "SINKS", "FP8")
 TYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -46,7 +48,7 @@ TYPES = {
 class Shape:
     """One compilation of one kernel, for 32 heads over 8 KV heads and pages of 16.
 
-    queries: the most that a row measures in one call of the kernels `span` and `lse`; of one, as when a prompt ends.
+    queries: the most that a row measures in one call of `replay`.
     """
 
     kernel: str
@@ -60,14 +62,13 @@ class Shape:
 
     @property
     def name(self) -> str:
-        options = [f.lower() for f in FLAGS if f in self.flags and f not in ("MASS", "FP8")]
+        options = [f.lower().replace("_", " ") for f in FLAGS if f in self.flags and f not in ("MASS", "FP8")]
         types = self.dtype + (f"+{self.cache}" if self.cache else "")
         return " ".join([f"D={self.head_dim}", types, *options, *self._how()])
 
     def _how(self) -> list[str]:
-        if self.kernel in ("span", "lse"):
-            return ["1 query" if self.queries == 1 else f"{self.queries} queries"]
-        return ["split"] if self.splits > 1 else []
+        queries = ["1 query" if self.queries == 1 else f"{self.queries} queries"] if "replay" in self.kernel else []
+        return queries + (["split"] if self.splits > 1 else [])
 
 
 @dataclass
@@ -91,8 +92,7 @@ def constants(shape: Shape, hip: bool) -> tuple[Any, dict[str, Any], dict[str, s
     """The kernel, its constexprs, its pointers' types, and the warps and stages that its launcher would choose."""
     import triton
 
-    from headrift_kernels.triton import decode_kernels, decode_mass, logit_stats, query_lse, span_mass
-    from headrift_kernels.triton.measured import launch_of
+    from headrift_kernels.triton import decode_kernels, decode_mass, logit_stats, replay_mass
 
     types = dict.fromkeys(("query_ptr", "output_ptr", "logits_ptr"), shape.dtype)
     types |= dict.fromkeys(("key_ptr", "value_ptr"), shape.cache or shape.dtype)
@@ -100,51 +100,55 @@ def constants(shape: Shape, hip: bool) -> tuple[Any, dict[str, Any], dict[str, s
     types |= dict.fromkeys((f"{name}_ptr" for name in integers), "i32")
     if shape.kernel == "logits":
         return logit_stats.logit_statistics_kernel, {"BLOCK": 2048}, types, 8, 3
-    dtype, cache_dtype = TYPES[shape.dtype], TYPES[shape.cache or shape.dtype]
-    flags = {flag: flag in shape.flags for flag in FLAGS}
-    regions = {"HEADS": 32, "REGIONS": shape.regions, "WIDTH": triton.next_power_of_2(shape.regions)}
-    if shape.kernel in ("span", "lse"):
-        query = torch.empty(512, 32, shape.head_dim, dtype=dtype, device="meta")
-        keys = torch.empty(1, 16, 8, shape.head_dim, dtype=cache_dtype, device="meta")
-        no_options = {"window": None, "softcap": 0.0, "alibi_slopes": None, "sinks": None}
-        _, launch = launch_of(query, keys, 1, 16, shape.queries, None, hip, **no_options)
-        warps, stages = launch.pop("num_warps"), launch.pop("num_stages")
-        kernel = span_mass.span_mass_kernel if shape.kernel == "span" else query_lse.query_lse_kernel
-        return kernel, {**regions, **launch, **flags, "PROMPT": 2}, types, warps, stages
-    tiles = decode_mass.tiles_for(shape.head_dim, dtype.itemsize, cache_dtype.itemsize, hip)
-    found = {
-        **regions,
-        **flags,
+    sizes = TYPES[shape.dtype].itemsize, TYPES[shape.cache or shape.dtype].itemsize
+    if "replay" in shape.kernel:
+        block_m = replay_mass.block_rows(4, shape.queries)
+        tiles = replay_mass.replay_tiles(block_m, *sizes, hip)
+    else:
+        block_m, tiles = 16, decode_mass.tiles_for(shape.head_dim, *sizes, hip)
+    constexprs = {
+        **{flag: flag in shape.flags for flag in FLAGS},
+        "HEADS": 32,
+        "REGIONS": shape.regions,
+        "WIDTH": triton.next_power_of_2(shape.regions),
         "HEAD_DIM": shape.head_dim,
         "BLOCK_D": triton.next_power_of_2(shape.head_dim),
         "GROUP": 4,
         "PAGE": 16,
-        "BLOCK_M": 16,
+        "BLOCK_M": block_m,
         "BLOCK_N": tiles.block_n,
         "SPLITS": shape.splits,
+        "CHUNK": tiles.chunk,
         "BLOCK_S": shape.splits,
     }
-    if shape.kernel == "combine":
-        return decode_kernels.combine_kernel, found, types, 4, 3
-    return decode_kernels.decode_kernel, found, types, tiles.num_warps, tiles.num_stages
+    kernels = {
+        "decode": decode_kernels.decode_kernel,
+        "combine": decode_kernels.combine_kernel,
+        "replay": replay_mass.replay_kernel,
+        "replay combine": replay_mass.replay_combine_kernel,
+    }
+    warps, stages = (4, 3) if "combine" in shape.kernel else (tiles.num_warps, tiles.num_stages)
+    return kernels[shape.kernel], constexprs, types, warps, stages
 
 
 def absent(shape: Shape) -> set[str]:
     """The pointers that the launcher passes as None."""
-    found = set()
+    names = set()
     if "MASS" not in shape.flags:
-        found |= {"mass_ptr", "row_slot_ptr", "prompt_len_ptr", "n_rows_ptr", "bounds_ptr"}
+        names |= {"mass_ptr", "row_slot_ptr", "prompt_len_ptr", "n_rows_ptr", "bounds_ptr"}
     if shape.splits == 1:
-        found |= {"part_acc_ptr", "part_stat_ptr", "part_mass_ptr"}
-    for flag, names in {
+        names |= {"part_acc_ptr", "part_stat_ptr", "part_mass_ptr"}
+    for flag, pointers in {
         "ENTROPY": ("entropy_ptr",),
         "ALIBI": ("slopes_ptr",),
         "SINKS": ("sinks_ptr",),
         "FP8": ("k_scale_ptr", "v_scale_ptr"),
     }.items():
         if flag not in shape.flags:
-            found |= set(names)
-    return found
+            names |= set(pointers)
+    if "LAST_TOKENS" not in shape.flags and "replay" not in shape.kernel:
+        names.add("query_start_ptr")
+    return names
 
 
 def compile_kernel(shape: Shape, target: str) -> Compiled:
@@ -232,9 +236,10 @@ def shapes(quick: bool) -> list[Shape]:
     found = []
     for head_dim in (64, 128) if quick else (64, 80, 96, 128, 256):
         found += [Shape("decode", head_dim, flags=flags) for flags in (frozenset[str](), mass)]
-    variants: list[dict[str, Any]] = [{"splits": 16}]
+    last_tokens = mass | {"LAST_TOKENS"}
+    variants: list[dict[str, Any]] = [{"splits": 16}, {"splits": 16, "flags": last_tokens}]
     if not quick:
-        variants += [{"dtype": "fp16"}, {"dtype": "fp32"}]
+        variants += [{"dtype": "fp16"}, {"dtype": "fp32"}, {"flags": last_tokens}]
         variants += [{"flags": mass | {flag}} for flag in ("WINDOW", "SOFTCAP", "ALIBI", "SINKS")]
     variants += [{"cache": cache, "flags": mass | {"FP8"}} for cache in ("fp8e4nv", "fp8e5")]
     for head_dim in (64, 128):
@@ -244,9 +249,10 @@ def shapes(quick: bool) -> list[Shape]:
         found.append(Shape("decode", head_dim, flags=mass | {"ENTROPY"}))
         found.append(Shape("decode", head_dim, regions=8))
         found.append(Shape("combine", head_dim, splits=16, flags=mass | {"ENTROPY"}))
-        found += [Shape(kernel, head_dim, queries=queries) for kernel in ("span", "lse") for queries in (1, 16)]
-    every = mass | {"FP8", "WINDOW", "SOFTCAP", "ALIBI", "SINKS"}
-    found += [Shape(kernel, 128, cache="fp8e5", flags=every) for kernel in ("span", "lse")]
+        found += [Shape("replay", head_dim, queries=queries, splits=splits) for queries, splits in REPLAYS]
+        found.append(Shape("replay combine", head_dim, splits=16, flags=mass | {"ENTROPY"}))
+    every = mass | {"FP8", "ENTROPY", "WINDOW", "SOFTCAP", "ALIBI", "SINKS"}
+    found.append(Shape("replay", 128, cache="fp8e5", flags=every))
     found += [Shape("logits", 0, dtype=dtype) for dtype in ("fp32", "bf16")]
     return found
 
@@ -312,7 +318,7 @@ def rows(found: list[Compiled]) -> list[list[str]]:
                 c.target,
                 c.shape.kernel,
                 c.shape.name if c.shape.head_dim else c.shape.dtype,
-                str(c.shape.regions) if "MASS" in c.shape.flags and c.shape.kernel not in ("lse", "logits") else "-",
+                str(c.shape.regions) if "MASS" in c.shape.flags and c.shape.kernel != "logits" else "-",
                 *([c.failed, "", "", "", "", "", ""] if c.failed else [str(c.registers), str(c.spills), str(c.shared)]),
                 *([] if c.failed else [str(c.programs or "-"), tile, bound, memory]),
                 *(f"{c.ratios[n]:.3f}" if n in c.ratios else "" for n in (512, 2048, -512, -2048)),
@@ -328,7 +334,7 @@ Compiled by triton {version} for machines that are not here: nothing is timed. `
 loop over K and V with masses of R=3 regions of a chat (system, user, prompt), over those without; each tile as long as
 its path through the SASS. `worst`: the five inner bounds in five different tiles. `with a bound`: a tile that holds a
 region bound, with no masked sum and with one for every region. `programs/SM`: by registers and shared memory (gfx942:
-VGPRs and LDS). `lse` and `span`: the LSE of a row's measured queries, and their masses from it, 1 or up to 16 a tile.
+VGPRs and LDS). `replay`: the measured queries of a prefill row, from K alone, 1 or up to 16 a tile.
 """
 
 

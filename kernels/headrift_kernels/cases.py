@@ -8,14 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from headrift_kernels import reference
-
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass
 class DecodeCase:
-    """One decode call: what `triton.decode_mass.decode_mass` and `reference.decode_mass` take."""
+    """One step's batch: what `decode_mass` and `replay_mass` take, in `triton` and in `reference`."""
 
     query: torch.Tensor
     key_cache: torch.Tensor
@@ -28,12 +26,21 @@ class DecodeCase:
     bounds: torch.Tensor
     steps: int
     layers: int
+    query_start_loc: torch.Tensor | None = None
     how: dict[str, Any] = field(default_factory=dict)
 
     @property
     def batch(self) -> tuple[torch.Tensor, ...]:
         return (
             *(self.query, self.key_cache, self.value_cache, self.block_table, self.seq_lens, self.row_slot),
+            *(self.prompt_len, self.n_rows, self.bounds),
+        )
+
+    @property
+    def replay_batch(self) -> tuple[torch.Tensor | None, ...]:
+        """What `replay_mass` takes after the layer."""
+        return (
+            *(self.query, self.key_cache, self.block_table, self.query_start_loc, self.seq_lens, self.row_slot),
             *(self.prompt_len, self.n_rows, self.bounds),
         )
 
@@ -45,60 +52,6 @@ class DecodeCase:
 
     def empty_entropy(self) -> torch.Tensor:
         return torch.full(self.mass_shape()[:4], torch.nan, device=self.query.device)
-
-
-@dataclass
-class SpanCase:
-    """One span-mass call: what `triton.span_mass.span_mass` and (without the LSE) `reference.span_mass` take."""
-
-    query: torch.Tensor
-    key_cache: torch.Tensor
-    lse: torch.Tensor
-    block_table: torch.Tensor
-    query_start_loc: torch.Tensor
-    seq_lens: torch.Tensor
-    row_slot: torch.Tensor
-    prompt_len: torch.Tensor
-    n_rows: torch.Tensor
-    bounds: torch.Tensor
-    steps: int
-    layers: int
-    k_scale: float = 1.0
-    how: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def batch(self) -> tuple[torch.Tensor, ...]:
-        return (
-            *(self.query, self.key_cache, self.lse, self.block_table, self.query_start_loc, self.seq_lens),
-            *(self.row_slot, self.prompt_len, self.n_rows, self.bounds),
-        )
-
-    @property
-    def lse_batch(self) -> tuple[Any, ...]:
-        """What `triton.query_lse.query_lse` takes after the LSE."""
-        rows = (self.block_table, self.query_start_loc, self.seq_lens, self.row_slot, self.prompt_len, self.n_rows)
-        return (self.query, self.key_cache, *rows, self.steps)
-
-    def keys(self) -> torch.Tensor:
-        """The key cache as numbers, scaled: fp8 is no type to compute with."""
-        return self.key_cache.float().double() * self.k_scale
-
-    def empty_mass(self) -> torch.Tensor:
-        heads, (slots, regions) = self.query.shape[1], self.bounds.shape[:2]
-        return torch.full((slots, self.steps, self.layers, heads, regions), torch.nan, device=self.query.device)
-
-    def attention(self) -> dict[str, Any]:
-        """`how` the queries attend, without what only says how masses are taken."""
-        return {key: x for key, x in self.how.items() if key != "prompt_region"}
-
-    def expected_lse(self) -> torch.Tensor:
-        """[heads, tokens] float64; NaN where a query is not measured."""
-        batch = (self.query, self.keys(), *self.lse_batch[2:])
-        return reference.query_lse(torch.full_like(self.lse, torch.nan), *batch, **self.attention())
-
-    def expected(self, layer: int) -> torch.Tensor:
-        batch = (self.query, self.keys(), self.block_table, *self.batch[4:])
-        return reference.span_mass(self.empty_mass(), layer, *batch, **self.attention())
 
 
 def paged(
@@ -152,6 +105,7 @@ def decode_case(
     rng: np.random.Generator,
     *,
     seq_lens: np.ndarray | list[int],
+    query_lens: np.ndarray | list[int] | None = None,
     kv_heads: int = 2,
     group: int = 3,
     head_dim: int = 64,
@@ -166,7 +120,10 @@ def decode_case(
     poison: bool = True,
     **how: Any,
 ) -> DecodeCase:
-    """A ragged decode batch whose rows are at steps -1..steps of prompts of their own, a part of them not probed."""
+    """A ragged batch whose rows end at steps -1..steps of prompts of their own, a part of them not probed.
+
+    query_lens: tokens of each row in this step (None: one each, without query_start_loc).
+    """
     seq_lens = np.asarray(seq_lens, np.int32)
     rows, heads, slots = len(seq_lens), kv_heads * group, len(seq_lens) + 2
     row_slot = rng.permutation(slots)[:rows].astype(np.int32)
@@ -191,10 +148,11 @@ def decode_case(
         layout=layout,
         poison=poison,
     )
+    starts = np.concatenate([[0], np.cumsum(np.ones(rows, int) if query_lens is None else query_lens)]).astype(np.int32)
     # as vLLM's: a slice of a token's q, k and v, which lie side by side
-    qkv = torch.from_numpy(2 * rng.standard_normal((rows, heads + 2 * kv_heads, head_dim), np.float32)).to(dtype)
+    qkv = 2 * rng.standard_normal((int(starts[-1]), heads + 2 * kv_heads, head_dim), np.float32)
     return DecodeCase(
-        query=qkv[:, :heads],
+        query=torch.from_numpy(qkv).to(dtype)[:, :heads],
         key_cache=keys,
         value_cache=values,
         block_table=table,
@@ -205,45 +163,6 @@ def decode_case(
         bounds=torch.from_numpy(bounds.astype(np.int32)),
         steps=steps,
         layers=layers,
+        query_start_loc=None if query_lens is None else torch.from_numpy(starts),
         how={"scale": head_dim**-0.5, **how},
     )
-
-
-def span_case(
-    rng: np.random.Generator,
-    *,
-    seq_lens: np.ndarray | list[int],
-    query_lens: np.ndarray | list[int] | None = None,
-    steps: int = 5,
-    kv_heads: int = 2,
-    group: int = 3,
-    dtype: torch.dtype = torch.float32,
-    k_scale: float = 1.0,
-    **shape: Any,
-) -> SpanCase:
-    """A ragged batch of decode rows and prefill chunks that end at steps -1..steps; the LSE of other queries is NaN."""
-    seq_lens = np.asarray(seq_lens, np.int32)
-    chunk = [rng.integers(1, n + 1) if rng.random() < 0.7 else 1 for n in seq_lens]
-    query_lens = np.asarray(chunk if query_lens is None else query_lens, np.int32)
-    case = decode_case(rng, seq_lens=seq_lens, steps=steps, kv_heads=kv_heads, group=group, dtype=dtype, **shape)
-    heads, head_dim = kv_heads * group, case.query.shape[2]
-    qkv = 2 * rng.standard_normal((int(query_lens.sum()), heads + 2 * kv_heads, head_dim), np.float32)
-    starts = np.concatenate([[0], query_lens.cumsum()]).astype(np.int32)
-    found = SpanCase(
-        query=torch.from_numpy(qkv).to(dtype)[:, :heads],
-        key_cache=case.key_cache,
-        lse=torch.full((heads, int(query_lens.sum())), torch.nan),
-        block_table=case.block_table,
-        query_start_loc=torch.from_numpy(starts),
-        seq_lens=case.seq_lens,
-        row_slot=case.row_slot,
-        prompt_len=case.prompt_len,
-        n_rows=case.n_rows,
-        bounds=case.bounds,
-        steps=steps,
-        layers=case.layers,
-        k_scale=k_scale,
-        how=case.how,
-    )
-    found.lse = found.expected_lse().float()
-    return found

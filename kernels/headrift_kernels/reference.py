@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,86 +72,31 @@ def paged_keys(cache: torch.Tensor, block_table: torch.Tensor, n: int) -> torch.
     return blocks.reshape(-1, *cache.shape[2:])[:n]
 
 
-def measured(
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    row_slot: torch.Tensor,
-    prompt_len: torch.Tensor,
-    n_rows: torch.Tensor,
-    steps: int,
-) -> Iterator[tuple[int, int, int, int]]:
-    """Row, token, position and step of every query that is measured; arguments as in `span_mass`."""
-    for row, slot in enumerate(row_slot.tolist()):
-        if slot < 0:
-            continue
-        first, last = query_start_loc[row : row + 2].tolist()
-        for token in range(first, last):
-            position = int(seq_lens[row]) - (last - token)
-            step = position - (int(prompt_len[slot]) - 1)
-            if 0 <= step < min(int(n_rows[slot]), steps):
-                yield row, token, position, step
+@dataclass(frozen=True)
+class Recorded:
+    """What one call leaves in the recorder's buffers: float64 copies of them, written.
 
-
-def query_lse(
-    lse: torch.Tensor,
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    row_slot: torch.Tensor,
-    prompt_len: torch.Tensor,
-    n_rows: torch.Tensor,
-    steps: int,
-    **how: Any,
-) -> torch.Tensor:
-    """A float64 copy of `lse` [heads, tokens] with that of the measured queries written; others as in `span_mass`."""
-    out = lse.double().clone()
-    for row, token, position, _ in measured(query_start_loc, seq_lens, row_slot, prompt_len, n_rows, steps):
-        keys = paged_keys(key_cache, block_table[row], position + 1)
-        out[:, token] = attend(query[token], keys, keys, **how).lse
-    return out
-
-
-def span_mass(
-    mass: torch.Tensor,
-    layer: int,
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    row_slot: torch.Tensor,
-    prompt_len: torch.Tensor,
-    n_rows: torch.Tensor,
-    bounds: torch.Tensor,
-    **how: Any,
-) -> torch.Tensor:
-    """What one call of a mass kernel leaves in the recorder's buffer: a float64 copy of `mass` with the step written.
-
-    mass: [slots, steps, layers, heads, regions]; query: [tokens, heads, head_dim]; key_cache: [blocks, page, kv_heads,
-    head_dim]; block_table: [batch, pages]; query_start_loc: [batch+1]; seq_lens: [batch], this step's tokens included;
-    row_slot: [batch], -1 where the row is not probed; prompt_len, n_rows: [slots]; bounds: [slots, regions, 2];
-    how: as `attend` takes it. The step of a query at position p is p - (prompt_len - 1); only steps
-    0..min(n_rows, steps)-1 are written.
+    mass: [slots, steps, layers, heads, regions]; entropy: [slots, steps, layers, heads], NaN if not written.
     """
-    out = mass.double().clone()
-    for row, token, position, step in measured(query_start_loc, seq_lens, row_slot, prompt_len, n_rows, mass.shape[1]):
-        keys = paged_keys(key_cache, block_table[row], position + 1)
-        seen = attend(query[token], keys, keys, **how)
-        slot = int(row_slot[row])
+
+    mass: torch.Tensor
+    entropy: torch.Tensor
+
+    def write(self, slot: int, step: int, layer: int, seen: Attended, bounds: torch.Tensor) -> None:
+        self.entropy[slot, step, layer] = seen.entropy()
         for region, (start, end) in enumerate(bounds[slot].tolist()):
-            out[slot, step, layer, :, region] = seen.mass(start, end)
-    return out
+            self.mass[slot, step, layer, :, region] = seen.mass(start, end)
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """What one decode call leaves: output [rows, heads, head_dim], and float64 copies of both buffers, written."""
+class Decoded(Recorded):
+    """As `Recorded`, and output [tokens, heads, head_dim]: NaN for tokens that another kernel attends for."""
 
     output: torch.Tensor
-    mass: torch.Tensor
-    entropy: torch.Tensor
+
+
+def _nan(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.full(shape, torch.nan, dtype=torch.float64)
 
 
 def decode_mass(
@@ -168,31 +112,80 @@ def decode_mass(
     n_rows: torch.Tensor,
     bounds: torch.Tensor,
     *,
+    query_start_loc: torch.Tensor | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
     **how: Any,
 ) -> Decoded:
-    """Paged decode of one query per row, masses and attention entropy; arguments as `span_mass` and `attend` name them.
+    """Return the attention of rows of one token, and the masses and entropy of every row's last token.
 
-    value_cache: as key_cache; both are multiplied by their scale (fp8 caches). A row without keys has output 0.
+    Args:
+        mass: [slots, steps, layers, heads, regions].
+        layer: index in `mass`.
+        query: [tokens, heads, head_dim].
+        key_cache: [blocks, page, kv_heads, head_dim], multiplied by k_scale.
+        value_cache: as key_cache, multiplied by v_scale.
+        block_table: [rows, pages].
+        seq_lens: [rows], this step's tokens included. A row without keys has output 0.
+        row_slot: [rows], -1 if the row is not probed.
+        prompt_len: [slots]. The step of a query at position p is p - (prompt_len - 1).
+        n_rows: [slots]; only steps 0..min(n_rows, steps)-1 are written.
+        bounds: [slots, regions, 2].
+        query_start_loc: [rows + 1], the first token of each row (None: one each).
+        how: as `attend` takes it.
     """
-    output = torch.zeros(query.shape, dtype=torch.float64)
-    masses = mass.double().clone()
-    entropies = torch.full(mass.shape[:4], torch.nan, dtype=torch.float64)
-    for row in range(query.shape[0]):
-        n, slot = int(seq_lens[row]), int(row_slot[row])
-        if n == 0:
+    rows = seq_lens.shape[0]
+    starts = list(range(rows + 1)) if query_start_loc is None else query_start_loc.tolist()
+    result = Decoded(mass.double().clone(), _nan(mass.shape[:4]), _nan(query.shape))
+    for row in range(rows):
+        n, slot, tokens, token = (
+            int(seq_lens[row]),
+            int(row_slot[row]),
+            starts[row + 1] - starts[row],
+            starts[row + 1] - 1,
+        )
+        if tokens == 1:
+            result.output[token] = 0
+        if tokens == 0 or n == 0:
             continue
         keys = paged_keys(key_cache, block_table[row], n).float().double() * k_scale
         values = paged_keys(value_cache, block_table[row], n).float().double() * v_scale
-        seen = attend(query[row], keys, values, **how)
-        output[row] = seen.output
+        seen = attend(query[token], keys, values, **how)
+        if tokens == 1:
+            result.output[token] = seen.output
         step = n - int(prompt_len[slot])
         if slot >= 0 and 0 <= step < min(int(n_rows[slot]), mass.shape[1]):
-            entropies[slot, step, layer] = seen.entropy()
-            for region, (start, end) in enumerate(bounds[slot].tolist()):
-                masses[slot, step, layer, :, region] = seen.mass(start, end)
-    return Decoded(output, masses, entropies)
+            result.write(slot, step, layer, seen, bounds)
+    return result
+
+
+def replay_mass(
+    mass: torch.Tensor,
+    layer: int,
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    row_slot: torch.Tensor,
+    prompt_len: torch.Tensor,
+    n_rows: torch.Tensor,
+    bounds: torch.Tensor,
+    *,
+    k_scale: float = 1.0,
+    **how: Any,
+) -> Recorded:
+    """Return the masses and entropy of every measured query but each row's last; arguments as in `decode_mass`."""
+    result = Recorded(mass.double().clone(), _nan(mass.shape[:4]))
+    for row, slot in enumerate(row_slot.tolist()):
+        first, last = query_start_loc[row : row + 2].tolist()
+        for token in range(first, last - 1):
+            position = int(seq_lens[row]) - (last - token)
+            step = position - (int(prompt_len[slot]) - 1)
+            if slot >= 0 and 0 <= step < min(int(n_rows[slot]), mass.shape[1]):
+                keys = paged_keys(key_cache, block_table[row], position + 1).float().double() * k_scale
+                result.write(slot, step, layer, attend(query[token], keys, keys, **how), bounds)
+    return result
 
 
 def logit_statistics(logits: torch.Tensor) -> torch.Tensor:

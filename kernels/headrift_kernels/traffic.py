@@ -180,26 +180,30 @@ def chat(context: int, **shape: Any) -> Any:
 
 
 def decode_traffic(case: Any, splits: int, with_mass: bool, block_n: int = 64) -> Traffic:
+    """Count one call; with several splits, of chunks so short that a row uses all of them."""
     from headrift_kernels.triton.decode_mass import SplitScratch, Tiles, decode_mass
 
     rows, heads, head_dim = case.query.shape
     output, mass = torch.empty(rows, heads, head_dim, dtype=case.query.dtype), case.empty_mass()
     scratch = SplitScratch.allocate(rows, heads, head_dim, 3, splits, "cpu") if splits > 1 else None
-    tensors = {"output": output, "mass": mass, **{k: x for k, x in vars(case).items() if isinstance(x, torch.Tensor)}}
-    tensors |= {f"scratch_{k}": x for k, x in vars(scratch).items()} if scratch else {}
-    with counted(tensors) as traffic:
+    with counted({"output": output, "mass": mass, **tensors_of(case), **tensors_of(scratch, "scratch_")}) as traffic:
         decode_mass(
             *(output, mass if with_mass else None, 1, *case.batch),
             scratch=scratch,
-            tiles=Tiles(block_n, 4, 2),
+            tiles=Tiles(block_n, 4, 2, block_n),
             **case.how,
         )
     return traffic
 
 
+def tensors_of(case: Any, prefix: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of a case or scratch, by name."""
+    return {f"{prefix}{k}": x for k, x in (vars(case) if case else {}).items() if isinstance(x, torch.Tensor)}
+
+
 def measure() -> list[dict[str, Any]]:
     """Decode with and without masses, over shapes of models, contexts and splits."""
-    found = []
+    counts = []
     heads = {"SmolLM2-135M": (3, 3, 64), "Llama-3-8B": (8, 4, 128), "one head per KV head": (4, 1, 128)}
     for model, (kv_heads, group, head_dim) in heads.items():
         for context, splits in ((512, 1), (512, 2), (2048, 1), (2048, 8), (8192, 32)):
@@ -207,7 +211,7 @@ def measure() -> list[dict[str, Any]]:
             plain, probed = (decode_traffic(case, splits, with_mass) for with_mass in (False, True))
             case.row_slot[:] = -1
             unprobed = decode_traffic(case, splits, True)
-            found.append(
+            counts.append(
                 {
                     "shape": f"{model}: {kv_heads * group} heads / {kv_heads} KV heads of {head_dim}, bfloat16",
                     "context": context,
@@ -221,83 +225,65 @@ def measure() -> list[dict[str, Any]]:
                     "stored": {"plain": dict(plain.stored), "mass": dict(probed.stored)},
                 }
             )
-    return found
+    return counts
 
 
-def replay() -> Any:
-    """One row whose prompt of 500 and answer of 12 run in one prefill: 13 measured queries, in one block."""
-    from headrift_kernels.cases import span_case
+def measure_replay() -> list[dict[str, Any]]:
+    """The 12 measured queries of one row whose prompt of 2,036 and answer of 12 run in one prefill, in one block.
 
-    case = span_case(
-        np.random.default_rng(0),
-        seq_lens=[512],
-        query_lens=[512],
-        steps=16,
-        unprobed=0.0,
-        kv_heads=3,
-        dtype=torch.bfloat16,
-    )
-    case.prompt_len[:], case.n_rows[:], case.lse[:] = 500, 16, 0.0
-    return case
+    V is not among the tensors: reading it would raise.
+    """
+    from headrift_kernels.cases import decode_case
+    from headrift_kernels.triton.decode_mass import Tiles
+    from headrift_kernels.triton.replay_mass import ReplayScratch, replay_mass
 
-
-def key_traffic(case: Any, keys: int, traffic: Traffic) -> dict[str, Any]:
-    """Bytes of K read over those of the `keys` that had to be, and everything else."""
-    wanted = keys * case.key_cache.shape[2] * case.key_cache.shape[3] * case.key_cache.element_size()
-    return {
-        "needed_key_bytes": wanted,
-        "key_ratio": traffic.loaded["key_cache"] / wanted,
-        "most_reads_of_a_key": int(traffic.reads["key_cache"].max()),
-        "other_bytes": {k: n for k, n in (traffic.loaded + traffic.stored).items() if k != "key_cache"},
-    }
-
-
-def measure_lse() -> dict[str, Any]:
-    """LSE of a replay's measured queries. V is not among its tensors: reading it would raise."""
-    from headrift_kernels.triton.query_lse import query_lse
-
-    case = replay()
-    tensors = {k: x for k, x in vars(case).items() if isinstance(x, torch.Tensor)}
-    with counted(tensors, per_element=("key_cache",)) as traffic:
-        query_lse(case.lse, *case.lse_batch, **case.how)
-    return key_traffic(case, 512, traffic)
-
-
-def measure_span() -> list[dict[str, Any]]:
-    """Span mass of a replay's measured queries: the needed keys are those of the regions."""
-    from headrift_kernels.triton.span_mass import span_mass
-
-    found = []
-    for prompt_region in (None, 2):
-        case = replay()
-        regions = [(5, 100), (105, 480), (0, 500)] if prompt_region else [(5, 100), (105, 480), (50, 120)]
-        case.bounds[:] = torch.tensor(regions)
-        keys = set(range(5, 100)) | set(range(105, 480))
-        keys |= set(range(500, 512)) if prompt_region else set(range(50, 120))
+    counts = []
+    for splits in (1, 4):
+        case = decode_case(
+            np.random.default_rng(0),
+            seq_lens=[2048],
+            query_lens=[2048],
+            steps=16,
+            unprobed=0.0,
+            kv_heads=3,
+            dtype=torch.bfloat16,
+        )
+        case.prompt_len[:], case.n_rows[:], case.bounds[:] = 2036, 16, torch.tensor(CHATS[2048])
         mass = case.empty_mass()
-        tensors = {"mass": mass, **{k: x for k, x in vars(case).items() if isinstance(x, torch.Tensor)}}
+        scratch = ReplayScratch.allocate(1, 12, 9, 3, splits, "cpu") if splits > 1 else None
+        tensors = {"mass": mass, **tensors_of(case), **tensors_of(scratch, "scratch_")}
+        del tensors["value_cache"]
         with counted(tensors, per_element=("key_cache",)) as traffic:
-            span_mass(mass, 1, *case.batch, prompt_region=prompt_region, max_query_len=13, **case.how)
-        moved = key_traffic(case, len(keys), traffic)
-        found.append({"regions": regions, "prompt_region": prompt_region, **moved})
-    return found
+            how = {**case.how, "scratch": scratch, "tiles": Tiles(64, 4, 2)}
+            replay_mass(mass, 1, *case.replay_batch, most_queries=12, **how)
+        needed = 2047 * case.key_cache.shape[2] * case.key_cache.shape[3] * case.key_cache.element_size()
+        counts.append(
+            {
+                "splits": splits,
+                "needed_key_bytes": needed,
+                "key_ratio": traffic.loaded["key_cache"] / needed,
+                "most_reads_of_a_key": int(traffic.reads["key_cache"].max()),
+                "other_bytes": {k: n for k, n in (traffic.loaded + traffic.stored).items() if k != "key_cache"},
+            }
+        )
+    return counts
 
 
-def failures(decode: list[dict[str, Any]], span: list[dict[str, Any]], lse: dict[str, Any]) -> list[str]:
+def failures(decode: list[dict[str, Any]], replay: list[dict[str, Any]]) -> list[str]:
     """The bars that are not met, in words."""
-    said = []
+    lines = []
     for row in decode:
         where = f"{row['shape']}, context {row['context']}, {row['splits']} splits"
         if row["kv_ratio"] != 1.0:
-            said.append(f"{where}: {row['kv_ratio']:.6f} times the bytes of K and V")
+            lines.append(f"{where}: {row['kv_ratio']:.6f} times the bytes of K and V")
         if row["all_ratio"] > 1.01:
-            said.append(f"{where}: {row['all_ratio']:.4f} times all bytes")
-    said += [
-        f"span mass reads {row['key_ratio']:.4f} times the regions' keys" for row in span if row["key_ratio"] != 1.0
+            lines.append(f"{where}: {row['all_ratio']:.4f} times all bytes")
+    lines += [
+        f"a replay in {row['splits']} splits reads {row['key_ratio']:.4f} times the attended keys"
+        for row in replay
+        if row["key_ratio"] != 1.0
     ]
-    if lse["key_ratio"] != 1.0:
-        said.append(f"the LSE reads {lse['key_ratio']:.4f} times the attended keys")
-    return said
+    return lines
 
 
 HEADER = ["shape", "context", "splits", "KV bytes", "KV with / without", "all bytes", "all with / without", "slot -1"]
@@ -319,22 +305,13 @@ def table(decode: list[dict[str, Any]]) -> list[list[str]]:
     ]
 
 
-def said_of(span: list[dict[str, Any]], lse: dict[str, Any]) -> list[str]:
-    def moved(row: dict[str, Any], whose: str) -> str:
-        return (
-            f": {row['key_ratio']:.6f} times {whose} {row['needed_key_bytes']:,} bytes of K, no key over "
-            f"{row['most_reads_of_a_key']} time(s); besides, {sum(row['other_bytes'].values()):,} bytes: "
-            + ", ".join(f"{name} {n:,}" for name, n in row["other_bytes"].items())
-        )
-
+def replay_lines(replay: list[dict[str, Any]]) -> list[str]:
     return [
-        *(
-            f"Span mass of 13 queries of one row over {row['regions']}"
-            + (" with the prompt's as 1 minus the rest" if row["prompt_region"] is not None else "")
-            + moved(row, "the regions'")
-            for row in span
-        ),
-        "LSE of 13 queries of one row of 512 keys" + moved(lse, "their"),
+        f"Replay of 12 queries of one row, {row['splits']} split(s): {row['key_ratio']:.6f} times the attended "
+        f"{row['needed_key_bytes']:,} bytes of K, no key over {row['most_reads_of_a_key']} time(s), no V; besides, "
+        f"{sum(row['other_bytes'].values()):,} bytes: "
+        + ", ".join(f"{name} {n:,}" for name, n in row["other_bytes"].items())
+        for row in replay
     ]
 
 
@@ -350,7 +327,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the numbers to this .json file, and the table beside it as .md")
     arguments = parser.parse_args()
     with mended():
-        decode, span, lse = measure(), measure_span(), measure_lse()
+        decode, replay = measure(), measure_replay()
     note = (
         "Bytes that decode attention loads and stores in 2 rows: masses of 3 regions, none, or no row probed (slot -1)."
     )
@@ -358,15 +335,15 @@ def main() -> None:
     for row in table(decode):
         printed.add_row(*row)
     Console(width=180).print(printed)
-    for line in [*said_of(span, lse), *(f"not met: {line}" for line in failures(decode, span, lse))]:
+    for line in [*replay_lines(replay), *(f"not met: {line}" for line in failures(decode, replay))]:
         print(line)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        numbers = {"triton": triton.__version__, "decode": decode, "span": span, "lse": lse}
+        numbers = {"triton": triton.__version__, "decode": decode, "replay": replay}
         arguments.out.write_text(json.dumps(numbers, indent=1) + "\n")
         lines = ["# Bytes moved, counted in Triton's interpreter", "", note, ""]
         lines += ["| " + " | ".join(cells) + " |" for cells in [HEADER, ["---"] * len(HEADER), *table(decode)]]
-        lines += ["", *said_of(span, lse), "", *(failures(decode, span, lse) or ["All bars are met."]), ""]
+        lines += ["", *replay_lines(replay), "", *(failures(decode, replay) or ["All bars are met."]), ""]
         arguments.out.with_suffix(".md").write_text("\n".join(lines))
 
 

@@ -1,11 +1,14 @@
-"""The Triton kernels on hardware: the cases that tests/kernels/interpreted holds to the oracle in the interpreter."""
+"""The Triton kernels on hardware: the cases that tests/kernels/interpreted holds to the oracle in the interpreter.
+
+Few and large, since each combination of options is a compilation of a second or more.
+"""
 
 import numpy as np
 import pytest
 import torch
 
 from headrift_kernels import reference
-from headrift_kernels.cases import DecodeCase, decode_case, span_case
+from headrift_kernels.cases import DecodeCase, decode_case
 
 pytestmark = [
     pytest.mark.gpu,
@@ -16,15 +19,6 @@ pytestmark = [
 MASS_TOLERANCE = 2e-5
 OUTPUT_TOLERANCE = {torch.float32: 5e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 ENTROPY_TOLERANCE = 1e-4
-# of a score or LSE of size 30 in float32, and of exp2 and log2
-LSE_TOLERANCE = 2e-5
-TYPES = [
-    (torch.float32, None),
-    (torch.float16, None),
-    (torch.bfloat16, None),
-    (torch.bfloat16, torch.float8_e4m3fn),
-    (torch.float16, torch.float8_e5m2),
-]
 
 
 def on_device(case):
@@ -34,152 +28,150 @@ def on_device(case):
     return type(case)(**moved)
 
 
-def skip_unsupported(cache_dtype):
-    if cache_dtype == torch.float8_e4m3fn and torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("Triton reads e4m3 from compute capability 8.9 on")
-
-
 def options(rng, heads, kind):
     return {
         "plain": {},
-        "window": {"window": 70},
+        "window": {"window": 600},
         "softcap": {"softcap": 5.0},
-        "alibi": {"alibi_slopes": torch.linspace(0.01, 0.3, heads)},
+        "alibi": {"alibi_slopes": torch.linspace(0.001, 0.1, heads)},
         "sinks": {"sinks": torch.from_numpy(rng.standard_normal(heads).astype(np.float32))},
     }[kind]
 
 
-def decode(case: DecodeCase, splits: int, with_mass: bool = True):
+def on_gpu(how, *without):
+    """Options as the kernels take them: scales are tensors of one number."""
+    moved = {k: torch.tensor([x], device="cuda") if k.endswith("_scale") else x for k, x in how.items()}
+    return {k: x for k, x in moved.items() if k not in without}
+
+
+def call_decode(device: DecodeCase, output, mass, entropy, splits):
     from headrift_kernels.triton.decode_mass import SplitScratch, decode_mass
 
+    rows, (heads, head_dim), regions = len(device.seq_lens), device.query.shape[1:], device.bounds.shape[1]
+    scratch = SplitScratch.allocate(rows, heads, head_dim, regions, splits, "cuda") if splits > 1 else None
+    batch = {"query_start_loc": device.query_start_loc, "entropy": entropy, "scratch": scratch}
+    decode_mass(output, mass, 1, *device.batch, **batch, **on_gpu(device.how))
+
+
+def call_replay(device: DecodeCase, mass, entropy, splits, most_queries):
+    from headrift_kernels.triton.replay_mass import ReplayScratch, replay_mass
+
+    rows, heads, regions = len(device.seq_lens), device.query.shape[1], device.bounds.shape[1]
+    scratch = ReplayScratch.allocate(rows, most_queries, heads, regions, splits, "cuda") if splits > 1 else None
+    batch = {"most_queries": most_queries, "entropy": entropy, "scratch": scratch}
+    replay_mass(mass, 1, *device.replay_batch, **batch, **on_gpu(device.how, "v_scale"))
+
+
+def decode(case: DecodeCase, splits: int, with_mass: bool = True):
     device = on_device(case)
-    rows, heads, head_dim = case.query.shape
-    output, mass, entropy = torch.empty_like(device.query), device.empty_mass(), device.empty_entropy()
-    scratch = None
-    if splits > 1:
-        scratch = SplitScratch.allocate(rows, heads, head_dim, case.bounds.shape[1], splits, "cuda")
-    how = {k: torch.tensor([x], device="cuda") if k.endswith("_scale") else x for k, x in device.how.items()}
-    decode_mass(output, mass if with_mass else None, 1, *device.batch, entropy=entropy, scratch=scratch, **how)
+    output = torch.full_like(device.query, torch.nan)
+    mass, entropy = device.empty_mass(), device.empty_entropy()
+    call_decode(device, output, mass if with_mass else None, entropy, splits)
     torch.cuda.synchronize()
     return output.cpu(), mass.cpu(), entropy.cpu()
 
 
+def assert_recorded(mass, entropy, expected):
+    torch.testing.assert_close(mass.cpu().double(), expected.mass, rtol=0, atol=MASS_TOLERANCE, equal_nan=True)
+    torch.testing.assert_close(entropy.cpu().double(), expected.entropy, rtol=0, atol=ENTROPY_TOLERANCE, equal_nan=True)
+
+
+def expected_decode(case):
+    start = case.query_start_loc
+    return reference.decode_mass(case.empty_mass(), 1, *case.batch, query_start_loc=start, **case.how)
+
+
+def expected_replay(case):
+    how = {k: x for k, x in case.how.items() if k != "v_scale"}
+    return reference.replay_mass(case.empty_mass(), 1, *case.replay_batch, **how)
+
+
 def assert_decode_agrees(case, splits):
     output, mass, entropy = decode(case, splits)
-    expected = reference.decode_mass(case.empty_mass(), 1, *case.batch, **case.how)
+    expected = expected_decode(case)
     tolerance = OUTPUT_TOLERANCE[case.query.dtype] * max(1.0, case.how.get("v_scale", 1.0))
-    torch.testing.assert_close(output.double(), expected.output, rtol=0, atol=tolerance)
-    torch.testing.assert_close(mass.double(), expected.mass, rtol=0, atol=MASS_TOLERANCE, equal_nan=True)
-    torch.testing.assert_close(entropy.double(), expected.entropy, rtol=0, atol=ENTROPY_TOLERANCE, equal_nan=True)
+    torch.testing.assert_close(output.double(), expected.output, rtol=0, atol=tolerance, equal_nan=True)
+    assert_recorded(mass, entropy, expected)
 
 
-@pytest.mark.parametrize("splits", [1, 4])
-@pytest.mark.parametrize("types", TYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
-def test_decode_agrees_with_the_oracle(head_dim, types, splits):
-    dtype, cache_dtype = types
-    skip_unsupported(cache_dtype)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "group", "dtype", "cache_dtype", "kind", "splits"),
+    [
+        (64, 3, BF16, None, "plain", 8),
+        (128, 4, BF16, None, "plain", 1),
+        (128, 7, FP16, None, "window", 8),
+        (80, 1, FP32, None, "softcap", 8),
+        (96, 16, BF16, None, "alibi", 1),
+        (256, 2, BF16, None, "sinks", 8),
+        (128, 8, BF16, E4M3, "sinks", 8),
+        (64, 5, FP16, E5M2, "window", 1),
+    ],
+    ids=str,
+)
+def test_a_mixed_batch_agrees_with_the_oracle(head_dim, group, dtype, cache_dtype, kind, splits):
+    """Decode rows of 1 to 8,200 keys, a replay, a chunk that ends a prompt and one that does not, and padding."""
+    if cache_dtype == E4M3 and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("Triton reads e4m3 from compute capability 8.9 on")
+    rng = np.random.default_rng(head_dim)
     scales = {} if cache_dtype is None else {"k_scale": 0.5, "v_scale": 1.5}
     case = decode_case(
-        np.random.default_rng(head_dim),
-        seq_lens=[1, 700, 64, 333, 0],
-        head_dim=head_dim,
-        dtype=dtype,
-        cache_dtype=cache_dtype,
-        layout="joint",
-        **scales,
-    )
-    assert_decode_agrees(case, splits)
-
-
-@pytest.mark.parametrize("kind", ["plain", "window", "softcap", "alibi", "sinks"])
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 16])
-def test_decode_options_and_groups(group, kind):
-    rng = np.random.default_rng(group)
-    how = options(rng, 2 * group, kind)
-    case = decode_case(
-        rng, seq_lens=[150, 601], group=group, page=32, regions=8, dtype=torch.bfloat16, layout="hnd", **how
-    )
-    assert_decode_agrees(case, 1)
-    assert_decode_agrees(case, 3)
-
-
-@pytest.mark.parametrize("splits", [1, 32])
-def test_a_context_of_128k(splits):
-    case = decode_case(np.random.default_rng(0), seq_lens=[131_072, 17], kv_heads=1, dtype=torch.bfloat16, unprobed=0.0)
-    case.n_rows[:] = 9
-    assert_decode_agrees(case, splits)
-
-
-@pytest.mark.parametrize("splits", [1, 4])
-def test_rows_that_are_not_probed_are_as_without_masses(splits):
-    case = decode_case(np.random.default_rng(1), seq_lens=[500, 100], dtype=torch.bfloat16)
-    case.row_slot[:] = -1
-    plain, *_ = decode(case, splits, with_mass=False)
-    probed, mass, _ = decode(case, splits)
-    assert torch.equal(plain, probed)
-    assert torch.isnan(mass).all()
-
-
-@pytest.mark.parametrize("prompt_region", [None, 0])
-@pytest.mark.parametrize("kind", ["plain", "window", "softcap", "alibi", "sinks"])
-@pytest.mark.parametrize("types", TYPES, ids=str)
-def test_lse_and_span_mass_agree_with_the_oracle(types, kind, prompt_region):
-    from headrift_kernels.triton.query_lse import query_lse
-    from headrift_kernels.triton.span_mass import span_mass
-
-    dtype, cache_dtype = types
-    skip_unsupported(cache_dtype)
-    rng = np.random.default_rng(2)
-    scale = {} if cache_dtype is None else {"k_scale": 0.5}
-    case = span_case(
-        rng, seq_lens=[300, 40, 7], steps=20, dtype=dtype, cache_dtype=cache_dtype, **scale, **options(rng, 6, kind)
-    )
-    if prompt_region is not None:
-        case.bounds[:, 0, 0], case.bounds[:, 0, 1] = 0, case.prompt_len
-    device = on_device(case)
-    mass = device.empty_mass()
-    k_scale = torch.tensor([case.k_scale], device="cuda") if cache_dtype is not None else None
-    span_mass(mass, 1, *device.batch, prompt_region=prompt_region, k_scale=k_scale, **device.how)
-    torch.testing.assert_close(mass.cpu().double(), case.expected(1), rtol=0, atol=MASS_TOLERANCE, equal_nan=True)
-    device.lse, mass = torch.full_like(device.lse, torch.nan), device.empty_mass()
-    query_lse(device.lse, *device.lse_batch, k_scale=k_scale, **device.how)
-    lse = device.lse.cpu().double()
-    torch.testing.assert_close(lse, case.expected_lse(), rtol=0, atol=LSE_TOLERANCE, equal_nan=True)
-    span_mass(mass, 1, *device.batch, prompt_region=prompt_region, k_scale=k_scale, **device.how)
-    tolerance = MASS_TOLERANCE + LSE_TOLERANCE
-    torch.testing.assert_close(mass.cpu().double(), case.expected(1), rtol=0, atol=tolerance, equal_nan=True)
-
-
-@pytest.mark.parametrize("types", TYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
-def test_lse_of_a_chunk_that_ends_a_long_prompt(head_dim, types):
-    from headrift_kernels.triton.query_lse import query_lse
-
-    dtype, cache_dtype = types
-    skip_unsupported(cache_dtype)
-    scale = {} if cache_dtype is None else {"k_scale": 0.5}
-    case = span_case(
-        np.random.default_rng(head_dim),
-        seq_lens=[3000, 700],
-        query_lens=[64, 700],
+        rng,
+        seq_lens=[1, 8200, 64, 700, 1300, 600, 300, 0],
+        query_lens=[1, 1, 1, 1, 1300, 40, 64, 0],
+        steps=20,
+        group=group,
         head_dim=head_dim,
         dtype=dtype,
         cache_dtype=cache_dtype,
         layout="joint",
         unprobed=0.0,
-        **scale,
+        **scales,
+        **options(rng, 2 * group, kind),
     )
-    case.prompt_len[case.row_slot.long()], case.n_rows[:] = case.seq_lens, 5
+    slot = case.row_slot.long()
+    case.prompt_len[slot[4:7]] = torch.tensor([1285, 600, 400], dtype=torch.int32)
+    case.n_rows[slot[:6]] = 20
+    case.row_slot[2] = -1
+    assert_decode_agrees(case, splits)
     device = on_device(case)
-    k_scale = torch.tensor([case.k_scale], device="cuda") if cache_dtype is not None else None
-    lse = torch.full_like(device.lse, torch.nan)
-    query_lse(lse, *device.lse_batch, k_scale=k_scale, **device.how)
-    torch.testing.assert_close(lse.cpu().double(), case.expected_lse(), rtol=0, atol=LSE_TOLERANCE, equal_nan=True)
+    mass, entropy = device.empty_mass(), device.empty_entropy()
+    call_replay(device, mass, entropy, splits, 20)
+    expected = expected_replay(case)
+    assert torch.isfinite(expected.mass[slot[4], :15, 1]).all()
+    assert_recorded(mass, entropy, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("vocab", [2, 2049, 151_936])
+@pytest.mark.parametrize(("dtype", "splits"), [(FP32, 1), (BF16, 4)])
+def test_decode_rows_alone_agree_with_the_oracle(dtype, splits):
+    """One query a row, without query_start_loc; a row of no keys gives zeros."""
+    case = decode_case(
+        np.random.default_rng(3), seq_lens=[1, 2050, 64, 333, 0], page=32, regions=8, dtype=dtype, layout="hnd"
+    )
+    assert_decode_agrees(case, splits)
+
+
+def test_a_context_of_128k():
+    case = decode_case(np.random.default_rng(0), seq_lens=[131_072, 17], kv_heads=1, dtype=BF16, unprobed=0.0)
+    case.n_rows[:] = 9
+    assert_decode_agrees(case, 32)
+
+
+def test_rows_that_are_not_probed_are_as_without_masses():
+    case = decode_case(np.random.default_rng(1), seq_lens=[1500, 100], dtype=BF16)
+    case.row_slot[:] = -1
+    plain, *_ = decode(case, 4, with_mass=False)
+    probed, mass, _ = decode(case, 4)
+    # two compilations, whose sums may be rounded in another order: one last place of bfloat16 at |output| up to 4
+    torch.testing.assert_close(plain, probed, rtol=0, atol=2**-6)
+    assert torch.isnan(mass).all()
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("vocab", [2, 151_936])
 def test_logit_statistics_agree_with_the_oracle(vocab, dtype):
     from headrift_kernels.triton.logit_stats import logit_statistics
 
@@ -193,65 +185,40 @@ def test_logit_statistics_agree_with_the_oracle(vocab, dtype):
     assert torch.isnan(stats[1]).all()
 
 
-def test_a_cuda_graph_replays_the_lse_and_masses_of_new_positions():
-    """The grid is of what the host knows: a captured call follows the rows that are measured as they change."""
-    from headrift_kernels.triton.query_lse import query_lse
-    from headrift_kernels.triton.span_mass import span_mass
-
-    case = span_case(np.random.default_rng(6), seq_lens=[120, 203], query_lens=[40, 60], unprobed=0.0, poison=False)
-    case.n_rows[:] = 5
-    device = on_device(case)
-    mass = device.empty_mass()
-
-    def call():
-        query_lse(device.lse, *device.lse_batch, max_query_len=60, **device.how)
-        span_mass(mass, 1, *device.batch, max_query_len=60, **device.how)
-
-    call()  # compiles
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    case.seq_lens -= 1
-    case.row_slot[:] = case.row_slot.flip(0).clone()
-    case.prompt_len[case.row_slot.long()] = case.seq_lens - 2
-    for name in ("seq_lens", "row_slot", "prompt_len"):
-        getattr(device, name).copy_(getattr(case, name))
-    for buffer in (mass, device.lse):
-        buffer.fill_(torch.nan)
-    graph.replay()
-    torch.cuda.synchronize()
-    tolerance = MASS_TOLERANCE + LSE_TOLERANCE
-    torch.testing.assert_close(mass.cpu().double(), case.expected(1), rtol=0, atol=tolerance, equal_nan=True)
-    torch.testing.assert_close(
-        device.lse.cpu().double(), case.expected_lse(), rtol=0, atol=LSE_TOLERANCE, equal_nan=True
-    )
-
-
 def test_a_cuda_graph_replays_the_masses_of_new_positions():
-    """Nothing is read on the host: a captured call follows seq_lens, slots and bounds as they change."""
-    from headrift_kernels.triton.decode_mass import decode_mass
-
-    case = decode_case(np.random.default_rng(4), seq_lens=[100, 203], dtype=torch.bfloat16, unprobed=0.0, poison=False)
+    """Nothing is read on the host: captured calls follow lengths, slots, positions and bounds as they change."""
+    lens = {"seq_lens": [700, 203, 120], "query_lens": [1, 60, 1]}
+    case = decode_case(np.random.default_rng(6), **lens, dtype=BF16, unprobed=0.0, poison=False)
     case.n_rows[:] = 5
     device = on_device(case)
-    output, mass = torch.empty_like(device.query), device.empty_mass()
+    output, mass, entropy = torch.empty_like(device.query), device.empty_mass(), device.empty_entropy()
 
     def call():
-        decode_mass(output, mass, 1, *device.batch, **device.how)
+        call_decode(device, output, mass, entropy, 2)
+        call_replay(device, mass, entropy, 2, 5)
 
     call()  # compiles
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
     case.seq_lens -= 1
     case.row_slot[:] = case.row_slot.flip(0).clone()
-    case.prompt_len[case.row_slot.long()] = case.seq_lens - 2
+    case.prompt_len[case.row_slot.long()] = case.seq_lens - 3
     case.bounds[:, 0] = torch.tensor([3, 60])
     for name in ("seq_lens", "row_slot", "prompt_len", "bounds"):
         getattr(device, name).copy_(getattr(case, name))
-    mass.fill_(torch.nan)
+    for buffer in (output, mass, entropy):
+        buffer.fill_(torch.nan)
     graph.replay()
     torch.cuda.synchronize()
-    expected = reference.decode_mass(case.empty_mass(), 1, *case.batch, **case.how)
-    torch.testing.assert_close(mass.cpu().double(), expected.mass, rtol=0, atol=MASS_TOLERANCE, equal_nan=True)
-    torch.testing.assert_close(output.cpu().double(), expected.output, rtol=0, atol=4e-2)
+    decoded, replayed = expected_decode(case), expected_replay(case)
+    both = reference.Recorded(
+        torch.where(decoded.mass.isnan(), replayed.mass, decoded.mass),
+        torch.where(decoded.entropy.isnan(), replayed.entropy, decoded.entropy),
+    )
+    assert torch.isfinite(both.mass[case.row_slot[1], :4, 1]).all()
+    assert_recorded(mass, entropy, both)
+    torch.testing.assert_close(
+        output.cpu().double(), decoded.output, rtol=0, atol=OUTPUT_TOLERANCE[BF16], equal_nan=True
+    )

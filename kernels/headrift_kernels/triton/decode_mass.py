@@ -10,14 +10,20 @@ import torch
 from headrift_kernels.triton.common import next_power_of_2
 from headrift_kernels.triton.decode_kernels import combine_kernel, decode_kernel
 
+# The fewest keys of a split. Those of a 16-bit KV head of 128 are 262 kB of K and V; the parts of 4 heads are 2 kB.
+CHUNK = 512
+# Programs a multiprocessor up to which a launch is divided, though most of them return at once: see `splits_for`.
+MOST_PROGRAMS = 128
+
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a decode kernel is launched."""
+    """How a kernel is launched: keys per tile, warps, stages, and the fewest keys of a split."""
 
     block_n: int
     num_warps: int
     num_stages: int
+    chunk: int = CHUNK
 
 
 @functools.cache
@@ -62,14 +68,26 @@ class SplitScratch:
 
 
 def splits_for(rows: int, kv_heads: int, longest: int, processors: int, most: int = 32) -> int:
-    """Splits per row that give every multiprocessor about two programs, and no split fewer than 256 keys.
+    """Return how many splits the longest row of a batch needs.
 
-    A power of two, at most `most`: each number of splits is a kernel of its own, compiled when it is first met.
+    As many as it has chunks: the batch's shorter rows then use one split each and return at once in the others, while
+    no program serves more than a chunk of the long one. A program that returns at once must be launched all the same,
+    so there are at most 128 for each multiprocessor, some 16,000 on a large GPU: a batch of many rows gets fewer
+    splits, but never under 4 if the longest row has as many chunks. A multiprocessor holds a few programs at a time, so
+    128 for each leave none idle.
+
+    Args:
+        rows: of the batch.
+        longest: keys of its longest row, or of the model's longest if the host does not know it.
+        processors: multiprocessors of the GPU.
+        most: limit of the result.
+
+    Returns:
+        A power of two: each number of splits is a kernel of its own, compiled when it is first met.
     """
-    wanted = next_power_of_2(-(-2 * processors // max(rows * kv_heads, 1)))
-    while wanted > 1 and wanted > min(longest // 256, most):
-        wanted //= 2
-    return wanted
+    chunks = next_power_of_2(max(-(-longest // CHUNK), 1))
+    affordable = MOST_PROGRAMS * processors // max(rows * kv_heads, 1)
+    return min(chunks, most, max(4, 1 << max(affordable, 1).bit_length() - 1))
 
 
 def decode_mass(
@@ -86,6 +104,7 @@ def decode_mass(
     n_rows: torch.Tensor | None = None,
     bounds: torch.Tensor | None = None,
     *,
+    query_start_loc: torch.Tensor | None = None,
     scale: float,
     window: int | None = None,
     softcap: float = 0.0,
@@ -97,21 +116,43 @@ def decode_mass(
     scratch: SplitScratch | None = None,
     tiles: Tiles | None = None,
 ) -> None:
-    """Attention output of one query per row, and the masses of the rows that are probed, in place.
+    """Write the attention output of one query per row, and the masses of the rows that are probed, in place.
 
-    output, query: [rows, heads, head_dim], any strides but a last one of 1. mass: [slots, steps, layers, heads,
-    regions] float32, contiguous (None: plain attention, without row_slot, prompt_len, n_rows and bounds). key_cache,
-    value_cache: [blocks, page, kv_heads, head_dim] in the query's type or an fp8, any strides but a last one of 1.
-    block_table: [rows, pages] and seq_lens: [rows] int32, this step's token included; a row of length 0 gives zeros.
-    row_slot: [rows] int32, -1 where the row is not probed. prompt_len, n_rows: [slots] int32. bounds: [slots,
-    regions, 2] int32, half open key positions. The step is seq_len - prompt_len; outside 0..min(n_rows, steps)-1
-    nothing is written. window: a query attends the keys at distance < window (None: all). softcap: 0 for none.
-    alibi_slopes, sinks: [heads] float32. k_scale, v_scale: [1] float32, of fp8 caches. entropy: [slots, steps,
-    layers, heads] float32, attention entropy in nats over the keys, where wanted. scratch: splits each row's keys
-    among several programs. Nothing is read on the host, and the grid depends on shapes alone: a CUDA graph may hold the
-    call. ValueError: `scratch` is for fewer rows or regions.
+    With `query_start_loc` a batch may mix decode rows and prefill chunks. The query of a row is then its last token.
+    A row of one token is attended. Of a row of several tokens only the masses and the entropy are written, and only if
+    its last token is at a recorded step: its output is another kernel's and is left as it is. A row of no tokens is
+    skipped. Nothing is read on the host, and the grid depends on shapes alone: a CUDA graph may hold the call.
+
+    Args:
+        output: [rows or tokens, heads, head_dim], any strides but a last one of 1.
+        mass: [slots, steps, layers, heads, regions] float32, contiguous. None: plain attention, without row_slot,
+            prompt_len, n_rows, bounds and entropy.
+        layer: index in `mass`.
+        query: as output.
+        key_cache: [blocks, page, kv_heads, head_dim] in the query's type or an fp8, any strides but a last one of 1.
+        value_cache: as key_cache.
+        block_table: [rows, pages] int32.
+        seq_lens: [rows] int32, this step's tokens included; without query_start_loc a row of length 0 gives zeros.
+        row_slot: [rows] int32, -1 if the row is not probed.
+        prompt_len: [slots] int32. The step of a row's query is seq_len - prompt_len.
+        n_rows: [slots] int32. Steps outside 0..min(n_rows, steps)-1 are not written.
+        bounds: [slots, regions, 2] int32, half-open key positions.
+        query_start_loc: [rows + 1] int32, the first token of each row. None: one query a row.
+        window: a query attends the keys at distance < window (None: all).
+        softcap: 0 for none.
+        alibi_slopes: [heads] float32.
+        sinks: [heads] float32 logits.
+        k_scale: [1] float32, of an fp8 cache.
+        v_scale: as k_scale.
+        entropy: [slots, steps, layers, heads] float32, attention entropy in nats over the keys.
+        scratch: splits each row's keys among several programs.
+        tiles: how the kernel is launched (default: `tiles_for`).
+
+    Raises:
+        ValueError: `scratch` is for fewer rows or regions.
     """
-    rows, heads, head_dim = query.shape
+    rows = query.shape[0] if query_start_loc is None else seq_lens.shape[0]
+    heads, head_dim = query.shape[1:]
     page, kv_heads = key_cache.shape[1], key_cache.shape[2]
     if rows == 0:
         return
@@ -133,9 +174,11 @@ def decode_mass(
         "BLOCK_D": max(16, next_power_of_2(head_dim)),
         "BLOCK_N": tiles.block_n,
         "SPLITS": splits,
+        "CHUNK": max(tiles.chunk, tiles.block_n),
         "REGIONS": regions,
         "WIDTH": next_power_of_2(regions),
         "MASS": mass is not None,
+        "LAST_TOKENS": query_start_loc is not None,
         "ENTROPY": mass is not None and entropy is not None,
         "WINDOW": window is not None,
         "SINKS": sinks is not None,
@@ -151,6 +194,7 @@ def decode_mass(
         key_cache,
         value_cache,
         block_table,
+        query_start_loc,
         seq_lens,
         row_slot,
         prompt_len,
@@ -186,6 +230,7 @@ def decode_mass(
             mass,
             entropy,
             *parts,
+            query_start_loc,
             seq_lens,
             row_slot,
             prompt_len,

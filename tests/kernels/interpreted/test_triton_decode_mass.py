@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 
 from headrift_kernels import reference
 from headrift_kernels.cases import decode_case
-from headrift_kernels.triton.decode_mass import SplitScratch, Tiles, decode_mass, splits_for
+from headrift_kernels.triton.decode_mass import (
+    CHUNK,
+    MOST_PROGRAMS,
+    SplitScratch,
+    Tiles,
+    decode_mass,
+    splits_for,
+)
 
 # Masses come of float32 scores whatever the type: a dot product of exact products, and sums of up to a few thousand
 # terms. Outputs of 16-bit types carry the rounding of the probabilities and of the output itself, at |v| up to 4.
@@ -31,11 +38,12 @@ def guarded(shape, dtype=torch.float32, fill=torch.nan):
     return inner, untouched
 
 
-def run(case, *, splits=1, block_n=32, with_mass=True, with_entropy=True):
-    """Output, masses and entropies as a call leaves them; fails where it wrote outside of its tensors."""
-    rows, heads, head_dim = case.query.shape
+def run(case, *, splits=1, block_n=32, chunk=0, with_mass=True, with_entropy=True):
+    """Output, masses and entropies as a call leaves them; fails if it wrote outside of its tensors."""
+    tokens, heads, head_dim = case.query.shape
+    rows = len(case.seq_lens)
     # the output's rows lie further apart than they are long: what is between must stay
-    wide, output_untouched = guarded((rows, heads + 1, head_dim), case.query.dtype, fill=GUARD)
+    wide, output_untouched = guarded((tokens, heads + 1, head_dim), case.query.dtype, fill=GUARD)
     output = wide[:, :heads]
     mass, mass_untouched = guarded(case.mass_shape())
     entropy, entropy_untouched = guarded(case.mass_shape()[:4])
@@ -52,7 +60,8 @@ def run(case, *, splits=1, block_n=32, with_mass=True, with_entropy=True):
         *case.batch,
         entropy=entropy if with_entropy else None,
         scratch=scratch,
-        tiles=Tiles(block_n, 4, 2),
+        query_start_loc=case.query_start_loc,
+        tiles=Tiles(block_n, 4, 2, chunk),
         **how,
     )
     assert output_untouched()
@@ -64,9 +73,12 @@ def run(case, *, splits=1, block_n=32, with_mass=True, with_entropy=True):
 
 def assert_agrees(case, **options):
     output, mass, entropy = run(case, **options)
-    expected = reference.decode_mass(case.empty_mass(), 1, *case.batch, **case.how)
+    expected = reference.decode_mass(
+        case.empty_mass(), 1, *case.batch, query_start_loc=case.query_start_loc, **case.how
+    )
     tolerance = OUTPUT_TOLERANCE[case.query.dtype] * max(1.0, case.how.get("v_scale", 1.0))
-    torch.testing.assert_close(output.double(), expected.output, rtol=0, atol=tolerance)
+    kept = expected.output.nan_to_num(GUARD)  # the tokens that another kernel attends for
+    torch.testing.assert_close(output.double(), kept, rtol=0, atol=tolerance)
     torch.testing.assert_close(mass.double(), expected.mass, rtol=0, atol=MASS_TOLERANCE, equal_nan=True)
     torch.testing.assert_close(entropy.double(), expected.entropy, rtol=0, atol=ENTROPY_TOLERANCE, equal_nan=True)
     return output, mass
@@ -97,10 +109,14 @@ SHAPES = {
     "with_sinks": st.booleans(),
     "splits": st.sampled_from([1, 1, 2, 3, 8]),
     "block_n": st.sampled_from([16, 32, 64, 128]),
+    "chunk": st.sampled_from([0, 64]),
+    "mixed": st.booleans(),
 }
 
 
-def check_shapes(seed, types, kv_heads, group, with_alibi, with_sinks, splits, block_n, **shape):
+def check_shapes(
+    seed, types, kv_heads, group, with_alibi, with_sinks, splits, block_n, chunk, mixed, seq_lens, **shape
+):
     rng = np.random.default_rng(seed)
     dtype, cache_dtype = types
     heads = kv_heads * group
@@ -110,8 +126,11 @@ def check_shapes(seed, types, kv_heads, group, with_alibi, with_sinks, splits, b
     }
     if cache_dtype is not None:
         how |= {"k_scale": 0.5, "v_scale": 1.5}
-    case = decode_case(rng, kv_heads=kv_heads, group=group, dtype=dtype, cache_dtype=cache_dtype, **shape, **how)
-    assert_agrees(case, splits=splits, block_n=block_n)
+    if mixed:  # decode rows, prefill chunks and padding
+        shape["query_lens"] = [min(n, rng.choice([0, 1, 1, 2, 9, n])) for n in seq_lens]
+    types = {"dtype": dtype, "cache_dtype": cache_dtype}
+    case = decode_case(rng, seq_lens=seq_lens, kv_heads=kv_heads, group=group, **types, **shape, **how)
+    assert_agrees(case, splits=splits, block_n=block_n, chunk=chunk)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -233,11 +252,51 @@ def test_scratch_for_a_smaller_batch_is_refused(chat, rows, regions):
         decode_mass(torch.empty_like(chat.query), chat.empty_mass(), 1, *chat.batch, scratch=small, **chat.how)
 
 
-@given(st.integers(1, 512), st.sampled_from([1, 3, 8, 32]), st.integers(1, 200_000), st.integers(1, 200))
-def test_splits_fill_the_processors_and_are_not_too_short(rows, kv_heads, longest, processors):
+@pytest.fixture
+def mixed():
+    """A decode row, four prefill chunks (measured; past its last step; not probed; mid-prompt) and two padding rows."""
+    seq_lens, query_lens = [130, 150, 90, 100, 70, 0, 0], [1, 40, 90, 30, 70, 0, 0]
+    case = decode_case(np.random.default_rng(7), seq_lens=seq_lens, query_lens=query_lens, unprobed=0.0)
+    case.row_slot[:] = torch.tensor([0, 1, 2, -1, 3, 4, -1])
+    case.prompt_len[:5] = torch.tensor([128, 150, 84, 500, 0])
+    case.n_rows[:] = 5
+    return case
+
+
+@pytest.mark.parametrize(("splits", "window"), [(1, None), (4, None), (4, 50)])
+def test_a_mixed_batch_attends_decode_rows_and_measures_last_tokens(mixed, splits, window):
+    mixed.how["window"] = window
+    output, mass = assert_agrees(mixed, splits=splits)
+    assert (output[1:] == GUARD).all()  # the outputs of prefill rows are another kernel's
+    assert (output[0] != GUARD).all()
+    written = {tuple(cell) for cell in (~torch.isnan(mass[:, :, 1, 0, 0])).nonzero().tolist()}
+    assert written == {(0, 2), (1, 0)}
+    plain, *_ = run(mixed, splits=splits, with_mass=False)
+    assert torch.equal(plain, output)
+
+
+def test_a_long_row_among_short_ones_uses_its_splits_and_they_one():
+    """Parts are written for the long row alone; with chunks of 64 keys, 1,000 keys take 8 splits of 128."""
+    case = decode_case(np.random.default_rng(2), seq_lens=[64, 1000, 33, 64], kv_heads=1, unprobed=0.0)
+    case.n_rows[:] = 9
+    assert_agrees(case, splits=8, chunk=64)
+    scratch = SplitScratch.allocate(4, 3, 64, 3, 8, "cpu")
+    for part in (scratch.acc, scratch.stat, scratch.mass):
+        part.fill_(torch.nan)
+    how = {**case.how, "scratch": scratch, "tiles": Tiles(32, 4, 2, 64)}
+    decode_mass(torch.empty_like(case.query), case.empty_mass(), 1, *case.batch, **how)
+    assert torch.isfinite(scratch.acc[1]).all()
+    assert torch.isnan(scratch.acc[[0, 2, 3]]).all()
+
+
+@given(st.integers(1, 1024), st.sampled_from([1, 3, 8, 32]), st.integers(1, 200_000), st.integers(1, 200))
+def test_splits_are_as_many_as_the_longest_row_has_chunks_within_reason(rows, kv_heads, longest, processors):
     splits = splits_for(rows, kv_heads, longest, processors)
     assert splits in (1, 2, 4, 8, 16, 32)
-    assert splits == 1 or longest // splits >= 256
+    chunks = -(-longest // CHUNK)
+    assert splits < 2 * chunks
     programs = rows * kv_heads * splits
-    assert splits == 1 or programs < 4 * processors
-    assert programs >= 2 * processors or splits == 32 or longest // (2 * splits) < 256
+    assert splits <= 4 or programs <= MOST_PROGRAMS * processors
+    # not one more would help, or be cheap
+    assert splits >= min(chunks, 32) or 2 * programs > MOST_PROGRAMS * processors
+    assert splits >= min(chunks, 4)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from headrift_kernels.traffic import KV, chat, decode_traffic, failures, measure_lse, measure_span
+from headrift_kernels.traffic import KV, chat, decode_traffic, failures, measure_replay
 
 
 @pytest.mark.parametrize("splits", [1, 2])
@@ -21,10 +21,10 @@ def test_masses_move_no_key_and_hardly_a_byte(splits):
     assert unprobed.total("mass", "bounds", "prompt_len", "n_rows") == 0
 
 
-def test_lse_and_span_mass_read_the_needed_keys_once_and_little_besides():
-    span, lse = measure_span(), measure_lse()
-    assert failures([], span, lse) == []
-    for moved in (*span, lse):
+def test_a_replay_reads_each_key_once_and_little_besides():
+    replay = measure_replay()
+    assert failures([], replay) == []
+    for moved in replay:
         assert moved["most_reads_of_a_key"] == 1
         assert sum(moved["other_bytes"].values()) < 0.2 * moved["needed_key_bytes"]
 
