@@ -8,6 +8,10 @@ ARGS ?=
 # Test processes. Engines use every core by themselves, so more gain little. Which has which tests: tests/conftest.py.
 AT_ONCE ?= 2
 DISTRIBUTED := -n $(AT_ONCE) --dist loadfile --no-loadscope-reorder
+# What takes a processor with AVX-512 for one with AVX2: torch's kernels, oneDNN's, MKL's, numba's; vLLM's, by tests/avx2.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 NUMBA_CPU_NAME=haswell \
+  NUMBA_CPU_FEATURES=+avx,+avx2,+fma,+bmi,+bmi2,+f16c,+lzcnt,+movbe,+popcnt,+sse4.1,+sse4.2 \
+  PYTHONPATH=$(CURDIR)/tests/avx2$${PYTHONPATH:+:$$PYTHONPATH}
 # A Python with headrift[gpu]: `make setup` installs vLLM for CPUs.
 GPU_PYTHON ?= $(BIN)/python
 # Those that measure; the other two write tables of what was measured.
@@ -29,12 +33,12 @@ export DO_NOT_TRACK := 1
 export GOMP_SPINCOUNT := 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow lint format bench bench-full gpu-check docs docs-serve lock clean
+.PHONY: help setup run test test-avx2 test-nightly test-slow lint format bench bench-full gpu-check docs docs-serve lock clean
 
 help: ## Show this list
 	@echo "headrift scores prompts for inter-head attention instability inside vLLM."
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "run, test, lint and bench do the set-up first where it has not been done (once: about 4 minutes, 4 GB)."
 	@echo "make test ARGS='-k window' passes options on to pytest; PYTHON=... names the Python to set up with."
@@ -62,7 +66,14 @@ run: setup ## Score two prompt sets with the demonstration model, each into a ne
 test: setup ## Run the tests that need no GPU and little time
 	$(BIN)/pytest $(DISTRIBUTED) $(ARGS)
 
-test-slow: setup ## Run the slow tests too
+test-avx2: setup ## Run the same tests as on a processor without AVX-512
+	$(AVX2) $(BIN)/pytest $(DISTRIBUTED) $(ARGS)
+
+test-nightly: setup ## Run the tests that take minutes, and those of `make test` as test-avx2 does
+	$(BIN)/pytest $(DISTRIBUTED) -m "nightly and not gpu" $(ARGS)
+	$(MAKE) test-avx2
+
+test-slow: setup ## Run all tests that need no GPU: those of `make test`, nightly and slow ones
 	$(BIN)/pytest $(DISTRIBUTED) -m "not gpu" $(ARGS)
 
 lint: setup ## Check style, types and which module may import which

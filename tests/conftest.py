@@ -35,6 +35,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
+def assert_within_units() -> Callable[..., None]:
+    """Asserts that two tensors differ by so many units of their type's precision at most, of the largest number there.
+
+    For sums of products in another order: what they are off by is a multiple of eps times the terms, whatever is left
+    of their sum. How often they round depends on the processor's vectors, so a bound on what is left would be fitted to
+    one processor.
+    """
+
+    def check(found, expected, units: float) -> None:
+        import torch
+
+        atol = units * torch.finfo(found.dtype).eps * float(expected.abs().max())
+        torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+    return check
+
+
+@pytest.fixture(scope="session")
 def demo_model() -> Path:
     folder = ROOT / "models" / "smollm2-135m-instruct"
     if not (folder / "model.safetensors").exists():

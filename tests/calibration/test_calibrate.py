@@ -39,6 +39,7 @@ def times_exceeded(make, runs: int) -> int:
     return sum(realised_fpr(make, calibrated(make, seed)) > 0.05 for seed in range(runs))
 
 
+@pytest.mark.nightly
 def test_the_bound_on_the_false_positive_rate_holds_though_windows_were_searched(make):
     # At most 5 of 100 are expected; more than 11 would come by chance in 1 of 200 such tests, and the seeds are fixed.
     assert times_exceeded(make, 100) <= 11
@@ -66,6 +67,7 @@ def held_out_on_noise(make, seeds):
     return contained, np.array(naive)
 
 
+@pytest.mark.nightly
 def test_noise_gives_half_out_of_sample(make):
     contained, naive = held_out_on_noise(make, range(20))
     assert contained >= 17  # 19 are expected, and fewer than 17 come by chance in 1 of 60; the seeds are fixed
@@ -114,6 +116,7 @@ def test_of_about_equal_windows_the_largest_does_better_than_the_best(make, monk
     assert by_rule > held() + 0.01
 
 
+@pytest.mark.nightly
 def test_the_target_holds_with_the_contamination_that_is_allowed_for(make):
     """2 of 100 prompts of a log are attacks. Whether they score high (the threshold is too strict) or low."""
     for effect in (0.5, -0.2):

@@ -117,6 +117,7 @@ def test_what_is_missing_and_how_to_get_it(monkeypatch, versions, says):
     assert any(line.startswith(says) for line in lines), lines
 
 
+@pytest.mark.nightly
 def test_models_are_asked_of_vllm_without_loading_them(tmp_path):
     """The demonstration model, one that cannot be measured and one that nobody knows: one process for the three."""
     if not (MODEL / "config.json").is_file():

@@ -53,6 +53,7 @@ def selftest(model: Path, out: Path, *options: str) -> subprocess.CompletedProce
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
 
 
+@pytest.mark.nightly
 def test_every_check_passes_on_a_sound_engine(model, tmp_path):
     done = selftest(model, tmp_path / "out.json")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -69,7 +69,7 @@ def test_rows_are_those_of_eager_attention_and_the_model_is_as_before(kind, rand
         found = hooks.run(model.base_model, ids, queries, frozenset({0, 2}), states=True, content=True)
         assert set(found.rows) == {0, 2}
         for layer, rows in found.rows.items():
-            # Two float32 computations of the same rows: some 1e-7 relative in q and k, of scores of up to about 10.
+            # Probabilities of two float32 computations: some 1e-7 relative in q and k, of scores of up to about 10.
             torch.testing.assert_close(rows, expected.attentions[layer][0][:, queries], rtol=0, atol=1e-5)
             assert rows.sum(-1).allclose(torch.ones(()), atol=1e-5)
         tokens = torch.tensor([ids])
@@ -83,7 +83,7 @@ def test_rows_are_those_of_eager_attention_and_the_model_is_as_before(kind, rand
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_prompts_in_one_pass_are_as_each_alone(kind, random_models, make_pair):
+def test_prompts_in_one_pass_are_as_each_alone(kind, random_models, make_pair, assert_within_units):
     model = ours(random_models[kind])
     prompts = [long_pair(make_pair).wrapped_ids, make_pair(1).clean_ids, make_pair(2).wrapped_ids]
     assert len({len(ids) for ids in prompts}) == 3
@@ -93,8 +93,9 @@ def test_prompts_in_one_pass_are_as_each_alone(kind, random_models, make_pair):
         for found, ids, of in zip(together, prompts, queries, strict=True):
             alone = hooks.run(model.base_model, ids, of, frozenset({0, 1}), states=True, content=True)
             assert found.last.shape == (len(ids), model.config.hidden_size)
-            # The same sums in another order, by matrix products of another height: some 1e-7 of values about 1.
-            torch.testing.assert_close(found.last, alone.last, rtol=0, atol=1e-5)
+            # The same sums in another order, by matrix products of another height. Each is off by some units, and the
+            # layers add up theirs: up to 20 units on processors with AVX2 or AVX-512.
+            assert_within_units(found.last, alone.last, 64)
             for mine, theirs in (
                 (found.rows, alone.rows),
                 (found.states, alone.states),
@@ -102,7 +103,7 @@ def test_prompts_in_one_pass_are_as_each_alone(kind, random_models, make_pair):
             ):
                 assert set(mine) == set(theirs) == {0, 1}
                 for layer in mine:
-                    torch.testing.assert_close(mine[layer], theirs[layer], rtol=0, atol=1e-5)
+                    assert_within_units(mine[layer], theirs[layer], 64)
 
 
 def test_which_prompts_run_together():
@@ -121,13 +122,13 @@ def test_keep_is_the_divergence_of_what_was_from_what_is():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_content_is_what_the_rows_gather(kind, random_models, make_pair):
+def test_content_is_what_the_rows_gather(kind, random_models, make_pair, assert_within_units):
     pair, model, seen = make_pair(1), ours(random_models[kind]), []
     model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad():
         found = hooks.run(model.base_model, pair.wrapped_ids, [4, 20], frozenset({1}), content=True)
     heads = seen[0][0, [4, 20]].unflatten(-1, (model.config.num_attention_heads, -1)).transpose(0, 1)
-    torch.testing.assert_close(found.contents[1], heads, rtol=0, atol=1e-5)
+    assert_within_units(found.contents[1], heads, 64)  # sums of some 30 products in another order, as above
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -234,7 +234,7 @@ def test_a_process_that_stops_in_the_middle_of_an_answer_is_given_up(straw, tmp_
     child.close()
 
 
-@pytest.mark.parametrize("how", ["HANG", "STOP"])
+@pytest.mark.parametrize("how", [pytest.param("HANG", marks=pytest.mark.nightly), "STOP"])
 def test_a_row_on_which_the_engine_hangs_is_rejected_and_the_others_scored(how, straw, straw_model, tmp_path):
     lines = [f"prompt {n}" for n in range(12)]
     lines[7] = f"{how} here"

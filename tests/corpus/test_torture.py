@@ -116,7 +116,7 @@ def drawn_seed() -> int:
     return seed
 
 
-@pytest.mark.parametrize("time_of_three", range(3))
+@pytest.mark.parametrize("time_of_three", [0, *(pytest.param(n, marks=pytest.mark.nightly) for n in (1, 2))])
 def test_five_random_interruptions_and_the_results_are_the_undisturbed_runs(
     undisturbed, tmp_path, straw_model, time_of_three
 ):
@@ -259,6 +259,7 @@ def assert_alike(folder: Path, log: list[str]) -> None:
     assert counts(folder / "out") == counts(folder / "whole")
 
 
+@pytest.mark.nightly
 def test_five_random_interruptions_of_the_real_engine(tmp_path, straw, tiny_model):
     chosen = random.Random(drawn_seed())
     rows = [{"prompt": f"Tell me of number {n % 300}, {'please ' * (n % 9)}", "id": f"r{n}"} for n in range(400)]

@@ -238,11 +238,13 @@ def newcomer(tmp_path_factory, tiny_model, shown) -> Newcomer:
     return found
 
 
+@pytest.mark.nightly
 def test_the_readmes_first_command_scores(newcomer):
     assert re.search(r"scored +196", newcomer.scored)
     assert (newcomer.folder / "run/scores.png").is_file()
 
 
+@pytest.mark.nightly
 def test_scoring_contacts_nobody(newcomer):
     lines = (newcomer.folder / "watched").read_text().splitlines()
     assert {line for line in lines if line.startswith("import ")} == {
@@ -251,20 +253,24 @@ def test_scoring_contacts_nobody(newcomer):
     assert {line for line in lines if line.startswith("socket.") and line.split(" ")[1] not in HERE} == set()
 
 
+@pytest.mark.nightly
 def test_the_readmes_explain_shows_a_row(newcomer):
     assert "score" in newcomer.run("explain run", ID="bw-a-004")
 
 
+@pytest.mark.nightly
 def test_the_readmes_calibrate_sets_a_threshold(newcomer):
     assert json.loads((newcomer.folder / "c.json").read_text())["threshold"] > 0
     assert "threshold" in newcomer.calibrated
 
 
+@pytest.mark.nightly
 def test_the_readmes_report_is_a_page(newcomer):
     newcomer.run("report run")
     assert "<!doctype html>" in (newcomer.folder / "r.html").read_text()[:100]
 
 
+@pytest.mark.nightly
 def test_the_readmes_doctor_finds_this_machine_ready(newcomer):
     assert "ready: headrift score" in newcomer.run("doctor")
 

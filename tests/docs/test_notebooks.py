@@ -79,6 +79,7 @@ def kernel(make_chat_model, tmp_path_factory) -> Iterator[SimpleNamespace]:
     manager.shutdown_kernel(now=True)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", SHOWN)
 def test_it_runs(kernel, name):
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)

@@ -70,7 +70,7 @@ def test_numbers_agree_with_transformers(adapted, oracle, settings_of_tests, ran
     assert np.abs(plain - expected).max() > 0.1
 
 
-def test_peft_reads_the_adapter_as_the_engine_does(adapted):
+def test_peft_reads_the_adapter_as_the_engine_does(adapted, assert_within_units):
     import peft
 
     base, adapter, merged = adapted
@@ -78,7 +78,8 @@ def test_peft_reads_the_adapter_as_the_engine_does(adapted):
     ids = torch.arange(3, 60)[None]
     with torch.no_grad():
         found = peft.PeftModel.from_pretrained(model, str(adapter)).eval()(ids).logits
-        torch.testing.assert_close(found, merged.model(ids).logits, rtol=0, atol=1e-4)
+        # Weights that are added up before or after the product, in each of three layers.
+        assert_within_units(found, merged.model(ids).logits, 256)
 
 
 @pytest.mark.parametrize("model", ["llama-4to1", "gemma3"])

@@ -89,6 +89,7 @@ def adapted(chatty, tmp_path):
     return tmp_path / "adapter", tmp_path / "merged"
 
 
+@pytest.mark.nightly
 def test_a_job_with_an_adapter_is_broken_off_taken_up_again_and_agrees(chatty, adapted, oracle, tmp_path, monkeypatch):
     questions = write(tmp_path / "questions.jsonl", QUESTIONS)
     out = tmp_path / "out"

@@ -18,8 +18,11 @@ def registered() -> None:
 def test_a_norm_is_vllms_own(rows, width, dtype):
     torch.manual_seed(rows)
     x, residual, weight = (torch.randn(*shape).to(dtype) for shape in ((rows, width), (rows, width), (width,)))
-    # Sums in another order in float32; a bfloat16 result may round to either neighbour, 1 in 128.
-    bounds = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 2**-7}
+    # Of each number, in units of its type. float32: sums of a row's squares in another order. bfloat16: four roundings
+    # may set the two apart, by half a unit each: of the sum with the residual, of vLLM's norm and weighted norm, and of
+    # the kernel's result. Which of them a kernel makes depends on the processor.
+    units = 16 if dtype == torch.float32 else 2
+    bounds = {"rtol": units * torch.finfo(dtype).eps, "atol": 0}
     ours, native = (ir.ops.rms_norm.impls[name].impl_fn for name in (cpu_ops.PROVIDER, "native"))
     torch.testing.assert_close(ours(x, weight, 1e-5), native(x, weight, 1e-5), **bounds)
     ours, native = (ir.ops.fused_add_rms_norm.impls[name].impl_fn for name in (cpu_ops.PROVIDER, "native"))

@@ -31,7 +31,7 @@ def generated(scorer, requests, run):
     return run(scorer.engine, requests)
 
 
-@pytest.mark.parametrize("at_once", [2, 64])
+@pytest.mark.parametrize("at_once", [pytest.param(2, marks=pytest.mark.nightly), 64])
 def test_masses_agree_with_eager_attention(scorer, requests, generated, run, oracle, at_once):
     items = generated if at_once == 64 else run(scorer.engine, requests[:12], at_once=at_once)
     compared = 0
@@ -107,6 +107,7 @@ print("RESULT" + json.dumps([result, f"{backend.__module__}.{backend.__name__}",
 """
 
 
+@pytest.mark.nightly
 def test_unprobed_answers_are_plain_vllms_bit_for_bit(scorer, demo_model, settings_of_tests):
     """Tokens and log probabilities of unprobed requests in our engine equal those of vLLM started without headrift."""
     rng = np.random.default_rng(1)

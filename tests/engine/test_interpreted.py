@@ -1,6 +1,7 @@
 """Runs tests/engine/interpreted, for each backend, model runner and model, in a process whose Triton interprets.
 
-Each engine process costs a minute or so; the push tier has both runners on two models, the slow tier the rest.
+Each engine process costs a minute or so: `make test` has one runner and model, the nightly tests the other runner on
+another, the slow ones the rest.
 """
 
 import json
@@ -17,7 +18,7 @@ FOLDER = Path(__file__).parent / "interpreted"
 # Backend, model runner, model, splits of a decode row (0: as many as fill the device, here one).
 PUSH = [
     ("flash", "v2", "llama-3to1", "3"),
-    ("triton", "v1", "gemma3", "3"),
+    pytest.param(("triton", "v1", "gemma3", "3"), marks=pytest.mark.nightly),
 ]
 SLOW = [
     ("triton", "v2", "llama-3to1", "3"),

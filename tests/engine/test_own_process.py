@@ -1,8 +1,11 @@
 """The engine core in a process of its own, as vLLM starts it by default on GPUs."""
 
+import pytest
+
 from headrift.probed_engine import ProbedEngine
 
 
+@pytest.mark.nightly
 def test_masses_from_another_process(
     tiny_model, oracle, settings_of_tests, random_requests, run, assert_agrees, monkeypatch
 ):

@@ -13,7 +13,13 @@ MODELS = {"llama-3to1": 20, "llama-4to1": 20, "qwen3": 20, "mistral": 7, "gemma3
 FULL_ATTENTION = ("llama-3to1", "llama-4to1", "qwen3")
 
 
-@pytest.fixture(scope="module", params=MODELS)
+PUSH = ("llama-3to1", "gemma3")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=() if name in PUSH else pytest.mark.nightly) for name in MODELS],
+)
 def tiny(request, tiny_model, oracle, settings_of_tests):
     """A tiny model's name, an engine with a KV cache too small for its batch, and its oracle."""
     settings = {

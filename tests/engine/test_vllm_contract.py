@@ -160,7 +160,7 @@ def test_scheduler_preempts_by_the_method_the_tests_watch():
     assert hasattr(Scheduler, "_preempt_request")
 
 
-def test_cpu_attention_window_means_distance_below_it():
+def test_cpu_attention_window_means_distance_below_it(assert_within_units):
     """Our kernel's window is vLLM's: a query attends the keys at distance < window."""
     from headrift_kernels import reference
 
@@ -211,4 +211,5 @@ def test_cpu_attention_window_means_distance_below_it():
         kv_cache_dtype="auto",
     )
     expected = reference.attend(query[0], key, value, scale=0.2, window=window).output
-    torch.testing.assert_close(output[0].double(), expected, rtol=0, atol=1e-5)
+    # Sums of some 40 products, and of products of 32 within the exponents.
+    assert_within_units(output[0], expected.float(), 64)

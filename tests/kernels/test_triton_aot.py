@@ -36,6 +36,7 @@ def occupancy_lost(printed):
     return [line for line in printed.splitlines() if "programs per multiprocessor" in line and "fp8" not in line]
 
 
+@pytest.mark.nightly
 def test_compiles_without_a_gpu_and_meets_the_bars(tmp_path):
     compiled, printed = compile_all(tmp_path, "--quick", "--target", "sm_90")
     assert_bars(compiled)

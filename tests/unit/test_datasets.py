@@ -201,6 +201,7 @@ def test_any_few_rows_hold_both_labels(rows: list[Row]) -> None:
     assert all(len(set(labels[start : start + WINDOW])) == 2 for start in range(len(labels) - WINDOW + 1))
 
 
+@pytest.mark.nightly
 def test_no_duplicates_nor_near_duplicates() -> None:
     """Within a set and across the sets.
 

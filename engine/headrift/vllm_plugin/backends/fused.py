@@ -81,8 +81,9 @@ class FusedBuilder(MeasuringBuilder):
         decode_rows = int(np.argmax(lengths > 1))
         replay_scratch = None
         if replayed:
+            group = self.num_heads_q // self.num_heads_kv
             splits = replay_splits(
-                common.num_reqs, replayed, self.num_heads_q, self.num_heads_kv, common.max_seq_len, _processors()
+                common.num_reqs, self.num_heads_kv, group, replayed, common.max_seq_len, _processors()
             )
             if splits > 1:
                 replay_scratch = ReplayScratch.allocate(
