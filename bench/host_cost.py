@@ -4,8 +4,8 @@
 
 Two kinds of step of 1 to 256 rows, all probed, on a model of 32 layers with the heads of Llama-3-8B:
 
-- `decode`: every row decodes. The layers are replayed from a CUDA graph, so what measuring adds to the host's work is the
-  step's plan: ours beside the metadata that vLLM's own builder makes, in turns.
+- `decode`: every row decodes. The layers are replayed from a CUDA graph, so what measuring adds to the host's work is
+  the step's plan: ours beside the metadata that vLLM's own builder makes, in turns.
 - `streaming`: one row in 13 is a prompt of 300 tokens that ends in this step, the others decode; nearly every step of a
   job of 12 steps a prompt is of this kind, and its attention is launched from Python. Added are the plan and, for each
   layer, the fused kernel's launches. The prefill kernel is launched once a layer with headrift and without.
@@ -104,8 +104,8 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         f"# Host cost of a probed step, microseconds: {report['machine']['cpu']}",
         "",
-        f"Made by `bench/host_cost.py`: medians (and middle halves), {LAYERS} layers, the heads of Llama-3-8B, CPU tensors,",
-        "Triton's launcher over a CUDA library that does nothing; not run on a GPU.",
+        f"Made by `bench/host_cost.py`: medians (and middle halves), {LAYERS} layers, the heads of Llama-3-8B, CPU",
+        "tensors, Triton's launcher over a CUDA library that does nothing; not run on a GPU.",
         "",
         "| step | rows | vLLM's builder | ours | launches, all layers | added |",
         "|---|---|---|---|---|---|",
@@ -113,9 +113,8 @@ def table(report: dict[str, Any]) -> str:
     for row in report["rows"]:
         spread = {name: f"{q[1]:.1f} ({q[0]:.1f}-{q[2]:.1f})" for name, q in row["quartiles"].items()}
         launches = spread["launches"] if row["step"] == "streaming" else "in the graph"
-        lines.append(
-            f"| {row['step']} | {row['rows']} | {spread['stock']} | {spread['plan']} | {launches} | {row['added']:.1f} |"
-        )
+        cells = [row["step"], str(row["rows"]), spread["stock"], spread["plan"], launches, f"{row['added']:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 
