@@ -39,7 +39,11 @@ class Child:
         self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115  until `close`
         self._name = script
         self._born = time.perf_counter()
-        environment = {**(os.environ if environment is None else environment), "PYTHONPATH": str(HERE)}
+        variables = dict(os.environ if environment is None else environment)
+        paths = [str(HERE), variables.get("PYTHONPATH", "")]
+        if str(python) != sys.executable:  # another Python has packages of its own
+            paths.pop()
+        environment = {**variables, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         command = [str(python), str(HERE / script)]
         self._process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True

@@ -1,8 +1,8 @@
 """Run code written for a GPU on CPU tensors, with Triton's interpreter: the dry run of `scripts/gpu_check.py`.
 
-Import it before anything else uses torch.cuda, with TRITON_INTERPRET=1 (or as a pytest plugin: `-p _cuda_on_cpu`). After
-that "cuda" means the CPU, a CUDA graph replays the Triton launches of its capture, and an event is a wall-clock time.
-Nothing of headrift is replaced, and the times that come out mean nothing.
+Import it before anything else uses torch.cuda, with TRITON_INTERPRET=1 (or as a pytest plugin: `-p _cuda_on_cpu`).
+After that "cuda" means the CPU, a CUDA graph replays the Triton launches of its capture, and an event is a wall-clock
+time. Nothing of headrift is replaced, and the times that come out mean nothing.
 """
 
 from __future__ import annotations

@@ -2,15 +2,16 @@
 
     python bench/kernels_gpu.py [--seconds 600] [--models Llama-3-8B,Qwen2.5-7B] [--out bench/results/kernels_gpu.json]
 
-Cases: `uniform` (all rows of one context length), `ragged` (one row of 8,192 keys among rows of 512), `shared` (all rows
-have their first 3/4 in common, as behind one system prompt), `streaming` (decode rows and the last chunks of prompts, whose
-last token is measured) and `replay` (answers of 64 tokens, every token measured). Times are medians over replays of a CUDA
-graph, which is how an engine launches them. A graph goes through copies of the cache larger than the L2 cache, so K and V
-come from memory. GB/s is bytes of K and V per second, and is compared with this GPU's measured copy bandwidth.
+Cases: `uniform` (all rows of one context length), `ragged` (one row of 8,192 keys among rows of 512), `shared` (all
+rows have their first 3/4 in common, as behind one system prompt), `streaming` (decode rows and the last chunks of
+prompts, whose last token is measured) and `replay` (answers of 64 tokens, every token measured). Times are medians
+over replays of a CUDA graph, which is how an engine launches them. A graph goes through copies of the cache larger
+than the L2 cache, so K and V come from memory. GB/s is bytes of K and V per second, and is compared with this GPU's
+measured copy bandwidth.
 
-An exception in headrift's kernels fails the run (exit status 1). A kernel of others that is not there has no time, and a
-reason. Cases that no longer fit --seconds are listed as left out. `--out` is written after each case; the cases that it
-already has are kept.
+An exception in headrift's kernels fails the run (exit status 1). A kernel of others that is not there has no time,
+and a reason. Cases that no longer fit --seconds are listed as left out. `--out` is written after each case; the cases
+that it already has are kept.
 """
 
 from __future__ import annotations
@@ -106,8 +107,8 @@ def tiny_cases() -> list[Case]:
 class Batch:
     """The tensors of a case, made on the device, in vLLM 0.32's layouts: caches [blocks, page, KV heads, head_dim].
 
-    Each row is measured at one token, with the regions of a chat: system, user, prompt. In `replay` all tokens of a chunk
-    but the first are answer tokens, and measured. query: [tokens, heads, head_dim]; starts: [rows + 1] int32.
+    Each row is measured at one token, with the regions of a chat: system, user, prompt. In `replay` all tokens of a
+    chunk but the first are answer tokens, and measured. query: [tokens, heads, head_dim]; starts: [rows + 1] int32.
     """
 
     def __init__(self, case: Case, model: str, seed: int, dtype: torch.dtype):

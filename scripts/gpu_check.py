@@ -3,12 +3,13 @@
     python scripts/gpu_check.py [--budget 540] [--stages kernels,engine] [--resume] [--out FILE | --results DIR]
     python scripts/gpu_check.py --dry-run       every stage's code on a CPU, with tiny shapes, in a few minutes
 
-Stages run in the order of their value, each in a process of its own with a time limit. After every stage the results are
-written to one JSON file (device, driver, versions, and of each stage: status, seconds, results), so an interrupted check
-keeps what it has. A stage that no longer fits the budget is skipped. `--resume` keeps the stages that passed on the same
-device with the same code, and gives the others what they had measured already.
+Stages run in the order of their value, each in a process of its own with a time limit. After every stage the results
+are written to one JSON file (device, driver, versions, and of each stage: status, seconds, results), so an
+interrupted check keeps what it has. A stage that no longer fits the budget is skipped. `--resume` keeps the stages
+that passed on the same device with the same code, and gives the others what they had measured already.
 
-Exit code 0: every selected stage passed. 1: a stage failed, timed out, left something out or was skipped. 2: bad option.
+Exit code 0: every selected stage passed. 1: a stage failed, timed out, left something out or was skipped. 2: bad
+option.
 """
 
 from __future__ import annotations
