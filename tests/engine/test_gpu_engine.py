@@ -25,9 +25,9 @@ pytestmark = [
 ]
 # Two float32 computations differ by some 1e-5 (see Agreement); cuBLAS and Triton sum in yet another order.
 FLOAT32_TOLERANCE = 1e-4
-# A 16-bit engine may be off by what transformers is off by in that type. A float32 computation that rounds the output of
-# every module to float16 or bfloat16 (and keys and values to fp8) has 0.6 to 0.9 of transformers' mean error, and 0.4 to
-# 1.0 of its largest; a mistaken head is off by 10 to 400 times as much.
+# A 16-bit engine may be off by what transformers is off by in that type. A float32 computation that rounds the output
+# of every module to float16 or bfloat16 (and keys and values to fp8) has 0.6 to 0.9 of transformers' mean error, and
+# 0.4 to 1.0 of its largest; a mistaken head is off by 10 to 400 times as much.
 MEAN_FACTOR, MAX_FACTOR = 2.0, 3.0
 CASES = [
     ("triton", "llama-3to1", torch.float32),
