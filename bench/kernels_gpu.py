@@ -136,9 +136,8 @@ class Batch:
         self.seq_lens = torch.tensor(case.contexts, **integers)
         self.slots = torch.randperm(rows, device=DEVICE).int()
         steps = case.chunk if case.kind == "replay" else STEPS
-        prompt_len = [n - 12 if i < len(case.decode) else n for i, n in enumerate(case.contexts)]
-        if case.kind == "replay":
-            prompt_len = [n - min(ANSWER, case.chunk - 1) for n in case.contexts]
+        answer = [min(ANSWER, case.chunk - 1) if case.kind == "replay" else 0] * len(case.prefill)
+        prompt_len = [n - behind for n, behind in zip(case.contexts, [12] * len(case.decode) + answer)]
         self.prompt_len = torch.empty(rows, **integers)
         self.prompt_len[self.slots.long()] = torch.tensor(prompt_len, **integers)
         self.steps = torch.full((rows,), steps, **integers)
@@ -147,9 +146,9 @@ class Batch:
         self.mass = torch.full((rows, steps, 2, heads, 3), torch.nan, device=DEVICE)
         self.longest, self.kv_bytes = longest, sum(case.contexts) * kv_heads * 2 * head_dim * cache.element_size()
 
-    def rows(self, first: int = 0, end: int | None = None) -> tuple[torch.Tensor, ...]:
-        """Slots, prompt lengths, steps and bounds of rows first..end-1, as the kernels take them."""
-        return self.slots[first:end], self.prompt_len, self.steps, self.bounds
+    def rows(self) -> tuple[torch.Tensor, ...]:
+        """Slots, prompt lengths, steps and bounds, as the kernels take them."""
+        return self.slots, self.prompt_len, self.steps, self.bounds
 
     def scratch(self, rows: int) -> SplitScratch | None:
         processors = torch.cuda.get_device_properties(0).multi_processor_count
@@ -183,12 +182,18 @@ def with_masses(batch: Batch) -> Call:
 
 
 def replay(batch: Batch) -> Call:
-    """headrift's masses of every answer token of a chunk."""
-    from headrift_kernels.triton.replay_mass import replay_mass
+    """headrift's masses of every answer token of a chunk: the last by the decode kernel, the others in one pass over K."""
+    from headrift_kernels.triton.replay_mass import ReplayScratch, replay_mass, replay_splits
 
+    rows, (_, heads, _) = len(batch.seq_lens), batch.query.shape
+    queries = min(ANSWER, batch.case.chunk - 1)
+    shape = (rows, batch.kv_heads, heads // batch.kv_heads, queries, batch.longest)
+    splits = replay_splits(*shape, torch.cuda.get_device_properties(0).multi_processor_count)
+    scratch = ReplayScratch.allocate(rows, queries, heads, 3, splits, DEVICE) if splits > 1 else None
     arguments = (batch.query, batch.keys, batch.table, batch.starts, batch.seq_lens, *batch.rows())
-    queries = min(ANSWER + 1, batch.case.chunk)
-    return lambda: replay_mass(batch.mass, 1, *arguments, most_queries=queries, scale=batch.scale)
+    how = {"most_queries": queries, "scale": batch.scale, "scratch": scratch}
+    last = with_masses(batch)
+    return lambda: (last(), replay_mass(batch.mass, 1, *arguments, **how))
 
 
 def rest_of(batch: Batch, first_row: int) -> tuple[dict[str, Any], int]:
