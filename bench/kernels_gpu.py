@@ -182,7 +182,7 @@ def with_masses(batch: Batch) -> Call:
 
 
 def replay(batch: Batch) -> Call:
-    """headrift's masses of every answer token of a chunk: the last by the decode kernel, the others in one pass over K."""
+    """headrift's masses of every answer token of a chunk: the last by the decode kernel, others in a pass over K."""
     from headrift_kernels.triton.replay_mass import ReplayScratch, replay_mass, replay_splits
 
     rows, (_, heads, _) = len(batch.seq_lens), batch.query.shape
@@ -318,15 +318,17 @@ def measure(case: Case, model: str, bandwidth: float, dtype: torch.dtype, rounds
 
 
 def wrong_masses(batch: Batch) -> dict[str, str]:
-    """Nothing if each row's masses are those of a softmax: the prompt and the tokens behind it sum to 1 at step 0."""
+    """What is wrong with a batch's masses: missing steps, or prompt masses that are no part of a softmax."""
     prompt = batch.mass[:, :, 1, :, 2]
-    measured = ~torch.isnan(prompt).all(-1)
-    if not bool(measured.any(-1).all()):
-        return {"mass": f"{int((~measured.any(-1)).sum())} of {len(prompt)} rows have no mass"}
+    steps = 1 + (min(ANSWER, batch.case.chunk - 1) if batch.case.kind == "replay" else 0)
+    measured = ~torch.isnan(prompt).any(-1)
+    incomplete = int((measured.sum(1) != steps).sum())
+    if incomplete:
+        return {"mass": f"{incomplete} of {len(prompt)} rows were not measured at {steps} steps"}
+    # A sum of probabilities in float32: 1e-3 is far above its rounding, and far below what a wrong key range makes.
     written = prompt[measured]
-    # A sum of probabilities in float32: 1e-3 is far above its rounding, and far below any wrong key range.
-    wrong = ~((written > 0) & (written <= 1 + 1e-3)).all(-1)
-    return {"mass": f"{int(wrong.sum())} of {len(written)} prompt masses are outside 0..1"} if bool(wrong.any()) else {}
+    wrong = int(((written <= 0) | (written > 1 + 1e-3)).any(-1).sum())
+    return {"mass": f"{wrong} of {len(written)} prompt masses are outside 0..1"} if wrong else {}
 
 
 def compile_one(job: tuple[Case, str, torch.dtype]) -> None:
