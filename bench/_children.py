@@ -77,7 +77,10 @@ class Child:
         self._process.send_signal(signal.SIGSTOP)
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise RuntimeError(f"{self._name} could not {what}: {answer['error'][-_SAID:]}")
+            # An engine's own process names the cause here, and the child's traceback does not.
+            self._said.seek(0)
+            said = self._said.read()[-2 * _SAID :]
+            raise RuntimeError(f"{self._name} could not {what}: {answer['error'][-_SAID:]}\nIts output ends:\n{said}")
         return answer
 
     def close(self) -> None:

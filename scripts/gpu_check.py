@@ -1,12 +1,13 @@
 """Check headrift on this machine's GPU in about nine minutes: correctness, kernel times, what probing costs.
 
-    python scripts/gpu_check.py [--budget 540] [--stages kernels,engine] [--resume] [--out FILE | --results DIR]
+    python scripts/gpu_check.py [--budget 540] [--stages kernels,engine] [--resume [FILE]] [--out FILE]
     python scripts/gpu_check.py --dry-run       every stage's code on a CPU, with tiny shapes, in a few minutes
 
 Stages run in the order of their value, each in a process of its own with a time limit. After every stage the results
 are written to one JSON file (device, driver, versions, and of each stage: status, seconds, results), so an
 interrupted check keeps what it has. A stage that no longer fits the budget is skipped. `--resume` keeps the stages
-that passed on the same device with the same code, and gives the others what they had measured already.
+that passed on the same device with the same code, and gives the others what they had measured already. The output of
+a stage that did not pass is beside the JSON file.
 
 Exit code 0: every selected stage passed. 1: a stage failed, timed out, left something out or was skipped. 2: bad
 option.
@@ -35,7 +36,8 @@ SOURCES = ("engine", "kernels", "bench", "scripts", "tests/conftest.py", "tests/
 PASSED = "passed"
 # Seconds between the end of a stage's own clock and the moment it is killed: for an engine to shut down.
 GRACE = 8.0
-TAIL_LINES = 30
+TAIL_LINES = 100  # of a stage's output, in the JSON file
+SHOWN_LINES = 20  # and on the screen
 
 # Printed by a process of its own: the CUDA context of this one would take memory from the stages.
 DESCRIBE = """
@@ -219,7 +221,7 @@ def run_command(command: Sequence[str], log: Path, seconds: float, environment: 
             process.wait()
 
 
-def run_stage(stage: Stage, seconds: float, dry_run: bool, before: Mapping[str, Any]) -> dict[str, Any]:
+def run_stage(stage: Stage, seconds: float, dry_run: bool, before: Mapping[str, Any], log: Path) -> dict[str, Any]:
     """Run a stage: status, seconds, results, and the end of its output unless it passed.
 
     Args:
@@ -227,13 +229,16 @@ def run_stage(stage: Stage, seconds: float, dry_run: bool, before: Mapping[str, 
         seconds: Its time limit here.
         dry_run: Whether its commands are to run on a CPU.
         before: Results of an earlier, incomplete run, which its commands may build on.
+        log: A file for its output, which is removed if it passes.
     """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.unlink(missing_ok=True)
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix=f"headrift-{stage.name}-") as name:
         run = Run(Path(name), max(seconds - GRACE, 0.75 * seconds), dry_run)
         if before:
             write_json(run.results, before)
-        log, environment = run.folder / "log", {"PYTHONSAFEPATH": "1", **stage.environment(run)}
+        environment = {"PYTHONSAFEPATH": "1", **stage.environment(run)}
         if "PYTHONPATH" in environment and os.environ.get("PYTHONPATH"):
             environment["PYTHONPATH"] += os.pathsep + os.environ["PYTHONPATH"]
         status: int | None = 0
@@ -245,11 +250,12 @@ def run_stage(stage: Stage, seconds: float, dry_run: bool, before: Mapping[str, 
         tests = tests_of(run.folder)
         if tests:
             results["tests"] = tests
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     outcome = {"status": verdict(status, results), "seconds": round(time.monotonic() - begin, 1), "limit": seconds}
     outcome |= {"exit_status": status, "results": results}
-    if outcome["status"] != PASSED:
-        outcome["output"] = lines[-TAIL_LINES:]
+    if outcome["status"] == PASSED:
+        log.unlink()
+    else:
+        outcome["output"] = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
     return outcome
 
 
@@ -283,7 +289,7 @@ def check(
     *,
     budget: float,
     dry_run: bool,
-    resume: bool,
+    resume: Path | None,
     start: float | None = None,
 ) -> bool:
     """Run the stages in their order within the budget; whether all of them passed.
@@ -294,13 +300,13 @@ def check(
         out: The JSON file, written anew after each stage.
         budget: Seconds for all of it.
         dry_run: Whether the stages are to run on a CPU.
-        resume: Keep the stages that passed before.
+        resume: Results of an earlier check, whose passed stages are kept.
         start: When the budget began, by time.monotonic (default: now).
     """
     start = time.monotonic() if start is None else start
-    earlier = read_json(out) if resume else {}
+    earlier = read_json(resume) if resume else {}
     if earlier and any(earlier.get(key) != {**about, "dry_run": dry_run}[key] for key in ("device", "code", "dry_run")):
-        print(f"gpu-check: {out} is of another device or other code: starting afresh", flush=True)
+        print(f"gpu-check: {resume} is of another device or other code: starting afresh", flush=True)
         earlier = {}
     report: dict[str, Any] = {**about, "dry_run": dry_run, "budget": budget, "stages": dict(earlier.get("stages", {}))}
     for stage in stages:
@@ -313,7 +319,8 @@ def check(
             reason = f"{remaining:.0f} of {budget:.0f} seconds are left, and it takes {stage.least:.0f} at least"
             outcome = {**previous, "status": previous.get("status", "skipped"), "reason": reason}
         else:
-            outcome = run_stage(stage, min(stage.limit, remaining), dry_run, previous.get("results", {}))
+            log = out.with_name(f"{out.stem}-{stage.name}.log")
+            outcome = run_stage(stage, min(stage.limit, remaining), dry_run, previous.get("results", {}), log)
         report["stages"][stage.name] = outcome
         report["seconds"] = round(time.monotonic() - start, 1)
         report["passed"] = all(report["stages"].get(s.name, {}).get("status") == PASSED for s in STAGES)
@@ -331,7 +338,7 @@ def print_outcome(name: str, outcome: Mapping[str, Any]) -> None:
     if results.get("left_out"):
         notes.append(f"out of time for: {', '.join(results['left_out'])}")
     print(f"gpu-check: {name:13} {outcome['status']:10} {outcome.get('seconds', 0):6.1f} s  {'; '.join(notes)}")
-    for line in [*results.get("table", ()), *outcome.get("output", ())]:
+    for line in [*results.get("table", ()), *outcome.get("output", ())[-SHOWN_LINES:]]:
         print(f"    {line}")
     sys.stdout.flush()
 
@@ -351,7 +358,10 @@ def main() -> int:
     names = [stage.name for stage in STAGES]
     parser.add_argument("--budget", type=float, help="seconds for everything (default: 540; 1500 with --dry-run)")
     parser.add_argument("--stages", default=",".join(names), help="comma-separated (default: %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="keep the stages that passed with this device and code")
+    parser.add_argument(
+        "--resume", type=Path, nargs="?", const=Path(), metavar="FILE",
+        help="keep the stages that passed with this device and code, by an earlier JSON file (default: that of --out)",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, help="the JSON file (default: gpu-check-DEVICE.json in --results)")
     parser.add_argument("--results", type=Path, default=ROOT / "bench/results")
     parser.add_argument("--dry-run", action="store_true", help="run on the CPU with tiny shapes; figures mean nothing")
@@ -373,7 +383,8 @@ def main() -> int:
     else:
         default = arguments.results / f"gpu-check-{re.sub(r'[^a-z0-9]+', '-', about['device'].lower()).strip('-')}.json"
     out = arguments.out or default
-    options = {"budget": budget, "dry_run": arguments.dry_run, "resume": arguments.resume, "start": start}
+    resume = out if arguments.resume == Path() else arguments.resume
+    options = {"budget": budget, "dry_run": arguments.dry_run, "resume": resume, "start": start}
     passed = check(stages, {**about, "code": code_state()}, out, **options)
     print(f"gpu-check on {about['device']}: {'passed' if passed else 'NOT PASSED'}; results are in {out}")
     return 0 if passed else 1

@@ -35,7 +35,7 @@ def check(tmp_path):
     out = tmp_path / "out.json"
 
     def check(*stages, budget=60.0, resume=False, about=ABOUT):
-        passed = gpu_check.check(stages, about, out, budget=budget, dry_run=False, resume=resume)
+        passed = gpu_check.check(stages, about, out, budget=budget, dry_run=False, resume=out if resume else None)
         return passed, json.loads(out.read_text())
 
     check.out = out
@@ -56,6 +56,7 @@ def test_a_stage_that_fails_does_not_stop_the_next_and_leaves_its_last_words(che
     assert not passed
     assert report["stages"]["kernels"]["status"] == "failed"
     assert report["stages"]["kernels"]["output"] == ["a kernel is wrong"]
+    assert [path.name for path in check.out.parent.glob("*.log")] == ["out-kernels.log"], "of those that passed, none"
     assert report["stages"]["engine"]["status"] == "passed"
 
 
