@@ -49,12 +49,13 @@ def start(monkeypatch):
     Args:
         folder: The model's.
         backend, dtype: Of attention and of the model. In a dry run those that a CPU can have.
+        compiled: Whether torch compiles the model, as by default; otherwise there are graphs for decoding only.
         variables: Environment of the engine.
         options: Of ProbedEngine.
         settings: Of vLLM.
     """
 
-    def start(folder, backend="auto", dtype=torch.bfloat16, *, variables=(), options=(), **settings):
+    def start(folder, backend="auto", dtype=torch.bfloat16, *, compiled=False, variables=(), options=(), **settings):
         import vllm.envs
 
         # vLLM's own Triton kernel multiplies float32 in tf32 by Triton's default.
@@ -71,13 +72,10 @@ def start(monkeypatch):
             "kv_cache_memory_bytes": 64 << 20,
             "gpu_memory_utilization": 0.05,  # so much must be free at the start: several engines share the GPU
         }
-        if not DRY_RUN:
+        if not (DRY_RUN or compiled):
             defaults["compilation_config"] = GRAPHS
-        settings = {name: value for name, value in {**defaults, **settings}.items() if value != "vllm's default"}
-        backend = "auto" if DRY_RUN else backend
-        engine = ProbedEngine(
-            folder, **{"steps": 8, "slots": 12, **dict(options)}, attention_backend=backend, engine_args=settings
-        )
+        options = {"steps": 8, "slots": 12, "attention_backend": "auto" if DRY_RUN else backend, **dict(options)}
+        engine = ProbedEngine(folder, **options, engine_args={**defaults, **settings})
         assert DRY_RUN or engine.llm_engine.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
         return engine
 
@@ -150,9 +148,8 @@ def replays_of(items):
 def test_masses(backend, name, dtype, rounded, start, random_requests, run, assert_close):
     """In mixed, chunked and cached batches, and replayed; compiled as by default, with both kinds of graph."""
     model = rounded(name, dtype)
-    with start(model.folder, backend, dtype, compilation_config="vllm's default") as engine:
-        config = engine.llm_engine.vllm_config
-        assert DRY_RUN or config.use_v2_model_runner
+    with start(model.folder, backend, dtype, compiled=True) as engine:
+        assert DRY_RUN or engine.llm_engine.vllm_config.use_v2_model_runner
         requests = random_requests(1, 24, ignore_eos=True)
         items = run(engine, requests) + run(engine, requests[:6:3] * 2, at_once=1)
         replayed = run(engine, replays_of(items[:12]))
