@@ -125,8 +125,8 @@ def engine_tests(run: Run) -> list[list[str]]:
         return [pytest_command(run, 0, path, "-x")]
     # vLLM's memory profiling is disturbed by processes beside it, so that test runs alone.
     return [
-        pytest_command(run, 0, path, "-k", "profiling"),
-        pytest_command(run, 1, path, "-k", "not profiling", "-n", str(min(6, run.processes)), "--dist", "load"),
+        pytest_command(run, 0, path, "-k", "not profiling", "-n", str(min(8, run.processes)), "--dist", "load"),
+        pytest_command(run, 1, path, "-k", "profiling"),
     ]
 
 
