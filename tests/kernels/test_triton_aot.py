@@ -31,9 +31,9 @@ def assert_bars(compiled):
             assert c["ratios"]["2048"] <= 1.10, name
 
 
-def occupancy_lost(printed):
-    """The shapes that masses cost a program per multiprocessor, but those whose fp8 conversions fill the registers."""
-    return [line for line in printed.splitlines() if "programs per multiprocessor" in line and "fp8" not in line]
+def not_met(printed):
+    """Bars that the module itself reports; an sm_80 has no e4m3."""
+    return [x for x in printed.splitlines() if x.startswith("not met") and "fp8e4nv not supported" not in x]
 
 
 @pytest.mark.nightly
@@ -41,7 +41,7 @@ def test_compiles_without_a_gpu_and_meets_the_bars(tmp_path):
     compiled, printed = compile_all(tmp_path, "--quick", "--target", "sm_90")
     assert_bars(compiled)
     assert {c["shape"]["kernel"] for c in compiled} == {"decode", "combine", "replay", "replay combine", "logits"}
-    assert occupancy_lost(printed) == []
+    assert not_met(printed) == []
 
 
 @pytest.mark.slow
@@ -49,7 +49,7 @@ def test_compiles_without_a_gpu_and_meets_the_bars(tmp_path):
 def test_compiles_for_all_targets(tmp_path):
     compiled, printed = compile_all(tmp_path)
     assert_bars(compiled)
-    assert occupancy_lost(printed) == []
+    assert not_met(printed) == []
 
 
 def test_tiles_of_a_chat_take_a_masked_sum_for_each_region_with_a_bound_in_them():

@@ -45,7 +45,7 @@ def tiles_for(head_dim: int, element_size: int, cache_size: int, hip: bool = tor
     elif head_dim > 64:
         tiles = Tiles(64, 4, 5)
     else:
-        tiles = Tiles(64, 4, 9 if cache_size > 1 else 7)
+        tiles = Tiles(64, 4, 7)
     return Tiles(max(tiles.block_n, 32), tiles.num_warps, 2) if hip else tiles
 
 
