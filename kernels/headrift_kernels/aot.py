@@ -123,9 +123,9 @@ def constants(shape: Shape, hip: bool) -> tuple[Any, dict[str, Any], dict[str, s
         "PAGE": 16,
         "BLOCK_M": block_m,
         "BLOCK_N": tiles.block_n,
-        "SPLITS": shape.splits,
+        "SPLIT": shape.splits > 1,
         "CHUNK": tiles.chunk,
-        "BLOCK_S": shape.splits,
+        "BLOCK_S": decode_mass.MOST_SPLITS,
     }
     kernels = {
         "decode": decode_kernels.decode_kernel,
