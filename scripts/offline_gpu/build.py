@@ -2,10 +2,10 @@
 
     python scripts/offline_gpu/build.py [--out .bundle] [--sm 90] [--python 3.12] [--piece-mb 50]
 
-The GPU machine must have PyTorch for CUDA, Triton, transformers and pytest; what vLLM needs beyond that is listed in
-requirements.txt. vLLM's wheel of 327 MB is slimmed: code for one GPU generation only (slim_cuda_library.py), without
-what serves quantised, MoE and MLA models and other GPUs, and packed with xz. Its compiled code uses PyTorch's stable
-ABI, so PyTorch may be older than the version that the wheel asks for.
+The GPU machine must have PyTorch for CUDA, Triton, transformers and what else an image for machine learning has;
+requirements.txt says what is packed and what is expected. vLLM's wheel of 327 MB is slimmed: code for one GPU
+generation only (slim_cuda_library.py), without what serves quantised, MoE and MLA models and other GPUs, and packed
+with xz. Its compiled code uses PyTorch's stable ABI, so PyTorch may be older than the version that the wheel asks for.
 
 --out gets piece-00, piece-01, ... (at most --piece-mb each), SHA256SUMS and install.sh. Downloads stay in --work, so a
 second run takes a minute. Needs `strip` (binutils). docs/install.md says how to carry and use it.

@@ -79,12 +79,25 @@ ENV
 source "$into/env.sh"
 if [ -n "$check" ]; then
   "$python" - <<'PY'
-import importlib.metadata as metadata
-import torch, vllm._C_stable_libtorch, vllm
-from vllm.vllm_flash_attn import is_fa_version_supported
+import importlib, importlib.metadata as metadata
+missing = []
+for name in (
+    "torch", "transformers", "pytest", "xdist", "pytest_timeout", "vllm._C_stable_libtorch", "vllm.v1.engine.llm_engine",
+    "vllm.v1.worker.gpu_worker", "vllm.model_executor.models.llama", "headrift.probed_engine",
+    "headrift_kernels.triton.decode_mass",
+):
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        missing.append(f"{name}: {error}")
+if missing:
+    raise SystemExit("install: not all can be imported:\n  " + "\n  ".join(missing))
+import torch
 plugins = [entry.name for entry in metadata.entry_points(group="vllm.general_plugins")]
-print(f"install: vLLM {metadata.version('vllm')}, torch {torch.__version__}, GPU {torch.cuda.is_available()}, "
-      f"FlashAttention 3 {is_fa_version_supported(3)}, plugins {plugins}")
+if "headrift" not in plugins:
+    raise SystemExit(f"install: vLLM does not find headrift's plugin among {plugins}")
+gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+print(f"install: vLLM {metadata.version('vllm')}, torch {torch.__version__}, {gpu}")
 PY
 fi
 echo "install: done in $SECONDS s; now: source $into/env.sh"
