@@ -14,8 +14,8 @@ AVX2 := ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=A
   PYTHONPATH=$(CURDIR)/tests/avx2$${PYTHONPATH:+:$$PYTHONPATH}
 # A Python with headrift[gpu]: `make setup` installs vLLM for CPUs.
 GPU_PYTHON ?= $(BIN)/python
-# Those that measure; the other two write tables of what was measured.
-BENCH ?= $(sort $(filter-out bench/_% bench/readme_table.py bench/roofline.py,$(wildcard bench/*.py)))
+# Those that measure on a CPU. *_gpu.py are for `make gpu-check`; the other two write tables of what was measured.
+BENCH ?= $(sort $(filter-out bench/_% bench/%_gpu.py bench/readme_table.py bench/roofline.py,$(wildcard bench/*.py)))
 BENCH_SHORT ?= bench/overhead.py bench/peers.py bench/scaling.py bench/tuning.py
 # A Python with nnsight (pip install nnsight==0.8.1), for bench-full to measure that too.
 NNSIGHT ?=
@@ -98,9 +98,9 @@ bench-full: setup ## All benchmarks (BENCH=bench/x.py: only that one), into benc
 	@$(BIN)/python bench/roofline.py
 	@$(BIN)/python bench/readme_table.py
 
-gpu-check: ## On a GPU: selftest, gpu tests, kernel benchmark (has never run on one)
+gpu-check: ## On a GPU, nine minutes: tests, kernel times, what probing costs (ARGS=--dry-run: tiny, on a CPU)
 	@command -v $(GPU_PYTHON) >/dev/null || { echo "gpu-check: there is no $(GPU_PYTHON) (make setup, or GPU_PYTHON=...)" >&2; exit 1; }
-	@$(GPU_PYTHON) scripts/gpu_check.py --model $(MODEL) $(ARGS)
+	@$(GPU_PYTHON) scripts/gpu_check.py $(ARGS)
 
 docs: setup ## Build the site of docs/ into site/; a broken link fails
 	$(BIN)/mkdocs build --strict

@@ -39,7 +39,11 @@ class Child:
         self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115  until `close`
         self._name = script
         self._born = time.perf_counter()
-        environment = {**(os.environ if environment is None else environment), "PYTHONPATH": str(HERE)}
+        variables = dict(os.environ if environment is None else environment)
+        paths = [str(HERE), variables.get("PYTHONPATH", "")]
+        if str(python) != sys.executable:  # another Python has packages of its own
+            paths.pop()
+        environment = {**variables, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         command = [str(python), str(HERE / script)]
         self._process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True
@@ -73,7 +77,10 @@ class Child:
         self._process.send_signal(signal.SIGSTOP)
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise RuntimeError(f"{self._name} could not {what}: {answer['error'][-_SAID:]}")
+            # An engine's own process names the cause here, and the child's traceback does not.
+            self._said.seek(0)
+            said = self._said.read()[-2 * _SAID :]
+            raise RuntimeError(f"{self._name} could not {what}: {answer['error'][-_SAID:]}\nIts output ends:\n{said}")
         return answer
 
     def close(self) -> None:

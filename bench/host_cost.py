@@ -24,8 +24,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import _fake_cuda
 import numpy as np
+
+from headrift_kernels import fake_cuda
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCHES = (1, 4, 16, 64, 256)
@@ -124,7 +125,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/host_cost.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        _fake_cuda.activate(Path(folder))
+        fake_cuda.activate(Path(folder))
         # Kernels that were imported before this are compiled; vLLM's backend for GPUs is then taken on a CPU.
         from headrift_kernels.triton import decode_mass, replay_mass  # noqa: F401
 

@@ -39,7 +39,7 @@ CASES = (overhead.BASE, next(case for case in overhead.CASES if case.batch == ov
 def in_one_process(settings: dict[str, Any], model: Path, turns: int) -> list[dict[str, Any]]:
     """The cases' samples of one engine's arms, and their ratios to plain."""
     found = []
-    environment = overhead.environments(False)[1]
+    environment = overhead.environments()[1]
     with Child("_one_process.py", environment=environment) as engine:
         steps = max(case.steps for case in CASES)
         engine.ask("start", kind="probing", settings=settings, attention="auto", regions=overhead.REGIONS, steps=steps)
@@ -123,7 +123,7 @@ def main() -> None:
     n, turns = args.processes or (2 if args.short else 3), args.turns or (2 if args.short else 150)
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     turns_of_processes = 2 if args.short else 8
-    settings = overhead.engine_settings(args.model, CASES, False)
+    settings = overhead.engine_settings(args.model, CASES)
     report: dict[str, Any] = {
         "machine": _measure.machine(),
         "versions": _measure.versions(),
@@ -137,9 +137,7 @@ def main() -> None:
     with ExitStack() as processes:
         names = [(kind, i) for i in range(n) for kind in KINDS]
         longest = max(case.steps for case in CASES)
-        engines = {
-            name: overhead.start(overhead.CPU_ARMS[name[0]], settings, longest, processes, False)[0] for name in names
-        }
+        engines = {name: overhead.start(overhead.CPU_ARMS[name[0]], settings, longest, processes)[0] for name in names}
         for case in CASES:
             prompts = case.prompts(Shapes.of(args.model).vocabulary)
             for engine in engines.values():

@@ -1,7 +1,6 @@
 """The CPU attention kernel against vLLM's own CPU operation, side by side in one run, on the cache that vLLM keeps.
 
     python bench/kernels.py [--rounds 60] [--instructions avx2] [--out bench/results/kernels_cpu.json]
-    python bench/kernels.py --device cuda        the GPU kernels instead, by _kernels_cuda.py
 
 For two head shapes, batches of 1 to 64 decode rows and contexts of 64 to 4,096 keys (float32, 32-token blocks, three
 regions as of a chat): vLLM's operation, ours without masses, ours with masses, and masses alone, in turns. Reported are
@@ -14,8 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import runpy
-import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -172,12 +169,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--instructions", choices=("avx2",), help="hold both kernels to AVX2 (default: what there is)")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/kernels_cpu.json")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
-    if args.device == "cuda":
-        sys.argv[1:] = []
-        runpy.run_path(str(Path(__file__).with_name("_kernels_cuda.py")), run_name="__main__")
-        return
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if args.instructions == "avx2":
         hold_to_avx2()

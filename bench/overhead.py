@@ -1,6 +1,6 @@
 """What probing costs over decoding without it: plain vLLM, headrift idle, probing, with logit statistics or entropy.
 
-    python bench/overhead.py [--pairs 20] [--short] [--gpu] [--model DIR]
+    python bench/overhead.py [--pairs 20] [--short] [--model DIR]
 
 Each arm is an engine in a process of its own, with identical settings, stopped while another works. `plain`: vLLM
 with no plugin loaded. `idle`: headrift's engine, requests that are not measured. `probing`, `logits`, `entropy`:
@@ -15,9 +15,7 @@ same turn: above 1 the arm is the faster. Medians have 95% bootstrap intervals o
 can differ by some per cent, which no interval has (see idle.py). Besides wall time the
 ratios are taken of CPU time of the whole process, which other processes disturb less, and of the steps that decode and
 do nothing else.
-
---gpu: with CUDA graphs, plain vLLM with FlashAttention, FlashInfer and its own Triton backend, and headrift's two GPU
-backends. This has never run on a GPU.
+On a GPU: overhead_gpu.py.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -117,17 +115,6 @@ CPU_ARMS = {
     "probing, 2 regions": Arm("probing", regions=FEWEST_REGIONS),
     "entropy": Arm("entropy"),
 }
-GPU_ARMS = {
-    "plain, FlashAttention": Arm(PLAIN, "FLASH_ATTN"),
-    "plain, FlashInfer": Arm(PLAIN, "FLASHINFER"),
-    "plain, Triton": Arm(PLAIN, "TRITON_ATTN"),
-    "probing": Arm("probing", "triton"),
-    "probing, flash": Arm("probing", "flash"),
-    "logits": Arm("logits", "triton"),
-    "idle": Arm("idle", "triton"),
-    "probing, 2 regions": Arm("probing", "triton", FEWEST_REGIONS),
-    "entropy": Arm("entropy", "triton"),
-}
 
 
 def turns(arms: list[T], n: int) -> Iterator[list[T]]:
@@ -136,19 +123,12 @@ def turns(arms: list[T], n: int) -> Iterator[list[T]]:
         yield arms if turn % 2 == 0 else arms[::-1]
 
 
-def for_gpu(case: Case) -> Case:
-    """The case with every plain arm, and both of headrift's backends where probing is one."""
-    plain = tuple(name for name, arm in GPU_ARMS.items() if arm.kind == PLAIN)
-    flash = ("probing, flash",) if "probing" in case.arms else ()
-    return replace(case, arms=(*plain, *(name for name in case.arms if name in GPU_ARMS), *flash))
-
-
-def engine_settings(model: Path, cases: tuple[Case, ...], gpu: bool) -> dict[str, Any]:
+def engine_settings(model: Path, cases: tuple[Case, ...]) -> dict[str, Any]:
     """The same for every arm, and nothing that an arm could choose otherwise left open."""
     from headrift.engine_setup import machine_defaults
 
     tokens = sum(case.tokens for case in {(c.batch, c.context): c for c in cases}.values())
-    room = int(KV_ROOM * Shapes.of(model).kv_bytes(tokens, 2 if gpu else 4))
+    room = int(KV_ROOM * Shapes.of(model).kv_bytes(tokens, 4))
     longest = max(case.context + case.steps + 1 for case in cases)
     return {
         "model": str(model),
@@ -161,13 +141,11 @@ def engine_settings(model: Path, cases: tuple[Case, ...], gpu: bool) -> dict[str
         "seed": 0,
         "disable_log_stats": True,
         # headrift takes other norms on a CPU, which has nothing to do with probing.
-        **({} if gpu else {"ir_op_priority": {"rms_norm": ["native"], "fused_add_rms_norm": ["native"]}}),
-        # vLLM checks that so much of a GPU is free, whatever the cache takes: all arms share one.
-        **({"gpu_memory_utilization": 0.9 / len(GPU_ARMS)} if gpu else {}),
+        "ir_op_priority": {"rms_norm": ["native"], "fused_add_rms_norm": ["native"]},
     }
 
 
-def environments(gpu: bool) -> tuple[dict[str, str], dict[str, str]]:
+def environments(gpu: bool = False) -> tuple[dict[str, str], dict[str, str]]:
     """Of a process without headrift, and of one with it; but for that the same."""
     from headrift.engine_setup import prepare_environment
     from headrift.vllm_plugin import plugin
@@ -179,9 +157,9 @@ def environments(gpu: bool) -> tuple[dict[str, str], dict[str, str]]:
     return plain | {"VLLM_PLUGINS": ""}, ours
 
 
-def start(arm: Arm, settings: dict[str, Any], steps: int, processes: ExitStack, gpu: bool) -> tuple[Child, dict]:
+def start(arm: Arm, settings: dict[str, Any], steps: int, processes: ExitStack) -> tuple[Child, dict]:
     """The arm's engine, and what it says of itself."""
-    plain, ours = environments(gpu)
+    plain, ours = environments()
     child = processes.enter_context(Child("_overhead_engine.py", environment=plain if arm.kind == PLAIN else ours))
     if arm.kind == PLAIN:
         backend = {} if arm.attention == "auto" else {"attention_backend": arm.attention}
@@ -287,32 +265,22 @@ def table(report: dict[str, Any]) -> str:
     lines += ["", f"Answers equal to plain vLLM's, token for token: {worst:.0%} of a case's prompts or more."]
     idle = max(max(of["idle_cpu_seconds"]) for case in report["cases"] for of in case["samples"].values())
     lines += [f"CPU time that an engine took while the others had their turns: {1e3 * idle:.0f} ms at most."]
-    if report["gpu"]:
-        lines += [
-            "CPU time and peak memory are of the process that asks: on a GPU the engine is another one, which is not",
-            "stopped while others have their turns.",
-            "**Never run before on a GPU**: read the arms' settings in the JSON before you believe a figure.",
-        ]
     return "\n".join([*lines, ""])
 
 
 def main() -> None:
     options = _measure.parser(__doc__, "overhead")
     options.add_argument("--pairs", type=int, help="turns of each case (20; 4 with --short)")
-    options.add_argument("--gpu", action="store_true", help="the arms of a GPU; has never run")
     args = options.parse_args()
-    cases, arms = (SHORT_CASES if args.short else CASES), (GPU_ARMS if args.gpu else CPU_ARMS)
-    if args.gpu:
-        cases = tuple(map(for_gpu, cases))
+    cases, arms = (SHORT_CASES if args.short else CASES), CPU_ARMS
     pairs = args.pairs or (4 if args.short else 20)
     shapes = Shapes.of(args.model)
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    settings = engine_settings(args.model, cases, args.gpu)
+    settings = engine_settings(args.model, cases)
     report: dict[str, Any] = {
         "machine": _measure.machine(),
         "versions": _measure.versions(),
         "model": args.model.name,
-        "gpu": args.gpu,
         "pairs": pairs,
         "settings": settings | {"model": args.model.name},
         "engines": {},
@@ -321,7 +289,7 @@ def main() -> None:
     with ExitStack() as processes:
         engines = {}
         for name in dict.fromkeys(name for case in cases for name in case.arms):
-            engines[name], about = start(arms[name], settings, max(case.steps for case in cases), processes, args.gpu)
+            engines[name], about = start(arms[name], settings, max(case.steps for case in cases), processes)
             report["engines"][name] = {**asdict(arms[name]), **about}
             print(f"{name}: started in {about['seconds']:.1f} s", flush=True)
         check_same(report["engines"])

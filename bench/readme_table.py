@@ -118,11 +118,16 @@ def of_kernels(report: dict[str, Any], name: str) -> list[Row]:
 
 
 def of_host(report: dict[str, Any]) -> list[Row]:
-    added = [row["added"] for row in report["rows"]]
-    rows = f"{report['rows'][0]['rows']} to {report['rows'][-1]['rows']} rows"
-    figure = f"{min(added):.0f} to {max(added):.0f}"
-    page = "[host cost](bench/results/host_cost.md)"
-    return [(f"host cost of probing on a GPU's backend, microseconds a step, {rows} (CPU tensors)", figure, page)]
+    rows: list[Row] = []
+    for step in ("decode", "streaming"):
+        of_step = [row for row in report["rows"] if row["step"] == step]
+        added = [row["added"] for row in of_step]
+        batches = f"{of_step[0]['rows']} to {of_step[-1]['rows']} rows"
+        what = (
+            f"host cost of probing on a GPU's backend, microseconds a {step} step, {batches}, 32 layers (CPU tensors)"
+        )
+        rows.append((what, f"{min(added):.0f} to {max(added):.0f}", "[host cost](bench/results/host_cost.md)"))
+    return rows
 
 
 def of_ships(report: dict[str, Any]) -> list[Row]:

@@ -50,6 +50,7 @@ DEVICES = {
     "H100 SXM": Device(3.35e12, 989e12, 80e9),
     "MI300X": Device(5.3e12, 1307e12, 192e9),
 }
+H200 = Device(4.8e12, 989e12, 141e9)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +109,9 @@ def extra_instructions(aot: dict[str, Any]) -> float:
     return compiled["ratios"][str(CONTEXT)]
 
 
-def host_seconds(host_cost: dict[str, Any]) -> float:
-    """Host time that probing adds to a step, the most of all batches."""
-    return max(row["added"] for row in host_cost["rows"]) * 1e-6
+def host_seconds(host_cost: dict[str, Any], step: str) -> float:
+    """Host time that probing adds to a step, decode or streaming, the most of all batches."""
+    return max(row["added"] for row in host_cost["rows"] if row["step"] == step) * 1e-6
 
 
 def recorded_bytes(shapes: Shapes, steps: int, regions: int = REGIONS) -> int:
@@ -150,7 +151,8 @@ def decode_table() -> str:
 
 
 def added_table(traffic: dict[str, Any], aot: dict[str, Any], host_cost: dict[str, Any]) -> str:
-    per_head, instructions, host = extra_attention_bytes(traffic), extra_instructions(aot), host_seconds(host_cost)
+    per_head, instructions = extra_attention_bytes(traffic), extra_instructions(aot)
+    host = host_seconds(host_cost, "decode")
     lines = []
     for model, shapes in MODELS.items():
         for name, device in DEVICES.items():
@@ -168,6 +170,40 @@ def added_table(traffic: dict[str, Any], aot: dict[str, Any], host_cost: dict[st
                 )
     head = ["model", "devices", "batch", "bytes added", "by bytes", "by instructions", "and the host's time"]
     return rows_of(lines, head)
+
+
+def streaming_table(traffic: dict[str, Any], aot: dict[str, Any], host_cost: dict[str, Any]) -> str:
+    """What measuring adds to the steps of a job that streams prompts through a Llama-3-8B on an H200."""
+    shapes, device = MODELS["Llama-3-8B"], H200
+    per_head, instructions = extra_attention_bytes(traffic), extra_instructions(aot)
+    host, lines = host_seconds(host_cost, "streaming"), []
+    for batch in (64, 256):
+        for prompt, cached in ((300, 100), (1000, 100), (4000, 500)):
+            # As many prompts end in a step as answers do, and a step has so many tokens at most.
+            prompts = min(batch / (STEPS + 1), STEP_TOKENS / (STEPS + prompt - cached))
+            decoding = STEPS * prompts
+            prefill = forward(shapes, 1, cached, prompt - cached)
+            kv = shapes.kv_bytes(prompt, ITEM)
+            weights = ITEM * (shapes.layer_weights + shapes.vocabulary_weights)
+            attention = decoding * shapes.flops(1, keys_attended(prompt, 1), 1)
+            step = Work(weights + (decoding + prompts) * kv, prompts * prefill.flops + attention).seconds(device, 1)
+            rows = (decoding + prompts) * shapes.layers * shapes.heads
+            by_bytes = (prompts * kv + rows * per_head) / device.bandwidth
+            by_instructions = (decoding + prompts) * kv / device.bandwidth * (instructions - 1)
+            lines.append(
+                [
+                    str(batch),
+                    f"{prompt:,}",
+                    str(cached),
+                    f"{prompts:.1f}",
+                    f"{1e3 * step:.1f}",
+                    f"{by_bytes / step:.2%}",
+                ]
+                + [f"{by_instructions / step:.2%}", f"{host / step:.2%}"]
+                + [f"{(by_bytes + by_instructions + host) / step:.2%}"]
+            )
+    head = ["rows", "prompt tokens", "of them cached", "prompts a step", "step, ms", "last tokens and parts, by bytes"]
+    return rows_of(lines, [*head, "masses, by instructions", "host, if nothing hides it", "all"])
 
 
 def leaving_table() -> str:
@@ -245,6 +281,7 @@ def page(text: str) -> str:
     parts = {
         "decode": decode_table(),
         "added": added_table(**read),
+        "streaming": streaming_table(**read),
         "leaving": leaving_table(),
         "replay": replay_table(),
         "ships": ships_table(),

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LONGEST = (
     "engine/test_demo_model.py",
     "engine/test_interpreted.py",
+    "unit/test_gpu_check.py",
     "engine/test_ranks.py",
     "kernels/test_triton_interpreted.py",
     "docs/test_notebooks.py",

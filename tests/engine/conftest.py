@@ -42,6 +42,16 @@ TINY = {
         "query_pre_attn_scalar": 64,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"][:LAYERS],
     },
+    # a sink in every head
+    "granite-sinks": {
+        "kind": "GraniteSWA",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_size": 128,
+        "sliding_window": 24,
+        "attention_multiplier": 32**-0.5,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"][:LAYERS],
+    },
 }
 
 
@@ -66,6 +76,9 @@ def make_tiny_model(name: str, folder: Path) -> Path:
     )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name_of_weight, weight in model.named_parameters():
+        if name_of_weight.endswith("sinks"):  # zero in a new model
+            torch.nn.init.normal_(weight, mean=3.0)
     model.save_pretrained(folder)
     return folder
 
@@ -166,13 +179,16 @@ class Oracle:
 
 
 @pytest.fixture(scope="session")
-def oracle(tiny_model, demo_model):
+def oracle(tiny_model, request):
     """The oracle of a model by name ("demo" for the demonstration model) or folder, loaded once."""
     loaded: dict[str | Path, Oracle] = {}
 
     def of(name: str | Path) -> Oracle:
         if name not in loaded:
-            folder = name if isinstance(name, Path) else demo_model if name == "demo" else tiny_model(name)
+            if name == "demo":  # only here: tests of other models run without the demonstration model
+                folder = request.getfixturevalue("demo_model")
+            else:
+                folder = name if isinstance(name, Path) else tiny_model(name)
             loaded[name] = Oracle(folder)
         return loaded[name]
 

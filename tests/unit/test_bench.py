@@ -134,14 +134,6 @@ def test_arms_with_other_settings_are_refused():
         overhead.check_same({"plain": arm(), "probing": arm(dtype="bfloat16")})
 
 
-def test_on_a_gpu_every_case_has_every_plain_backend_and_only_arms_that_are_started():
-    cases = [overhead.for_gpu(case) for case in overhead.CASES]
-    for case in cases:
-        assert set(case.arms) <= set(overhead.GPU_ARMS)
-        assert [name for name in case.arms if name.startswith("plain")] == list(overhead.GPU_ARMS)[:3]
-    assert "probing, flash" in cases[0].arms
-
-
 # ------------------------------------------------------------------------------------------------- arithmetic
 
 

@@ -144,6 +144,6 @@ def attend(
 
 
 @triton.jit
-def keys_per_split(keys, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr):
+def keys_per_split(keys, splits, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr):
     """Keys that each split of a row takes: whole tiles, at least CHUNK, so that a short row uses few splits."""
-    return tl.maximum(tl.cdiv(tl.cdiv(keys, BLOCK_N), SPLITS) * BLOCK_N, CHUNK)
+    return tl.maximum(tl.cdiv(tl.cdiv(keys, BLOCK_N), splits) * BLOCK_N, CHUNK)

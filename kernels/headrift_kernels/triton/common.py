@@ -18,7 +18,7 @@ next_power_of_2 = functools.cache(triton.next_power_of_2)
 
 # What changes from call to call: Triton would compile a kernel anew for an integer that is 1 or divisible by 16, and
 # for a pointer that is aligned, such as that to the prefill rows of a batch.
-UNSPECIALIZED = ["layer", "steps", "layers", "window", "queries"]
+UNSPECIALIZED = ["layer", "steps", "layers", "window", "queries", "splits", "stride_table"]
 UNALIGNED = [
     f"{name}_ptr" for name in ("block_table", "query_start", "seq_lens", "row_slot", "prompt_len", "n_rows", "bounds")
 ]

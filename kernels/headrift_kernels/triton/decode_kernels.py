@@ -51,17 +51,18 @@ def _load_query(query_ptr, token, heads, valid, stride_qt, stride_qh, HEAD_DIM: 
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def decode_kernel(
     output_ptr,
-    mass_ptr,
-    entropy_ptr,
     part_acc_ptr,
     part_stat_ptr,
     part_mass_ptr,
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    block_table_ptr,
     query_start_ptr,
     seq_lens_ptr,
+    query_ptr,
+    block_table_ptr,
+    stride_table,
+    mass_ptr,
+    entropy_ptr,
+    key_ptr,
+    value_ptr,
     row_slot_ptr,
     prompt_len_ptr,
     n_rows_ptr,
@@ -76,6 +77,7 @@ def decode_kernel(
     layer,
     steps,
     layers,
+    splits,
     stride_ot,
     stride_oh,
     stride_qt,
@@ -86,7 +88,6 @@ def decode_kernel(
     stride_vb,
     stride_vt,
     stride_vh,
-    stride_table,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     PAGE: tl.constexpr,
@@ -94,7 +95,7 @@ def decode_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     CHUNK: tl.constexpr,
     REGIONS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -107,14 +108,14 @@ def decode_kernel(
     SINKS: tl.constexpr,
     FP8: tl.constexpr,
 ):
-    """Grid (rows, kv_heads, SPLITS). A row whose keys one split takes is finished here, others by `combine_kernel`."""
+    """Grid (rows, kv_heads, splits). A row whose keys one split takes is finished here, others by `combine_kernel`."""
     row = tl.program_id(0)
     kv_head = tl.program_id(1)
     n = tl.load(seq_lens_ptr + row)
     begin = _first_key(n, window, WINDOW)
     end = n
-    if SPLITS > 1:
-        per_split = keys_per_split(n - begin, BLOCK_N, SPLITS, CHUNK)
+    if SPLIT:
+        per_split = keys_per_split(n - begin, splits, BLOCK_N, CHUNK)
         in_parts = n - begin > per_split
         begin += tl.program_id(2) * per_split
         end = tl.minimum(begin + per_split, n)
@@ -171,9 +172,9 @@ def decode_kernel(
     dims = tl.arange(0, BLOCK_D)
     column = tl.arange(0, WIDTH)
     stored = valid[:, None] & (dims < HEAD_DIM)[None, :]
-    if SPLITS > 1:  # noqa: SIM102
+    if SPLIT:  # noqa: SIM102
         if in_parts:
-            part = (row.to(tl.int64) * HEADS + heads) * SPLITS + tl.program_id(2)
+            part = (row.to(tl.int64) * HEADS + heads) * splits + tl.program_id(2)
             tl.store(part_acc_ptr + part[:, None] * HEAD_DIM + dims[None, :], acc, mask=stored)
             tl.store(part_stat_ptr + part * 3, m, mask=valid)
             tl.store(part_stat_ptr + part * 3 + 1, l, mask=valid)
@@ -207,13 +208,13 @@ def decode_kernel(
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def combine_kernel(
     output_ptr,
-    mass_ptr,
-    entropy_ptr,
     part_acc_ptr,
     part_stat_ptr,
     part_mass_ptr,
     query_start_ptr,
     seq_lens_ptr,
+    mass_ptr,
+    entropy_ptr,
     row_slot_ptr,
     prompt_len_ptr,
     n_rows_ptr,
@@ -223,13 +224,14 @@ def combine_kernel(
     layer,
     steps,
     layers,
+    splits,
     stride_ot,
     stride_oh,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_S: tl.constexpr,
     REGIONS: tl.constexpr,
@@ -246,7 +248,7 @@ def combine_kernel(
     head = tl.program_id(1)
     n = tl.load(seq_lens_ptr + row)
     begin = _first_key(n, window, WINDOW)
-    per_split = keys_per_split(n - begin, BLOCK_N, SPLITS, CHUNK)
+    per_split = keys_per_split(n - begin, splits, BLOCK_N, CHUNK)
     if n - begin <= per_split:
         return
     token, tokens = _token(row, query_start_ptr, LAST_TOKENS)
@@ -257,7 +259,7 @@ def combine_kernel(
     split = tl.arange(0, BLOCK_S)
     used = begin + split * per_split < n
     dims = tl.arange(0, BLOCK_D)
-    part = (row.to(tl.int64) * HEADS + head) * SPLITS + split
+    part = (row.to(tl.int64) * HEADS + head) * splits + split
     m = tl.load(part_stat_ptr + part * 3, mask=used, other=LOWEST)
     l = tl.load(part_stat_ptr + part * 3 + 1, mask=used, other=0.0)
     top = tl.max(m, 0)

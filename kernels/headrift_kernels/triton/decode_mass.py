@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from headrift_kernels.triton.common import next_power_of_2
 from headrift_kernels.triton.decode_kernels import combine_kernel, decode_kernel
+from headrift_kernels.triton.launch import DirectLaunch, launch
 
 # The fewest keys of a split. Those of a 16-bit KV head of 128 are 262 kB of K and V; the parts of 4 heads are 2 kB.
 CHUNK = 512
+# Of a row: the combine kernel is compiled for as many.
+MOST_SPLITS = 32
 # Programs a multiprocessor up to which a launch is divided, though most of them return at once: see `splits_for`.
 MOST_PROGRAMS = 128
 
@@ -67,7 +71,7 @@ class SplitScratch:
         return cls(*(torch.empty(rows, heads, splits, last, device=device) for last in (head_dim, 3, max(regions, 1))))
 
 
-def splits_for(rows: int, kv_heads: int, longest: int, processors: int, most: int = 32) -> int:
+def splits_for(rows: int, kv_heads: int, longest: int, processors: int, most: int = MOST_SPLITS) -> int:
     """Return how many splits the longest row of a batch needs.
 
     As many as it has chunks: the batch's shorter rows then use one split each and return at once in the others, while
@@ -83,11 +87,63 @@ def splits_for(rows: int, kv_heads: int, longest: int, processors: int, most: in
         most: limit of the result.
 
     Returns:
-        A power of two: each number of splits is a kernel of its own, compiled when it is first met.
+        A power of two.
     """
     chunks = next_power_of_2(max(-(-longest // CHUNK), 1))
     affordable = MOST_PROGRAMS * processors // max(rows * kv_heads, 1)
     return min(chunks, most, max(4, 1 << max(affordable, 1).bit_length() - 1))
+
+
+# What may change from one call of a layer to the next: of both kernels, and of the decode kernel besides.
+_VARYING = ("output_ptr", "part_acc_ptr", "part_stat_ptr", "part_mass_ptr", "query_start_ptr", "seq_lens_ptr")
+_VARYING_OF_DECODE = ("query_ptr", "block_table_ptr", "stride_table")
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The rows of a step, the same for all layers: what `decode_mass` says of its arguments of these names."""
+
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    query_start_loc: torch.Tensor | None = None
+    scratch: SplitScratch | None = None
+    shared_values: tuple[int, ...] = field(init=False, repr=False)
+    table_values: tuple[int, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        scratch, start = self.scratch, self.query_start_loc
+        parts = (None, None, None) if scratch is None else (scratch.acc, scratch.stat, scratch.mass)
+        shared = tuple(0 if tensor is None else tensor.data_ptr() for tensor in (*parts, start, self.seq_lens))
+        object.__setattr__(self, "shared_values", shared)
+        object.__setattr__(self, "table_values", (self.block_table.data_ptr(), self.block_table.stride(0)))
+
+    @property
+    def splits(self) -> int:
+        return 1 if self.scratch is None else self.scratch.splits
+
+
+class DecodeAgain:
+    """A call of `decode_mass` that can be repeated with other output, query and batch, in few microseconds.
+
+    The batch has as many splits as the first one; the types and devices of what changes do not change.
+    """
+
+    def __init__(
+        self, output: torch.Tensor, query: torch.Tensor, kv_heads: int, splits: int, *launches: DirectLaunch | None
+    ):
+        self._strides = output.stride(), query.stride()
+        self._heads, self._kv_heads, self._splits = query.shape[1], kv_heads, splits
+        self._decode, self._combine = launches
+
+    def __call__(self, output: torch.Tensor, query: torch.Tensor, batch: Batch) -> bool:
+        """Return whether the kernels were launched; if not, call `decode_mass`, which can be done in any case."""
+        if (output.stride(), query.stride()) != self._strides or self._decode is None:
+            return False
+        rows, shared = batch.seq_lens.shape[0], (output.data_ptr(), *batch.shared_values)
+        grid = (rows, self._kv_heads, self._splits)
+        return self._decode(grid, *shared, query.data_ptr(), *batch.table_values) and (
+            self._combine is None or self._combine((rows, self._heads, 1), *shared)
+        )
 
 
 def decode_mass(
@@ -115,7 +171,7 @@ def decode_mass(
     entropy: torch.Tensor | None = None,
     scratch: SplitScratch | None = None,
     tiles: Tiles | None = None,
-) -> None:
+) -> DecodeAgain | None:
     """Write the attention output of one query per row, and the masses of the rows that are probed, in place.
 
     With `query_start_loc` a batch may mix decode rows and prefill chunks. The query of a row is then its last token.
@@ -148,6 +204,9 @@ def decode_mass(
         scratch: splits each row's keys among several programs.
         tiles: how the kernel is launched (default: `tiles_for`).
 
+    Returns:
+        What repeats the call for other rows of the layer; None in Triton's interpreter and of a batch without rows.
+
     Raises:
         ValueError: `scratch` is for fewer rows or regions.
     """
@@ -155,7 +214,8 @@ def decode_mass(
     heads, head_dim = query.shape[1:]
     page, kv_heads = key_cache.shape[1], key_cache.shape[2]
     if rows == 0:
-        return
+        return None
+    splits = 1 if scratch is None else scratch.splits
     tiles = tiles or tiles_for(head_dim, query.element_size(), key_cache.element_size())
     regions = 1 if mass is None else mass.shape[4]
     if scratch is not None and (scratch.acc.shape[0] < rows or scratch.mass.shape[3] < regions):
@@ -164,16 +224,33 @@ def decode_mass(
             f"the batch has {rows} rows and {regions} regions: allocate it for the largest batch, with "
             "SplitScratch.allocate"
         )
-    splits = 1 if scratch is None else scratch.splits
     fp8 = key_cache.element_size() == 1
     group = heads // kv_heads
     parts = (None, None, None) if scratch is None else (scratch.acc, scratch.stat, scratch.mass)
-    shared = {
+    steps, layers = (0, 0) if mass is None else (mass.shape[1], mass.shape[2])
+    shared: dict[str, Any] = {
+        "output_ptr": output,
+        "mass_ptr": mass,
+        "entropy_ptr": entropy,
+        **dict(zip(("part_acc_ptr", "part_stat_ptr", "part_mass_ptr"), parts)),
+        "query_start_ptr": query_start_loc,
+        "seq_lens_ptr": seq_lens,
+        "row_slot_ptr": row_slot,
+        "prompt_len_ptr": prompt_len,
+        "n_rows_ptr": n_rows,
+        "sinks_ptr": sinks,
+        "v_scale_ptr": v_scale,
+        "window": window or 0,
+        "layer": layer,
+        "steps": steps,
+        "layers": layers,
+        "splits": splits,
+        **dict(zip(("stride_ot", "stride_oh"), output.stride())),
         "HEADS": heads,
         "HEAD_DIM": head_dim,
         "BLOCK_D": max(16, next_power_of_2(head_dim)),
         "BLOCK_N": tiles.block_n,
-        "SPLITS": splits,
+        "SPLIT": splits > 1,
         "CHUNK": max(tiles.chunk, tiles.block_n),
         "REGIONS": regions,
         "WIDTH": next_power_of_2(regions),
@@ -184,65 +261,31 @@ def decode_mass(
         "SINKS": sinks is not None,
         "FP8": fp8,
     }
-    steps, layers = (0, 0) if mass is None else (mass.shape[1], mass.shape[2])
-    decode_kernel[(rows, kv_heads, splits)](
-        output,
-        mass,
-        entropy,
-        *parts,
-        query,
-        key_cache,
-        value_cache,
-        block_table,
-        query_start_loc,
-        seq_lens,
-        row_slot,
-        prompt_len,
-        n_rows,
-        bounds,
-        alibi_slopes,
-        sinks,
-        k_scale,
-        v_scale,
-        scale,
-        softcap,
-        window or 0,
-        layer,
-        steps,
-        layers,
-        *output.stride()[:2],
-        *query.stride()[:2],
-        *key_cache.stride()[:3],
-        *value_cache.stride()[:3],
-        block_table.stride(0),
-        GROUP=group,
-        PAGE=page,
-        BLOCK_M=max(16, next_power_of_2(group)),
-        SOFTCAP=softcap > 0.0,
-        ALIBI=alibi_slopes is not None,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-        **shared,
-    )
+    of_decode = {
+        "query_ptr": query,
+        "key_ptr": key_cache,
+        "value_ptr": value_cache,
+        "block_table_ptr": block_table,
+        "bounds_ptr": bounds,
+        "slopes_ptr": alibi_slopes,
+        "k_scale_ptr": k_scale,
+        "scale": scale,
+        "softcap": softcap,
+        **dict(zip(("stride_qt", "stride_qh"), query.stride())),
+        **dict(zip(("stride_kb", "stride_kt", "stride_kh"), key_cache.stride())),
+        **dict(zip(("stride_vb", "stride_vt", "stride_vh"), value_cache.stride())),
+        "stride_table": block_table.stride(0),
+        "GROUP": group,
+        "PAGE": page,
+        "BLOCK_M": max(16, next_power_of_2(group)),
+        "SOFTCAP": softcap > 0.0,
+        "ALIBI": alibi_slopes is not None,
+    }
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    grid = (rows, kv_heads, splits)
+    decode = launch(decode_kernel, grid, {**shared, **of_decode}, (*_VARYING, *_VARYING_OF_DECODE), **options)
+    combine = None
     if splits > 1:
-        combine_kernel[(rows, heads)](
-            output,
-            mass,
-            entropy,
-            *parts,
-            query_start_loc,
-            seq_lens,
-            row_slot,
-            prompt_len,
-            n_rows,
-            sinks,
-            v_scale,
-            window or 0,
-            layer,
-            steps,
-            layers,
-            *output.stride()[:2],
-            BLOCK_S=next_power_of_2(splits),
-            num_warps=4,
-            **shared,
-        )
+        of_combine = {"BLOCK_S": max(MOST_SPLITS, next_power_of_2(splits))}
+        combine = launch(combine_kernel, (rows, heads, 1), {**shared, **of_combine}, _VARYING, num_warps=4)
+    return None if decode is None else DecodeAgain(output, query, kv_heads, splits, decode, combine)

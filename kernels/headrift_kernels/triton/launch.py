@@ -33,13 +33,14 @@ class DirectLaunch:
     def __init__(
         self, kernel: JITFunction, compiled: CompiledKernel, arguments: Mapping[str, Any], varying: Sequence[str]
     ):
-        parameters = {parameter.name: parameter for parameter in kernel.params}
+        first = kernel.params[: len(varying)]
+        if [parameter.name for parameter in first] != [*varying]:
+            raise ValueError(f"what varies of {kernel.__name__} is not its first parameters: {list(varying)}")
         self._kernel = kernel
-        self._arguments = [_value(arguments[name]) for name in parameters]
-        self._places = [parameters[name].num for name in varying]
-        self._masks = [_mask(parameters[name], arguments[name]) for name in varying]
-        places = zip(self._places, self._masks, strict=True)
-        self._bits = [(self._arguments[place] or 0) & mask for place, mask in places]
+        self._rest = tuple(_value(arguments[parameter.name]) for parameter in kernel.params[len(varying) :])
+        self._masks = [_mask(parameter, arguments[parameter.name]) for parameter in first]
+        values = (_value(arguments[name]) or 0 for name in varying)
+        self._bits = [value & mask for value, mask in zip(values, self._masks)]
         self._compiled = compiled  # its code is unloaded with it
         self._run = compiled.run
         # no launch metadata, and no hooks before and after
@@ -61,10 +62,7 @@ class DirectLaunch:
         """
         if [*map(and_, values, self._masks)] != self._bits or _watched(self._kernel):
             return False
-        arguments = self._arguments.copy()
-        for place, value in zip(self._places, values, strict=False):  # as many as the masks
-            arguments[place] = value
-        self._run(*grid, self._stream_of(self._device), *self._code, *arguments)
+        self._run(*grid, self._stream_of(self._device), *self._code, *values, *self._rest)
         return True
 
 
@@ -77,8 +75,8 @@ def launch(
         kernel: a function with `triton.jit`.
         grid: programs along the three axes.
         arguments: all of the kernel's arguments by name, constants included.
-        varying: names of the arguments that later launches may change: tensors and integers, no constants. A tensor
-            that is None stays None.
+        varying: names of the kernel's first parameters, which later launches may change: tensors and integers, no
+            constants. A tensor that is None stays None.
         options: num_warps and num_stages.
 
     Returns:

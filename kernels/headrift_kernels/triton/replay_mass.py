@@ -16,7 +16,7 @@ import triton.language as tl
 
 from headrift_kernels.triton.attend import attend, keys_per_split
 from headrift_kernels.triton.common import LN2, LOG2E, LOWEST, UNALIGNED, UNSPECIALIZED, cell_of, next_power_of_2
-from headrift_kernels.triton.decode_mass import CHUNK, Tiles
+from headrift_kernels.triton.decode_mass import CHUNK, MOST_SPLITS, Tiles
 
 
 @triton.jit
@@ -95,6 +95,7 @@ def replay_kernel(
     steps,
     layers,
     queries,
+    splits,
     stride_qt,
     stride_qh,
     stride_kb,
@@ -108,7 +109,7 @@ def replay_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     CHUNK: tl.constexpr,
     REGIONS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -119,11 +120,11 @@ def replay_kernel(
     SINKS: tl.constexpr,
     FP8: tl.constexpr,
 ):
-    """Grid (blocks of BLOCK_Q steps, kv_heads * SPLITS, rows). A block whose keys one split takes is finished here."""
+    """Grid (blocks of BLOCK_Q steps, kv_heads * splits, rows). A block whose keys one split takes is finished here."""
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     block = tl.program_id(0)
-    kv_head = tl.program_id(1) // SPLITS
-    split = tl.program_id(1) % SPLITS
+    kv_head = tl.program_id(1) // splits
+    split = tl.program_id(1) % splits
     row = tl.program_id(2)
     slot = tl.load(row_slot_ptr + row)
     if slot < 0:
@@ -142,13 +143,13 @@ def replay_kernel(
         BLOCK_Q,
         WINDOW,
     )
-    if SPLITS > 1:
-        per_split = keys_per_split(until - first, BLOCK_N, SPLITS, CHUNK)
+    if SPLIT:
+        per_split = keys_per_split(until - first, splits, BLOCK_N, CHUNK)
         in_parts = until - first > per_split
         first += split * per_split
     if (begin >= end) | (first >= until):
         return
-    if SPLITS > 1:
+    if SPLIT:
         until = tl.minimum(first + per_split, until)
     member = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
@@ -200,10 +201,10 @@ def replay_kernel(
         SOFTCAP,
         ALIBI,
     )
-    if SPLITS > 1:  # noqa: SIM102
+    if SPLIT:  # noqa: SIM102
         if in_parts:
             column = tl.arange(0, WIDTH)
-            part = ((row.to(tl.int64) * queries + block * BLOCK_Q + member // GROUP) * HEADS + heads) * SPLITS + split
+            part = ((row.to(tl.int64) * queries + block * BLOCK_Q + member // GROUP) * HEADS + heads) * splits + split
             tl.store(part_stat_ptr + part * 3, m, mask=valid)
             tl.store(part_stat_ptr + part * 3 + 1, l, mask=valid)
             if ENTROPY:
@@ -235,11 +236,12 @@ def replay_combine_kernel(
     steps,
     layers,
     queries,
+    splits,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     CHUNK: tl.constexpr,
     REGIONS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -269,7 +271,7 @@ def replay_combine_kernel(
         BLOCK_Q,
         WINDOW,
     )
-    per_split = keys_per_split(until - first, BLOCK_N, SPLITS, CHUNK)
+    per_split = keys_per_split(until - first, splits, BLOCK_N, CHUNK)
     if (begin >= end) | (until - first <= per_split):
         return
     member = tl.arange(0, BLOCK_M)
@@ -282,7 +284,7 @@ def replay_combine_kernel(
     l = tl.zeros([BLOCK_M], tl.float32)
     moment = tl.zeros([BLOCK_M], tl.float32)
     mass = tl.zeros([BLOCK_M, WIDTH], tl.float32)
-    part = ((row.to(tl.int64) * queries + block * BLOCK_Q + member // GROUP) * HEADS + heads) * SPLITS
+    part = ((row.to(tl.int64) * queries + block * BLOCK_Q + member // GROUP) * HEADS + heads) * splits
     for split in tl.range(0, tl.cdiv(until - first, per_split)):
         at = part + split
         m_part = tl.load(part_stat_ptr + at * 3, mask=valid, other=LOWEST)
@@ -339,7 +341,7 @@ class ReplayScratch:
 
 
 def replay_splits(
-    rows: int, kv_heads: int, group: int, queries: int, longest: int, processors: int, most: int = 32
+    rows: int, kv_heads: int, group: int, queries: int, longest: int, processors: int, most: int = MOST_SPLITS
 ) -> int:
     """Return the splits of a block's keys that give every multiprocessor about two programs, of a chunk at least.
 
@@ -353,7 +355,7 @@ def replay_splits(
         most: limit of the result.
 
     Returns:
-        A power of two: each number of splits is a kernel of its own, compiled when it is first met.
+        A power of two.
     """
     blocks = -(-queries // (block_rows(group, queries) // group))
     idle = next_power_of_2(-(-2 * processors // max(rows * kv_heads * blocks, 1)))
@@ -435,7 +437,7 @@ def replay_mass(
         "GROUP": group,
         "BLOCK_M": block_m,
         "BLOCK_N": tiles.block_n,
-        "SPLITS": splits,
+        "SPLIT": splits > 1,
         "CHUNK": max(tiles.chunk, tiles.block_n),
         "REGIONS": regions,
         "WIDTH": next_power_of_2(regions),
@@ -466,6 +468,7 @@ def replay_mass(
         steps,
         layers,
         queries,
+        splits,
         *query.stride()[:2],
         *key_cache.stride()[:3],
         block_table.stride(0),
@@ -495,6 +498,7 @@ def replay_mass(
             steps,
             layers,
             queries,
+            splits,
             num_warps=4,
             **shared,
         )

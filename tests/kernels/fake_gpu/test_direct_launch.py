@@ -20,7 +20,7 @@ def make_kernel():
     """A kernel of its own for each test, of which nothing is compiled yet."""
 
     @triton.jit(do_not_specialize=["layer"], do_not_specialize_on_alignment=["table_ptr"])
-    def kernel(in_ptr, out_ptr, table_ptr, none_ptr, scale, stride, layer, pages, BLOCK: tl.constexpr):
+    def kernel(out_ptr, table_ptr, none_ptr, stride, layer, in_ptr, scale, pages, BLOCK: tl.constexpr):
         at = tl.arange(0, BLOCK)
         page = tl.load(table_ptr + tl.program_id(0) * pages)
         tl.store(out_ptr + page * stride + at, scale * tl.load(in_ptr + layer * BLOCK + at))
@@ -78,6 +78,11 @@ def test_values_that_are_missing_are_no_launch(kernel):
     direct = launch(kernel, GRID, make_arguments(), VARYING, num_warps=4)
     assert not direct(GRID, *values_of(make_arguments())[:-1])
     assert not direct(GRID, *values_of(make_arguments(none_ptr=torch.zeros(1))))
+
+
+def test_what_varies_comes_first(kernel):
+    with pytest.raises(ValueError, match="in_ptr"):
+        launch(kernel, GRID, make_arguments(), ["out_ptr", "in_ptr"], num_warps=4)
 
 
 def test_no_tensor_is_kept_alive(kernel):

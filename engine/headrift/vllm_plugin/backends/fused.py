@@ -23,7 +23,7 @@ from headrift.vllm_plugin.ablation import ablating
 from headrift.vllm_plugin.attention_rows import keeping_rows
 from headrift.vllm_plugin.measure import MeasuringBuilder, MeasuringImpl
 from headrift.vllm_plugin.recorder import Recorder
-from headrift_kernels.triton.decode_mass import SplitScratch, decode_mass, splits_for
+from headrift_kernels.triton.decode_mass import Batch, DecodeAgain, SplitScratch, decode_mass, splits_for
 from headrift_kernels.triton.replay_mass import ReplayScratch, replay_mass, replay_splits
 
 
@@ -32,17 +32,13 @@ class MeasuredStep:
     """How a step with probed rows is attended, worked out once for all layers of a KV cache group.
 
     Attributes:
-        block_table, seq_lens, query_start_loc: the whole batch's, on the device.
-        scratch: where the fused kernel splits rows; None: one program a row and KV head.
+        batch: all rows.
         prefill_from: the first row, and token, that the parent attends for; None: it attends for none.
         replayed: the most measured queries of any row before its last one.
-        replay_scratch: as scratch, for these.
+        replay_scratch: where the kernel that measures these splits rows; None: it does not.
     """
 
-    block_table: torch.Tensor
-    seq_lens: torch.Tensor
-    query_start_loc: torch.Tensor
-    scratch: SplitScratch | None
+    batch: Batch
     prefill_from: int | None = None
     replayed: int = 0
     replay_scratch: ReplayScratch | None = None
@@ -63,6 +59,7 @@ class FusedBuilder(MeasuringBuilder):
             self._init_reorder_batch_threshold(1)
             self.head_size = kv_cache_spec.head_size
             self.is_warm = False
+            self._scratches: dict[tuple[int, int], SplitScratch] = {}
 
     def plan(
         self,
@@ -71,9 +68,9 @@ class FusedBuilder(MeasuringBuilder):
         build: Callable[[CommonAttentionMetadata], Any],
     ) -> tuple[Any, MeasuredStep | None]:
         scratch = self._scratch(recorder, common.num_reqs, common.max_seq_len)
-        batch = (common.block_table_tensor, common.seq_lens, common.query_start_loc, scratch)
+        batch = Batch(common.block_table_tensor, common.seq_lens, common.query_start_loc, scratch)
         if common.max_query_len <= 1:
-            return build(common), MeasuredStep(*batch)
+            return build(common), MeasuredStep(batch)
         lengths = np.diff(common.query_start_loc_cpu.numpy()[: common.num_reqs + 1])
         measured, replayed = count_measured(recorder, common, lengths)
         if not measured:
@@ -89,17 +86,20 @@ class FusedBuilder(MeasuringBuilder):
                 replay_scratch = ReplayScratch.allocate(
                     common.num_reqs, replayed, self.num_heads_q, recorder.settings.regions, splits, self.device
                 )
-        step = MeasuredStep(*batch, decode_rows, replayed, replay_scratch)
+        step = MeasuredStep(batch, decode_rows, replayed, replay_scratch)
         return build(rows_from(common, decode_rows)), step
 
     def _scratch(self, recorder: Recorder, rows: int, longest: int) -> SplitScratch | None:
         splits = recorder.settings.splits or splits_for(rows, self.num_heads_kv, longest, _processors())
         if splits == 1:
             return None
-        sizes = _scratch_sizes(rows * splits, self.num_heads_q, self.head_size, recorder.settings.regions)
-        return SplitScratch(
-            *(recorder.rooms[name][:size].view(rows, self.num_heads_q, splits, -1) for name, size in sizes.items())
-        )
+        if (rows, splits) not in self._scratches:
+            sizes = _scratch_sizes(rows * splits, self.num_heads_q, self.head_size, recorder.settings.regions)
+            parts = (
+                recorder.rooms[name][:size].view(rows, self.num_heads_q, splits, -1) for name, size in sizes.items()
+            )
+            self._scratches[rows, splits] = SplitScratch(*parts)
+        return self._scratches[rows, splits]
 
     def warm_up(self) -> None:
         if self.recorder is None or self.is_warm:
@@ -112,13 +112,15 @@ class FusedBuilder(MeasuringBuilder):
         """Steps of one row that is not probed, which launch every variant of every kernel and record nothing."""
         row = torch.zeros((1, 1), dtype=torch.int32, device=self.device)
         start = torch.tensor([0, 1], dtype=torch.int32, device=self.device)
-        batch = (row, torch.ones(1, dtype=torch.int32, device=self.device), start)
+        length = torch.ones(1, dtype=torch.int32, device=self.device)
         heads, regions, most = self.num_heads_q, recorder.settings.regions, recorder.settings.rows
-        steps = [MeasuredStep(*batch, SplitScratch.allocate(1, heads, self.head_size, regions, 2, self.device))]
-        # As many queries as fill a larger tile each time.
-        for replayed in sorted({1, *(n for n in (4, 16, 64) if n <= most), most}):
+        split = SplitScratch.allocate(1, heads, self.head_size, regions, 2, self.device)
+        steps = [MeasuredStep(Batch(row, length, start, split))]
+        # As many queries as make a larger tile each time.
+        group = heads // self.num_heads_kv
+        for replayed in sorted({min(max(rows // group, 1), most) for rows in (16, 32, 64)}):
             for scratch in (None, ReplayScratch.allocate(1, replayed, heads, regions, 2, self.device)):
-                steps.append(MeasuredStep(*batch, None, None, replayed, scratch))
+                steps.append(MeasuredStep(Batch(row, length, start), None, replayed, scratch))
         return steps
 
 
@@ -160,10 +162,29 @@ def count_measured(recorder: Recorder, common: CommonAttentionMetadata, lengths:
     return bool((end > first).any()), int((np.minimum(end, last) - first).max(initial=0))
 
 
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """A layer's KV cache as the kernels take it.
+
+    Attributes:
+        keys, values: views of kv_cache, [blocks, page, KV heads, head_dim].
+        options: how this layer attends, as `replay_mass` takes it.
+        decode_options: as `decode_mass` takes it.
+        again: earlier calls of `decode_mass` to repeat, by number of splits.
+    """
+
+    kv_cache: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    options: dict[str, Any]
+    decode_options: dict[str, Any]
+    again: dict[int, DecodeAgain | None]
+
+
 class FusedImpl(MeasuringImpl):
     """Mixin before a GPU backend's implementation: in a measured step the fused kernel attends for the decode rows."""
 
-    _halves: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    _cache: LayerCache | None = None
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -183,22 +204,24 @@ class FusedImpl(MeasuringImpl):
         return self.recorder is None and super().fused_output_quant_supported(quant_key)
 
     def forget_cache(self) -> None:
-        self._halves = None
+        self._cache = None
 
-    def _keys_and_values(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of the cache, [blocks, page, KV heads, head_dim] each, made when vLLM gives a new one."""
-        if self._halves is None or self._halves[0] is not kv_cache:
+    def _cache_of(self, layer: AttentionLayer, kv_cache: torch.Tensor) -> LayerCache:
+        """What is kept of the layer's KV cache, made anew when vLLM gives another."""
+        if self._cache is None or self._cache.kv_cache is not kv_cache:
             keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+            options = {**self.attention_options(), "entropy": None if self.recorder is None else self.recorder.entropy}
+            scales = {}
             if is_quantized_kv_cache(self.kv_cache_dtype):
                 fp8 = current_platform.fp8_dtype()
                 keys, values = keys.view(fp8), values.view(fp8)
-            self._halves = kv_cache, keys, values
-        return self._halves[1:]
+                options["k_scale"], scales["v_scale"] = layer._k_scale, layer._v_scale
+            self._cache = LayerCache(kv_cache, keys, values, options, {**options, **scales}, {})
+        return self._cache
 
     def gathered_keys(self, layer: AttentionLayer, kv_cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
         """Keys [m, KV heads, head_dim, pages * page] of blocks [m, pages]."""
-        keys, _ = self._keys_and_values(kv_cache)
-        picked = keys.index_select(0, blocks.flatten())
+        picked = self._cache_of(layer, kv_cache).keys.index_select(0, blocks.flatten())
         if is_quantized_kv_cache(self.kv_cache_dtype):
             picked = picked.float() * layer._k_scale
         return picked.view(len(blocks), -1, *picked.shape[2:]).permute(0, 2, 3, 1)
@@ -239,40 +262,42 @@ class FusedImpl(MeasuringImpl):
         """Attend for the decode rows and write the masses of all measured queries of the step."""
         recorder = self.recorder
         assert recorder is not None
-        keys, values = self._keys_and_values(kv_cache)
-        quantized = is_quantized_kv_cache(self.kv_cache_dtype)
-        slots = (recorder.row_slot, recorder.prompt_len, recorder.n_rows, recorder.bounds)
-        options = {**self.attention_options(), "entropy": recorder.entropy}
-        if quantized:
-            options["k_scale"] = layer._k_scale
-        decode_mass(
-            output,
-            recorder.mass,
-            self.layer_index,
-            query,
-            keys,
-            values,
-            step.block_table,
-            step.seq_lens,
-            *slots,
-            query_start_loc=step.query_start_loc,
-            v_scale=layer._v_scale if quantized else None,
-            scratch=step.scratch,
-            **options,
-        )
+        cache, batch = self._cache_of(layer, kv_cache), step.batch
+        again = cache.again.get(batch.splits)
+        if again is None or not again(output, query, batch):
+            cache.again[batch.splits] = decode_mass(
+                output,
+                recorder.mass,
+                self.layer_index,
+                query,
+                cache.keys,
+                cache.values,
+                batch.block_table,
+                batch.seq_lens,
+                recorder.row_slot,
+                recorder.prompt_len,
+                recorder.n_rows,
+                recorder.bounds,
+                query_start_loc=batch.query_start_loc,
+                scratch=batch.scratch,
+                **cache.decode_options,
+            )
         if step.replayed:
             replay_mass(
                 recorder.mass,
                 self.layer_index,
                 query,
-                keys,
-                step.block_table,
-                step.query_start_loc,
-                step.seq_lens,
-                *slots,
+                cache.keys,
+                batch.block_table,
+                batch.query_start_loc,
+                batch.seq_lens,
+                recorder.row_slot,
+                recorder.prompt_len,
+                recorder.n_rows,
+                recorder.bounds,
                 most_queries=step.replayed,
                 scratch=step.replay_scratch,
-                **options,
+                **cache.options,
             )
 
     def warm_up(self, layer: Any, steps: list[MeasuredStep]) -> None:

@@ -1,0 +1,428 @@
+"""Time headrift's attention kernels on a GPU, with and without masses, beside vLLM's Triton kernel and FlashAttention.
+
+    python bench/kernels_gpu.py [--seconds 600] [--models Llama-3-8B,Qwen2.5-7B] [--out bench/results/kernels_gpu.json]
+
+Cases: `uniform` (all rows of one context length), `ragged` (one row of 8,192 keys among rows of 512), `shared` (all
+rows have their first 3/4 in common, as behind one system prompt), `streaming` (decode rows and the last chunks of
+prompts, whose last token is measured) and `replay` (answers of 64 tokens, every token measured). Times are medians
+over replays of a CUDA graph, which is how an engine launches them. A graph goes through copies of the cache larger
+than the L2 cache, so K and V come from memory. GB/s is bytes of K and V per second, and is compared with this GPU's
+measured copy bandwidth.
+
+An exception in headrift's kernels fails the run (exit status 1). A kernel of others that is not there has no time,
+and a reason. Cases that no longer fit --seconds are listed as left out. `--out` is written after each case; the cases
+that it already has are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if "--dry-run" in sys.argv:  # also in the processes of `compile_ahead`, which get the same arguments
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    import _cuda_on_cpu  # noqa: F401
+
+from headrift_kernels.triton.decode_mass import SplitScratch, decode_mass, splits_for
+
+DEVICE = "cuda"
+PAGE = 16  # vLLM's default on GPUs
+STEPS = 16
+CHUNK = 512
+ANSWER = 64
+COLD_BYTES = 256 << 20  # several times an L2 cache
+MOST_BYTES = 16 << 30  # of K and V of one layer
+# heads per KV head, KV heads, head_dim
+MODELS = {"Llama-3-8B": (4, 8, 128), "Qwen2.5-7B": (7, 4, 128), "SmolLM2-135M": (3, 3, 64), "tiny": (2, 2, 32)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch to attend.
+
+    Args:
+        kind: uniform, ragged, shared, streaming or replay.
+        decode: Context lengths of the decode rows.
+        prefill: Context lengths of the rows that compute a chunk of several tokens.
+        chunk: Tokens of such a chunk.
+        shared: Number of first keys that all rows have in common.
+    """
+
+    kind: str
+    decode: tuple[int, ...]
+    prefill: tuple[int, ...] = ()
+    chunk: int = CHUNK
+    shared: int = 0
+
+    @property
+    def name(self) -> str:
+        rows, longest = len(self.decode) + len(self.prefill), max(self.decode + self.prefill)
+        return f"{self.kind} {rows} x {longest}"
+
+    @property
+    def contexts(self) -> tuple[int, ...]:
+        return self.decode + self.prefill
+
+
+def cases() -> list[Case]:
+    """The most telling ones first."""
+    uniform = [(64, 2048), (256, 2048), (8, 2048), (1, 2048), (64, 8192), (256, 512), (1, 8192), (64, 512), (8, 8192)]
+    return [
+        *(Case("uniform", (context,) * batch) for batch, context in uniform[:4]),
+        Case("streaming", (2048,) * 60, (2048,) * 4),
+        Case("ragged", (8192, *(512,) * 63)),
+        Case("shared", (4096,) * 64, shared=3072),
+        Case("replay", (), (2048,) * 16),
+        *(Case("uniform", (context,) * batch) for batch, context in uniform[4:]),
+        Case("streaming", (1024,) * 240, (1024,) * 16),
+        Case("ragged", (8192, *(512,) * 255)),
+        Case("shared", (4096,) * 256, shared=3072),
+        *(Case("uniform", (context,) * batch) for batch, context in ((1, 512), (8, 512), (128, 2048), (256, 8192))),
+    ]
+
+
+def tiny_cases() -> list[Case]:
+    return [
+        Case("uniform", (40,) * 2),
+        Case("ragged", (600, 20)),
+        Case("shared", (48,) * 2, shared=32),
+        Case("streaming", (40,), (40,), chunk=20),
+        Case("replay", (), (40,), chunk=20),
+    ]
+
+
+class Batch:
+    """The tensors of a case, made on the device, in vLLM 0.32's layouts: caches [blocks, page, KV heads, head_dim].
+
+    Each row is measured at one token, with the regions of a chat: system, user, prompt. In `replay` all tokens of a
+    chunk but the first are answer tokens, and measured. query: [tokens, heads, head_dim]; starts: [rows + 1] int32.
+    """
+
+    def __init__(self, case: Case, model: str, seed: int, dtype: torch.dtype):
+        group, kv_heads, head_dim = MODELS[model]
+        self.case, self.kv_heads, self.scale = case, kv_heads, head_dim**-0.5
+        torch.manual_seed(seed)
+        rows, longest = len(case.contexts), max(case.contexts)
+        lengths = [1] * len(case.decode) + [case.chunk] * len(case.prefill)
+        tokens, heads, pages = sum(lengths), group * kv_heads, -(-longest // PAGE)
+        own = [-(-context // PAGE) - case.shared // PAGE for context in case.contexts]
+        blocks = case.shared // PAGE + sum(own)
+        free = torch.randperm(blocks, device=DEVICE).int()
+        prefix, free = free[: case.shared // PAGE], free[case.shared // PAGE :]
+        self.table = torch.zeros(rows, pages, dtype=torch.int32, device=DEVICE)
+        self.table[:, : len(prefix)] = prefix
+        for row, blocks_of_row in enumerate(free.split(own)):
+            self.table[row, len(prefix) : len(prefix) + own[row]] = blocks_of_row
+        cache = torch.randn(blocks, kv_heads, PAGE, 2 * head_dim, dtype=dtype, device=DEVICE)
+        self.keys, self.values = cache.transpose(1, 2).split(head_dim, dim=-1)
+        qkv = 2 * torch.randn(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype, device=DEVICE)
+        self.query = qkv[:, :heads]
+        self.output = torch.empty_like(self.query, memory_format=torch.contiguous_format)
+        integers = {"dtype": torch.int32, "device": DEVICE}
+        self.starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], **integers)
+        self.seq_lens = torch.tensor(case.contexts, **integers)
+        self.slots = torch.randperm(rows, device=DEVICE).int()
+        steps = case.chunk if case.kind == "replay" else STEPS
+        answer = [min(ANSWER, case.chunk - 1) if case.kind == "replay" else 0] * len(case.prefill)
+        prompt_len = [n - behind for n, behind in zip(case.contexts, [12] * len(case.decode) + answer)]
+        self.prompt_len = torch.empty(rows, **integers)
+        self.prompt_len[self.slots.long()] = torch.tensor(prompt_len, **integers)
+        self.steps = torch.full((rows,), steps, **integers)
+        regions = [[[5, n // 3], [n // 3 + 5, n - 4], [0, n]] for n in self.prompt_len.tolist()]
+        self.bounds = torch.tensor(regions, **integers)
+        self.mass = torch.full((rows, steps, 2, heads, 3), torch.nan, device=DEVICE)
+        self.longest, self.kv_bytes = longest, sum(case.contexts) * kv_heads * 2 * head_dim * cache.element_size()
+
+    def rows(self) -> tuple[torch.Tensor, ...]:
+        """Slots, prompt lengths, steps and bounds, as the kernels take them."""
+        return self.slots, self.prompt_len, self.steps, self.bounds
+
+    def scratch(self, rows: int) -> SplitScratch | None:
+        processors = torch.cuda.get_device_properties(0).multi_processor_count
+        splits = splits_for(rows, self.kv_heads, self.longest, processors)
+        _, heads, head_dim = self.query.shape
+        return SplitScratch.allocate(rows, heads, head_dim, 3, splits, DEVICE) if splits > 1 else None
+
+    @property
+    def first_prefill_token(self) -> int:
+        return len(self.case.decode)
+
+
+Call = Callable[[], Any]
+
+
+def plain(batch: Batch) -> Call:
+    """headrift's decode kernel without masses."""
+    n = len(batch.case.decode)
+    scratch, query, output = batch.scratch(n), batch.query[:n], batch.output[:n]
+    caches, lengths = (batch.keys, batch.values), (batch.table[:n], batch.seq_lens[:n])
+    return lambda: decode_mass(output, None, 1, query, *caches, *lengths, scale=batch.scale, scratch=scratch)
+
+
+def with_masses(batch: Batch) -> Call:
+    """headrift's decode kernel with masses, for decode rows and for the last tokens of the prompts."""
+    rows = len(batch.seq_lens)
+    more = {"query_start_loc": batch.starts} if batch.case.prefill else {}
+    arguments = (batch.query, batch.keys, batch.values, batch.table, batch.seq_lens, *batch.rows())
+    scratch = batch.scratch(rows)
+    return lambda: decode_mass(batch.output, batch.mass, 1, *arguments, **more, scale=batch.scale, scratch=scratch)
+
+
+def replay(batch: Batch) -> Call:
+    """headrift's masses of every answer token of a chunk: the last by the decode kernel, others in a pass over K."""
+    from headrift_kernels.triton.replay_mass import ReplayScratch, replay_mass, replay_splits
+
+    rows, (_, heads, _) = len(batch.seq_lens), batch.query.shape
+    queries = min(ANSWER, batch.case.chunk - 1)
+    shape = (rows, batch.kv_heads, heads // batch.kv_heads, queries, batch.longest)
+    splits = replay_splits(*shape, torch.cuda.get_device_properties(0).multi_processor_count)
+    scratch = ReplayScratch.allocate(rows, queries, heads, 3, splits, DEVICE) if splits > 1 else None
+    arguments = (batch.query, batch.keys, batch.table, batch.starts, batch.seq_lens, *batch.rows())
+    how = {"most_queries": queries, "scale": batch.scale, "scratch": scratch}
+    last = with_masses(batch)
+    return lambda: (last(), replay_mass(batch.mass, 1, *arguments, **how))
+
+
+def rest_of(batch: Batch, first_row: int) -> tuple[dict[str, Any], int]:
+    """The rows from first_row on as vLLM's kernels take them, and the longest query."""
+    first = first_row if first_row < len(batch.case.decode) else batch.first_prefill_token
+    arguments = {
+        "q": batch.query[first:],
+        "k": batch.keys,
+        "v": batch.values,
+        "out": batch.output[first:],
+        "cu_seqlens_q": batch.starts[first_row:] - first,
+        "seqused_k": batch.seq_lens[first_row:],
+        "max_seqlen_k": batch.longest,
+        "max_seqlen_q": batch.case.chunk if batch.case.prefill else 1,
+        "softmax_scale": batch.scale,
+        "causal": True,
+        "block_table": batch.table[first_row:],
+    }
+    return arguments, len(batch.seq_lens) - first_row
+
+
+def vllm_triton(batch: Batch, first_row: int = 0) -> Call:
+    """vLLM's unified Triton kernel as its backend calls it: small decode batches are split into 16 segments."""
+    from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+
+    arguments, rows = rest_of(batch, first_row)
+    _, heads, head_dim = batch.query.shape
+    padded = 1 << (head_dim - 1).bit_length()
+    parts = [torch.empty(rows, heads, 16, *last, device=DEVICE) for last in ((padded,), (), ())]
+    how = {"window_size": (-1, -1), "softcap": 0.0, "q_descale": None, "k_descale": None, "v_descale": None}
+    how |= {"seq_threshold_3D": 128 // batch.kv_heads, "num_par_softmax_segments": 16}
+    how |= dict(zip(("softmax_segm_output", "softmax_segm_max", "softmax_segm_expsum"), parts))
+    return lambda: unified_attention(**arguments, **how)
+
+
+def flash_attention(batch: Batch, first_row: int = 0) -> Call:
+    """FlashAttention in the version that vLLM takes on this GPU; the function's own default is 2."""
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    arguments, _ = rest_of(batch, first_row)
+    version = get_flash_attn_version()
+    return lambda: flash_attn_varlen_func(**arguments, fa_version=version)
+
+
+def hybrid(batch: Batch) -> Call:
+    """What headrift's engine runs: vLLM's kernel for the prompts' chunks, then one launch of ours for every row."""
+    try:
+        prompts = flash_attention(batch, len(batch.case.decode))
+    except (ImportError, AttributeError):  # no FlashAttention: as the backend `triton` does
+        prompts = vllm_triton(batch, len(batch.case.decode))
+    measured = with_masses(batch)
+    return lambda: (prompts(), measured())
+
+
+OURS = {"plain": plain, "mass": with_masses, "hybrid": hybrid, "replay": replay}
+PEERS = {"vllm_triton": vllm_triton, "flash_attention": flash_attention}
+
+
+def kernels_for(case: Case) -> dict[str, Callable[[Batch], Call]]:
+    ours = {"streaming": ("mass", "hybrid"), "replay": ("replay",)}.get(case.kind, ("plain", "mass"))
+    return {name: OURS[name] for name in ours} | PEERS
+
+
+def microseconds(calls: list[Call], rounds: int = 30) -> float:
+    """Median time of one call; a round is one replay of a graph that holds all of them."""
+    for call in calls:
+        call()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for turn in range(rounds + 3):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if turn >= 3:
+            times.append(1e3 * begin.elapsed_time(end) / len(calls))
+    return statistics.median(times)
+
+
+def copy_bandwidth(size: int) -> float:
+    """GB/s of a copy on the device, bytes read plus bytes written."""
+    source = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times = []
+    for _ in range(10):
+        begin.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return 2 * size / min(times[1:]) / 1e6
+
+
+def measure(case: Case, model: str, bandwidth: float, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+    """The case's times in microseconds by kernel, bytes of K and V, and GB/s with its part of the copy bandwidth."""
+    first = Batch(case, model, 0, dtype)
+    copies = max(1, min(16, COLD_BYTES // first.kv_bytes)) if rounds > 3 else 1
+    batches = [first, *(Batch(case, model, seed, dtype) for seed in range(1, copies))]
+    row: dict[str, Any] = {"model": model, "case": case.name, "kv_bytes": first.kv_bytes, "copies": copies}
+    row |= {"microseconds": {}, "GB_s": {}, "of_copy_bandwidth": {}, "missing": {}, "errors": {}}
+    for name, kernel in kernels_for(case).items():
+        try:
+            time_of_one = microseconds([kernel(batch) for batch in batches], rounds)
+        except Exception as error:
+            row["microseconds"][name] = None
+            row["errors" if name in OURS else "missing"][name] = f"{type(error).__name__}: {error}"[:300]
+            continue
+        row["microseconds"][name] = round(time_of_one, 2)
+        if not case.prefill:
+            row["GB_s"][name] = round(first.kv_bytes / time_of_one / 1e3, 1)
+            row["of_copy_bandwidth"][name] = round(row["GB_s"][name] / bandwidth, 3)
+    if not row["errors"]:
+        row["errors"] |= wrong_masses(first)
+    return row
+
+
+def wrong_masses(batch: Batch) -> dict[str, str]:
+    """What is wrong with a batch's masses: missing steps, or prompt masses that are no part of a softmax."""
+    prompt = batch.mass[:, :, 1, :, 2]
+    steps = 1 + (min(ANSWER, batch.case.chunk - 1) if batch.case.kind == "replay" else 0)
+    measured = ~torch.isnan(prompt).any(-1)
+    incomplete = int((measured.sum(1) != steps).sum())
+    if incomplete:
+        return {"mass": f"{incomplete} of {len(prompt)} rows were not measured at {steps} steps"}
+    # A sum of probabilities in float32: 1e-3 is far above its rounding, and far below what a wrong key range makes.
+    written = prompt[measured]
+    wrong = int(((written <= 0) | (written > 1 + 1e-3)).any(-1).sum())
+    return {"mass": f"{wrong} of {len(written)} prompt masses are outside 0..1"} if wrong else {}
+
+
+def compile_one(job: tuple[Case, str, torch.dtype]) -> None:
+    """Launch a case's kernels once, so that what they compile to is in Triton's cache on disk."""
+    case, model, dtype = job
+    batch = Batch(case, model, 0, dtype)
+    for kernel in kernels_for(case).values():
+        try:
+            kernel(batch)()
+        except Exception:  # measure() meets it again, and says it
+            pass
+    torch.cuda.synchronize()
+    del batch
+    torch.cuda.empty_cache()
+
+
+def compile_ahead(jobs: list[tuple[Case, str, torch.dtype]], processes: int) -> None:
+    """Compile in several processes: one after another it takes most of a short run."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        list(pool.map(compile_one, jobs))
+
+
+def plan(models: list[str], dry_run: bool) -> Iterator[tuple[Case, str]]:
+    if dry_run:
+        yield from product(tiny_cases(), ["tiny"])
+        return
+    for model, case in product(models, cases()):
+        _, kv_heads, head_dim = MODELS[model]
+        own = case.shared + sum(n - case.shared for n in case.contexts)
+        if own * kv_heads * head_dim * 4 <= MOST_BYTES:
+            yield case, model
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines of markdown."""
+    names = [*OURS, *PEERS]
+    lines = [
+        "| model | case | " + " | ".join(names) + " | mass / plain | GB/s | of copy |",
+        "|---" * (len(names) + 5) + "|",
+    ]
+    for row in rows:
+        us = row["microseconds"]
+        ratio = f"{us['mass'] / us['plain']:.3f}" if us.get("mass") and us.get("plain") else "-"
+        rate = (
+            f"{row['GB_s']['mass']:,.0f} | {row['of_copy_bandwidth']['mass']:.2f}" if "mass" in row["GB_s"] else "- | -"
+        )
+        times = [f"{us[name]:.1f}" if us.get(name) else "-" for name in names]
+        lines.append(f"| {row['model']} | {row['case']} | {' | '.join(times)} | {ratio} | {rate} |")
+    return lines
+
+
+def main() -> int:
+    start = time.monotonic()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kernels_gpu.json")
+    parser.add_argument("--seconds", type=float, default=600, help="cases that start later are left out")
+    parser.add_argument("--models", default="Llama-3-8B,Qwen2.5-7B")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU; figures mean nothing")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("kernels_gpu: no CUDA device here (--dry-run runs it on a CPU)")
+    earlier = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+    rows = [row for row in earlier.get("rows", []) if not row["errors"]]
+    done = {(row["case"], row["model"]) for row in rows}
+    todo = [job for job in plan(args.models.split(","), args.dry_run) if (job[0].name, job[1]) not in done]
+    dtype, rounds = (torch.float32, 2) if args.dry_run else (torch.bfloat16, 30)
+    compile_ahead(
+        [(*job, dtype) for job in todo[: 1 if args.dry_run else 12]], 1 if args.dry_run else min(8, os.cpu_count() or 1)
+    )
+    bandwidth = copy_bandwidth(1 << 20 if args.dry_run else 2 << 30)
+    report: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "unit": "microseconds",
+    }
+    report |= {"copy_GB_s": round(bandwidth, 1), "rows": rows, "left_out": [f"{job[0].name} {job[1]}" for job in todo]}
+    slowest = 0.0
+    for case, model in todo:
+        begin = time.monotonic()
+        if begin - start + slowest > args.seconds:
+            break
+        rows.append(measure(case, model, bandwidth, dtype, rounds))
+        torch.cuda.empty_cache()
+        slowest = max(slowest, time.monotonic() - begin)
+        report["left_out"] = report["left_out"][1:]
+        report["table"] = table(rows)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        print(rows[-1], flush=True)
+    errors = [f"{row['case']}: {name}: {error}" for row in rows for name, error in row["errors"].items()]
+    print("\n".join([*table(rows), *(f"FAILED {error}" for error in errors)]))
+    return 1 if errors or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
