@@ -50,6 +50,7 @@ def test_the_bound_on_the_false_positive_rate_holds_in_500(make):
     assert times_exceeded(make, 500) <= 40
 
 
+@pytest.mark.nightly
 def test_the_conformal_mean_is_at_the_target(make):
     rates = [realised_fpr(make, calibrated(make, seed, rule=Rule.CONFORMAL)) for seed in range(100)]
     n = calibrated(make, 0, rule=Rule.CONFORMAL).setting

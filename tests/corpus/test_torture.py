@@ -196,6 +196,7 @@ def fill_up(engine: str, given: Path, model: Path, out: Path, parts: int, pause:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.nightly
 def test_a_disk_that_fills_up_and_then_has_room_again(undisturbed, tmp_path, straw_model):
     if not can_mount(tmp_path):
         pytest.skip("this machine lets its users mount no file system")

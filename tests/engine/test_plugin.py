@@ -106,7 +106,7 @@ def test_the_engine_refuses_before_it_loads(tiny_model):
     [
         ({"no_such_setting": 1}, "no_such_setting"),
         ({"dtype": "float99"}, "float99"),
-        ({"dtype": "float32", "block_size": 16}, "No common block size for 16"),
+        ({"dtype": "float32", "skip_tokenizer_init": True, "block_size": 16}, "No common block size for 16"),
     ],
 )
 def test_engine_settings_vllm_does_not_take(tiny_model, settings, message):

@@ -17,7 +17,7 @@ TOLERANCE = 2e-5
 # Entropy adds the logarithms of all 211 probabilities; float32 gives it some 1e-5 nats.
 STATISTICS_TOLERANCE = 1e-4
 # Both ranks of gemma3 hold its one KV head; llama-3to1's two KV heads go one to each.
-MODELS = ["gemma3", pytest.param("llama-3to1", marks=pytest.mark.slow)]
+MODELS = [pytest.param("gemma3", marks=pytest.mark.nightly), pytest.param("llama-3to1", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module", params=MODELS)

@@ -133,7 +133,7 @@ def check_shapes(
     assert_agrees(case, splits=splits, block_n=block_n, chunk=chunk)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(**SHAPES)
 def test_agrees_with_the_oracle(**shape):
     check_shapes(**shape)
