@@ -1,4 +1,4 @@
-"""Child processes that are told by lines of JSON what to do, and are stopped in between: `Child` is the parent's end.
+"""Child processes that take requests as lines of JSON, and are stopped in between: `Child` is the parent's end.
 
 A child is a script of this folder that calls `serve`. Between its turns it is stopped by a signal, so that it takes
 nothing from the others: an engine that only waits has a dozen threads of gloo that wake a hundred times a second.
@@ -22,21 +22,23 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-_SAID = 2000  # characters of a failed child's last words
+_SHOWN = 2000  # characters of a failed child's output
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class Child:
     """A script of this folder in a process of its own. A context manager.
 
-    environment: all of it, this process's where not given. python: the interpreter. seconds_since_start: since the
-    process was asked for. RuntimeError, with what the child said, where it fails.
+    Args:
+        script: Its file name.
+        environment: All of its variables (default: those of this process).
+        python: The interpreter.
     """
 
     def __init__(
         self, script: str, *, environment: Mapping[str, str] | None = None, python: str | Path = sys.executable
     ):
-        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115  until `close`
+        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115  until `close`
         self._name = script
         self._born = time.perf_counter()
         variables = dict(os.environ if environment is None else environment)
@@ -46,7 +48,7 @@ class Child:
         environment = {**variables, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         command = [str(python), str(HERE / script)]
         self._process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._output, text=True
         )
 
     def __enter__(self) -> Child:
@@ -57,37 +59,44 @@ class Child:
 
     @property
     def seconds_since_start(self) -> float:
+        """Seconds since this object was made, the start of the process included."""
         return time.perf_counter() - self._born
 
-    def ask(self, what: str, **given: Any) -> dict[str, Any]:
-        """Have the child do something, and wait for its answer."""
+    def ask(self, function: str, **arguments: Any) -> dict[str, Any]:
+        """Have the child call one of its functions, and wait for the answer.
+
+        Raises:
+            RuntimeError: If the function fails or the child ends; with the end of the child's output.
+        """
         to_child, from_child = self._process.stdin, self._process.stdout
         assert to_child is not None
         assert from_child is not None
         self._process.send_signal(signal.SIGCONT)
         try:
-            to_child.write(json.dumps({"do": what, **given}) + "\n")
+            to_child.write(json.dumps({"do": function, **arguments}) + "\n")
             to_child.flush()
             line = from_child.readline()
         except BrokenPipeError:
             line = ""
         if not line:
-            self._said.seek(0)
-            raise RuntimeError(f"{self._name} ended while it was to {what}: {self._said.read()[-_SAID:]}")
+            self._output.seek(0)
+            raise RuntimeError(f"{self._name} ended during {function!r}: {self._output.read()[-_SHOWN:]}")
         self._process.send_signal(signal.SIGSTOP)
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             # An engine's own process names the cause here, and the child's traceback does not.
-            self._said.seek(0)
-            said = self._said.read()[-2 * _SAID :]
-            raise RuntimeError(f"{self._name} could not {what}: {answer['error'][-_SAID:]}\nIts output ends:\n{said}")
+            self._output.seek(0)
+            end = self._output.read()[-2 * _SHOWN :]
+            raise RuntimeError(
+                f"{self._name} failed in {function!r}: {answer['error'][-_SHOWN:]}\nIts output ends:\n{end}"
+            )
         return answer
 
     def close(self) -> None:
         """End the child: it ends by itself at the end of its input."""
         self._process.send_signal(signal.SIGCONT)
         self._process.communicate()
-        self._said.close()
+        self._output.close()
 
 
 def serve(answers: Mapping[str, Callable[..., dict[str, Any]]]) -> None:
@@ -100,9 +109,9 @@ def serve(answers: Mapping[str, Callable[..., dict[str, Any]]]) -> None:
     to_parent = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
-        given = json.loads(line)
+        arguments = json.loads(line)
         try:
-            answer = answers[given.pop("do")](**given)
+            answer = answers[arguments.pop("do")](**arguments)
             answer["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         except Exception:
             answer = {"error": traceback.format_exc()}

@@ -87,6 +87,7 @@ for _name, _replacement in {
     "get_device_name": lambda *_: "a CPU in place of a GPU",
     "get_device_capability": lambda *_, **__: (9, 0),
     "get_device_properties": lambda *_: SimpleNamespace(multi_processor_count=4),
+    "mem_get_info": lambda *_: (8 << 30, 8 << 30),
     "CUDAGraph": _Graph,
     "graph": _graph,
     "Event": _Event,

@@ -60,7 +60,7 @@ class Probed:
         self._engine = ProbedEngine(model, steps=steps, **options)
         self.llm_engine, self.recorder_bytes = self._engine.llm_engine, self._engine.recorder_bytes
         self.probed = self.replay = False
-        self._waiting: list[Any] = []
+        self._finished: list[Any] = []
         self._ticket: Any = None
         self._counts = {"cached_tokens": 0, "values": 0, "bad_values": 0}
 
@@ -80,11 +80,11 @@ class Probed:
         self._engine.submit(ProbeRequest(prompt, regions, tokens - 1, **more))
 
     def step(self) -> None:
-        self._waiting += self._engine.step()
-        if len(self._waiting) >= COLLECT or not self._engine.running:
+        self._finished += self._engine.step()
+        if len(self._finished) >= COLLECT or not self._engine.running:
             self._read()
-            self._counts["cached_tokens"] += sum(done.cached_tokens for done in self._waiting)
-            self._ticket, self._waiting = self._engine.collect(self._waiting), []
+            self._counts["cached_tokens"] += sum(done.cached_tokens for done in self._finished)
+            self._ticket, self._finished = self._engine.collect(self._finished), []
 
     def _read(self) -> None:
         if self._ticket is None:
@@ -103,7 +103,7 @@ class Probed:
 
 
 class Bench:
-    """What the parent can ask for."""
+    """The functions that the parent can call."""
 
     def start(self, kind: str, settings: dict[str, Any], attention: str, steps: int) -> dict[str, Any]:
         """Start the engine, and describe it."""
@@ -167,8 +167,8 @@ class Bench:
             decoding = decoding or (not todo and not any(state.is_prefilling for state in states.values()))
         counts = engine.finish()
         seconds = time.perf_counter() - begin
-        found = {"seconds": seconds, "steps": steps, "decode_seconds": decode_seconds, "decode_steps": decode_steps}
-        return found | {"answer_tokens": prompts * tokens, "prompt_tokens": prompts * context, **counts}
+        times = {"seconds": seconds, "steps": steps, "decode_seconds": decode_seconds, "decode_steps": decode_steps}
+        return times | {"answer_tokens": prompts * tokens, "prompt_tokens": prompts * context, **counts}
 
     def profile(self, **case: Any) -> dict[str, Any]:
         """Run as `run` does, under torch's profiler; the kernels by their time. The engine must be in this process."""
@@ -178,14 +178,14 @@ class Bench:
 
         gpu = torch.cuda.is_available()
         with profiler(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as profile:
-            found = self.run(**case)
+            result = self.run(**case)
         kernels = []
         for event in profile.key_averages():
             time_of_all = event.self_device_time_total if gpu else event.self_cpu_time_total
             if time_of_all > 0:
                 kernels.append({"kernel": event.key, "calls": event.count, "microseconds": round(time_of_all, 1)})
         kernels.sort(key=lambda kernel: -kernel["microseconds"])
-        return found | {"kernels": kernels[:60]}
+        return result | {"kernels": kernels[:60]}
 
 
 if __name__ == "__main__":

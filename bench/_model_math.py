@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,11 @@ class Shapes:
     @classmethod
     def of(cls, model: Path) -> Shapes:
         """Of a model's folder."""
-        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        return cls.from_config(json.loads((model / "config.json").read_text(encoding="utf-8")))
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Shapes:
+        """Of the content of a model's config.json."""
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
         return cls(
             layers=config["num_hidden_layers"],

@@ -1,4 +1,4 @@
-"""Time headrift's attention kernels on a GPU, with and without masses, beside vLLM's Triton kernel and FlashAttention.
+"""Time headrift's attention kernels on a GPU, with and without masses, and vLLM's Triton kernel and FlashAttention.
 
     python bench/kernels_gpu.py [--seconds 600] [--models Llama-3-8B,Qwen2.5-7B] [--out bench/results/kernels_gpu.json]
 
@@ -10,8 +10,9 @@ than the L2 cache, so K and V come from memory. GB/s is bytes of K and V per sec
 measured copy bandwidth.
 
 An exception in headrift's kernels fails the run (exit status 1). A kernel of others that is not there has no time,
-and a reason. Cases that no longer fit --seconds are listed as left out. `--out` is written after each case; the cases
-that it already has are kept.
+and a reason. Cases that no longer fit --seconds are listed as left out, the required ones also by themselves: of the
+first model, those of `cases` up to REQUIRED. Cases that do not fit the GPU are listed as too large. `--out` is written
+after each case; the cases that it already has are kept.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import product
@@ -44,7 +45,10 @@ STEPS = 16
 CHUNK = 512
 ANSWER = 64
 COLD_BYTES = 256 << 20  # several times an L2 cache
-MOST_BYTES = 16 << 30  # of K and V of one layer
+# Of the free memory, for K and V of one layer: the copies, queries and outputs need some too.
+MOST_OF_FREE = 0.3
+COMPILE_BYTES = 6 << 30  # of a process that compiles ahead: a CUDA context and the largest of its cases
+REQUIRED = 4  # cases, of the first model
 # heads per KV head, KV heads, head_dim
 MODELS = {"Llama-3-8B": (4, 8, 128), "Qwen2.5-7B": (7, 4, 128), "SmolLM2-135M": (3, 3, 64), "tiny": (2, 2, 32)}
 
@@ -76,14 +80,21 @@ class Case:
     def contexts(self) -> tuple[int, ...]:
         return self.decode + self.prefill
 
+    def kv_bytes(self, model: str) -> int:
+        """Bytes of K and V in 16 bits, of one layer."""
+        _, kv_heads, head_dim = MODELS[model]
+        return (self.shared + sum(n - self.shared for n in self.contexts)) * kv_heads * head_dim * 4
+
 
 def cases() -> list[Case]:
-    """The most telling ones first."""
+    """The REQUIRED ones first, then the most telling ones."""
     uniform = [(64, 2048), (256, 2048), (8, 2048), (1, 2048), (64, 8192), (256, 512), (1, 8192), (64, 512), (8, 8192)]
     return [
-        *(Case("uniform", (context,) * batch) for batch, context in uniform[:4]),
+        Case("uniform", (1024,) * 64),
         Case("streaming", (2048,) * 60, (2048,) * 4),
         Case("ragged", (8192, *(512,) * 63)),
+        Case("uniform", (4096,) * 256),
+        *(Case("uniform", (context,) * batch) for batch, context in uniform[:4]),
         Case("shared", (4096,) * 64, shared=3072),
         Case("replay", (), (2048,) * 16),
         *(Case("uniform", (context,) * batch) for batch, context in uniform[4:]),
@@ -338,7 +349,7 @@ def compile_one(job: tuple[Case, str, torch.dtype]) -> None:
     for kernel in kernels_for(case).values():
         try:
             kernel(batch)()
-        except Exception:  # measure() meets it again, and says it
+        except Exception:  # measure() meets it again, and reports it
             pass
     torch.cuda.synchronize()
     del batch
@@ -352,15 +363,17 @@ def compile_ahead(jobs: list[tuple[Case, str, torch.dtype]], processes: int) -> 
         list(pool.map(compile_one, jobs))
 
 
-def plan(models: list[str], dry_run: bool) -> Iterator[tuple[Case, str]]:
-    if dry_run:
-        yield from product(tiny_cases(), ["tiny"])
-        return
-    for model, case in product(models, cases()):
-        _, kv_heads, head_dim = MODELS[model]
-        own = case.shared + sum(n - case.shared for n in case.contexts)
-        if own * kv_heads * head_dim * 4 <= MOST_BYTES:
-            yield case, model
+def plan(models: list[str], all_cases: list[Case], free: float) -> tuple[list[tuple[Case, str]], dict[str, str]]:
+    """Return the cases with their models, the first model's first; and of those that do not fit, the names and why."""
+    jobs, too_large, room = [], {}, MOST_OF_FREE * free
+    for model, case in product(models, all_cases):
+        need = case.kv_bytes(model)
+        if need <= room:
+            jobs.append((case, model))
+        else:
+            reason = f"needs {need / 1e9:.1f} GB of K and V, and may take {room / 1e9:.1f} GB"
+            too_large[f"{case.name} {model}"] = reason
+    return jobs, too_large
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
@@ -394,18 +407,29 @@ def main() -> int:
     earlier = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
     rows = [row for row in earlier.get("rows", []) if not row["errors"]]
     done = {(row["case"], row["model"]) for row in rows}
-    todo = [job for job in plan(args.models.split(","), args.dry_run) if (job[0].name, job[1]) not in done]
+    models, all_cases = (["tiny"], tiny_cases()) if args.dry_run else (args.models.split(","), cases())
+    free, _ = torch.cuda.mem_get_info()
+    jobs, too_large = plan(models, all_cases, free)
+    todo = [job for job in jobs if (job[0].name, job[1]) not in done]
+    required = {f"{case.name} {models[0]}" for case in all_cases[:REQUIRED]}
     dtype, rounds = (torch.float32, 2) if args.dry_run else (torch.bfloat16, 30)
-    compile_ahead(
-        [(*job, dtype) for job in todo[: 1 if args.dry_run else 12]], 1 if args.dry_run else min(8, os.cpu_count() or 1)
-    )
+    processes = 1 if args.dry_run else max(1, min(8, os.cpu_count() or 1, free // COMPILE_BYTES))
+    compile_ahead([(*job, dtype) for job in todo[: 1 if args.dry_run else 12]], processes)
     bandwidth = copy_bandwidth(1 << 20 if args.dry_run else 2 << 30)
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "unit": "microseconds",
     }
-    report |= {"copy_GB_s": round(bandwidth, 1), "rows": rows, "left_out": [f"{job[0].name} {job[1]}" for job in todo]}
+    report |= {"copy_GB_s": round(bandwidth, 1), "rows": rows, "too_large": too_large, "table": table(rows)}
+    report["left_out"] = [f"{case.name} {model}" for case, model in todo]
+
+    def write() -> None:
+        report["required_left_out"] = [name for name in report["left_out"] if name in required]
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+    write()
     slowest = 0.0
     for case, model in todo:
         begin = time.monotonic()
@@ -416,8 +440,7 @@ def main() -> int:
         slowest = max(slowest, time.monotonic() - begin)
         report["left_out"] = report["left_out"][1:]
         report["table"] = table(rows)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write()
         print(rows[-1], flush=True)
     errors = [f"{row['case']}: {name}: {error}" for row in rows for name, error in row["errors"].items()]
     print("\n".join([*table(rows), *(f"FAILED {error}" for error in errors)]))

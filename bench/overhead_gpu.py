@@ -2,16 +2,19 @@
 
     python bench/overhead_gpu.py overhead|step0_replay|profile [--seconds 600] [--attention auto] [--dry-run]
 
-`overhead`: plain vLLM and headrift's engine side by side on one GPU with the same fixed KV cache. Arms: `plain`,
-`idle` (headrift's engine, requests that are not measured) and `probing`. In `decode` the prompts are in the prefix
-cache, so the steps only decode; in `streaming` new prompts arrive as others finish. Arms take turns, mirrored every
-other time, so drift falls on all alike. At the end one engine sizes its KV cache by vLLM's memory profiling, and its
-masses must be finite. `step0_replay`: prompts per second measured at the last prompt token only, and with given
-answers, beside no measuring. `profile`: the kernels of probed steps by their time, from torch's profiler (8 of 32
-layers).
+`overhead`: first, an engine that sizes its KV cache by vLLM's memory profiling must record finite masses. Then plain
+vLLM and headrift's engine run with the same fixed KV cache, next to each other if the GPU holds both, else one after
+the other. Arms: `plain`, `idle` (headrift's engine, requests that are not measured) and `probing`. In `decode` the
+prompts are in the prefix cache, so the steps only decode; in `streaming` new prompts arrive as others finish. Arms take
+turns, mirrored every other time, so drift falls on all alike. `step0_replay`: prompts per second measured at the last
+prompt token only, and with given answers, and without measuring. `profile`: the kernels of probed steps by their time,
+from torch's profiler (8 of 32 layers).
 
-Exit status 1: an engine failed, or a recorded share is missing or outside 0..1. What no longer fits --seconds is
-listed as left out. --out is written after each case; the cases that it already has are kept.
+The KV cache is sized by the GPU's free memory. A case that does not fit is listed as too large, which is no failure. If
+no case fits with 32 layers, the model has 16 or 8 of them.
+
+Exit status 1: an engine failed, a recorded share is missing or outside 0..1, or no case fits the GPU. What no longer
+fits --seconds is listed as left out. --out is written after each case; the cases that it already has are kept.
 """
 
 from __future__ import annotations
@@ -23,10 +26,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +37,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import overhead
 from _children import Child
+from _gpu_memory import GB, Memory, choose_layers, free_bytes
+from _model_math import Shapes
 
-ARMS = ("idle", "plain", "probing")
+ENGINE_OF = {"idle": "headrift", "plain": "plain", "probing": "headrift"}
+ARMS = tuple(ENGINE_OF)
 PROFILED = "KV cache sized by memory profiling"
 LLAMA_3_8B = {
     "hidden_size": 4096,
@@ -55,6 +61,11 @@ TINY = {
     "vocab_size": 211,
     "max_position_embeddings": 512,
 }
+LAYERS = {"overhead": (32, 16, 8), "step0_replay": (32, 16, 8), "profile": (8, 4)}
+PAGE = 16  # tokens of a block of the KV cache
+# KV cache of prompts that are never decoded: those of two steps of 8,192 tokens, with the prefixes that they share.
+PREFILL_TOKENS = 32768
+DRY_RUN_BYTES = 64e9
 CAPTURE_SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 
 
@@ -72,6 +83,12 @@ class Case:
     def name(self) -> str:
         shared = f", {self.shared} shared" if self.shared else ""
         return f"{self.kind} {self.batch} x {self.context}{shared}"
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that the KV cache must hold, so that no prompt leaves the prefix cache between turns."""
+        own = self.context - self.shared + self.tokens + 2 * PAGE
+        return max(self.shared + self.batch * own, PREFILL_TOKENS)
 
     def request(self, seed: int) -> dict[str, Any]:
         """Arguments of Bench.run. The same seed gives the same prompts."""
@@ -91,6 +108,7 @@ CASES = (
     Case("streaming", 256, 1024),
     Case("streaming", 64, 4096),
 )
+REQUIRED = (PROFILED, "decode 64 x 1024", "streaming 64 x 1024", "decode 256 x 1024")
 TINY_CASES = (Case("decode", 2, 40, 4), Case("streaming", 2, 40, 4), Case("decode", 3, 80, 4, shared=64))
 
 
@@ -101,19 +119,22 @@ class Setup:
         dry_run: Whether to run a tiny model with vLLM's CPU build.
         attention: headrift's attention backend.
         folder: Where the model's configuration is written; vLLM makes the weights up.
+        shape: The model's.
+        memory: Which cases fit, and the KV cache of an engine.
+        free: Part of the GPU's memory that is free.
     """
 
-    def __init__(self, dry_run: bool, attention: str, folder: Path):
+    def __init__(self, dry_run: bool, attention: str, folder: Path, shape: Shapes, memory: Memory, free: float):
         from headrift.engine_setup import machine_defaults
 
-        self.dry_run, self.attention, self.folder = dry_run, attention, folder
+        self.dry_run, self.attention, self.memory, self.free = dry_run, attention, memory, free
         self.plain, self.ours = overhead.environments(gpu=not dry_run)
-        shape = TINY if dry_run else LLAMA_3_8B
         config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
-        config |= {"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False, **shape}
+        config |= {"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False}
+        config |= {**(TINY if dry_run else LLAMA_3_8B), "num_hidden_layers": shape.layers}
         config |= {"bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16"}
         (folder / "config.json").write_text(json.dumps(config))
-        self.layers = shape["num_hidden_layers"]
+        self.layers = shape.layers
         self.settings: dict[str, Any] = {
             **machine_defaults(),
             "model": str(folder),
@@ -123,9 +144,8 @@ class Setup:
             "max_model_len": 256 if dry_run else 4608,
             "max_num_seqs": 8 if dry_run else 256,
             "max_num_batched_tokens": 64 if dry_run else 8192,
-            # Two engines of 16 GB of weights share the GPU; vLLM checks that gpu_memory_utilization is free.
-            "kv_cache_memory_bytes": 16 << 20 if dry_run else 38 << 30,
-            "gpu_memory_utilization": 0.05 if dry_run else 0.3,
+            "kv_cache_memory_bytes": memory.kv_bytes,
+            "gpu_memory_utilization": 0.05,  # vLLM only checks that this much is free
             "enable_prefix_caching": True,
             "disable_log_stats": True,
             "seed": 0,
@@ -141,19 +161,37 @@ class Setup:
         return processes.enter_context(Child("_gpu_engine.py", environment={**variables, **environment}))
 
     def start(self, child: Child, kind: str, steps: int, **settings: Any) -> dict[str, Any]:
-        """Start an engine in a process: what it says of itself."""
+        """Start an engine in a process; its description."""
         engine = {**self.settings, **settings}
         return child.ask("start", kind=kind, settings=engine, attention=self.attention, steps=steps)
 
 
 class Report:
-    """Results of one part, written to a file after each case. Cases of an earlier run are kept."""
+    """Results of one part, written to a file after each case. Cases of an earlier run are kept.
 
-    def __init__(self, out: Path, seconds: float, names: list[str]):
+    Args:
+        out: The file.
+        seconds: Time limit from now on.
+        names: All cases in their order.
+        required: Those that make the part incomplete when they are left out.
+        too_large: Cases that do not fit the GPU, with the reason.
+        about: Sizes of model and memory.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        seconds: float,
+        names: Sequence[str],
+        required: Sequence[str],
+        too_large: Mapping[str, str],
+        about: Mapping[str, Any],
+    ):
         self.out, self.stop = out, time.monotonic() + seconds
         earlier = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
         self.cases: dict[str, Any] = earlier.get("cases", {})
-        self.todo = [name for name in names if name not in self.cases]
+        self.todo = [name for name in names if name not in self.cases and name not in too_large]
+        self.required, self.too_large, self.about = required, dict(too_large), dict(about)
         self.engines: dict[str, Any] = earlier.get("engines", {})
         self.table: list[str] = earlier.get("table", [])
 
@@ -167,69 +205,93 @@ class Report:
         self.write()
 
     def write(self) -> None:
-        content = {"engines": self.engines, "cases": self.cases, "left_out": self.todo, "table": self.table}
+        content = {"sizes": self.about, "engines": self.engines, "cases": self.cases, "table": self.table}
+        content |= {"too_large": self.too_large, "left_out": self.todo}
+        content["required_left_out"] = [name for name in self.todo if name in self.required]
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def require_sound(name: str, found: Mapping[str, Any], probed: bool) -> None:
+def require_shares(name: str, run: Mapping[str, Any], probed: bool) -> None:
     """RuntimeError if measured requests left no values, or values that cannot be shares."""
-    if probed and (found["bad_values"] or not found["values"]):
-        raise RuntimeError(f"{name}: {found['bad_values']} of {found['values']} recorded shares are not in 0..1")
+    if probed and (run["bad_values"] or not run["values"]):
+        raise RuntimeError(f"{name}: {run['bad_values']} of {run['values']} recorded shares are not in 0..1")
 
 
 # ------------------------------------------------------------------------------------------------- overhead
 
 
 def measure_overhead(setup: Setup, report: Report) -> None:
-    cases = {case.name: case for case in (TINY_CASES if setup.dry_run else CASES)}
-    if set(report.todo) & set(cases):
+    failure: RuntimeError | None = None
+    if PROFILED in report.todo:
+        try:
+            report.add(PROFILED, profiled_engine(setup))
+        except RuntimeError as error:  # the times are still worth having
+            failure = error
+    todo = [case for case in (TINY_CASES if setup.dry_run else CASES) if case.name in report.todo]
+    if todo:
+        compare(setup, report, todo)
+    if failure is not None:
+        raise failure
+
+
+def compare(setup: Setup, report: Report, todo: Sequence[Case]) -> None:
+    """Time all arms of each case, until the time is over."""
+    groups = [("plain", "headrift")] if setup.memory.engines > 1 else [("plain",), ("headrift",)]
+    samples: dict[str, dict[str, list[dict[str, Any]]]] = {case.name: {} for case in todo}
+    for number, kinds in enumerate(groups, start=1):
+        stop = time.monotonic() + report.seconds_left / (1 + len(groups) - number)
         with ExitStack() as processes:
-            kinds = ("plain", "headrift")
             # Made in this thread: a child ends with the thread that made it.
             children = {kind: setup.child(kind, processes) for kind in kinds}
-            steps = max(case.tokens for case in cases.values()) - 1
             with ThreadPoolExecutor() as pool:
+                steps = max(case.tokens for case in todo) - 1
                 starts = {kind: pool.submit(setup.start, children[kind], kind, steps) for kind in kinds}
                 report.engines |= {kind: started.result() for kind, started in starts.items()}
             report.write()
-            for name in [name for name in report.todo if name in cases]:
-                case = compare(cases[name], children, report, turns=2 if setup.dry_run else 6)
-                if case is None:
+            for case in todo:
+                runs = sample(case, children, stop, turns=2 if setup.dry_run else 6)
+                if runs is None:
                     break
-                report.table = overhead_table(report.cases | {name: case})
-                report.add(name, case)
-    if PROFILED in report.todo and report.seconds_left > (0 if setup.dry_run else 30):
-        report.add(PROFILED, profiled_engine(setup))
+                samples[case.name] |= runs
+                if number == len(groups):
+                    arms = samples[case.name]
+                    summaries = {arm: summary(case, arms[arm], arms["plain"]) for arm in ARMS}
+                    result = {**asdict(case), "engines_at_once": setup.memory.engines, "arms": summaries}
+                    report.table = overhead_table(report.cases | {case.name: result})
+                    report.add(case.name, result)
+        todo = [case for case in todo if samples[case.name]]
 
 
-def compare(case: Case, children: Mapping[str, Child], report: Report, turns: int) -> dict[str, Any] | None:
-    """Samples of each arm and their summary; None if there is no time for two turns."""
-    engine = {"plain": children["plain"], "idle": children["headrift"], "probing": children["headrift"]}
+def sample(
+    case: Case, children: Mapping[str, Child], stop: float, turns: int
+) -> dict[str, list[dict[str, Any]]] | None:
+    """Runs of each arm of these engines; None if there is no time for two turns."""
+    arms = [arm for arm in ARMS if ENGINE_OF[arm] in children]
 
     def run(arm: str, seed: int) -> dict[str, Any]:
         more = {} if arm == "plain" else {"probed": arm == "probing"}
-        found = engine[arm].ask("run", **case.request(seed), **more)
-        require_sound(f"{case.name}, {arm}", found, arm == "probing")
-        return found
+        result = children[ENGINE_OF[arm]].ask("run", **case.request(seed), **more)
+        require_shares(f"{case.name}, {arm}", result, arm == "probing")
+        return result
 
     begin = time.monotonic()
-    for arm in ("plain", "idle", "probing"):  # warm; and for `decode`, the prompts into the prefix cache
+    if begin >= stop:
+        return None
+    for arm in arms:  # warm; and for `decode`, the prompts into the prefix cache
         run(arm, 0)
-    samples: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
+    samples: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     # Streaming computes its prompts: each turn of each arm has new ones, which no prefix cache holds.
     fresh = case.kind == "streaming"
     slowest = time.monotonic() - begin
-    for turn, order in enumerate(overhead.turns(list(ARMS), 2 if fresh else turns)):
-        if report.seconds_left < slowest:
-            break
+    for turn, order in enumerate(overhead.turns(arms, 2 if fresh else turns)):
         begin = time.monotonic()
+        if stop - begin < slowest:
+            break
         for arm in order:
             samples[arm].append(run(arm, 1 + len(ARMS) * turn + ARMS.index(arm) if fresh else 0))
         slowest = time.monotonic() - begin
-    if len(samples["plain"]) < 2:
-        return None
-    return asdict(case) | {"arms": {arm: summary(case, samples[arm], samples["plain"]) for arm in ARMS}}
+    return samples if len(samples[arms[0]]) > 1 else None
 
 
 def summary(case: Case, runs: list[dict[str, Any]], plain: list[dict[str, Any]]) -> dict[str, Any]:
@@ -275,15 +337,15 @@ def profiled_engine(setup: Setup) -> dict[str, Any]:
     """
     overrides = {"num_hidden_layers": min(4, setup.layers)}
     settings = {"kv_cache_memory_bytes": None, "hf_overrides": overrides}
-    settings |= {"gpu_memory_utilization": 0.15 if setup.dry_run else 0.5}
+    settings |= {"gpu_memory_utilization": 0.15 if setup.dry_run else setup.free / 2}
     tokens = 4 if setup.dry_run else 16
     case = Case("streaming", 4 if setup.dry_run else 32, 40 if setup.dry_run else 1024, tokens)
     with ExitStack() as processes:
         child = setup.child("headrift", processes)
         about = setup.start(child, "headrift", tokens - 1, **settings)
-        found = child.ask("run", **case.request(0), probed=True)
-    require_sound(PROFILED, found, True)
-    return {"engine": about, **found}
+        result = child.ask("run", **case.request(0), probed=True)
+    require_shares(PROFILED, result, True)
+    return {"engine": about, **result}
 
 
 # ------------------------------------------------------------------------------------------------- other parts
@@ -320,42 +382,66 @@ def measure_rates(setup: Setup, report: Report) -> None:
             number, case = list(cases).index(name), cases[name]
             runs = [child.ask("run", **case, seed=[turn, number]) for turn in range(2)]
             slowest = max(slowest, (time.monotonic() - begin) / 2)
-            for found in runs:
-                require_sound(name, found, case.get("probed", False))
-            seconds = [found["seconds"] for found in runs]
+            for run in runs:
+                require_shares(name, run, case.get("probed", False))
+            seconds = [run["seconds"] for run in runs]
             rate = case["prompts"] / statistics.median(seconds)
             rates = {"prompts_per_second": rate, "tokens_per_second": rate * case["context"]}
             report.table.append(f"{name:32} {rate:9.1f} prompts/s  {rates['tokens_per_second']:11,.0f} tokens/s")
             report.add(name, {**case, "seconds": seconds, **rates})
 
 
+def profile_case(dry_run: bool) -> Case:
+    return Case("decode", 2, 40, 4) if dry_run else Case("decode", 64, 1024, 16)
+
+
 def measure_profile(setup: Setup, report: Report) -> None:
     if not report.todo:
         return
-    case = Case("decode", 2, 40, 4) if setup.dry_run else Case("decode", 64, 1024, 16)
+    case = profile_case(setup.dry_run)
     with ExitStack() as processes:
         # In the process itself, so that torch's profiler sees the worker's kernels.
         child = setup.child("headrift", processes, VLLM_ENABLE_V1_MULTIPROCESSING="0")
-        overrides = {"num_hidden_layers": min(8, setup.layers)}
-        report.engines["headrift"] = setup.start(child, "headrift", case.tokens - 1, hf_overrides=overrides)
+        report.engines["headrift"] = setup.start(child, "headrift", case.tokens - 1)
         request = {**case.request(0), "probed": True}
         for _ in range(2):
             child.ask("run", **request)
-        found = child.ask("profile", **request)
-    require_sound("profile", found, True)
-    total = sum(kernel["microseconds"] for kernel in found["kernels"])
-    for kernel in found["kernels"][:25]:
+        profile = child.ask("profile", **request)
+    require_shares("profile", profile, True)
+    total = sum(kernel["microseconds"] for kernel in profile["kernels"])
+    for kernel in profile["kernels"][:25]:
         part = f"{kernel['microseconds'] / total:6.1%} {kernel['microseconds']:10.0f} us {kernel['calls']:6} x "
         report.table.append(part + kernel["kernel"][:90])
     if not total:
         raise RuntimeError("the profiler recorded no kernel")
-    report.add("probed decode steps", {**asdict(case), **found})
+    report.add("probed decode steps", {**asdict(case), **profile})
 
 
-def names_of(part: str, dry_run: bool) -> list[str]:
+def kv_tokens(part: str, dry_run: bool) -> dict[str, int]:
+    """Tokens that the KV cache must hold for each case of a part, in the order of the cases."""
     if part == "overhead":
-        return [*(case.name for case in (TINY_CASES if dry_run else CASES)), PROFILED]
-    return list(rates_cases(dry_run)) if part == "step0_replay" else ["probed decode steps"]
+        return {case.name: case.kv_tokens for case in (TINY_CASES if dry_run else CASES)}
+    if part == "profile":
+        return {"probed decode steps": profile_case(dry_run).kv_tokens}
+    needs = {}
+    for name, case in rates_cases(dry_run).items():
+        decoded = Case("decode", case["at_once"], case["context"], case["tokens"], case["shared"])
+        prefill_only = case["tokens"] == 1 or case.get("replay", False)
+        needs[name] = PREFILL_TOKENS if prefill_only else decoded.kv_tokens
+    return needs
+
+
+def choose_sizes(part: str, free: float, dry_run: bool) -> tuple[Shapes, Memory]:
+    """Return the model that a part runs on a GPU with this many free bytes, and the cases that fit.
+
+    Raises:
+        ValueError: If no case fits.
+    """
+    full = Shapes.from_config(TINY if dry_run else LLAMA_3_8B)
+    layers = (full.layers,) if dry_run else LAYERS[part]
+    shapes = [replace(full, layers=n) for n in layers]
+    engines = 2 if part == "overhead" else 1
+    return choose_layers(free, shapes, kv_tokens(part, dry_run), engines, element=4 if dry_run else 2)
 
 
 PARTS: dict[str, Callable[[Setup, Report], None]] = {
@@ -371,6 +457,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--attention", default="auto", help="headrift's attention backend")
     parser.add_argument("--out", type=Path, help="default: bench/results/PART_gpu.json")
+    parser.add_argument("--memory", type=float, metavar="GB", help="use no more of the GPU (default: what is free)")
     parser.add_argument("--dry-run", action="store_true", help="a tiny model on a CPU; figures mean nothing")
     args = parser.parse_args()
     if not args.dry_run:
@@ -380,13 +467,24 @@ def main() -> None:
             raise SystemExit("overhead_gpu: this torch is not a build for GPUs (--dry-run runs it on a CPU)")
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     out = args.out or Path(__file__).parent / "results" / f"{args.part}_gpu.json"
-    report = Report(out, args.seconds, names_of(args.part, args.dry_run))
+    free, total = (DRY_RUN_BYTES, DRY_RUN_BYTES) if args.dry_run else free_bytes()
+    free = min(free, args.memory * GB) if args.memory else free
+    try:
+        shape, memory = choose_sizes(args.part, free, args.dry_run)
+    except ValueError as error:
+        raise SystemExit(f"overhead_gpu: {error}") from None
+    names, about = list(kv_tokens(args.part, args.dry_run)), {"layers": shape.layers, "free_bytes": int(free)}
+    about |= {"kv_cache_bytes": memory.kv_bytes, "engines_at_once": memory.engines}
+    names = [PROFILED, *names] if args.part == "overhead" else names
+    required = REQUIRED if args.part == "overhead" and not args.dry_run else names
+    report = Report(out, args.seconds, names, required, memory.too_large, about)
+    print(f"{free / GB:.0f} GB are free: {shape.layers} layers, {memory.engines} engines at once", flush=True)
     with tempfile.TemporaryDirectory(prefix="headrift-model-") as folder:
         try:
-            PARTS[args.part](Setup(args.dry_run, args.attention, Path(folder)), report)
+            PARTS[args.part](Setup(args.dry_run, args.attention, Path(folder), shape, memory, free / total), report)
         finally:
             report.write()
-    print("\n".join(report.table))
+    print("\n".join([*report.table, *(f"too large: {name} {reason}" for name, reason in memory.too_large.items())]))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,11 @@ Stages run in the order of their value, each in a process of its own with a time
 are written to one JSON file (device, driver, versions, and of each stage: status, seconds, results), so an
 interrupted check keeps what it has. A stage that no longer fits the budget is skipped. `--resume` keeps the stages
 that passed on the same device with the same code, and gives the others what they had measured already. The output of
-a stage that did not pass is beside the JSON file.
+a stage that did not pass is next to the JSON file.
 
-Exit code 0: every selected stage passed. 1: a stage failed, timed out, left something out or was skipped. 2: bad
+A case that does not fit the GPU's memory, or an optional one that does not fit the time, is listed and is no failure.
+
+Exit code 0: every selected stage passed. 1: a stage failed, timed out, left a required case out or was skipped. 2: bad
 option.
 """
 
@@ -93,7 +95,7 @@ class Stage:
         name: Its key in the results.
         limit: Seconds after which it is stopped.
         least: Seconds without which it is not worth a start.
-        commands: Arguments of each Python process, in order; the stage fails at the first that fails.
+        commands: Arguments of each Python process, in order; the stage fails if one of them fails.
         environment: Variables added for those processes.
     """
 
@@ -121,13 +123,10 @@ def kernel_tests(run: Run) -> list[list[str]]:
 
 def engine_tests(run: Run) -> list[list[str]]:
     path = "tests/engine/test_gpu_engine.py"
-    if run.dry_run:
-        return [pytest_command(run, 0, path, "-x")]
-    # vLLM's memory profiling is disturbed by processes beside it, so that test runs alone.
-    return [
-        pytest_command(run, 0, path, "-k", "not profiling", "-n", str(min(8, run.processes)), "--dist", "load"),
-        pytest_command(run, 1, path, "-k", "profiling"),
-    ]
+    # First, since no engine works without it; and alone, since other processes disturb vLLM's memory profiling.
+    first = pytest_command(run, 0, path, "-k", "profiling")
+    parallel = [] if run.dry_run else ["-n", str(min(8, run.processes)), "--dist", "load"]
+    return [first, pytest_command(run, 1, path, "-k", "not profiling", *parallel)]
 
 
 def benchmark(script: str, *options: str) -> Callable[[Run], list[list[str]]]:
@@ -243,8 +242,10 @@ def run_stage(stage: Stage, seconds: float, dry_run: bool, before: Mapping[str, 
             environment["PYTHONPATH"] += os.pathsep + os.environ["PYTHONPATH"]
         status: int | None = 0
         for command in stage.commands(run):
-            status = run_command(command, log, seconds - (time.monotonic() - begin), environment)
-            if status != 0:
+            left = seconds - (time.monotonic() - begin)
+            own_status = run_command(command, log, left, environment) if left > 0 else None
+            status = own_status if status == 0 or own_status is None else status
+            if own_status is None:
                 break
         results = read_json(run.results)
         tests = tests_of(run.folder)
@@ -266,7 +267,7 @@ def verdict(status: int | None, results: Mapping[str, Any]) -> str:
     tests = results.get("tests")
     if status or (tests is not None and not tests["passed"]):  # tests that were all skipped prove nothing
         return "failed"
-    return "incomplete" if results.get("left_out") else PASSED
+    return "incomplete" if results.get("required_left_out") else PASSED
 
 
 # ------------------------------------------------------------------------------------------------- the whole check
@@ -297,7 +298,7 @@ def check(
     Args:
         stages: What to run.
         about: Device, driver, versions and code state. Earlier results count if device, code and dry_run are equal.
-        out: The JSON file, written anew after each stage.
+        out: The JSON file, replaced after each stage.
         budget: Seconds for all of it.
         dry_run: Whether the stages are to run on a CPU.
         resume: Results of an earlier check, whose passed stages are kept.
@@ -335,8 +336,12 @@ def print_outcome(name: str, outcome: Mapping[str, Any]) -> None:
     notes = [str(outcome["reason"])] if "reason" in outcome else []
     if tests := results.get("tests"):
         notes.append(f"{tests['passed']} tests passed, {len(tests['failed'])} failed, {tests['skipped']} skipped")
-    if results.get("left_out"):
-        notes.append(f"out of time for: {', '.join(results['left_out'])}")
+    if left_out := results.get("left_out"):
+        required = results.get("required_left_out", [])
+        notes += [f"out of time for: {', '.join(required)}"] if required else []
+        optional = [name for name in left_out if name not in required]
+        notes += [f"left out, optional: {', '.join(optional)}"] if optional else []
+    notes += [f"too large for this GPU: {name} {reason}" for name, reason in results.get("too_large", {}).items()]
     print(f"gpu-check: {name:13} {outcome['status']:10} {outcome.get('seconds', 0):6.1f} s  {'; '.join(notes)}")
     for line in [*results.get("table", ()), *outcome.get("output", ())[-SHOWN_LINES:]]:
         print(f"    {line}")

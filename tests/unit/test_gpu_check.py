@@ -51,7 +51,7 @@ def test_stages_that_pass(check):
     assert not report["passed"], "the whole check has passed only when each of its stages has"
 
 
-def test_a_stage_that_fails_does_not_stop_the_next_and_leaves_its_last_words(check):
+def test_a_stage_that_fails_does_not_stop_the_next_and_keeps_the_end_of_its_output(check):
     passed, report = check(stage("kernels", "print('a kernel is wrong'); raise SystemExit(1)"), stage("engine", ""))
     assert not passed
     assert report["stages"]["kernels"]["status"] == "failed"
@@ -91,10 +91,41 @@ def test_a_stage_gets_no_more_than_the_budget_has_left(check):
     assert report["stages"]["kernels"]["limit"] <= 1.5
 
 
-def test_a_stage_that_left_something_out_is_incomplete(check):
-    passed, report = check(stage("overhead", writes({"left_out": ["decode 64 x 4096"]})))
+def test_a_stage_that_left_a_required_case_out_is_incomplete(check, capsys):
+    results = {"left_out": ["decode 64 x 1024", "decode 64 x 4096"], "required_left_out": ["decode 64 x 1024"]}
+    passed, report = check(stage("overhead", writes(results)))
     assert not passed
     assert report["stages"]["overhead"]["status"] == "incomplete"
+    assert "out of time for: decode 64 x 1024; left out, optional: decode 64 x 4096" in capsys.readouterr().out
+
+
+def test_optional_cases_without_time_and_cases_without_memory_are_reported_and_no_failure(check, capsys):
+    too_large = {"decode 256 x 1024": "needs 37.6 GB"}
+    results = {"left_out": ["decode 64 x 4096"], "required_left_out": [], "too_large": too_large}
+    passed, report = check(stage("overhead", writes(results)))
+    assert passed
+    assert report["stages"]["overhead"]["results"]["too_large"] == too_large
+    printed = capsys.readouterr().out
+    assert "left out, optional: decode 64 x 4096" in printed
+    assert "too large for this GPU: decode 256 x 1024 needs 37.6 GB" in printed
+
+
+def test_a_command_that_fails_fails_its_stage_and_the_next_one_still_runs(check, tmp_path):
+    marker = tmp_path / "second"
+    programs = ("raise SystemExit(3)", f"import pathlib; pathlib.Path({str(marker)!r}).touch()")
+    both = gpu_check.Stage("engine", 20, 0.1, lambda run: [["-c", program] for program in programs])
+    passed, report = check(both)
+    assert not passed
+    assert (report["stages"]["engine"]["status"], report["stages"]["engine"]["exit_status"]) == ("failed", 3)
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_the_engine_stage_begins_with_memory_profiling(dry_run, tmp_path):
+    first, second = gpu_check.engine_tests(gpu_check.Run(tmp_path, 60, dry_run))
+    assert first[first.index("-k") + 1] == "profiling"
+    assert "-n" not in first, "other processes disturb memory profiling"
+    assert second[second.index("-k") + 1] == "not profiling"
 
 
 def test_results_are_written_before_the_next_stage_begins(check):
@@ -107,9 +138,9 @@ def test_results_are_written_before_the_next_stage_begins(check):
 def test_resuming_keeps_what_passed_and_gives_the_rest_what_it_had(check, tmp_path):
     marker = tmp_path / "runs"
     once = stage("kernels", f"import pathlib; pathlib.Path({str(marker)!r}).open('a').write('x')")
-    check(once, stage("overhead", writes({"cases": [1], "left_out": ["b"]})))
+    check(once, stage("overhead", writes({"cases": [1], "required_left_out": ["b"]})))
     more = "import json, pathlib, sys; p = pathlib.Path(sys.argv[1]); had = json.loads(p.read_text())['cases']; "
-    more += "p.write_text(json.dumps({'cases': [*had, 2], 'left_out': []}))"
+    more += "p.write_text(json.dumps({'cases': [*had, 2], 'required_left_out': []}))"
     passed, report = check(once, stage("overhead", more), resume=True)
     assert passed
     assert marker.read_text() == "x"
@@ -127,7 +158,7 @@ def test_results_of_another_device_or_of_other_code_are_not_kept(check, changed,
 
 
 def test_a_skipped_stage_keeps_what_an_earlier_run_had(check):
-    check(stage("overhead", writes({"cases": [1], "left_out": ["b"]})))
+    check(stage("overhead", writes({"cases": [1], "required_left_out": ["b"]})))
     passed, report = check(stage("overhead", "", least=30.0), budget=1.0, resume=True)
     assert not passed
     assert (report["stages"]["overhead"]["status"], report["stages"]["overhead"]["results"]["cases"]) == (
