@@ -85,6 +85,15 @@ class Case:
         return f"{self.kind} {self.batch} x {self.context}{shared}"
 
     @property
+    def prompts(self) -> int:
+        return 2 * self.batch if self.kind == "streaming" else self.batch
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts, those in common once."""
+        return self.shared + self.prompts * (self.context - self.shared)
+
+    @property
     def kv_tokens(self) -> int:
         """Tokens that the KV cache must hold, so that no prompt leaves the prefix cache between turns."""
         own = self.context - self.shared + self.tokens + 2 * PAGE
@@ -92,8 +101,7 @@ class Case:
 
     def request(self, seed: int) -> dict[str, Any]:
         """Arguments of Bench.run. The same seed gives the same prompts."""
-        prompts = 2 * self.batch if self.kind == "streaming" else self.batch
-        request: dict[str, Any] = {"prompts": prompts, "at_once": self.batch, "context": self.context}
+        request: dict[str, Any] = {"prompts": self.prompts, "at_once": self.batch, "context": self.context}
         request |= {"tokens": self.tokens, "shared": self.shared}
         return request | {"seed": [self.batch, self.context, self.shared, seed]}
 
@@ -108,7 +116,12 @@ CASES = (
     Case("streaming", 256, 1024),
     Case("streaming", 64, 4096),
 )
-REQUIRED = (PROFILED, "decode 64 x 1024", "streaming 64 x 1024", "decode 256 x 1024")
+# Those without which a part is incomplete; a slow GPU has time for no more.
+REQUIRED = {
+    "overhead": (PROFILED, "decode 64 x 1024"),
+    "step0_replay": ("steps=0, measured", "replay, measured"),
+    "profile": ("probed decode steps",),
+}
 TINY_CASES = (Case("decode", 2, 40, 4), Case("streaming", 2, 40, 4), Case("decode", 3, 80, 4, shared=64))
 
 
@@ -249,10 +262,16 @@ def compare(setup: Setup, report: Report, todo: Sequence[Case]) -> None:
                 starts = {kind: pool.submit(setup.start, children[kind], kind, steps) for kind in kinds}
                 report.engines |= {kind: started.result() for kind, started in starts.items()}
             report.write()
+            pace = 0.0  # seconds of a first turn for each prompt token
             for case in todo:
-                runs = sample(case, children, stop, turns=2 if setup.dry_run else 6)
-                if runs is None:
-                    break
+                # Later decode turns take a fraction of the first, whose prompts are not in the prefix cache.
+                first_turns = 3 if case.kind == "streaming" else 2
+                if time.monotonic() + first_turns * pace * case.prompt_tokens >= stop:
+                    continue
+                runs, seconds = sample(case, children, stop, turns=2 if setup.dry_run else 6)
+                pace = max(pace, seconds / case.prompt_tokens)
+                if not runs:
+                    continue
                 samples[case.name] |= runs
                 if number == len(groups):
                     arms = samples[case.name]
@@ -261,12 +280,14 @@ def compare(setup: Setup, report: Report, todo: Sequence[Case]) -> None:
                     report.table = overhead_table(report.cases | {case.name: result})
                     report.add(case.name, result)
         todo = [case for case in todo if samples[case.name]]
+        if not todo:
+            break
 
 
 def sample(
     case: Case, children: Mapping[str, Child], stop: float, turns: int
-) -> dict[str, list[dict[str, Any]]] | None:
-    """Runs of each arm of these engines; None if there is no time for two turns."""
+) -> tuple[dict[str, list[dict[str, Any]]], float]:
+    """Runs of each arm of these engines, empty without the time for two turns; and the seconds of a first turn."""
     arms = [arm for arm in ARMS if ENGINE_OF[arm] in children]
 
     def run(arm: str, seed: int) -> dict[str, Any]:
@@ -276,14 +297,12 @@ def sample(
         return result
 
     begin = time.monotonic()
-    if begin >= stop:
-        return None
     for arm in arms:  # warm; and for `decode`, the prompts into the prefix cache
         run(arm, 0)
     samples: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     # Streaming computes its prompts: each turn of each arm has new ones, which no prefix cache holds.
     fresh = case.kind == "streaming"
-    slowest = time.monotonic() - begin
+    slowest = first = time.monotonic() - begin
     for turn, order in enumerate(overhead.turns(arms, 2 if fresh else turns)):
         begin = time.monotonic()
         if stop - begin < slowest:
@@ -291,7 +310,7 @@ def sample(
         for arm in order:
             samples[arm].append(run(arm, 1 + len(ARMS) * turn + ARMS.index(arm) if fresh else 0))
         slowest = time.monotonic() - begin
-    return samples if len(samples[arms[0]]) > 1 else None
+    return (samples if len(samples[arms[0]]) > 1 else {}), first
 
 
 def summary(case: Case, runs: list[dict[str, Any]], plain: list[dict[str, Any]]) -> dict[str, Any]:
@@ -358,8 +377,8 @@ def rates_cases(dry_run: bool) -> dict[str, dict[str, Any]]:
     step0, replay = {**common, "tokens": 1}, {**common, "tokens": answer, "replay": True}
     return {
         "steps=0, measured": {**step0, "probed": True},
-        "steps=0, not measured": step0,
         "replay, measured": {**replay, "probed": True},
+        "steps=0, not measured": step0,
         "replay, not measured": replay,
         "decoding the answers, measured": {**common, "tokens": answer, "probed": True},
     }
@@ -376,14 +395,16 @@ def measure_rates(setup: Setup, report: Report) -> None:
             child.ask("run", **{**case, "prompts": 2, "seed": [9, i]})
         slowest = 0.0
         for name in list(report.todo):
-            if report.seconds_left < 2 * slowest:
+            number, case, runs = list(cases).index(name), cases[name], []
+            for turn in range(2):
+                begin = time.monotonic()
+                if report.stop - begin < slowest:
+                    break
+                runs.append(child.ask("run", **case, seed=[turn, number]))
+                require_shares(name, runs[-1], case.get("probed", False))
+                slowest = max(slowest, time.monotonic() - begin)
+            if not runs:
                 break
-            begin = time.monotonic()
-            number, case = list(cases).index(name), cases[name]
-            runs = [child.ask("run", **case, seed=[turn, number]) for turn in range(2)]
-            slowest = max(slowest, (time.monotonic() - begin) / 2)
-            for run in runs:
-                require_shares(name, run, case.get("probed", False))
             seconds = [run["seconds"] for run in runs]
             rate = case["prompts"] / statistics.median(seconds)
             rates = {"prompts_per_second": rate, "tokens_per_second": rate * case["context"]}
@@ -476,9 +497,9 @@ def main() -> None:
     names, about = list(kv_tokens(args.part, args.dry_run)), {"layers": shape.layers, "free_bytes": int(free)}
     about |= {"kv_cache_bytes": memory.kv_bytes, "engines_at_once": memory.engines}
     names = [PROFILED, *names] if args.part == "overhead" else names
-    required = REQUIRED if args.part == "overhead" and not args.dry_run else names
+    required = names if args.dry_run else REQUIRED[args.part]
     report = Report(out, args.seconds, names, required, memory.too_large, about)
-    print(f"{free / GB:.0f} GB are free: {shape.layers} layers, {memory.engines} engines at once", flush=True)
+    print(f"{free / GB:.0f} GB are free: {shape.layers} layers, engines at once: {memory.engines}", flush=True)
     with tempfile.TemporaryDirectory(prefix="headrift-model-") as folder:
         try:
             PARTS[args.part](Setup(args.dry_run, args.attention, Path(folder), shape, memory, free / total), report)

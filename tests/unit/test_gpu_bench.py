@@ -100,8 +100,12 @@ def test_the_required_kernel_cases_come_first():
     assert len(set(names)) == len(names)
 
 
-def test_the_required_overhead_cases_exist():
-    assert set(overhead_gpu.REQUIRED) - {overhead_gpu.PROFILED} < ALL
+@pytest.mark.parametrize("part", overhead_gpu.PARTS)
+def test_the_required_cases_of_a_part_come_first(part):
+    first = [overhead_gpu.PROFILED] if part == "overhead" else []
+    names = [*first, *overhead_gpu.kv_tokens(part, dry_run=False)]
+    required = overhead_gpu.REQUIRED[part]
+    assert tuple(names[: len(required)]) == required
 
 
 # ----------------------------------------------------------------------------------------------------- what is reported
