@@ -5,7 +5,7 @@
 Two kinds of step of 1 to 256 rows, all probed, on a model of 32 layers with the heads of Llama-3-8B:
 
 - `decode`: every row decodes. The layers are replayed from a CUDA graph, so what measuring adds to the host's work is
-  the step's plan: ours beside the metadata that vLLM's own builder makes, in turns.
+  the step's plan, compared with the metadata that vLLM's own builder makes, in turns.
 - `streaming`: one row in 13 is a prompt of 300 tokens that ends in this step, the others decode; nearly every step of a
   job of 12 steps a prompt is of this kind, and its attention is launched from Python. Added are the plan and all that
   a layer's `forward` does besides vLLM's own, which attends for the prompts with headrift and without (left out here).

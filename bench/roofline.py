@@ -179,7 +179,7 @@ def streaming_table(traffic: dict[str, Any], aot: dict[str, Any], host_cost: dic
     host, lines = host_seconds(host_cost, "streaming"), []
     for batch in (64, 256):
         for prompt, cached in ((300, 100), (1000, 100), (4000, 500)):
-            # As many prompts end in a step as answers do, and a step has so many tokens at most.
+            # As many prompts end in a step as answers do, within the tokens of a step.
             prompts = min(batch / (STEPS + 1), STEP_TOKENS / (STEPS + prompt - cached))
             decoding = STEPS * prompts
             prefill = forward(shapes, 1, cached, prompt - cached)

@@ -27,7 +27,7 @@ from headrift.vllm_plugin.recorder import Recorder
 from headrift_kernels.triton.decode_mass import Batch, DecodeAgain, SplitScratch, decode_mass, splits_for
 from headrift_kernels.triton.replay_mass import ReplayScratch, replay_mass, replay_splits
 
-# Rows of a mixed step are not split up to so many keys: prefill takes most of its time, and the host saves the second
+# Keys up to which the rows of a mixed step are not split: prefill takes most of its time, and the host saves the second
 # kernel's launch in every layer.
 UNSPLIT_KEYS = 2048
 
