@@ -206,10 +206,8 @@ def streaming_table(traffic: dict[str, Any], aot: dict[str, Any], host_cost: dic
             )
     head = ["rows", "prompt tokens", "of them cached", "prompts a step", "step, ms", "last tokens and parts, by bytes"]
     table = rows_of(lines, [*head, "masses, by instructions", "both", "and the host, if nothing hid it"])
-    return (
-        f"{table}\n\nAt most {max(hidden):.2%} while the host is hidden (the bar is 1%), and {max(unhidden):.1%} if nothing "
-        f"hid its {1e3 * host:.2f} ms."
-    )
+    figures = f"{max(hidden):.2%} while the host is hidden (the bar is 1%), and {max(unhidden):.1%} if nothing"
+    return f"{table}\n\nAt most {figures} hid its {1e3 * host:.2f} ms."
 
 
 def leaving_table() -> str:
