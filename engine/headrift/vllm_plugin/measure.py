@@ -43,6 +43,12 @@ class MeasuringImpl(AttentionImpl):
         reasons = self.layer_refusals(self.recorder)
         if reasons:
             raise RefusedError(reasons)
+        if self.recorder.ablations is None and self.recorder.bank is None:
+            self.forward = self.attend  # nothing goes before or after it
+
+    def attend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The backend's `forward`, without ablations and attention rows."""
+        raise NotImplementedError
 
     def forget_cache(self) -> None:
         """Drop what is kept of the layer's KV cache: vLLM is about to allocate another."""

@@ -207,8 +207,9 @@ class Recorder:
         self._tenants = np.full(settings.slots, -1, np.int64)
         self._newcomers: dict[int, Probe] = {}
         self._rows_are_real = False
-        # Whether the running step is of requests, and not made up.
+        # Whether the running step is of requests, and not made up, and whether any of its rows is probed.
         self.step_is_real = False
+        self.probed = False
 
     @staticmethod
     def of(config: VllmConfig) -> Recorder | None:
@@ -314,19 +315,14 @@ class Recorder:
         self.step_is_real, self._rows_are_real = self._rows_are_real, False
         if self.step_is_real:
             slots[:n] = self.runner_rows[rows]
-        was_probed, probed = self.probed, bool((slots >= 0).any())
+        was_probed, self.probed = self.probed, bool((slots >= 0).any())
         self.slots = slots[:n]
         self._install_newcomers()
-        if was_probed or probed:
+        if was_probed or self.probed:
             self.row_slot.copy_(self.staged(slots), non_blocking=True)
-        if probed and (self.settings.reads_logits or self.settings.hidden_states):
+        if self.probed and (self.settings.reads_logits or self.settings.hidden_states):
             prompt_len = self.prompt_len[self.row_slot[:n].clamp(min=0).long()]
             self.row_step[:n] = seq_lens[:n] - prompt_len
-
-    @property
-    def probed(self) -> bool:
-        """Whether any row of the running step is probed."""
-        return bool((self.slots >= 0).any())
 
     def index(self, array: np.ndarray) -> torch.Tensor:
         """`array` as an int64 index on the device; waits for nothing."""

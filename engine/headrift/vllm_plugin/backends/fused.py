@@ -38,13 +38,13 @@ class MeasuredStep:
 
     Attributes:
         batch: all rows.
-        prefill_from: the first row, and token, that the parent attends for; None: it attends for none.
+        prefill: the rows, and tokens, that the parent attends for; None: it attends for none.
         replayed: the most measured queries of any row before its last one.
         replay_scratch: where the kernel that measures these splits rows; None: it does not.
     """
 
     batch: Batch
-    prefill_from: int | None = None
+    prefill: slice | None = None
     replayed: int = 0
     replay_scratch: ReplayScratch | None = None
 
@@ -94,7 +94,7 @@ class FusedBuilder(MeasuringBuilder):
                 replay_scratch = ReplayScratch.allocate(
                     common.num_reqs, replayed, self.num_heads_q, recorder.settings.regions, splits, self.device
                 )
-        step = MeasuredStep(Batch(*rows, scratch), decode_rows, replayed, replay_scratch)
+        step = MeasuredStep(Batch(*rows, scratch), slice(decode_rows, None), replayed, replay_scratch)
         return build(rows_from(common, decode_rows)), step
 
     def _scratch(self, recorder: Recorder, rows: int, longest: int) -> SplitScratch | None:
@@ -135,20 +135,19 @@ class FusedBuilder(MeasuringBuilder):
 def rows_from(common: CommonAttentionMetadata, first: int) -> CommonAttentionMetadata:
     """The batch without its first rows, of one token each: what the parent attends for.
 
-    The tensors are copies: at an odd offset into the batch's own, Triton would compile vLLM's kernel again.
+    What the device reads are copies: at an odd offset into the batch's own tensors Triton would compile vLLM's kernel
+    again. What only the host would read is left out.
     """
     if first == 0:
         return common
     part = copy(common)
-    for name in ("query_start_loc", "query_start_loc_cpu"):
-        setattr(part, name, getattr(common, name)[first:] - first)
-    for name in ("seq_lens", "block_table_tensor"):
-        setattr(part, name, getattr(common, name)[first:].clone())
-    for name in ("seq_lens_cpu_upper_bound", "slot_mapping", "is_prefilling", "req_idx"):
-        whole = getattr(common, name)
-        setattr(part, name, None if whole is None else whole[first:])
+    part.query_start_loc = common.query_start_loc[first:] - first
+    part.seq_lens = common.seq_lens[first:].clone()
+    part.block_table_tensor = common.block_table_tensor[first:].clone()
+    part.slot_mapping = common.slot_mapping[first:]
     part.num_reqs -= first
     part.num_actual_tokens -= first
+    part.query_start_loc_cpu = part.seq_lens_cpu_upper_bound = part.is_prefilling = part.req_idx = None
     part._num_computed_tokens_cache = part._token_to_req_indices_cache = None
     return part
 
@@ -212,9 +211,7 @@ class FusedImpl(MeasuringImpl):
             picked = picked.float() * layer._k_scale
         return picked.view(len(blocks), -1, *picked.shape[2:]).permute(0, 2, 3, 1)
 
-    @ablating
-    @keeping_rows
-    def forward(
+    def attend(
         self,
         layer: AttentionLayer,
         query: torch.Tensor,
@@ -232,10 +229,12 @@ class FusedImpl(MeasuringImpl):
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
         self.measure(layer, query, kv_cache, step, output)
-        if step.prefill_from is not None:
-            rest = slice(step.prefill_from, None)
+        rest = step.prefill
+        if rest is not None:
             super().forward(layer, query[rest], key, value, kv_cache, attn_metadata, output[rest])
         return output
+
+    forward = ablating(keeping_rows(attend))
 
     def measure(
         self,
