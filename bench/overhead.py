@@ -1,6 +1,7 @@
 """What probing costs over decoding without it: plain vLLM, headrift idle, probing, with logit statistics or entropy.
 
     python bench/overhead.py [--pairs 20] [--short] [--model DIR]
+    python bench/overhead.py --case "attention entropy" --out bench/results/entropy.json
 
 Each arm is an engine in a process of its own, with identical settings, stopped while another works. `plain`: vLLM
 with no plugin loaded. `idle`: headrift's engine, requests that are not measured. `probing`, `logits`, `entropy`:
@@ -271,8 +272,11 @@ def table(report: dict[str, Any]) -> str:
 def main() -> None:
     options = _measure.parser(__doc__, "overhead")
     options.add_argument("--pairs", type=int, help="turns of each case (20; 4 with --short)")
+    options.add_argument("--case", help="only the case of this name")
     args = options.parse_args()
-    cases, arms = (SHORT_CASES if args.short else CASES), CPU_ARMS
+    cases, arms = [c for c in (SHORT_CASES if args.short else CASES) if args.case in (None, c.name)], CPU_ARMS
+    if not cases:
+        raise SystemExit(f"there is no case '{args.case}'; there are: {', '.join(c.name for c in CASES)}")
     pairs = args.pairs or (4 if args.short else 20)
     shapes = Shapes.of(args.model)
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -77,8 +77,8 @@ def _powers(found: dict[str, float]) -> str:
     return f"{found['largest_difference']:.1e}; {found['mean_difference']:.1e}"
 
 
-def of_overhead(report: dict[str, Any]) -> list[Row]:
-    page = "[overhead](bench/results/overhead.md)"
+def of_overhead(report: dict[str, Any], name: str = "overhead") -> list[Row]:
+    page = f"[{name}](bench/results/{name}.md)"
     rows = []
     for case in report["cases"]:
         # Idle engines are told from plain vLLM by idle.py: processes differ by more.
@@ -87,9 +87,9 @@ def of_overhead(report: dict[str, Any]) -> list[Row]:
                 wall, cpu = figures(over["seconds"], 3), figures(over["cpu_seconds"], 3)
                 rows.append((f"{name} / {plain} vLLM, {case['name']}: wall; CPU time", f"{wall}; {cpu}", page))
     case = report["cases"][0]
-    leaving = case["arms"]["probing"]["bytes_per_prompt"]
-    held = f"{leaving:,.0f}; {case['bytes_bound']:,}"
-    rows.append((f"bytes that leave the engine a prompt, {case['steps']} steps; at most", held, page))
+    if "probing" in case["arms"]:
+        held = f"{case['arms']['probing']['bytes_per_prompt']:,.0f}; {case['bytes_bound']:,}"
+        rows.append((f"bytes that leave the engine a prompt, {case['steps']} steps; at most", held, page))
     return rows
 
 
@@ -148,6 +148,12 @@ def of_sahara(report: dict[str, Any]) -> list[Row]:
     return [(what, figures(report["loop_over_headrift"]), page)]
 
 
+def elsewhere(rows: list[Row], report: dict[str, Any], machine: dict[str, Any]) -> list[Row]:
+    """Rows of another machine than most, which is named."""
+    cpu = report["machine"]["cpu"]
+    return rows if cpu == machine["cpu"] else [(f"{what} [{cpu}]", figure, page) for what, figure, page in rows]
+
+
 def measured(reports: dict[str, Any]) -> str:
     """The main table, with what was measured on what."""
     rows: list[Row] = []
@@ -169,6 +175,8 @@ def measured(reports: dict[str, Any]) -> str:
             "in the prefix cache: decoding is timed, where probing weighs most and a faster kernel pays most.",
         ]
         rows += of_overhead(reports["overhead"])
+    if "entropy" in reports:
+        rows += elsewhere(of_overhead(reports["entropy"], "entropy"), reports["entropy"], machine)
     if "idle" in reports:
         rows += of_idle(reports["idle"])
     for name in ("kernels_cpu", "kernels_cpu_avx2"):
@@ -176,7 +184,7 @@ def measured(reports: dict[str, Any]) -> str:
             rows += of_kernels(reports[name], name)
     for name, rows_of in (("host_cost", of_host), ("safety_heads", of_ships), ("sahara", of_sahara)):
         if name in reports:
-            rows += rows_of(reports[name])
+            rows += elsewhere(rows_of(reports[name]), reports[name], machine)
     lines += ["", "| | measured | all of it |", "|---|---|---|"]
     lines += [f"| {what} | {figure} | {where} |" for what, figure, where in rows]
     if "scaling" in reports:
@@ -202,6 +210,7 @@ def page(text: str, results: Path = RESULTS) -> str:
     names = (
         "peers",
         "overhead",
+        "entropy",
         "idle",
         "scaling",
         "kernels_cpu",

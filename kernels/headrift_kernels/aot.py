@@ -193,7 +193,8 @@ def compile_kernel(shape: Shape, target: str) -> Compiled:
         registers, spills = int(counts["vgpr_count"]), int(counts["vgpr_spill_count"])
         # a program's waves spread over the four SIMDs of a compute unit, of 512 VGPRs a lane each
         by_registers = 512 // (-(-registers // 8) * 8) * 4 // warps
-        return Compiled(shape, target, registers, spills, shared, warps, block_n, min(by_registers, 65536 // shared))
+        by_memory = 65536 // max(shared, 1)
+        return Compiled(shape, target, registers, spills, shared, warps, block_n, min(by_registers, by_memory))
     registers, spills = sass.resources(built.asm["cubin"])
     by_registers = 65536 // (-(-registers // 8) * 8 * 32 * warps)
     programs = min(by_registers, SHARED[target] // (shared + 1024), 64 // warps, 32)

@@ -46,7 +46,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     (folder / "config.json").write_text(json.dumps(MODEL))
     fake_cuda.activate(folder)
-    from headrift_kernels.triton import decode_mass, replay_mass  # noqa: F401  (compiled, not interpreted)
+    from headrift_kernels.triton import decode_mass, logit_stats, replay_mass  # noqa: F401  (compiled, not interpreted)
     from headrift_kernels.triton.launch import record_compilations
 
     os.environ["TRITON_INTERPRET"] = "1"  # vLLM's backend for GPUs may then be taken on a CPU
@@ -62,7 +62,8 @@ def main() -> None:
         "kv_cache_memory_bytes": 1 << 30,
     }  # fmt: skip
     with record_compilations() as at_start:
-        engine = ProbedEngine(folder, steps=12, slots=16, attention_backend="triton", engine_args=settings)
+        options = {"steps": 12, "slots": 16, "logit_stats": True, "attention_backend": "triton"}
+        engine = ProbedEngine(folder, **options, engine_args=settings)
     with engine, record_compilations() as later:
         run_job(engine)
     print("COMPILED" + json.dumps({"at_start": at_start, "later": later}))

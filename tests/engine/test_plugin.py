@@ -1,17 +1,23 @@
 """Opting in, and refusing what cannot be measured, all reasons at once, before any model is loaded."""
 
 import json
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from headrift import engine_setup
+from headrift.engine_setup import attention_args, engine_config
 from headrift.probed_engine import EngineError, ProbedEngine
 from headrift.vllm_plugin import plugin
+from headrift.vllm_plugin.backends.fused import count_measured, rows_from
 from headrift.vllm_plugin.plugin import RefusedError
 from headrift.vllm_plugin.recorder import Probe, Recorder, Settings
 
@@ -235,16 +241,102 @@ def test_builders_made_again_publish_in_place_of_the_first(recorder):
     assert set(map(id, recorder.builders.values())) == {id(again), id(fourth)}
 
 
-def test_what_is_recorded_does_not_compile_the_model_anew(tiny_model):
+def test_what_is_recorded_does_not_compile_the_model_again(tiny_model):
     def name_of_the_compiled_model(**recorded):
-        config = config_of(tiny_model("llama-3to1"), additional_config={"headrift": recorded, "instructions": "x"})
-        config.additional_config = plugin.AdditionalConfig(config.additional_config)
+        additional = {"headrift": recorded, "instructions": "x"}
+        args = {"model": str(tiny_model("llama-3to1")), "dtype": "float32", "skip_tokenizer_init": True}
+        config = engine_config({**args, **attention_args("auto"), "additional_config": additional})
         assert plugin.settings_of(config) == recorded
         return config.compute_hash()
 
     assert name_of_the_compiled_model(slots=2, steps=3) == name_of_the_compiled_model(slots=4, steps=12)
     other = plugin.AdditionalConfig({"headrift": {}, "instructions": "y"})
     assert other.compute_hash() != plugin.AdditionalConfig({"headrift": {}, "instructions": "x"}).compute_hash()
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """vLLM's platform as on an H100; FlashAttention 3 unless the configuration asks for another."""
+    from vllm.config import get_current_vllm_config
+    from vllm.platforms import current_platform
+    from vllm.platforms.interface import DeviceCapability
+    from vllm.v1.attention.backends import fa_utils, flash_attn
+
+    def version(**_):
+        return get_current_vllm_config().attention_config.flash_attn_version or 3
+
+    monkeypatch.setattr(current_platform, "is_cuda", lambda: True)
+    monkeypatch.setattr(current_platform, "get_device_capability", lambda: DeviceCapability(9, 0))
+    monkeypatch.setattr(fa_utils, "get_flash_attn_version", version)
+    monkeypatch.setattr(flash_attn, "get_flash_attn_version", version)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"dtype": "bfloat16"}, None),
+        ({"dtype": "float32"}, "dtype"),
+        ({"dtype": "bfloat16", "kv_cache_dtype": "fp8"}, "fp8"),
+        ({"dtype": "bfloat16", "attention_config": {"flash_attn_version": 4}}, "FlashAttention 4"),
+    ],
+)
+def test_auto_falls_back_to_triton_if_flash_attention_cannot_attend(tiny_model, monkeypatch, hopper, options, word):
+    config = config_of(tiny_model("llama-3to1"), **options)
+    assert any(word in reason for reason in plugin.flash_misfits(config)) if word else not plugin.flash_misfits(config)
+    monkeypatch.setenv(plugin.BACKEND, "flash")
+    engine_setup._fall_back_to_triton(config)
+    assert os.environ[plugin.BACKEND] == ("triton" if word else "flash")
+    assert (config.attention_config.backend is not None and config.attention_config.backend.name == "TRITON_ATTN") == (
+        word is not None
+    )
+
+
+def test_flash_attention_is_not_taken_off_nvidia_gpus(tiny_model):
+    assert plugin.flash_misfits(config_of(tiny_model("llama-3to1")))
+
+
+def test_rows_after_the_decode_rows_keep_their_alignment():
+    """At an odd offset into the batch's tensors Triton would compile vLLM's kernel again, in the middle of a job."""
+    starts = torch.tensor([0, 1, 2, 3, 13, 20], dtype=torch.int32)
+    lengths = torch.tensor([40, 41, 42, 10, 7], dtype=torch.int32)
+    table = torch.arange(35, dtype=torch.int32).view(5, 7)
+    common = CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts.clone(),
+        seq_lens=lengths,
+        seq_lens_cpu_upper_bound=lengths.clone(),
+        num_reqs=5,
+        num_actual_tokens=20,
+        max_query_len=10,
+        max_seq_len=42,
+        block_table_tensor=table,
+        slot_mapping=torch.arange(20),
+        req_idx=np.array([4, 3, 2, 1, 0]),
+    )
+    part = rows_from(common, 3)
+    assert (part.num_reqs, part.num_actual_tokens) == (2, 17)
+    assert part.query_start_loc.tolist() == [0, 10, 17]
+    assert part.seq_lens.tolist() == [10, 7]
+    assert torch.equal(part.block_table_tensor, table[3:])
+    assert part.slot_mapping.tolist() == list(range(3, 20))
+    assert all(t.data_ptr() % 16 == 0 for t in (part.query_start_loc, part.seq_lens, part.block_table_tensor))
+    assert common.num_reqs == 5
+    assert rows_from(common, 0) is common
+
+
+def test_measured_queries_are_counted_without_the_device(recorder):
+    """Generating: a prompt's last token alone. Replaying, or again after preemption: queries before a row's last."""
+    recorder.prompt_lens[:], recorder.rows_wanted[:] = [7, 20], [3, 3]
+    recorder.slots = np.array([0, -1, 1], np.int32)
+
+    def count(seq_lens: list[int], lengths: list[int]):
+        common = SimpleNamespace(seq_lens_cpu_upper_bound=torch.tensor(seq_lens, dtype=torch.int32))
+        return count_measured(recorder, common, np.array(lengths))
+
+    assert count([7, 9, 20], [7, 9, 5]) == (True, 0, 0)  # both prompts end
+    assert count([6, 9, 19], [6, 9, 5]) == (False, 0, 0)  # neither does
+    assert count([9, 9, 20], [9, 9, 5]) == (True, 2, 1)  # steps 0 and 1 before the last, 2
+    assert count([12, 9, 30], [12, 9, 4]) == (True, 3, 1)  # steps 0 to 2; the other is past its steps
 
 
 def test_the_backend_of_a_machine(monkeypatch):

@@ -41,7 +41,7 @@ AttentionBackend = Annotated[
     AttentionBackendName,
     typer.Option(
         metavar="NAME",
-        help="triton or flash on a GPU (flash: FlashAttention), cpu on a CPU; auto: triton or cpu.",
+        help="flash (FlashAttention) or triton on a GPU, cpu on a CPU; auto: the first that can attend.",
     ),
 ]
 Model = Annotated[Path, typer.Option(metavar="DIR", help="The model's folder.", show_default=False)]

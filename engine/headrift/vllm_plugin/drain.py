@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors.numpy import save
 
-from headrift.vllm_plugin import hidden_states
+from headrift.vllm_plugin import hidden_states, logit_stats
 from headrift.vllm_plugin.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -139,8 +139,11 @@ class WorkerExtension:
         }
 
     def headrift_warm_up(self) -> None:
-        """`Recorder.warm_up`, when the KV cache is there."""
-        Recorder.required(self.vllm_config).warm_up()
+        """Launch once every kernel that steps may launch, so that no request waits for a compilation."""
+        recorder = Recorder.required(self.vllm_config)
+        recorder.warm_up()
+        if recorder.settings.logit_stats:
+            logit_stats.warm_up(recorder, self.vllm_config.model_config.get_vocab_size())
 
     def headrift_collect(
         self,

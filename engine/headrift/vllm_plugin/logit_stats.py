@@ -22,3 +22,10 @@ def record(recorder: Recorder, logits: torch.Tensor, row_slot: torch.Tensor, row
         from headrift_kernels.triton.logit_stats import logit_statistics
 
     logit_statistics(recorder.stats, logits, row_slot, row_step, recorder.n_rows)
+
+
+def warm_up(recorder: Recorder, vocab: int) -> None:
+    """Launch the kernel once, for a row that is not probed."""
+    logits = torch.zeros((1, vocab), dtype=torch.float32, device=recorder.stats.device)
+    row = torch.full((1,), -1, dtype=torch.int32, device=logits.device)
+    record(recorder, logits, row, row)

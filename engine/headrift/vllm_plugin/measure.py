@@ -43,6 +43,12 @@ class MeasuringImpl(AttentionImpl):
         reasons = self.layer_refusals(self.recorder)
         if reasons:
             raise RefusedError(reasons)
+        if self.recorder.ablations is None and self.recorder.bank is None:
+            self.forward = self.attend  # nothing goes before or after it
+
+    def attend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The backend's `forward`, without ablations and attention rows."""
+        raise NotImplementedError
 
     def forget_cache(self) -> None:
         """Drop what is kept of the layer's KV cache: vLLM is about to allocate another."""
@@ -113,6 +119,10 @@ class MeasuringBuilder(AttentionMetadataBuilder):
         else:
             if recorder.publisher is self:
                 recorder.publish(batch_rows(common), common.seq_lens)
+            if not recorder.step_is_real:
+                # Of a batch that vLLM makes up to warm up or to capture a graph: a kernel's first launch loads its
+                # code, which is not permitted inside a capture, and this runs before one.
+                self.warm_up()
             if self.capturing or recorder.probed:
                 metadata, measured = self.plan(recorder, common, build)
             else:
@@ -147,8 +157,6 @@ class MeasuringBuilder(AttentionMetadataBuilder):
         return recorder.row_queries
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
-        # A kernel's first launch loads its code, which is not permitted inside a capture; this runs before one.
-        self.warm_up()
         # A graph is captured with our kernels in it; which rows they measure is read from the device at each replay.
         self.capturing = True
         try:
@@ -159,7 +167,8 @@ class MeasuringBuilder(AttentionMetadataBuilder):
     def warm_up(self) -> None:
         """Launch every kernel that steps of this builder's layers may launch, so that none is compiled during a job.
 
-        The KV cache has to be there. A builder without kernels that are compiled at their first launch does nothing.
+        Nothing happens before the KV cache is there, the second time, and in a builder whose kernels are not compiled
+        at their first launch.
         """
 
     @classmethod

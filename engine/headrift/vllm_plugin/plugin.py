@@ -82,6 +82,7 @@ def backend_for(requested: str, gpu: bool) -> str:
 
 def flash_misfits(config: VllmConfig) -> list[str]:
     """Reasons why FlashAttention cannot attend for this model on this GPU; empty if it can."""
+    from vllm.config import set_current_vllm_config
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
     from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
@@ -89,22 +90,27 @@ def flash_misfits(config: VllmConfig) -> list[str]:
     if not current_platform.is_cuda():
         return ["FlashAttention in vLLM is for NVIDIA GPUs"]
     model, cache = config.model_config, config.cache_config
-    if get_flash_attn_version(head_size=model.get_head_size()) not in (2, 3):
-        return ["neither FlashAttention 2 nor 3 is for this GPU"]
-    reasons = FlashAttentionBackend.validate_configuration(
-        head_size=model.get_head_size(),
-        dtype=model.dtype,
-        kv_cache_dtype=cache.cache_dtype,
-        block_size=cache.block_size,
-        use_mla=model.use_mla,
-        has_sink=model.hf_text_config.model_type in SINK_MODELS,
-        use_sparse=False,
-        use_mm_prefix=model.is_mm_prefix_lm,
-        use_per_head_quant_scales=False,
-        device_capability=current_platform.get_device_capability(),
-        attn_type="decoder",
-    )
-    return reasons + ["its queries would be fp8 too"] * cache.cache_dtype.startswith("fp8")
+    has_sink = model.hf_text_config.model_type in SINK_MODELS
+    with set_current_vllm_config(config):  # which may ask for another version
+        version = get_flash_attn_version(head_size=model.get_head_size(), has_sinks=has_sink)
+        reasons = FlashAttentionBackend.validate_configuration(
+            head_size=model.get_head_size(),
+            dtype=model.dtype,
+            kv_cache_dtype=cache.cache_dtype,
+            block_size=cache.block_size,
+            use_mla=model.use_mla,
+            has_sink=has_sink,
+            use_sparse=False,
+            use_mm_prefix=model.is_mm_prefix_lm,
+            use_per_head_quant_scales=False,
+            device_capability=current_platform.get_device_capability(),
+            attn_type="decoder",
+        )
+    if version not in (2, 3):
+        reasons.append(f"vLLM would take FlashAttention {version} for this model on this GPU, and 2 or 3 is needed")
+    if cache.cache_dtype.startswith("fp8"):
+        reasons.append("with an fp8 KV cache its queries would be fp8 too")
+    return reasons
 
 
 def replaces_flashinfer(capability: tuple[int, int] | None) -> str | None:

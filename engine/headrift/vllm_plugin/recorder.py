@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
 
+# Of a row's keys on a GPU, as headrift_kernels.triton.decode_mass has it (which is not imported on a CPU).
+MOST_SPLITS = 32
 LOGIT_STATISTICS = ("entropy", "top1", "margin")
 # Recorders by vLLM's instance id: backend, builder and logits processor of one engine must find the same one.
 _RECORDERS: weakref.WeakValueDictionary[str, Recorder] = weakref.WeakValueDictionary()
@@ -54,6 +56,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.slots < 1 or self.steps < 0 or not 1 <= self.regions <= 8:
             raise ValueError(f"headrift settings: slots >= 1, steps >= 0 and 1..8 regions are needed, not {self}")
+        if not 0 <= self.splits <= MOST_SPLITS:
+            raise ValueError(f"headrift settings: splits are 0 to {MOST_SPLITS}, not {self.splits}")
         if self.references < 0:
             raise ValueError(f"headrift settings: references are 0 or more, not {self.references}")
         if self.hidden_states < 0:
@@ -202,7 +206,10 @@ class Recorder:
         self.builders: dict[str, Any] = {}
         self._tenants = np.full(settings.slots, -1, np.int64)
         self._newcomers: dict[int, Probe] = {}
-        self._step_is_real = False
+        self._rows_are_real = False
+        # Whether the running step is of requests, and not made up, and whether any of its rows is probed.
+        self.step_is_real = False
+        self.probed = False
 
     @staticmethod
     def of(config: VllmConfig) -> Recorder | None:
@@ -296,7 +303,7 @@ class Recorder:
 
         A batch that is published without is made up (profiling, warm-up, graph capture): its row numbers mean nothing.
         """
-        self._step_is_real = True
+        self._rows_are_real = True
 
     def publish(self, rows: np.ndarray, seq_lens: torch.Tensor) -> None:
         """Say which slot each row of the step about to run carries. Enqueues copies and waits for nothing.
@@ -305,22 +312,17 @@ class Recorder:
         """
         n = len(rows)
         slots = np.full(len(self.row_slot), -1, np.int32)
-        if self._step_is_real:
+        self.step_is_real, self._rows_are_real = self._rows_are_real, False
+        if self.step_is_real:
             slots[:n] = self.runner_rows[rows]
-        self._step_is_real = False
-        was_probed, probed = self.probed, bool((slots >= 0).any())
+        was_probed, self.probed = self.probed, bool((slots >= 0).any())
         self.slots = slots[:n]
         self._install_newcomers()
-        if was_probed or probed:
+        if was_probed or self.probed:
             self.row_slot.copy_(self.staged(slots), non_blocking=True)
-        if probed and (self.settings.reads_logits or self.settings.hidden_states):
+        if self.probed and (self.settings.reads_logits or self.settings.hidden_states):
             prompt_len = self.prompt_len[self.row_slot[:n].clamp(min=0).long()]
             self.row_step[:n] = seq_lens[:n] - prompt_len
-
-    @property
-    def probed(self) -> bool:
-        """Whether any row of the running step is probed."""
-        return bool((self.slots >= 0).any())
 
     def index(self, array: np.ndarray) -> torch.Tensor:
         """`array` as an int64 index on the device; waits for nothing."""

@@ -68,7 +68,8 @@ class SplitScratch:
     def allocate(
         cls, rows: int, heads: int, head_dim: int, regions: int, splits: int, device: torch.device | str
     ) -> SplitScratch:
-        return cls(*(torch.empty(rows, heads, splits, last, device=device) for last in (head_dim, 3, max(regions, 1))))
+        like = {"dtype": torch.float32, "device": device}
+        return cls(*(torch.empty(rows, heads, splits, last, **like) for last in (head_dim, 3, max(regions, 1))))
 
 
 def splits_for(rows: int, kv_heads: int, longest: int, processors: int, most: int = MOST_SPLITS) -> int:
@@ -129,15 +130,21 @@ class DecodeAgain:
     """
 
     def __init__(
-        self, output: torch.Tensor, query: torch.Tensor, kv_heads: int, splits: int, *launches: DirectLaunch | None
+        self,
+        output: torch.Tensor,
+        query: torch.Tensor,
+        kv_heads: int,
+        splits: int,
+        decode: DirectLaunch,
+        combine: DirectLaunch | None,
     ):
         self._strides = output.stride(), query.stride()
         self._heads, self._kv_heads, self._splits = query.shape[1], kv_heads, splits
-        self._decode, self._combine = launches
+        self._decode, self._combine = decode, combine
 
     def __call__(self, output: torch.Tensor, query: torch.Tensor, batch: Batch) -> bool:
         """Return whether the kernels were launched; if not, call `decode_mass`, which can be done in any case."""
-        if (output.stride(), query.stride()) != self._strides or self._decode is None:
+        if (output.stride(), query.stride()) != self._strides:
             return False
         rows, shared = batch.seq_lens.shape[0], (output.data_ptr(), *batch.shared_values)
         grid = (rows, self._kv_heads, self._splits)

@@ -337,7 +337,8 @@ class ReplayScratch:
     def allocate(
         cls, rows: int, queries: int, heads: int, regions: int, splits: int, device: torch.device | str
     ) -> ReplayScratch:
-        return cls(*(torch.empty(rows, queries, heads, splits, last, device=device) for last in (3, regions)))
+        like = {"dtype": torch.float32, "device": device}
+        return cls(*(torch.empty(rows, queries, heads, splits, last, **like) for last in (3, regions)))
 
 
 def replay_splits(

@@ -93,17 +93,9 @@ def probe(slot: int, tenant: int, prompt_len: int, regions: list[list[int]]) -> 
     return SamplingParams(extra_args={"headrift": extra})
 
 
-def replay_a_captured_step(worker, v2: bool) -> dict:
-    """Capture a decode step of 4 rows of one layer with nothing probed, then replay it with 2 probed rows."""
-    recorder = recorder_of(worker)
-    builder = recorder.publisher
-    layer = worker.vllm_config.compilation_config.static_forward_context[builder.layer_names[0]]
-    impl = layer.impl
-    generator = torch.Generator().manual_seed(0)
-    cache = torch.empty_like(layer.kv_cache).normal_(generator=generator)
-    heads, size = impl.num_heads, impl.head_size
-    query, output = torch.zeros(ROWS, heads, size), torch.full((ROWS, heads, size), torch.nan)
-    common = CommonAttentionMetadata(
+def describe_rows(v2: bool) -> CommonAttentionMetadata:
+    """A decode step of 4 rows."""
+    return CommonAttentionMetadata(
         query_start_loc=torch.arange(ROWS + 1, dtype=torch.int32),
         query_start_loc_cpu=torch.arange(ROWS + 1, dtype=torch.int32),
         seq_lens=torch.ones(ROWS, dtype=torch.int32),
@@ -116,6 +108,19 @@ def replay_a_captured_step(worker, v2: bool) -> dict:
         slot_mapping=torch.full((ROWS,), -1, dtype=torch.int64),
         req_idx=np.arange(ROWS) if v2 else None,
     )
+
+
+def replay_a_captured_step(worker, v2: bool) -> dict:
+    """Capture a decode step of 4 rows of one layer with nothing probed, then replay it with 2 probed rows."""
+    recorder = recorder_of(worker)
+    builder = recorder.publisher
+    layer = worker.vllm_config.compilation_config.static_forward_context[builder.layer_names[0]]
+    impl = layer.impl
+    generator = torch.Generator().manual_seed(0)
+    cache = torch.empty_like(layer.kv_cache).normal_(generator=generator)
+    heads, size = impl.num_heads, impl.head_size
+    query, output = torch.zeros(ROWS, heads, size), torch.full((ROWS, heads, size), torch.nan)
+    common = describe_rows(v2)
     before = recorder.mass.clone()
     with pytest.MonkeyPatch.context() as patch:
         graph = Capture(patch)
@@ -159,3 +164,26 @@ def test_a_replayed_graph_measures_the_rows_of_its_own_step(only_once, case, tin
     torch.testing.assert_close(got["mass"][written].double(), expected.mass[written], rtol=0, atol=1e-5)
     torch.testing.assert_close(got["output"][:REAL].double(), expected.output[:REAL], rtol=0, atol=1e-4)
     assert torch.isnan(got["mass"][[1, 3]][~written[[1, 3]]]).all()
+
+
+def launches_before_a_capture(worker, v2: bool) -> list[str]:
+    """Kernels that a builder launches before the first graph with its layers is captured, by name."""
+    builder, names, launch = recorder_of(worker).publisher, [], GridExecutor.__call__
+    builder.is_warm = False
+
+    def launch_and_name(executor, *args, **kwargs):
+        names.append(executor.fn.__name__)
+        return launch(executor, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GridExecutor, "__call__", launch_and_name)
+        builder.build_for_cudagraph_capture(describe_rows(v2))
+    return names
+
+
+def test_no_kernels_first_launch_is_inside_a_capture(only_once, case, tiny):
+    """On a GPU a first launch loads the kernel's code: "operation not permitted when stream is capturing"."""
+    engine, _ = tiny
+    v2 = case["runner"] == "v2"
+    (names,) = engine.llm_engine.collective_rpc(lambda worker: launches_before_a_capture(worker, v2))
+    assert set(names) == {"decode_kernel", "combine_kernel", "replay_kernel", "replay_combine_kernel"}

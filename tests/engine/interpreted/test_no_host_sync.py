@@ -134,5 +134,7 @@ def test_a_measured_step_never_waits(only_once, tiny, assert_agrees):
         assert assert_agrees(oracle, [item for item in items if item.done.request.ablate]) == 4
     assert assert_agrees(oracle, [item for item in items if not item.done.request.ablate]) == 2 * 4
     measured = [step for step in steps if step is not None]
-    assert any(step.prefill_from is None for step in measured), "no decode step was measured"
-    assert any(step.prefill_from for step in measured), "no step with decode and prefill rows was measured"
+    assert any(step.prefill is None for step in measured), "no decode step was measured"
+    assert any(step.prefill and step.prefill.start for step in measured), (
+        "no step with decode and prefill rows was measured"
+    )

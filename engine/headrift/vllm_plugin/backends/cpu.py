@@ -158,9 +158,7 @@ class CPUMassImpl(MeasuringImpl, CPUAttentionBackendImpl):
     def forget_cache(self) -> None:
         self._attention = None
 
-    @ablating
-    @keeping_rows
-    def forward(
+    def attend(
         self,
         layer: AttentionLayer,
         query: torch.Tensor,
@@ -185,6 +183,8 @@ class CPUMassImpl(MeasuringImpl, CPUAttentionBackendImpl):
             if queries is not None:
                 attention.attend(query, attn_metadata.block_table, queries, output=into)
         return output
+
+    forward = ablating(keeping_rows(attend))
 
     def gathered_keys(self, layer: AttentionLayer, kv_cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
         """Keys [m, KV heads, head_dim, pages * page] of blocks [m, pages]."""

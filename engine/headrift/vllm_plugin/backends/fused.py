@@ -8,6 +8,7 @@ prefilled again after preemption, have measured queries before a row's last; a s
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,10 @@ from headrift.vllm_plugin.recorder import Recorder
 from headrift_kernels.triton.decode_mass import Batch, DecodeAgain, SplitScratch, decode_mass, splits_for
 from headrift_kernels.triton.replay_mass import ReplayScratch, replay_mass, replay_splits
 
+# Keys up to which the rows of a mixed step are not split: prefill takes most of its time, and the host saves the second
+# kernel's launch in every layer.
+UNSPLIT_KEYS = 2048
+
 
 @dataclass(frozen=True, slots=True)
 class MeasuredStep:
@@ -33,13 +38,13 @@ class MeasuredStep:
 
     Attributes:
         batch: all rows.
-        prefill_from: the first row, and token, that the parent attends for; None: it attends for none.
+        prefill: the rows, and tokens, that the parent attends for; None: it attends for none.
         replayed: the most measured queries of any row before its last one.
         replay_scratch: where the kernel that measures these splits rows; None: it does not.
     """
 
     batch: Batch
-    prefill_from: int | None = None
+    prefill: slice | None = None
     replayed: int = 0
     replay_scratch: ReplayScratch | None = None
 
@@ -67,26 +72,29 @@ class FusedBuilder(MeasuringBuilder):
         common: CommonAttentionMetadata,
         build: Callable[[CommonAttentionMetadata], Any],
     ) -> tuple[Any, MeasuredStep | None]:
-        scratch = self._scratch(recorder, common.num_reqs, common.max_seq_len)
-        batch = Batch(common.block_table_tensor, common.seq_lens, common.query_start_loc, scratch)
+        rows = (common.block_table_tensor, common.seq_lens, common.query_start_loc)
         if common.max_query_len <= 1:
-            return build(common), MeasuredStep(batch)
+            return build(common), MeasuredStep(
+                Batch(*rows, self._scratch(recorder, common.num_reqs, common.max_seq_len))
+            )
         lengths = np.diff(common.query_start_loc_cpu.numpy()[: common.num_reqs + 1])
-        measured, replayed = count_measured(recorder, common, lengths)
+        measured, replayed, replaying_rows = count_measured(recorder, common, lengths)
         if not measured:
             return build(common), None
         decode_rows = int(np.argmax(lengths > 1))
-        replay_scratch = None
+        scratch = replay_scratch = None
+        if common.max_seq_len > UNSPLIT_KEYS or recorder.settings.splits:
+            scratch = self._scratch(recorder, common.num_reqs, common.max_seq_len)
         if replayed:
             group = self.num_heads_q // self.num_heads_kv
             splits = replay_splits(
-                common.num_reqs, self.num_heads_kv, group, replayed, common.max_seq_len, _processors()
+                replaying_rows, self.num_heads_kv, group, replayed, common.max_seq_len, _processors()
             )
             if splits > 1:
                 replay_scratch = ReplayScratch.allocate(
                     common.num_reqs, replayed, self.num_heads_q, recorder.settings.regions, splits, self.device
                 )
-        step = MeasuredStep(batch, decode_rows, replayed, replay_scratch)
+        step = MeasuredStep(Batch(*rows, scratch), slice(decode_rows, None), replayed, replay_scratch)
         return build(rows_from(common, decode_rows)), step
 
     def _scratch(self, recorder: Recorder, rows: int, longest: int) -> SplitScratch | None:
@@ -102,7 +110,7 @@ class FusedBuilder(MeasuringBuilder):
         return self._scratches[rows, splits]
 
     def warm_up(self) -> None:
-        if self.recorder is None or self.is_warm:
+        if self.recorder is None or self.is_warm or not self.layers[0].kv_cache.numel():
             return
         self.is_warm = True
         for layer in self.layers:
@@ -127,67 +135,49 @@ class FusedBuilder(MeasuringBuilder):
 def rows_from(common: CommonAttentionMetadata, first: int) -> CommonAttentionMetadata:
     """The batch without its first rows, of one token each: what the parent attends for.
 
-    The tensors are copies: at an odd offset into the batch's own, Triton would compile vLLM's kernel again.
+    What the device reads are copies: at an odd offset into the batch's own tensors Triton would compile vLLM's kernel
+    again. What only the host would read is left out.
     """
     if first == 0:
         return common
-    upper = common.seq_lens_cpu_upper_bound
-    return common.replace(
-        query_start_loc=common.query_start_loc[first:] - first,
-        query_start_loc_cpu=common.query_start_loc_cpu[first:] - first,
-        seq_lens=common.seq_lens[first:].clone(),
-        seq_lens_cpu_upper_bound=None if upper is None else upper[first:],
-        num_reqs=common.num_reqs - first,
-        num_actual_tokens=common.num_actual_tokens - first,
-        block_table_tensor=common.block_table_tensor[first:].clone(),
-        slot_mapping=common.slot_mapping[first:],
-        is_prefilling=None if common.is_prefilling is None else common.is_prefilling[first:],
-        req_idx=None if common.req_idx is None else common.req_idx[first:],
-        _num_computed_tokens_cache=None,
-        _token_to_req_indices_cache=None,
-    )
+    part = copy(common)
+    part.query_start_loc = common.query_start_loc[first:] - first
+    part.seq_lens = common.seq_lens[first:].clone()
+    part.block_table_tensor = common.block_table_tensor[first:].clone()
+    part.slot_mapping = common.slot_mapping[first:]
+    part.num_reqs -= first
+    part.num_actual_tokens -= first
+    part.query_start_loc_cpu = part.seq_lens_cpu_upper_bound = part.is_prefilling = part.req_idx = None
+    part._num_computed_tokens_cache = part._token_to_req_indices_cache = None
+    return part
 
 
-def count_measured(recorder: Recorder, common: CommonAttentionMetadata, lengths: np.ndarray) -> tuple[bool, int]:
-    """Whether any query of the step is measured, and the most of a row before its last, known without waiting.
+def count_measured(recorder: Recorder, common: CommonAttentionMetadata, lengths: np.ndarray) -> tuple[bool, int, int]:
+    """Count the measured queries of a step without waiting for the device.
 
     Args:
         lengths: [rows] queries of each row.
+
+    Returns:
+        Whether any query is measured; the most of a row before its last query; the rows that have such.
     """
     slots = recorder.slots
     assert common.seq_lens_cpu_upper_bound is not None  # exact: speculative decoding is refused
     last = common.seq_lens_cpu_upper_bound.numpy()[: len(slots)] - recorder.prompt_lens[slots]
     first = np.maximum(last - lengths + 1, 0)
     end = np.where(slots >= 0, np.minimum(last + 1, recorder.rows_wanted[slots]), 0)
-    return bool((end > first).any()), int((np.minimum(end, last) - first).max(initial=0))
-
-
-@dataclass(frozen=True, slots=True)
-class LayerCache:
-    """A layer's KV cache as the kernels take it.
-
-    Attributes:
-        keys, values: views of kv_cache, [blocks, page, KV heads, head_dim].
-        options: how this layer attends, as `replay_mass` takes it.
-        decode_options: as `decode_mass` takes it.
-        again: earlier calls of `decode_mass` to repeat, by number of splits.
-    """
-
-    kv_cache: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
-    options: dict[str, Any]
-    decode_options: dict[str, Any]
-    again: dict[int, DecodeAgain | None]
+    earlier = np.minimum(end, last) - first
+    return bool((end > first).any()), int(earlier.max(initial=0)), int((earlier > 0).sum())
 
 
 class FusedImpl(MeasuringImpl):
     """Mixin before a GPU backend's implementation: in a measured step the fused kernel attends for the decode rows."""
 
-    _cache: LayerCache | None = None
-
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        # Calls of `decode_mass` to repeat, by number of splits, and the address of the KV cache that they read.
+        self._again: dict[int, DecodeAgain | None] = {}
+        self._cache_address = 0
         if self.recorder is None:
             return
         # Our kernel takes the query in the model's own type, whatever the cache's.
@@ -204,31 +194,24 @@ class FusedImpl(MeasuringImpl):
         return self.recorder is None and super().fused_output_quant_supported(quant_key)
 
     def forget_cache(self) -> None:
-        self._cache = None
+        self._again.clear()
 
-    def _cache_of(self, layer: AttentionLayer, kv_cache: torch.Tensor) -> LayerCache:
-        """What is kept of the layer's KV cache, made anew when vLLM gives another."""
-        if self._cache is None or self._cache.kv_cache is not kv_cache:
-            keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
-            options = {**self.attention_options(), "entropy": None if self.recorder is None else self.recorder.entropy}
-            scales = {}
-            if is_quantized_kv_cache(self.kv_cache_dtype):
-                fp8 = current_platform.fp8_dtype()
-                keys, values = keys.view(fp8), values.view(fp8)
-                options["k_scale"], scales["v_scale"] = layer._k_scale, layer._v_scale
-            self._cache = LayerCache(kv_cache, keys, values, options, {**options, **scales}, {})
-        return self._cache
+    def _keys_and_values(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of a layer's KV cache, [blocks, page, KV heads, head_dim] each."""
+        keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        if is_quantized_kv_cache(self.kv_cache_dtype):
+            fp8 = current_platform.fp8_dtype()
+            keys, values = keys.view(fp8), values.view(fp8)
+        return keys, values
 
     def gathered_keys(self, layer: AttentionLayer, kv_cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
         """Keys [m, KV heads, head_dim, pages * page] of blocks [m, pages]."""
-        picked = self._cache_of(layer, kv_cache).keys.index_select(0, blocks.flatten())
+        picked = self._keys_and_values(kv_cache)[0].index_select(0, blocks.flatten())
         if is_quantized_kv_cache(self.kv_cache_dtype):
             picked = picked.float() * layer._k_scale
         return picked.view(len(blocks), -1, *picked.shape[2:]).permute(0, 2, 3, 1)
 
-    @ablating
-    @keeping_rows
-    def forward(
+    def attend(
         self,
         layer: AttentionLayer,
         query: torch.Tensor,
@@ -246,10 +229,12 @@ class FusedImpl(MeasuringImpl):
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
         self.measure(layer, query, kv_cache, step, output)
-        if step.prefill_from is not None:
-            rest = slice(step.prefill_from, None)
+        rest = step.prefill
+        if rest is not None:
             super().forward(layer, query[rest], key, value, kv_cache, attn_metadata, output[rest])
         return output
+
+    forward = ablating(keeping_rows(attend))
 
     def measure(
         self,
@@ -260,34 +245,46 @@ class FusedImpl(MeasuringImpl):
         output: torch.Tensor,
     ) -> None:
         """Attend for the decode rows and write the masses of all measured queries of the step."""
+        batch, address = step.batch, kv_cache.data_ptr()
+        if address != self._cache_address:
+            self._again.clear()
+            self._cache_address = address
+        again = self._again.get(batch.splits)
+        if again is not None and not step.replayed and again(output, query, batch):
+            return
         recorder = self.recorder
         assert recorder is not None
-        cache, batch = self._cache_of(layer, kv_cache), step.batch
-        again = cache.again.get(batch.splits)
-        if again is None or not again(output, query, batch):
-            cache.again[batch.splits] = decode_mass(
-                output,
-                recorder.mass,
-                self.layer_index,
-                query,
-                cache.keys,
-                cache.values,
-                batch.block_table,
-                batch.seq_lens,
-                recorder.row_slot,
-                recorder.prompt_len,
-                recorder.n_rows,
-                recorder.bounds,
-                query_start_loc=batch.query_start_loc,
-                scratch=batch.scratch,
-                **cache.decode_options,
-            )
+        keys, values = self._keys_and_values(kv_cache)
+        quantized = is_quantized_kv_cache(self.kv_cache_dtype)
+        options = {
+            **self.attention_options(),
+            "entropy": recorder.entropy,
+            "k_scale": layer._k_scale if quantized else None,
+        }
+        self._again[batch.splits] = decode_mass(
+            output,
+            recorder.mass,
+            self.layer_index,
+            query,
+            keys,
+            values,
+            batch.block_table,
+            batch.seq_lens,
+            recorder.row_slot,
+            recorder.prompt_len,
+            recorder.n_rows,
+            recorder.bounds,
+            query_start_loc=batch.query_start_loc,
+            v_scale=layer._v_scale if quantized else None,
+            scratch=batch.scratch,
+            **options,
+        )
         if step.replayed:
             replay_mass(
                 recorder.mass,
                 self.layer_index,
                 query,
-                cache.keys,
+                keys,
                 batch.block_table,
                 batch.query_start_loc,
                 batch.seq_lens,
@@ -297,7 +294,7 @@ class FusedImpl(MeasuringImpl):
                 recorder.bounds,
                 most_queries=step.replayed,
                 scratch=step.replay_scratch,
-                **cache.options,
+                **options,
             )
 
     def warm_up(self, layer: Any, steps: list[MeasuredStep]) -> None:
