@@ -9,7 +9,8 @@ Two kinds of step of 1 to 256 rows, all probed, on a model of 32 layers with the
 - `streaming`: one row in 13 is a prompt of 300 tokens that ends in this step, the others decode; nearly every step of a
   job of 12 steps a prompt is of this kind, and its attention is launched from Python. Added are the plan and all that
   a layer's `forward` does besides vLLM's own, which attends for the prompts with headrift and without (left out here).
-  No row has more than 2,048 keys; longer ones are split, which takes a second launch in each layer.
+  Rows have 2,048 keys at most; in `streaming, long rows` some have more and are split, which takes a second launch in
+  each layer.
 
 Triton's launcher runs over a CUDA library that does nothing, on CPU tensors: what the GPU's driver takes for a launch
 and for the step's few small copies is not in it.
@@ -48,7 +49,7 @@ def make_model(folder: Path) -> Path:
     return folder
 
 
-def describe_step(rows: int, prefills: int) -> Any:
+def describe_step(rows: int, prefills: int, longest: int) -> Any:
     """vLLM's description of a step in which `prefills` of the rows are whole prompts and the others decode."""
     import torch
     from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -65,14 +66,14 @@ def describe_step(rows: int, prefills: int) -> Any:
         num_reqs=rows,
         num_actual_tokens=int(tokens.sum()),
         max_query_len=int(tokens.max()),
-        max_seq_len=2048,
+        max_seq_len=longest,
         block_table_tensor=torch.zeros((rows, 128), dtype=torch.int32),
         slot_mapping=torch.zeros(int(tokens.sum()), dtype=torch.int64),
         req_idx=np.arange(rows),
     )
 
 
-def times_in_turns(worker: Any, rows: int, prefills: int, rounds: int) -> dict[str, list[float]]:
+def times_in_turns(worker: Any, rows: int, prefills: int, longest: int, rounds: int) -> dict[str, list[float]]:
     """Microseconds of each round: vLLM's builder, ours with all rows probed, and what all layers' `forward` add."""
     import torch
     from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl, TritonAttentionMetadataBuilder
@@ -81,7 +82,7 @@ def times_in_turns(worker: Any, rows: int, prefills: int, rounds: int) -> dict[s
 
     TritonAttentionImpl.forward = lambda self, *args: args[6]
     recorder = Recorder.required(worker.vllm_config)
-    builder, step = recorder.publisher, describe_step(rows, prefills)
+    builder, step = recorder.publisher, describe_step(rows, prefills, longest)
     recorder.runner_rows[:rows] = np.arange(rows)
     recorder.prompt_lens[:], recorder.rows_wanted[:] = PROMPT, ANSWER
     query = torch.zeros(step.num_actual_tokens, HEADS, HEAD_DIM)
@@ -116,14 +117,14 @@ def table(report: dict[str, Any]) -> str:
         f"# Host cost of a probed step, microseconds: {report['machine']['cpu']}",
         "",
         f"Made by `bench/host_cost.py`: medians (and middle halves), {LAYERS} layers, the heads of Llama-3-8B, CPU",
-        "tensors, Triton's launcher over a CUDA library that does nothing; rows of up to 2,048 keys; not run on a GPU.",
+        "tensors, Triton's launcher over a CUDA library that does nothing; not run on a GPU.",
         "",
         "| step | rows | vLLM's builder | ours | all layers' forward, vLLM's own left out | added |",
         "|---|---|---|---|---|---|",
     ]
     for row in report["rows"]:
         spread = {name: f"{q[1]:.1f} ({q[0]:.1f}-{q[2]:.1f})" for name, q in row["quartiles"].items()}
-        layers = spread["layers"] if row["step"] == "streaming" else "in the graph"
+        layers = spread["layers"] if row["step"] != "decode" else "in the graph"
         cells = [row["step"], str(row["rows"]), spread["stock"], spread["plan"], layers, f"{row['added']:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
@@ -150,19 +151,24 @@ def main() -> None:
         with ProbedEngine(
             make_model(Path(folder)), steps=12, slots=max(BATCHES), attention_backend="triton", engine_args=settings
         ) as engine:
-            kinds = [("decode", n, 0) for n in BATCHES] + [("streaming", n, -(-n // ANSWER)) for n in BATCHES if n > 1]
+            streaming = [(n, -(-n // ANSWER)) for n in BATCHES if n > 1]
+            kinds = [
+                *(("decode", n, 0, 2048) for n in BATCHES),
+                *(("streaming", n, prefills, 2048) for n, prefills in streaming),
+                *(("streaming, long rows", n, prefills, 4096) for n, prefills in streaming),
+            ]
             rows = engine.llm_engine.collective_rpc(
                 lambda worker: [
-                    {"step": step, "rows": n, "samples": times_in_turns(worker, n, prefills, args.rounds)}
-                    for step, n, prefills in kinds
+                    {"step": step, "rows": n, "samples": times_in_turns(worker, n, prefills, longest, args.rounds)}
+                    for step, n, prefills, longest in kinds
                 ]
             )[0]
     for row in rows:
         row["quartiles"] = {name: np.percentile(x, [25, 50, 75]).tolist() for name, x in row.pop("samples").items()}
         median = {name: q[1] for name, q in row["quartiles"].items()}
-        layers = median["layers"] if row["step"] == "streaming" else 0.0
+        layers = median["layers"] if row["step"] != "decode" else 0.0
         row["added"] = median["plan"] - median["stock"] + layers
-        print(f"{row['step']:9} {row['rows']:4} rows: {row['added']:6.1f} us added, {layers:6.1f} of them in layers")
+        print(f"{row['step']:20} {row['rows']:4} rows: {row['added']:6.1f} us added, {layers:6.1f} of them in layers")
     report = {"machine": {"cpu": processor()[0], "cores": os.cpu_count()}, "unit": "microseconds", "rows": rows}
     args.out.write_text(json.dumps(report, indent=1) + "\n")
     args.out.with_suffix(".md").write_text(table(report))

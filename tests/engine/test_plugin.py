@@ -256,13 +256,15 @@ def test_what_is_recorded_does_not_compile_the_model_again(tiny_model):
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """vLLM's platform as on an H100; FlashAttention 3 unless the configuration asks for another."""
+    """vLLM's platform as on an H100; FlashAttention 3 unless the configuration asks for another, or heads are large."""
     from vllm.config import get_current_vllm_config
     from vllm.platforms import current_platform
     from vllm.platforms.interface import DeviceCapability
     from vllm.v1.attention.backends import fa_utils, flash_attn
 
-    def version(**_):
+    def version(head_size=None, supports_fa4_hd256=False, **_):
+        if supports_fa4_hd256 and head_size == 256:
+            return 4
         return get_current_vllm_config().attention_config.flash_attn_version or 3
 
     monkeypatch.setattr(current_platform, "is_cuda", lambda: True)
@@ -272,16 +274,19 @@ def hopper(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "word"),
+    ("model", "options", "word"),
     [
-        ({"dtype": "bfloat16"}, None),
-        ({"dtype": "float32"}, "dtype"),
-        ({"dtype": "bfloat16", "kv_cache_dtype": "fp8"}, "fp8"),
-        ({"dtype": "bfloat16", "attention_config": {"flash_attn_version": 4}}, "FlashAttention 4"),
+        ("llama-3to1", {"dtype": "bfloat16"}, None),
+        ("llama-3to1", {"dtype": "float32"}, "dtype"),
+        ("llama-3to1", {"dtype": "bfloat16", "kv_cache_dtype": "fp8"}, "fp8"),
+        ("llama-3to1", {"dtype": "bfloat16", "attention_config": {"flash_attn_version": 4}}, "FlashAttention 4"),
+        ("gemma3", {"dtype": "bfloat16"}, "FlashAttention 4"),
     ],
 )
-def test_auto_falls_back_to_triton_if_flash_attention_cannot_attend(tiny_model, monkeypatch, hopper, options, word):
-    config = config_of(tiny_model("llama-3to1"), **options)
+def test_auto_falls_back_to_triton_if_flash_attention_cannot_attend(
+    tiny_model, monkeypatch, hopper, model, options, word
+):
+    config = config_of(tiny_model(model), **options)
     assert any(word in reason for reason in plugin.flash_misfits(config)) if word else not plugin.flash_misfits(config)
     monkeypatch.setenv(plugin.BACKEND, "flash")
     engine_setup._fall_back_to_triton(config)

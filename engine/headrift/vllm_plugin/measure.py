@@ -95,7 +95,7 @@ class MeasuringBuilder(AttentionMetadataBuilder):
         if self.recorder is None:
             return
         self.recorder.add_builder(self, layer_names)
-        # One group's metadata is not another's with the block table exchanged: what is measured hangs on the group.
+        # One group's metadata is not another's with the block table exchanged: what is measured depends on the group.
         self.supports_update_block_table = False
         layers = vllm_config.compilation_config.static_forward_context
         self.layers = [layers[name] for name in layer_names]
@@ -120,8 +120,7 @@ class MeasuringBuilder(AttentionMetadataBuilder):
             if recorder.publisher is self:
                 recorder.publish(batch_rows(common), common.seq_lens)
             if not recorder.step_is_real:
-                # Of a batch that vLLM makes up to warm up or to capture a graph: a kernel's first launch loads its
-                # code, which is not permitted inside a capture, and this runs before one.
+                # A made-up batch precedes every capture of a graph, in which a kernel's first launch is not permitted.
                 self.warm_up()
             if self.capturing or recorder.probed:
                 metadata, measured = self.plan(recorder, common, build)

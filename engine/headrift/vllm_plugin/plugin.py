@@ -91,8 +91,13 @@ def flash_misfits(config: VllmConfig) -> list[str]:
         return ["FlashAttention in vLLM is for NVIDIA GPUs"]
     model, cache = config.model_config, config.cache_config
     has_sink = model.hf_text_config.model_type in SINK_MODELS
+    # Some models have layers with larger heads than the others.
+    head_sizes = {model.get_head_size(), getattr(model.hf_text_config, "global_head_dim", None)} - {None}
     with set_current_vllm_config(config):  # which may ask for another version
-        version = get_flash_attn_version(head_size=model.get_head_size(), has_sinks=has_sink)
+        # As the layers will ask.
+        versions = {
+            get_flash_attn_version(head_size=size, has_sinks=has_sink, supports_fa4_hd256=True) for size in head_sizes
+        }
         reasons = FlashAttentionBackend.validate_configuration(
             head_size=model.get_head_size(),
             dtype=model.dtype,
@@ -106,8 +111,10 @@ def flash_misfits(config: VllmConfig) -> list[str]:
             device_capability=current_platform.get_device_capability(),
             attn_type="decoder",
         )
-    if version not in (2, 3):
-        reasons.append(f"vLLM would take FlashAttention {version} for this model on this GPU, and 2 or 3 is needed")
+    reasons += [
+        f"vLLM would take FlashAttention {version} for this model on this GPU, and 2 or 3 is needed"
+        for version in versions - {2, 3}
+    ]
     if cache.cache_dtype.startswith("fp8"):
         reasons.append("with an fp8 KV cache its queries would be fp8 too")
     return reasons

@@ -32,8 +32,8 @@ class FlashMassBuilder(FusedBuilder, FlashAttentionMetadataBuilder):
     """Leaves the prefill rows of a measured step to FlashAttention."""
 
     def _get_scheduler_metadata(self, *, max_query_len: int, **batch: Any) -> torch.Tensor | None:
-        if self.recorder is not None and max_query_len <= 1:
-            return None  # FlashAttention's schedule of decode rows, which the fused kernel attends for
+        if self.recorder is not None and max_query_len <= 1 and (self.capturing or self.recorder.probed):
+            return None  # the fused kernel attends for these rows
         return super()._get_scheduler_metadata(max_query_len=max_query_len, **batch)
 
 

@@ -30,6 +30,8 @@ from headrift_kernels.triton.replay_mass import ReplayScratch, replay_mass, repl
 # Keys up to which the rows of a mixed step are not split: prefill takes most of its time, and the host saves the second
 # kernel's launch in every layer.
 UNSPLIT_KEYS = 2048
+# Of a step's replayed queries: taken when it runs, past vLLM's memory profiling.
+REPLAY_SCRATCH_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,6 @@ class FusedBuilder(MeasuringBuilder):
     """Mixin before a GPU backend's builder: the parent's metadata is of the prefill rows alone in a measured step."""
 
     num_heads_q: int
-    num_heads_kv: int
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -62,7 +63,10 @@ class FusedBuilder(MeasuringBuilder):
         if self.recorder is not None:
             # Model runner V1 then puts decode rows first; V2 always does.
             self._init_reorder_batch_threshold(1)
-            self.head_size = kv_cache_spec.head_size
+            self.head_size, self.kv_heads = kv_cache_spec.head_size, kv_cache_spec.num_kv_heads
+            # The most keys that any layer attends, None without a limit: a sliding window in all layers of the group.
+            windows = [layer.impl.window for layer in self.layers]
+            self.most_keys = None if None in windows else max(windows)
             self.is_warm = False
             self._scratches: dict[tuple[int, int], SplitScratch] = {}
 
@@ -75,7 +79,7 @@ class FusedBuilder(MeasuringBuilder):
         rows = (common.block_table_tensor, common.seq_lens, common.query_start_loc)
         if common.max_query_len <= 1:
             return build(common), MeasuredStep(
-                Batch(*rows, self._scratch(recorder, common.num_reqs, common.max_seq_len))
+                Batch(*rows, self._scratch(recorder, common.num_reqs, self._longest(common)))
             )
         lengths = np.diff(common.query_start_loc_cpu.numpy()[: common.num_reqs + 1])
         measured, replayed, replaying_rows = count_measured(recorder, common, lengths)
@@ -83,22 +87,24 @@ class FusedBuilder(MeasuringBuilder):
             return build(common), None
         decode_rows = int(np.argmax(lengths > 1))
         scratch = replay_scratch = None
-        if common.max_seq_len > UNSPLIT_KEYS or recorder.settings.splits:
-            scratch = self._scratch(recorder, common.num_reqs, common.max_seq_len)
+        if self._longest(common) > UNSPLIT_KEYS or recorder.settings.splits:
+            scratch = self._scratch(recorder, common.num_reqs, self._longest(common))
         if replayed:
-            group = self.num_heads_q // self.num_heads_kv
-            splits = replay_splits(
-                replaying_rows, self.num_heads_kv, group, replayed, common.max_seq_len, _processors()
-            )
+            group, regions = self.num_heads_q // self.kv_heads, recorder.settings.regions
+            longest = self._longest(common) + replayed
+            splits = replay_splits(replaying_rows, self.kv_heads, group, replayed, longest, _processors())
+            # Every row of the batch has room for its parts, whether it replays or not.
+            of_one_split = 4 * common.num_reqs * replayed * self.num_heads_q * (3 + regions)
+            splits = min(splits, max(REPLAY_SCRATCH_BYTES // of_one_split, 1))
             if splits > 1:
                 replay_scratch = ReplayScratch.allocate(
-                    common.num_reqs, replayed, self.num_heads_q, recorder.settings.regions, splits, self.device
+                    common.num_reqs, replayed, self.num_heads_q, regions, splits, self.device
                 )
         step = MeasuredStep(Batch(*rows, scratch), slice(decode_rows, None), replayed, replay_scratch)
         return build(rows_from(common, decode_rows)), step
 
     def _scratch(self, recorder: Recorder, rows: int, longest: int) -> SplitScratch | None:
-        splits = recorder.settings.splits or splits_for(rows, self.num_heads_kv, longest, _processors())
+        splits = recorder.settings.splits or splits_for(rows, self.kv_heads, longest, _processors())
         if splits == 1:
             return None
         if (rows, splits) not in self._scratches:
@@ -109,12 +115,16 @@ class FusedBuilder(MeasuringBuilder):
             self._scratches[rows, splits] = SplitScratch(*parts)
         return self._scratches[rows, splits]
 
+    def _longest(self, common: CommonAttentionMetadata) -> int:
+        """The most keys that a row of the batch attends."""
+        return common.max_seq_len if self.most_keys is None else min(common.max_seq_len, self.most_keys)
+
     def warm_up(self) -> None:
         if self.recorder is None or self.is_warm or not self.layers[0].kv_cache.numel():
             return
-        self.is_warm = True
         for layer in self.layers:
             layer.impl.warm_up(layer, self._warm_up_steps(self.recorder))
+        self.is_warm = True
 
     def _warm_up_steps(self, recorder: Recorder) -> list[MeasuredStep]:
         """Steps of one row that is not probed, which launch every variant of every kernel and record nothing."""
@@ -125,7 +135,7 @@ class FusedBuilder(MeasuringBuilder):
         split = SplitScratch.allocate(1, heads, self.head_size, regions, 2, self.device)
         steps = [MeasuredStep(Batch(row, length, start, split))]
         # As many queries as make a larger tile each time.
-        group = heads // self.num_heads_kv
+        group = heads // self.kv_heads
         for replayed in sorted({min(max(rows // group, 1), most) for rows in (16, 32, 64)}):
             for scratch in (None, ReplayScratch.allocate(1, replayed, heads, regions, 2, self.device)):
                 steps.append(MeasuredStep(Batch(row, length, start), None, replayed, scratch))
