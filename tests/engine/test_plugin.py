@@ -19,7 +19,7 @@ from headrift.probed_engine import EngineError, ProbedEngine
 from headrift.vllm_plugin import plugin
 from headrift.vllm_plugin.backends.fused import count_measured, rows_from
 from headrift.vllm_plugin.plugin import RefusedError
-from headrift.vllm_plugin.recorder import Probe, Recorder, Settings
+from headrift.vllm_plugin.recorder import MOST_SPLITS, Probe, Recorder, Settings
 
 # First as where headrift is installed and not asked for, then asked for: vLLM's plugins are loaded anew.
 OPT_IN = """
@@ -342,6 +342,14 @@ def test_measured_queries_are_counted_without_the_device(recorder):
     assert count([6, 9, 19], [6, 9, 5]) == (False, 0, 0)  # neither does
     assert count([9, 9, 20], [9, 9, 5]) == (True, 2, 1)  # steps 0 and 1 before the last, 2
     assert count([12, 9, 30], [12, 9, 4]) == (True, 3, 1)  # steps 0 to 2; the other is past its steps
+
+
+def test_splits_are_bounded_by_what_the_kernels_are_compiled_for():
+    from headrift_kernels.triton import decode_mass
+
+    assert MOST_SPLITS == decode_mass.MOST_SPLITS
+    with pytest.raises(ValueError, match="splits are 0 to 32, not 33"):
+        Settings(slots=1, steps=1, splits=MOST_SPLITS + 1)
 
 
 def test_the_backend_of_a_machine(monkeypatch):
