@@ -174,7 +174,7 @@ def count_measured(recorder: Recorder, common: CommonAttentionMetadata, lengths:
     slots = recorder.slots
     assert common.seq_lens_cpu_upper_bound is not None  # exact: speculative decoding is refused
     last = common.seq_lens_cpu_upper_bound.numpy()[: len(slots)] - recorder.prompt_lens[slots]
-    first = np.maximum(last - lengths + 1, 0)
+    first = np.maximum(last - lengths[: len(slots)] + 1, 0)  # rows past these are padding
     end = np.where(slots >= 0, np.minimum(last + 1, recorder.rows_wanted[slots]), 0)
     earlier = np.minimum(end, last) - first
     return bool((end > first).any()), int(earlier.max(initial=0)), int((earlier > 0).sum())
