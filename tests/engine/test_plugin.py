@@ -245,7 +245,8 @@ def test_what_is_recorded_does_not_compile_the_model_again(tiny_model):
     def name_of_the_compiled_model(**recorded):
         additional = {"headrift": recorded, "instructions": "x"}
         args = {"model": str(tiny_model("llama-3to1")), "dtype": "float32", "skip_tokenizer_init": True}
-        config = engine_config({**args, **attention_args("auto"), "additional_config": additional})
+        attention_args("auto")  # headrift's norms, which it returns, are hashed once a model has been loaded with them
+        config = engine_config({**args, "additional_config": additional})
         assert plugin.settings_of(config) == recorded
         return config.compute_hash()
 
