@@ -329,7 +329,7 @@ def measure(case: Case, model: str, bandwidth: float, dtype: torch.dtype, rounds
 
 
 def wrong_masses(batch: Batch) -> dict[str, str]:
-    """What is wrong with a batch's masses: missing steps, or prompt masses that are no part of a softmax."""
+    """What is wrong with a batch's masses: missing steps, or prompt masses outside 0 to 1."""
     prompt = batch.mass[:, :, 1, :, 2]
     steps = 1 + (min(ANSWER, batch.case.chunk - 1) if batch.case.kind == "replay" else 0)
     measured = ~torch.isnan(prompt).any(-1)

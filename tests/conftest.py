@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def assert_within_units() -> Callable[..., None]:
-    """Asserts that two tensors differ by so many units of their type's precision at most, of the largest number there.
+    """Asserts that two tensors differ by at most `units` of their type's precision, relative to the largest number.
 
     For sums of products in another order: what they are off by is a multiple of eps times the terms, whatever is left
     of their sum. How often they round depends on the processor's vectors, so a bound on what is left would be fitted to

@@ -272,8 +272,8 @@ class ProbedEngine:
         if not other:
             raise ValueError(f"rows {request.rows_against} have not been kept: submit a request with rows_as first")
         check_runs(request.aligned, other, own)
-        told: dict[str, Any] = {"rows_as": request.rows_as, "rows_against": request.rows_against}
-        return told | {"other_len": other, "aligned": [list(run) for run in request.aligned]}
+        extra: dict[str, Any] = {"rows_as": request.rows_as, "rows_against": request.rows_against}
+        return extra | {"other_len": other, "aligned": [list(run) for run in request.aligned]}
 
     def _check_ablation(self, request: ProbeRequest) -> None:
         """ValueError where the request's heads cannot be ablated, or what it refers to is not kept."""

@@ -117,8 +117,8 @@ class RowBank:
         slots: [rows] of the batch (-1: not probed). query_start: [rows + 1] the rows' first tokens. seq_lens: [rows]
         with this step's tokens. prompt_lens, rows_wanted: [S].
         """
-        asked = (self.keeps >= 0) | (self.compares >= 0)
-        rows = np.flatnonzero((slots >= 0) & asked[slots])
+        taken = (self.keeps >= 0) | (self.compares >= 0)
+        rows = np.flatnonzero((slots >= 0) & taken[slots])
         if not len(rows):
             return None
         of = slots[rows]
@@ -169,8 +169,8 @@ class RowBank:
         `attention_rows`. What a row is compared with was kept in an earlier step.
         """
         m, c = queries.positions.shape
-        asked = query.index_select(0, queries.tokens)
-        rows = attention_rows(asked.view(m, c, *asked.shape[1:]), keys, queries.positions, **options).flatten(0, 1)
+        picked = query.index_select(0, queries.tokens)
+        rows = attention_rows(picked.view(m, c, *picked.shape[1:]), keys, queries.positions, **options).flatten(0, 1)
         rows = torch.nn.functional.pad(rows[..., : self.keys], (0, max(0, self.keys - rows.shape[-1])))
         if queries.kept is not None:
             at, references, steps = queries.kept

@@ -122,8 +122,9 @@ class FusedBuilder(MeasuringBuilder):
     def warm_up(self) -> None:
         if self.recorder is None or self.is_warm or not self.layers[0].kv_cache.numel():
             return
+        steps = self._warm_up_steps(self.recorder)
         for layer in self.layers:
-            layer.impl.warm_up(layer, self._warm_up_steps(self.recorder))
+            layer.impl.warm_up(layer, steps)
         self.is_warm = True
 
     def _warm_up_steps(self, recorder: Recorder) -> list[MeasuredStep]:
