@@ -70,7 +70,7 @@ class Probed:
         return running
 
     def add(self, ids: list[int], tokens: int) -> None:
-        from headrift.probe_requests import ProbeRequest
+        from headrift.requests import ProbeRequest
 
         prompt = ids[: len(ids) - tokens] if self.replay else ids
         answer = ids[len(prompt) :] if self.replay else None

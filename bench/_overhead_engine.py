@@ -89,7 +89,7 @@ class Probed:
         return answers
 
     def answer(self, prompts: Sequence[dict[str, Any]], steps: int) -> tuple[list[list[int]], int]:
-        from headrift.probe_requests import ProbeRequest
+        from headrift.requests import ProbeRequest
 
         engine = self._engine
         order = []

@@ -5,17 +5,18 @@
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0.dev0"
+from headrift._version import __version__
 
 if TYPE_CHECKING:
     from headrift.calibration.record import Calibration
-    from headrift.scorer import Scorer, ScoreResult
+    from headrift.results import ScoreResult
+    from headrift.scorer import Scorer
 
 __all__ = ["Calibration", "ScoreResult", "Scorer", "__version__"]
 
 _LAZY = {
     "Calibration": "headrift.calibration.record",
-    "ScoreResult": "headrift.scorer",
+    "ScoreResult": "headrift.results",
     "Scorer": "headrift.scorer",
 }
 

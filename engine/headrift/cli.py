@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from headrift import __version__
+from headrift._version import __version__
 from headrift.commands.calibrate import calibrate
 from headrift.commands.consistency import consistency
 from headrift.commands.demo_model import demo_model

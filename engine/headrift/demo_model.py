@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headrift import __version__
+from headrift._version import __version__
 from headrift.reporter import Reporter
 
 FINGERPRINT = ".headrift-demo.json"

@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from headrift import __version__
+from headrift._version import __version__
 from headrift.machine import processor
 from headrift.model_facts import WEIGHTS, ModelError, ModelFacts, read_model
 from headrift.vllm_plugin.plugin import VLLM_VERSION
@@ -121,7 +121,7 @@ def _model(say: Callable[[str], None], folder: Path, steps: int, *, vllm: bool) 
     """vllm: it is there to be asked what it makes of the model."""
     from headrift.corpus.scoring import plainly
     from headrift.engine_setup import plan_engine
-    from headrift.vllm_plugin.plugin import RefusedError
+    from headrift.errors import RefusedError
 
     try:
         facts = read_model(folder)

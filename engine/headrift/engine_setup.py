@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from headrift.errors import EngineError, RefusedError
 from headrift.vllm_plugin import plugin
 
 if TYPE_CHECKING:
@@ -26,10 +27,6 @@ _CPU_KV_CACHE_LIMIT = 4 << 30
 # In the environment: how many engines share this machine's memory; one where it is not set.
 ENGINES_PER_MACHINE = "HEADRIFT_ENGINES_PER_MACHINE"
 _FINALIZE = "finalize_loading"
-
-
-class EngineError(RuntimeError):
-    """The engine could not be started with these settings; the message says why and what to change."""
 
 
 def engine_config(args: dict[str, Any], requested_backend: str = "auto") -> VllmConfig:
@@ -56,7 +53,7 @@ def engine_config(args: dict[str, Any], requested_backend: str = "auto") -> Vllm
         _fall_back_to_triton(config)
     reasons = plugin.refusals(config)
     if reasons:
-        raise plugin.RefusedError(reasons)
+        raise RefusedError(reasons)
     processors = list(config.model_config.logits_processors or [])
     config.model_config.logits_processors = [*processors, plugin.rows_processor(config.use_v2_model_runner)]
     config.additional_config = plugin.AdditionalConfig(config.additional_config)

@@ -27,9 +27,10 @@ import numpy as np
 
 from headrift import signal
 from headrift.engine_setup import has_gpu, prepare_torch
-from headrift.probe_requests import ProbeRequest
-from headrift.probed_engine import EngineError
+from headrift.errors import EngineError
 from headrift.prompts import ChatRenderer, PromptError, RenderedPrompt, chat_messages, from_token_ids
+from headrift.requests import ProbeRequest
+from headrift.results import Rejected
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -77,16 +78,6 @@ class Prompt:
             names = {f.name for f in fields(cls)}
             return cls(**{k: v for k, v in given.items() if k in names and v is not None})
         raise PromptError("bad_prompt", f"a prompt is a text, a mapping or a Prompt, not {type(given).__name__}")
-
-
-@dataclass(frozen=True, slots=True)
-class Rejected:
-    """A prompt that could not be scored: `reason` is a code, `detail` says what is wrong and what to do."""
-
-    index: int
-    id: str | None
-    reason: str
-    detail: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ import numpy as np
 from headrift import ablation, signal
 from headrift.aligned_keys import check_rows, check_runs
 from headrift.engine_setup import (
-    EngineError,
     attention_args,
     compiled_model_found,
     cores_divided,
@@ -25,8 +24,9 @@ from headrift.engine_setup import (
     memory_taken_on_use,
     prepare_environment,
 )
-from headrift.probe_requests import Finished, ProbeRequest, Recording, Ticket
+from headrift.errors import EngineError, RefusedError
 from headrift.ranks import merge_descriptions, merge_recordings
+from headrift.requests import Finished, ProbeRequest, Recording, Ticket
 from headrift.vllm_plugin import plugin
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class ProbedEngine:
                 self.llm_engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
         except BaseException as error:
             self.close()
-            if isinstance(error, plugin.RefusedError) or not isinstance(error, (RuntimeError, ValueError, OSError)):
+            if isinstance(error, RefusedError) or not isinstance(error, (RuntimeError, ValueError, OSError)):
                 raise
             raise EngineError(f"vLLM could not start with {config.model_config.model}: {error}") from error
 

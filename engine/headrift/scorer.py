@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from headrift import signal
-from headrift.preparing import Ahead, Prepared, Preparer, Prompt, Rejected, Rules, load_tokenizer, workers_for_machine
-from headrift.probe_requests import Finished, ProbeRequest, Recording, Ticket
+from headrift.preparing import Ahead, Prepared, Preparer, Prompt, Rules, load_tokenizer, workers_for_machine
 from headrift.probed_engine import REGIONS, ProbedEngine
 from headrift.reporter import progress_bar
+from headrift.requests import Finished, ProbeRequest, Recording, Ticket
+from headrift.results import Rejected, ScoreResult
+from headrift.scheduling import Repeats, Waiting
 from headrift.signal import Window
-from headrift.waiting import Repeats, Waiting
 
 if TYPE_CHECKING:
     from headrift.prompts import ChatRenderer
@@ -32,49 +33,6 @@ REPEAT_BYTES = 64 << 20
 # Finished requests that are collected together.
 _DRAIN = 8
 _NEVER_COMPUTED = "the engine never computed steps {steps}, even without cached prefixes"
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreResult:
-    """A prompt's score and what it came from. T = n_steps + 1 recorded steps, step 0 (the last prompt token) first.
-
-    score: mean counted instability over the window's steps and the trimmed layers, 0 to 0.5, or None with `reason`.
-    n_scored: steps that went into it. system_share, head_agreement, entropy (nats), top1, margin: means over the
-    window; focus: at step 0. instability: [T, layers] float32, NaN where a layer is not counted. shares: [T, layers,
-    heads] float32. focus_heads: [layers, heads] float32. logit_stats: [T, 3] entropy, top-1 probability, margin, or
-    None. mass: [T, layers, heads, regions] float32 with the regions in the order of `region_names`, NaN for those that
-    the prompt does not have, or None. attention_entropy: [T, layers, heads] float32, the entropy (nats) of each head's
-    softmax over the keys that it may see (see `Recording.row_entropy` for sinks), or None. flags: those of `prompts`;
-    `truncated` where the answer did not end by the last recorded step, or within max_new_tokens; `stopped` where
-    `stop_if` ended it.
-    """
-
-    index: int
-    id: str | None
-    score: float | None
-    reason: str | None
-    n_steps: int
-    n_scored: int
-    prompt_tokens: int
-    system_tokens: int
-    answer_tokens: int
-    system_hash: str
-    system_share: float | None
-    head_agreement: float | None
-    focus: float | None
-    entropy: float | None
-    top1: float | None
-    margin: float | None
-    flags: tuple[str, ...]
-    answer_ids: list[int] = field(repr=False)
-    text: str
-    instability: np.ndarray = field(repr=False)
-    shares: np.ndarray = field(repr=False)
-    focus_heads: np.ndarray | None = field(repr=False)
-    logit_stats: np.ndarray | None = field(repr=False)
-    mass: np.ndarray | None = field(repr=False)
-    region_names: tuple[str, ...]
-    attention_entropy: np.ndarray | None = field(default=None, repr=False)
 
 
 class Scorer:

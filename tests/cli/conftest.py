@@ -11,7 +11,7 @@ import pytest
 
 import headrift.corpus.job
 import headrift.scorer
-from headrift.probe_requests import Finished, ProbeRequest, Recording, Ticket
+from headrift.requests import Finished, ProbeRequest, Recording, Ticket
 from headrift.scorer import Scorer
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "smollm2-135m-instruct"

@@ -25,10 +25,9 @@ from headrift.calibration.record import Model
 from headrift.calibration.settings import Settings
 from headrift.cli import app
 from headrift.corpus.fingerprints import model_fingerprint
-from headrift.probed_engine import EngineError
+from headrift.errors import EngineError, RefusedError
 from headrift.prompts import TokenizerError
-from headrift.scorer import Rejected, ScoreResult
-from headrift.vllm_plugin.plugin import RefusedError
+from headrift.results import Rejected, ScoreResult
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "smollm2-135m-instruct"

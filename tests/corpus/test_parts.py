@@ -23,7 +23,8 @@ from headrift.corpus.parts import (
 )
 from headrift.corpus.rows import BadRow, Row
 from headrift.machine import processor
-from headrift.scorer import Prompt, ScoreResult
+from headrift.results import ScoreResult
+from headrift.scorer import Prompt
 
 LAYERS, HEADS, REGIONS = 4, 3, ("system", "user", "prompt")
 KINDS = ("shares", "mass", "focus", "text", "entropy")

@@ -21,7 +21,7 @@ from headrift.corpus.job import ScoreJob
 from headrift.corpus.rows import Row
 from headrift.corpus.settings import Settings
 from headrift.corpus.supervisor import Killer, Supervisor
-from headrift.probed_engine import EngineError
+from headrift.errors import EngineError
 from headrift.scorer import Prompt
 
 

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from headrift import preparing
 from headrift.preparing import Ahead, Prepared, Preparer, Rules
 from headrift.prompts import RenderedPrompt
-from headrift.scorer import Prompt, Rejected, Scorer, ScoreResult
-from headrift.waiting import Repeats, Waiting
+from headrift.results import Rejected, ScoreResult
+from headrift.scheduling import Repeats, Waiting
+from headrift.scorer import Prompt, Scorer
 
 # ------------------------------------------------------------------------------------------------------ the queue
 

@@ -27,7 +27,7 @@ MODEL = {
 
 def run_job(engine) -> None:
     """Requests of many lengths, answered and replayed, more than fit at once."""
-    from headrift.probe_requests import ProbeRequest
+    from headrift.requests import ProbeRequest
 
     rng = np.random.default_rng(0)
     todo = []

@@ -256,7 +256,7 @@ def run():
 @pytest.fixture(scope="session")
 def random_requests():
     """Requests with prompts of many lengths, some sharing a prefix, each with its own regions and steps."""
-    from headrift.probe_requests import ProbeRequest
+    from headrift.requests import ProbeRequest
 
     def make(
         seed: int, n: int, *, vocab: int = VOCAB, steps: int = 8, shortest=3, longest=150, unprobed=0.25, **options

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from headrift.ablation import SIDES
-from headrift.probe_requests import ProbeRequest
 from headrift.probed_engine import ProbedEngine
+from headrift.requests import ProbeRequest
 from headrift.safety_heads.answering import answers, log_likelihoods
 from headrift.vllm_plugin.recorder import Recorder
 

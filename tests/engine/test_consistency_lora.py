@@ -9,9 +9,10 @@ import transformers
 from safetensors.torch import save_file
 
 from headrift.consistency import lora
-from headrift.engine_setup import EngineError, lora_args
-from headrift.probe_requests import ProbeRequest
+from headrift.engine_setup import lora_args
+from headrift.errors import EngineError
 from headrift.probed_engine import ProbedEngine
+from headrift.requests import ProbeRequest
 
 RANK, ALPHA = 4, 8
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")

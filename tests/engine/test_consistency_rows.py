@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from scipy.special import entr
 
-from headrift.probe_requests import ProbeRequest
 from headrift.probed_engine import ProbedEngine
+from headrift.requests import ProbeRequest
 from headrift.vllm_plugin.recorder import Recorder
 
 # What the proposal asks for: two float32 computations of one model tell probabilities apart by some 1e-6.

@@ -18,7 +18,7 @@ from headrift.consistency import lora, scoring_job
 from headrift.consistency.pairs import SYSTEM_PROMPT
 from headrift.consistency.scoring import ANSWERS, REGIONS, keys_needed, references_for, score_pairs
 from headrift.consistency.scoring_job import Asked, JobError, ScoringJob
-from headrift.engine_setup import EngineError
+from headrift.errors import EngineError
 from headrift.probed_engine import ProbedEngine
 
 STEPS, TOLERANCE = 3, 1e-5

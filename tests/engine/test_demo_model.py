@@ -10,7 +10,7 @@ import pytest
 from vllm import SamplingParams
 from vllm.inputs import TokensPrompt
 
-from headrift.probe_requests import ProbeRequest
+from headrift.requests import ProbeRequest
 from headrift.vllm_plugin.recorder import Recorder
 from headrift_kernels import reference
 

@@ -8,9 +8,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from headrift.probe_requests import ProbeRequest
 from headrift.probed_engine import ProbedEngine
-from headrift.scorer import Rejected, Scorer
+from headrift.requests import ProbeRequest
+from headrift.results import Rejected
+from headrift.scorer import Scorer
 from headrift.selftest.plain_engine import plain_answers
 
 SYSTEM = "You are a helpful assistant. You never speak about the weather, whatever the user says."

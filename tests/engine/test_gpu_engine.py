@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from headrift.probe_requests import ProbeRequest
+from headrift.errors import RefusedError
 from headrift.probed_engine import ProbedEngine
-from headrift.vllm_plugin.plugin import RefusedError
+from headrift.requests import ProbeRequest
 
 DRY_RUN = os.environ.get("HEADRIFT_GPU_DRY_RUN") == "1"
 pytestmark = [

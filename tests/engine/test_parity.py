@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from headrift.probe_requests import ProbeRequest
 from headrift.probed_engine import ProbedEngine
+from headrift.requests import ProbeRequest
 from headrift.vllm_plugin.recorder import Recorder
 
 # Model and size of its KV cache in 32-token blocks: small enough that requests are preempted. A sliding-window layer

@@ -15,10 +15,10 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from headrift import engine_setup
 from headrift.engine_setup import attention_args, engine_config
-from headrift.probed_engine import EngineError, ProbedEngine
+from headrift.errors import EngineError, RefusedError
+from headrift.probed_engine import ProbedEngine
 from headrift.vllm_plugin import plugin
 from headrift.vllm_plugin.backends.fused import count_measured, rows_from
-from headrift.vllm_plugin.plugin import RefusedError
 from headrift.vllm_plugin.recorder import MOST_SPLITS, Probe, Recorder, Settings
 
 # First as where headrift is installed and not asked for, then asked for: vLLM's plugins are loaded anew.

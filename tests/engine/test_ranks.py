@@ -5,8 +5,9 @@ import pytest
 import torch
 from vllm.engine.arg_utils import EngineArgs
 
-from headrift.probe_requests import ProbeRequest
-from headrift.probed_engine import EngineError, ProbedEngine
+from headrift.errors import EngineError
+from headrift.probed_engine import ProbedEngine
+from headrift.requests import ProbeRequest
 from headrift.vllm_plugin import plugin
 from headrift.vllm_plugin.drain import Place
 

@@ -7,7 +7,8 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from headrift import signal
-from headrift.scorer import Prompt, Rejected, Scorer, ScoreResult, check_settings
+from headrift.results import Rejected, ScoreResult
+from headrift.scorer import Prompt, Scorer, check_settings
 from headrift.signal import Window
 
 SYSTEM = "You are a helpful assistant. You never speak about the weather, whatever the user says."

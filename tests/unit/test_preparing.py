@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from headrift.preparing import Prepared, Preparer, Prompt, Rejected, Rules, load_tokenizer
+from headrift.preparing import Prepared, Preparer, Prompt, Rules, load_tokenizer
+from headrift.results import Rejected
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from headrift import __version__
+from headrift._version import __version__
 from headrift.calibration import evidence, validation
 from headrift.calibration.evidence import Chosen
 from headrift.calibration.record import Calibration, Data

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from headrift import signal
 from headrift.consistency.pairs import Pair
-from headrift.probe_requests import Finished, ProbeRequest, Recording
 from headrift.probed_engine import ProbedEngine
+from headrift.requests import Finished, ProbeRequest, Recording
 
 ANSWERS = ("clean", "own")
 REGIONS = ("system", "prompt", "core", "before", "after")

@@ -29,7 +29,7 @@ from itertools import islice
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
-from headrift.probed_engine import EngineError
+from headrift.errors import EngineError
 
 # Rows that travel in one message, and bytes of rows that the child may hold unanswered, whatever their number.
 _BATCH = 32

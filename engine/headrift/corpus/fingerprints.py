@@ -9,7 +9,7 @@ import platform
 from pathlib import Path
 from typing import IO, Any
 
-from headrift import __version__
+from headrift._version import __version__
 from headrift.model_facts import WEIGHTS
 
 # Files up to this size are hashed whole; of larger ones, this many blocks spread evenly, the ends among them.

@@ -23,7 +23,8 @@ from headrift.corpus.scoring import TEXT_BYTES, ScoringEngine, travelling
 from headrift.corpus.settings import Settings, check_context
 from headrift.fail_terms import FailTerms
 from headrift.model_facts import ModelFacts
-from headrift.scorer import ScoreResult, check_settings
+from headrift.results import ScoreResult
+from headrift.scorer import check_settings
 
 if TYPE_CHECKING:
     pass

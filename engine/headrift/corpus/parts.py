@@ -23,7 +23,8 @@ import pyarrow.parquet as pq
 from headrift.corpus.journal import LOCK, UNFINISHED
 from headrift.corpus.journal import NAME as JOURNAL
 from headrift.corpus.rows import BadRow, Row
-from headrift.scorer import Prompt, ScoreResult
+from headrift.results import ScoreResult
+from headrift.scorer import Prompt
 
 _ROW_GROUP_BYTES = 32 << 20  # rows wait in memory up to this, then go into the unfinished file as a row group
 _BATCH = 1 << 16  # rows that are read at a time

@@ -28,7 +28,7 @@ from headrift.corpus import fingerprints
 from headrift.corpus.child import Engine
 from headrift.corpus.supervisor import Supervisor
 from headrift.engine_setup import ENGINES_PER_MACHINE
-from headrift.probed_engine import EngineError
+from headrift.errors import EngineError
 
 # Answers that travel in one message.
 _BATCH = 64

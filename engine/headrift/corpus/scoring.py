@@ -21,13 +21,14 @@ from headrift.corpus.parts import Record, ShardFiles, columns, part_schema, reco
 from headrift.corpus.rows import Row
 from headrift.corpus.settings import WITH_MASS, Settings, check_context
 from headrift.corpus.summary import SCORE, Summary
-from headrift.engine_setup import EngineError, check_compiler
+from headrift.engine_setup import check_compiler
+from headrift.errors import EngineError, RefusedError
 from headrift.model_facts import ModelFacts
 from headrift.probed_engine import REGIONS
-from headrift.vllm_plugin.plugin import RefusedError
 
 if TYPE_CHECKING:
-    from headrift.scorer import Prompt, Scorer, ScoreResult
+    from headrift.results import ScoreResult
+    from headrift.scorer import Prompt, Scorer
 
 
 TEXT_BYTES = 4096  # a guess at what a row's texts take, for the space a run needs
@@ -161,7 +162,7 @@ class ScoringEngine:
 
         for result in self.scorer.score(prompts(), replay=self._asked.replay):
             row = taken.popleft()
-            if isinstance(result, scoring.ScoreResult):
+            if isinstance(result, ScoreResult):
                 yield self._record(row, result)
             else:
                 yield Turned(result.reason, result.detail)

@@ -15,7 +15,7 @@ from itertools import chain
 from typing import Any, Generic, TypeVar
 
 from headrift.corpus.child import Engine, EngineDied
-from headrift.probed_engine import EngineError
+from headrift.errors import EngineError
 
 # To find one row among those in flight takes no more deaths than the first; as many as the second without one answer
 # between them mean that the engine, and no row, is at fault.

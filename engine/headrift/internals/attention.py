@@ -19,8 +19,9 @@ import pyarrow as pa
 from headrift.internals.cases import Case
 from headrift.internals.comparing import NEUTRAL, SYSTEM
 from headrift.internals.renderings import Rendered
-from headrift.preparing import Prompt, Rejected
-from headrift.scorer import Scorer, ScoreResult
+from headrift.preparing import Prompt
+from headrift.results import Rejected, ScoreResult
+from headrift.scorer import Scorer
 
 REGIONS = ("system", "user", "template", "last_five", "generated")
 LAST = 5

@@ -22,7 +22,8 @@ import pyarrow as pa
 from headrift.internals.renderings import Rendered
 from headrift.internals.sentences import ABOUT, Drop, wholes
 from headrift.preparing import Prompt
-from headrift.scorer import Scorer, ScoreResult
+from headrift.results import ScoreResult
+from headrift.scorer import Scorer
 
 # The scores take as long as the KL of as many prompts, for which neutral text, another one for every prompt, has to run
 # too: they are taken of the first so many of the prompts whose sentences are dropped.

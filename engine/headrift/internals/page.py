@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from headrift import __version__
+from headrift._version import __version__
 from headrift.internals import figures
 from headrift.internals.analysis import Analysis, numbers
 from headrift.internals.attention import KINDS, REGIONS

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from headrift import __version__
+from headrift._version import __version__
 from headrift.calibration.record import Calibration
 from headrift.calibration.settings import CalibrationError
 from headrift.calibration.side_by_side import side_by_side

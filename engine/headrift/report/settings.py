@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from headrift import __version__
+from headrift._version import __version__
 from headrift.explain import printable
 from headrift.report.gather import Gathered
 from headrift.report.output import Block, Details, Section, Table

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrift.ablation import EPSILON, HeadAblation
-from headrift.probe_requests import Finished, ProbeRequest
 from headrift.probed_engine import ProbedEngine
+from headrift.requests import Finished, ProbeRequest
 
 Key = TypeVar("Key", bound=Hashable)
 # The heads that are ablated, by the name of the arm; none for the model as it is.

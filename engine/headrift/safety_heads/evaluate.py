@@ -24,7 +24,7 @@ from headrift.corpus.fingerprints import model_fingerprint, versions
 from headrift.corpus.rows import Row
 from headrift.job_folder import JobError, new_folder, shape_of
 from headrift.preparing import load_tokenizer
-from headrift.probe_requests import Finished
+from headrift.requests import Finished
 from headrift.safety_heads.answering import answers, log_likelihoods
 from headrift.safety_heads.arms import (
     ABLATED,

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrift import ablation
-from headrift.probe_requests import ProbeRequest
 from headrift.probed_engine import ProbedEngine
+from headrift.requests import ProbeRequest
 from headrift.safety_heads.ships import Head
 
 # Principal angles [r_main] in degrees, smallest first, and those of many heads.

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrift import ablation
-from headrift.probe_requests import Finished, ProbeRequest
 from headrift.probed_engine import ProbedEngine
+from headrift.requests import Finished, ProbeRequest
 
 # Prompts under way at a time: while the rows of one run out, the next one's clean row is through already.
 IN_FLIGHT = 4

@@ -22,9 +22,10 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from headrift.errors import RefusedError
 from headrift.vllm_plugin.ablation import AblatedStep
 from headrift.vllm_plugin.attention_rows import Queries
-from headrift.vllm_plugin.plugin import RefusedError, settings_of
+from headrift.vllm_plugin.plugin import settings_of
 from headrift.vllm_plugin.recorder import Recorder
 from headrift.vllm_plugin.rows import batch_rows
 

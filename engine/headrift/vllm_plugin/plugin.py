@@ -30,15 +30,6 @@ SINK_MODELS = ("gpt_oss",)
 WORKER_EXTENSION = "headrift.vllm_plugin.drain.WorkerExtension"
 
 
-class RefusedError(RuntimeError):
-    """The engine, as configured, cannot be measured; the message lists every reason."""
-
-    def __init__(self, reasons: list[str]):
-        self.reasons = reasons
-        lines = "".join(f"\n  - {reason}" for reason in reasons)
-        super().__init__(f"headrift cannot measure this engine:{lines}")
-
-
 def register() -> None:
     """Entry point of `vllm.general_plugins`: put our backends in place when HEADRIFT=1, else do nothing at all."""
     if os.environ.get(SWITCH) != "1":

@@ -12,10 +12,11 @@ import torch
 
 from headrift import ablation
 from headrift.aligned_keys import Run
+from headrift.errors import RefusedError
 from headrift.vllm_plugin import attention_rows
 from headrift.vllm_plugin.ablation import AblatedStep, Ablations
 from headrift.vllm_plugin.attention_rows import Queries, RowBank
-from headrift.vllm_plugin.plugin import RefusedError, refusals, settings_of
+from headrift.vllm_plugin.plugin import refusals, settings_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

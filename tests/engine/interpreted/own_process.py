@@ -9,8 +9,8 @@ conftest.py in place: tests/engine/test_interpreted.py puts them on its path.
 import json
 import sys
 
-from headrift.probe_requests import ProbeRequest
 from headrift.probed_engine import ProbedEngine
+from headrift.requests import ProbeRequest
 
 if __name__ == "__main__":
     settings = {

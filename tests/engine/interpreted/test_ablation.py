@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from headrift.probe_requests import ProbeRequest
+from headrift.requests import ProbeRequest
 
 REGIONS = {"system": (2, 9), "user": (9, 12), "prompt": (0, 24)}
 ROWS = [

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from headrift.probe_requests import ProbeRequest
+from headrift.requests import ProbeRequest
 from headrift.vllm_plugin.recorder import Recorder
 
 # Two logits closer than this may change places in another order of summation (float32 logits of size 10 or so).

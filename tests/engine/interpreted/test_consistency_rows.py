@@ -4,7 +4,7 @@ attention."""
 import numpy as np
 from scipy.special import entr
 
-from headrift.probe_requests import ProbeRequest
+from headrift.requests import ProbeRequest
 
 HEAD, CORE, TAIL, WORDS = np.split(np.random.default_rng(7).integers(3, 200, 36), [8, 20, 24])
 CLEAN, WRAPPED = ([*map(int, np.concatenate(parts))] for parts in ((HEAD, CORE, TAIL), (HEAD, WORDS, CORE, TAIL)))

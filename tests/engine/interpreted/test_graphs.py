@@ -8,7 +8,7 @@ from triton.runtime.interpreter import GridExecutor
 from vllm import SamplingParams
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from headrift.probe_requests import ProbeRequest
+from headrift.requests import ProbeRequest
 from headrift.vllm_plugin.recorder import Recorder
 from headrift_kernels import reference
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from triton.runtime.interpreter import GridExecutor
 
-from headrift.probe_requests import ProbeRequest
+from headrift.requests import ProbeRequest
 from headrift.vllm_plugin.recorder import Recorder
 
 # Asking a CUDA tensor for any of these makes the host wait for it.

@@ -19,10 +19,10 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from headrift.errors import RefusedError
 from headrift.vllm_plugin.ablation import ablating
 from headrift.vllm_plugin.attention_rows import keeping_rows
 from headrift.vllm_plugin.measure import MeasuringBuilder, MeasuringImpl
-from headrift.vllm_plugin.plugin import RefusedError
 from headrift.vllm_plugin.recorder import Recorder
 from headrift_kernels.cpu.paged_attention import PagedAttention, body_for
 from headrift_kernels.cpu.queries import SLOT, Queries, measured_queries

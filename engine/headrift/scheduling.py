@@ -10,7 +10,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from headrift.preparing import Prepared
-    from headrift.scorer import ScoreResult
+    from headrift.results import ScoreResult
 
 # System prompts remembered as prefilled; a log with more than these in turn prefills some again.
 _PRIMED = 1024
