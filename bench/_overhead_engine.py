@@ -102,7 +102,7 @@ class Probed:
             waiting += engine.step()
             if len(waiting) >= 8 or not engine.running:
                 engine.drain(waiting)
-                found |= {done.tenant: done for done in waiting}
+                found |= {done.request_id: done for done in waiting}
                 waiting = []
         return [found[tenant].answer_ids for tenant in order], sum(done.cached_tokens for done in found.values())
 

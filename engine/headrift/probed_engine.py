@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.lora.request import LoRARequest
 
+Key = TypeVar("Key")
+# Finished requests that are collected together.
+_DRAIN = 8
 REGIONS = ("system", "user", "prompt")
 
 
@@ -128,7 +133,7 @@ class ProbedEngine:
         self.dtype: str = described["dtype"]
         self.recorder_bytes: int = described["recorder_bytes"]
         self._free = list(range(self.slots))[::-1]
-        self._tenants = 0
+        self._submitted = 0
         self._running: dict[str, tuple[int, int, ProbeRequest]] = {}
         self._slot_of: dict[int, int] = {}
         self._tickets = 0
@@ -197,7 +202,7 @@ class ProbedEngine:
         return self.max_model_len - steps - 1
 
     def submit(self, request: ProbeRequest) -> int:
-        """Queue a request; returns its tenant number.
+        """Queue a request; returns its request id.
 
         RuntimeError without a free slot; ValueError where prompt and steps do not fit the context, and where heads are
         to be ablated that the model does not have, or in a way this engine cannot.
@@ -217,11 +222,11 @@ class ProbedEngine:
             raise ValueError(f"{len(fed)} tokens and {tokens} more do not fit the context of {self.max_model_len}")
         self._check_ablation(request)
         extra_rows = self._rows(request)
-        slot, tenant = self._free[-1], self._tenants
+        slot, request_id = self._free[-1], self._submitted
         regions = {**request.regions, "prompt": (0, len(request.prompt_ids))}
         extra: dict[str, Any] = {
             "slot": slot,
-            "tenant": tenant,
+            "tenant": request_id,
             "prompt_len": len(request.prompt_ids),
             "regions": [list(regions.get(name, (0, 0))) for name in self.regions],
             "steps": request.steps,
@@ -236,11 +241,11 @@ class ProbedEngine:
             ignore_eos=request.ignore_eos,
             detokenize=False,
             output_kind=RequestOutputKind.CUMULATIVE if _answers_on(request) else RequestOutputKind.FINAL_ONLY,
-            skip_reading_prefix_cache=True if request.reread else None,
+            skip_reading_prefix_cache=True if request.skip_prefix_cache else None,
             prompt_logprobs=0 if request.logprobs else None,
             extra_args={"headrift": extra} if request.probed else None,
         )
-        name = str(tenant)
+        name = str(request_id)
         prompt = TokensPrompt(prompt_token_ids=fed)
         salt = ablation.salt(request.ablate, request.epsilon)
         if salt is not None:
@@ -249,9 +254,9 @@ class ProbedEngine:
         self._free.pop()
         if request.rows_as is not None:
             self._row_prompts[request.rows_as] = len(request.prompt_ids)
-        self._tenants += 1
-        self._running[name] = (slot, tenant, request)
-        return tenant
+        self._submitted += 1
+        self._running[name] = (slot, request_id, request)
+        return request_id
 
     def _rows(self, request: ProbeRequest) -> dict[str, Any]:
         """What the workers are told of a request whose attention rows are measured, kept or compared. ValueError where
@@ -305,26 +310,26 @@ class ProbedEngine:
         for output in outputs:
             if output.request_id not in self._running:  # stopped while this step ran
                 continue
-            slot, tenant, request = self._running[output.request_id]
+            slot, request_id, request = self._running[output.request_id]
             completion = output.outputs[0]
             if output.finished:
                 del self._running[output.request_id]
-                self._slot_of[tenant] = slot
+                self._slot_of[request_id] = slot
             elif len(completion.token_ids) != request.steps + 1:
                 continue
             answer = list(completion.token_ids if request.answer_ids is None else request.answer_ids)
             cached = output.num_cached_tokens or 0
             reason, answering = completion.finish_reason, not output.finished
             logprobs = _logprobs(request, output.prompt_logprobs) if request.logprobs else None
-            done.append(Finished(tenant, request, answer, reason, cached, answering, logprobs))
+            done.append(Finished(request_id, request, answer, reason, cached, answering, logprobs))
         return done
 
-    def stop(self, tenant: int) -> bool:
+    def stop(self, request_id: int) -> bool:
         """End a request that answers on, and free its slot; False where it has finished by now."""
-        if str(tenant) not in self._running:
+        if str(request_id) not in self._running:
             return False
-        self.llm_engine.abort_request([str(tenant)])
-        slot, _, _ = self._running.pop(str(tenant))
+        self.llm_engine.abort_request([str(request_id)])
+        slot, _, _ = self._running.pop(str(request_id))
         self._free.append(slot)
         return True
 
@@ -339,22 +344,22 @@ class ProbedEngine:
         probed = ticket.probed
         if probed:
             rows = max(f.n_steps for f in probed) + 1
-            tenants = [(self._slot(f), f.tenant) for f in probed]
+            tenants = [(self._slot(f), f.request_id) for f in probed]
             system, prompt = self.regions.index("system"), self.regions.index("prompt")
             self._unread.add(ticket.number)
             self.llm_engine.collective_rpc(
                 "headrift_collect", args=(ticket.number, tenants, rows, system, prompt, want_mass)
             )
-        # Every rank has enqueued its copies by now, ahead of whatever the slots' next tenants will have it do.
+        # Every rank has enqueued its copies by now, ahead of whatever the slots' next requests will have it do.
         for f in finished:
             if not f.answering:
-                self._free.append(self._slot_of.pop(f.tenant))
+                self._free.append(self._slot_of.pop(f.request_id))
         return ticket
 
     def _slot(self, finished: Finished) -> int:
         """The slot that a request has; one that answers on may have finished since it was reported."""
-        running = self._running.get(str(finished.tenant))
-        return self._slot_of[finished.tenant] if running is None else running[0]
+        running = self._running.get(str(finished.request_id))
+        return self._slot_of[finished.request_id] if running is None else running[0]
 
     def recordings(self, ticket: Ticket) -> list[Recording]:
         """The recordings of a ticket's probed requests, in their order; waits until they have arrived.
@@ -380,6 +385,82 @@ class ProbedEngine:
             recordings.append(Recording(*of_steps, mass, kl, distance, entropy))
             self._check(f, float(arrays["astray"][i]))
         return recordings
+
+    def run(
+        self,
+        requests: Iterable[tuple[Key, ProbeRequest] | None],
+        *,
+        want_mass: bool = False,
+        at_once: int | None = None,
+        stop_if: Callable[[Key, Finished, Recording], bool] | None = None,
+    ) -> Generator[tuple[Key, Finished, Recording | None], None, None]:
+        """Run requests; yield each as soon as it is done. The engine loop that everything uses.
+
+        Requests are taken one at a time as slots free up, so `requests` may be a generator that decides late what runs
+        next, from results that were yielded by then. Recordings leave the device several at a time, while the next step
+        runs. A replayed request that misses steps, because a cached prefix block covered them, runs again by itself
+        with `skip_prefix_cache`. If the caller stops early (`close`, an exception), what runs is aborted.
+
+        Args:
+            requests: (key, request) pairs. The key is anything that tells the caller which request a result belongs to.
+                None: the next request depends on a result that is still to come; ask again after the next step.
+            want_mass: recordings contain the masses.
+            at_once: most requests in flight; default: all slots.
+            stop_if: called with key, finished request and recording of a request that answers on past its recorded
+                steps (`answer_tokens`), once they are recorded. True ends the answer there; the request is then yielded
+                with `finished.answering` True.
+
+        Yields:
+            (key, finished request, recording) in order of completion; the recording is None if not `probed`.
+
+        Raises:
+            RuntimeError: steps are missing although no cached prefix was read; or `requests` gives None while nothing
+                is in flight.
+            ValueError: see `submit`.
+        """
+        source, most = iter(requests), at_once or self.slots
+        in_flight: dict[int, Key] = {}
+        again: deque[tuple[Key, ProbeRequest]] = deque()
+        finished: list[Finished] = []
+        ticket: Ticket | None = None
+        try:
+            while True:
+                entry: tuple[Key, ProbeRequest] | tuple[()] | None = None
+                while self.free_slots and self.running < most:
+                    entry = again.popleft() if again else next(source, ())
+                    if not entry:
+                        break
+                    in_flight[self.submit(entry[1])] = entry[0]
+                if not (in_flight or finished or ticket):
+                    if entry is None:
+                        raise RuntimeError("the next request waits for a result, and no request is in flight")
+                    return
+                results: list[tuple[Key, Finished, Recording | None]] = []
+                if self.running:
+                    done = [f for f in self.step() if not f.answering or (stop_if and f.request.probed)]
+                    finished += [f for f in done if f.request.probed]
+                    unprobed = [f for f in done if not f.request.probed]
+                    self.collect(unprobed)  # there is nothing to copy: their slots are free
+                    results += [(in_flight.pop(f.request_id), f, None) for f in unprobed]
+                if ticket:
+                    # The copies have left the device while this step ran.
+                    for f, recording in zip(ticket.probed, self.recordings(ticket), strict=True):
+                        if f.request_id not in in_flight:
+                            continue  # its answer was stopped when it had ended already
+                        if recording.missing_steps and not f.answering:
+                            again.append((in_flight.pop(f.request_id), _without_prefix_cache(f, recording)))
+                        elif not f.answering or (stop_if and stop_if(in_flight[f.request_id], f, recording)):
+                            results.append((in_flight.pop(f.request_id), f, recording))
+                            if f.answering:
+                                self.stop(f.request_id)
+                    ticket = None
+                urgent = not self.free_slots or not self.running or any(f.answering for f in finished)
+                if finished and (urgent or entry is None or len(finished) >= _DRAIN):
+                    ticket, finished = self.collect(finished, want_mass), []
+                yield from results
+        finally:
+            if in_flight or finished or ticket:
+                self.abort()
 
     def drain(self, finished: Sequence[Finished], want_mass: bool = False) -> list[Recording]:
         """`collect` and `recordings` in one, for a caller with nothing to do in between."""
@@ -421,8 +502,8 @@ class ProbedEngine:
         """Step 0 sees the prompt and nothing else, so its prompt mass is 1 (less with sinks, never more)."""
         if not self.sinks and astray > 1e-3:
             raise RuntimeError(
-                f"request {finished.tenant}: a head's mass on the whole prompt at step 0 is {astray:.6f} away from 1; "
-                "the recording cannot be trusted"
+                f"request {finished.request_id}: a head's prompt mass at step 0 is {astray:.6f} away from 1; "
+                "do not trust this engine's numbers"
             )
 
 
@@ -435,6 +516,13 @@ def _lora_request(folder: str) -> LoRARequest:
 def _logprobs(request: ProbeRequest, of_tokens: Sequence[Any]) -> list[float]:
     """Of the prompt's tokens, out of what vLLM says of each position."""
     return [float(of[token].logprob) for of, token in zip(of_tokens[1:], request.prompt_ids[1:])]
+
+
+def _without_prefix_cache(finished: Finished, recording: Recording) -> ProbeRequest:
+    """The request, to compute the steps that a cached prefix block covered. RuntimeError if it was that already."""
+    if finished.request.skip_prefix_cache:
+        raise RuntimeError(f"the engine never computed steps {recording.missing_steps}, even without cached prefixes")
+    return replace(finished.request, skip_prefix_cache=True)
 
 
 def _answers_on(request: ProbeRequest) -> bool:

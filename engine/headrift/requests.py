@@ -13,20 +13,29 @@ from headrift.aligned_keys import Run
 
 @dataclass(frozen=True, slots=True)
 class ProbeRequest:
-    """One request. Without `answer_ids` the model answers greedily; with them they are replayed, nothing is decoded.
+    """One request: the model answers greedily, or (with `answer_ids`) a logged answer is replayed in one prefill.
 
-    prompt_ids: P token ids. regions: token ranges [start, end) by name, of the engine's region names; `prompt` is
-    always [0, P). steps: N, steps 0..N are recorded. ignore_eos: answer on past the end-of-text token. reread: compute
-    every prompt token anew instead of taking cached ones. probed: False for a request that is to be answered and not
-    measured. answer_tokens: answer on past the recorded steps, to at most so many tokens, N + 1 at least. ablate:
-    (layer, head, kind) of the heads that are ablated at every position, and epsilon, see `headrift.ablation`. keep_as:
-    keep the next-token distribution at the last prompt token as reference number so; compare_with: record how far it
-    is from that of a reference, which has to have been kept. hidden_as: keep the last hidden state at the last prompt
-    token, as the language-model head reads it, as number so, which no other request in flight has. rows_as: keep the
-    attention rows of all heads at the recorded steps as reference number so; rows_against: record how far they are from
-    those of a reference, which has to have been kept; aligned: the prompt tokens that both have, as runs (start in the
-    reference, start in this one, length), see `headrift.aligned_keys`. row_entropy: record the entropy of each head's
-    attention row. logprobs: tell how likely each of the prompt's tokens is.
+    Attributes:
+        prompt_ids: P token ids.
+        regions: Token ranges [start, end) by region name, of the engine's regions; `prompt` is always [0, P).
+        steps: N; steps 0..N are recorded.
+        answer_ids: The answer to replay; nothing is decoded.
+        ignore_eos: Answer on past the end-of-text token.
+        skip_prefix_cache: Compute every prompt token instead of reading cached ones.
+        probed: False: answer, measure nothing.
+        answer_tokens: Answer on past the recorded steps, to at most this many tokens (N + 1 or more).
+        ablate: (layer, head, kind) of heads to ablate at every position, see `headrift.ablation`.
+        epsilon: Factor of an ablated query or output.
+        keep_as: Keep the next-token distribution at the last prompt token under this reference number.
+        compare_with: Record how far that distribution is from the one kept under this reference number.
+        hidden_as: Keep the last hidden state of the last prompt token, as the language-model head reads it, under this
+            number; no other request in flight may use it.
+        rows_as: Keep the attention rows of all heads at the recorded steps under this reference number.
+        rows_against: Record how far the attention rows are from those kept under this reference number.
+        aligned: The prompt tokens that both have, for `rows_against`: runs (start in the reference, start in this one,
+            length), see `headrift.aligned_keys`.
+        row_entropy: Record the entropy of each head's attention row.
+        logprobs: Return the log-probability of each prompt token.
     """
 
     prompt_ids: Sequence[int]
@@ -34,7 +43,7 @@ class ProbeRequest:
     steps: int
     answer_ids: Sequence[int] | None = None
     ignore_eos: bool = False
-    reread: bool = False
+    skip_prefix_cache: bool = False
     probed: bool = True
     answer_tokens: int | None = None
     ablate: Sequence[ablation.HeadAblation] = ()
@@ -57,7 +66,7 @@ class Finished:
     logprobs: of the prompt's tokens from the second on, in nats, each given those before it; None unless asked for.
     """
 
-    tenant: int
+    request_id: int
     request: ProbeRequest
     answer_ids: list[int]
     finish_reason: str | None
@@ -93,7 +102,7 @@ class Recording:
     row_entropy: np.ndarray | None = None
 
     @property
-    def unwritten(self) -> list[int]:
+    def missing_steps(self) -> list[int]:
         """Steps that were never computed, because a cached prefix block covered them."""
         return np.flatnonzero(np.isnan(self.share).any(axis=(1, 2))).tolist()
 

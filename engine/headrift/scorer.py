@@ -241,12 +241,12 @@ class Scorer:
             return []
         # A request leaves all of its prompt but the last token for others.
         ids = prepared.request.prompt_ids[: tokens + 1]
-        tenant = self.engine.submit(ProbeRequest(ids, {}, steps=0, probed=False))
+        request_id = self.engine.submit(ProbeRequest(ids, {}, steps=0, probed=False))
         finished: list[Finished] = []
         while True:
             found = self._step()
-            finished += [done for done in found if done.tenant != tenant]
-            primed = [done for done in found if done.tenant == tenant]
+            finished += [done for done in found if done.request_id != request_id]
+            primed = [done for done in found if done.request_id == request_id]
             if primed:
                 self.engine.collect(primed)  # its slot is free again
                 return finished
@@ -282,26 +282,26 @@ class Scorer:
         """
         for done, recording in zip(collected.finished, self.engine.recordings(collected), strict=True):
             if done.answering:
-                stopped = self._stopped(running[done.tenant], done, recording)
+                stopped = self._stopped(running[done.request_id], done, recording)
                 if stopped is not None:
-                    yield running.pop(done.tenant), stopped
+                    yield running.pop(done.request_id), stopped
                 continue
-            if done.tenant not in running:
+            if done.request_id not in running:
                 continue
-            prepared = running.pop(done.tenant)
-            if not recording.unwritten:
+            prepared = running.pop(done.request_id)
+            if not recording.missing_steps:
                 yield prepared, self._result(prepared, done, recording)
-            elif not done.request.reread:
-                yield replace(prepared, request=replace(prepared.request, reread=True)), None
+            elif not done.request.skip_prefix_cache:
+                yield replace(prepared, request=replace(prepared.request, skip_prefix_cache=True)), None
             else:
-                raise RuntimeError(_NEVER_COMPUTED.format(steps=recording.unwritten))
+                raise RuntimeError(_NEVER_COMPUTED.format(steps=recording.missing_steps))
 
     def _stopped(self, prepared: Prepared, done: Finished, recording: Recording) -> ScoreResult | None:
         """The result of a request that answers on, which is then stopped; None where it may answer on."""
         result = self._result(prepared, done, recording)
         if self._stop_if is None or not self._stop_if(result):
             return None
-        self.engine.stop(done.tenant)
+        self.engine.stop(done.request_id)
         return replace(result, flags=(*result.flags, "stopped"))
 
     def _result(self, prepared: Prepared, done: Finished, recording: Recording) -> ScoreResult:

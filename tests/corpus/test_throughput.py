@@ -131,7 +131,7 @@ def test_nothing_that_makes_it_fast_changes_a_number(tiny_model, monkeypatch):
             replayed = list(
                 scorer.score([{**row, "response": "Yes, number 7 it is."} for row in prompts()], replay=True)
             )
-            runs[name] = SimpleNamespace(results=results, replayed=replayed, again=again, n=scorer.engine._tenants)
+            runs[name] = SimpleNamespace(results=results, replayed=replayed, again=again, n=scorer.engine._submitted)
             assert [r.index for r in results] == list(range(90))
             assert [r.id for r in results] == [row["id"] for row in prompts()]
             assert scorer.seconds_waited > 0

@@ -212,7 +212,7 @@ class Agreement:
             if not request.probed:
                 assert recording is None
                 continue
-            assert recording.unwritten == []
+            assert recording.missing_steps == []
             assert recording.mass.shape[0] == n + 1
             spans = [request.regions[name] for name in ("system", "user", "prompt")]
             expected = oracle.masses(request.prompt_ids, item.done.answer_ids, n, spans)
@@ -233,24 +233,28 @@ def assert_agrees() -> Agreement:
 
 def run_all(engine, requests, *, at_once: int | None = None) -> list[SimpleNamespace]:
     """Every request's Finished and Recording (masses included, None where not probed), in the order given."""
-    found: dict[int, SimpleNamespace] = {}
-    order, todo = [], list(requests)
-    most = min(at_once or engine.slots, engine.slots)
-    while todo or engine.running:
-        while todo and engine.free_slots and engine.running < most:
-            order.append(engine.submit(todo.pop(0)))
-        finished = engine.step()
-        if finished:
-            recordings = iter(engine.drain(finished, want_mass=True))
-            for done in finished:
-                recording = next(recordings) if done.request.probed else None
-                found[done.tenant] = SimpleNamespace(done=done, recording=recording)
-    return [found[tenant] for tenant in order]
+    results = engine.run(enumerate(requests), want_mass=True, at_once=at_once)
+    found = {i: SimpleNamespace(done=done, recording=recording) for i, done, recording in results}
+    return [found[i] for i in range(len(found))]
 
 
 @pytest.fixture(scope="session")
 def run():
     return run_all
+
+
+@pytest.fixture(scope="session")
+def run_once():
+    """One request's Finished and Recording as they come, also if steps are missing (`engine.run` runs it again)."""
+
+    def run(engine, request) -> SimpleNamespace:
+        engine.submit(request)
+        finished = []
+        while not finished:
+            finished = engine.step()
+        return SimpleNamespace(done=finished[0], recording=engine.drain(finished)[0])
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -198,8 +198,8 @@ def test_rows_beside_an_ablated_one_are_the_same_bit_for_bit(tiny, run):
     regions = {"system": (2, 14), "user": (15, 24), "prompt": (0, 45)}
 
     def requests(ablate):
-        others = [ProbeRequest(ids, regions, 4, ignore_eos=True, reread=True) for ids in prompts[1:]]
-        return [ProbeRequest(prompts[0], regions, 4, ignore_eos=True, reread=True, ablate=ablate), *others]
+        others = [ProbeRequest(ids, regions, 4, ignore_eos=True, skip_prefix_cache=True) for ids in prompts[1:]]
+        return [ProbeRequest(prompts[0], regions, 4, ignore_eos=True, skip_prefix_cache=True, ablate=ablate), *others]
 
     clean = run(engine, requests([]))
     beside = run(engine, requests([(0, 1, "undifferentiated"), (1, 0, "mean_output"), (2, 3, "scaling")]))

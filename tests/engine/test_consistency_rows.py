@@ -54,7 +54,13 @@ def run_pairs(run, engine, pairs, *, replay: bool, others=()):
     wrapped = []
     for i, (_, ids, runs) in enumerate(pairs):
         answer = clean_items[i].done.answer_ids if replay else None
-        how = {"answer_ids": answer, "reread": replay, "ignore_eos": True, "rows_against": i, "aligned": runs}
+        how = {
+            "answer_ids": answer,
+            "skip_prefix_cache": replay,
+            "ignore_eos": True,
+            "rows_against": i,
+            "aligned": runs,
+        }
         wrapped.append(ProbeRequest(ids, regions_of(ids), STEPS - i % 2, **how))
     mixed = [request for both in zip(wrapped, others) for request in both] + wrapped[len(others) :]
     items = run(engine, mixed)
@@ -87,7 +93,7 @@ def test_distances_agree_with_eager_attention_in_mixed_batches(tiny, run, random
 def test_entropies_agree_with_eager_attention_in_mixed_batches(tiny, run, random_requests, assert_agrees, replay):
     """Of prompts in chunks, some in a cached prefix, beside requests that ask for nothing."""
     engine, oracle = tiny
-    logged = {"answer_ids": list(range(20, 20 + STEPS)), "reread": True} if replay else {"ignore_eos": True}
+    logged = {"answer_ids": list(range(20, 20 + STEPS)), "skip_prefix_cache": True} if replay else {"ignore_eos": True}
     asked = random_requests(23, 6, unprobed=0.0, steps=STEPS, row_entropy=True, **logged)
     others = random_requests(24, 6, steps=STEPS, **logged)
     items = run(engine, [request for both in zip(asked, others) for request in both])
@@ -108,7 +114,7 @@ def test_the_same_prompt_is_no_distance_away_and_one_with_nothing_in_common_all_
     engine, _ = tiny
     ids = np.random.default_rng(1).integers(3, 200, 70).tolist()
     (clean,) = run(engine, [ProbeRequest(ids, regions_of(ids), 2, ignore_eos=True, rows_as=0)])
-    how = {"answer_ids": clean.done.answer_ids, "reread": True, "rows_against": 0}
+    how = {"answer_ids": clean.done.answer_ids, "skip_prefix_cache": True, "rows_against": 0}
     same = ProbeRequest(ids, regions_of(ids), 2, aligned=[(0, 0, 70)], **how)
     apart = ProbeRequest(ids, regions_of(ids), 2, aligned=[], **how)
     same, apart = run(engine, [same, apart])
@@ -118,7 +124,7 @@ def test_the_same_prompt_is_no_distance_away_and_one_with_nothing_in_common_all_
 
 
 @one_model
-def test_what_was_never_computed_is_no_number(tiny, run):
+def test_what_was_never_computed_is_no_number(tiny, run, run_once):
     engine, _ = tiny
     ids = np.random.default_rng(2).integers(3, 200, 62).tolist()
     answer = list(range(10, 15))
@@ -129,9 +135,10 @@ def test_what_was_never_computed_is_no_number(tiny, run):
     holes = 3 if any(engine.windows) else 4
     how = {"answer_ids": answer, "rows_against": 1, "aligned": runs, "row_entropy": True}
     request = ProbeRequest(ids, regions, STEPS, **how)
-    first, second = run(engine, [request], at_once=1) + run(engine, [request], at_once=1)
+    (first,) = run(engine, [request])
+    second = run_once(engine, request)
     assert np.isfinite(first.recording.distance).all()
-    assert second.recording.unwritten == list(range(holes))
+    assert second.recording.missing_steps == list(range(holes))
     for name, tolerance in (("distance", TOLERANCE), ("row_entropy", NATS)):
         found, expected = getattr(second.recording, name), getattr(first.recording, name)
         assert np.isnan(found[:holes]).all()
@@ -140,7 +147,7 @@ def test_what_was_never_computed_is_no_number(tiny, run):
     engine.submit(ProbeRequest([*ids[::-1], *ids], regions, 0, rows_as=1))
     assert engine.step() == []
     engine.abort()
-    (third,) = run(engine, [ProbeRequest(ids, regions, STEPS, reread=True, **how)])
+    (third,) = run(engine, [ProbeRequest(ids, regions, STEPS, skip_prefix_cache=True, **how)])
     assert np.isnan(third.recording.distance).all()
 
 
@@ -151,8 +158,8 @@ def test_taking_rows_changes_no_other_number(tiny, run):
     prompts = np.random.default_rng(15).integers(3, 200, (4, 45)).tolist()
 
     def requests(**asked):
-        others = [ProbeRequest(ids, regions_of(ids), 4, ignore_eos=True, reread=True) for ids in prompts[2:]]
-        first = ProbeRequest(prompts[0], regions_of(prompts[0]), 4, ignore_eos=True, reread=True, **asked)
+        others = [ProbeRequest(ids, regions_of(ids), 4, ignore_eos=True, skip_prefix_cache=True) for ids in prompts[2:]]
+        first = ProbeRequest(prompts[0], regions_of(prompts[0]), 4, ignore_eos=True, skip_prefix_cache=True, **asked)
         return [first, *others]
 
     run(engine, [ProbeRequest(prompts[1], regions_of(prompts[1]), 4, ignore_eos=True, rows_as=2)])

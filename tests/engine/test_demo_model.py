@@ -41,7 +41,7 @@ def test_masses_agree_with_eager_attention(scorer, requests, generated, run, ora
         request, n = item.done.request, item.done.n_steps
         spans = [request.regions.get(name, (0, 0)) for name in scorer.engine.regions]
         expected = oracle("demo").masses(request.prompt_ids, item.done.answer_ids, n, spans)
-        assert item.recording.unwritten == []
+        assert item.recording.missing_steps == []
         np.testing.assert_allclose(item.recording.mass, expected, rtol=0, atol=TOLERANCE)
         compared += n + 1
     assert compared > 20
@@ -50,7 +50,9 @@ def test_masses_agree_with_eager_attention(scorer, requests, generated, run, ora
 def test_replay_agrees_with_generation(scorer, generated, run):
     probed = [item for item in generated if item.recording is not None][:16]
     replays = [
-        ProbeRequest(d.request.prompt_ids, d.request.regions, d.request.steps, answer_ids=d.answer_ids, reread=True)
+        ProbeRequest(
+            d.request.prompt_ids, d.request.regions, d.request.steps, answer_ids=d.answer_ids, skip_prefix_cache=True
+        )
         for d in (item.done for item in probed)
     ]
     for once, again in zip(probed, run(scorer.engine, replays), strict=True):
@@ -167,7 +169,7 @@ def test_an_answer_that_ends_early_has_the_steps_it_has(scorer, run):
     assert item.done.finish_reason == "stop"
     assert item.done.answer_ids[-1] == scorer.tokenizer.eos_token_id
     assert item.done.n_steps == len(item.done.answer_ids) - 1 < 12
-    assert item.recording.unwritten == []
+    assert item.recording.missing_steps == []
     assert len(item.recording.mass) == item.done.n_steps + 1
 
 

@@ -106,7 +106,7 @@ def submitted(gate, monkeypatch) -> list[ProbeRequest]:
 def test_what_is_not_stopped_is_plain_vllms_answer_from_one_prefill(gate, settings_of_tests, scheduled, monkeypatch):
     given, requests = prompts(16), submitted(gate, monkeypatch)
     gate.stops[0] = lambda result: False
-    first = gate.engine._tenants
+    first = gate.engine._submitted
     results = list(gate.score(given))
     assert [r.id for r in results] == [row["id"] for row in given]
     assert not any("stopped" in r.flags for r in results)

@@ -141,7 +141,7 @@ def assert_close(oracle):
 def replays_of(items):
     """The probed requests again, with the answers that they had."""
     again = (item.done for item in items if item.done.request.probed)
-    return [replace(done.request, answer_ids=done.answer_ids, reread=True) for done in again]
+    return [replace(done.request, answer_ids=done.answer_ids, skip_prefix_cache=True) for done in again]
 
 
 @pytest.mark.parametrize(("backend", "name", "dtype"), CASES, ids=str)

@@ -90,7 +90,7 @@ def test_replay_records_what_generation_recorded(tiny, random_requests, run, ass
             item.done.request.regions,
             item.done.request.steps,
             answer_ids=item.done.answer_ids,
-            reread=True,
+            skip_prefix_cache=True,
         )
         for item in generated
     ]
@@ -130,20 +130,21 @@ def test_a_block_is_not_copied_in_the_step_that_writes_it(tiny, run, assert_agre
     assert assert_agrees(oracle, items) == 3 * 9
 
 
-def test_a_step_inside_a_cached_block_is_reported_as_unwritten(tiny, run, assert_agrees):
+def test_a_step_inside_a_cached_block_is_missing_and_run_computes_it(tiny, run, run_once, assert_agrees):
     name, engine, _ = tiny
     ids = np.random.default_rng(9).integers(3, 200, 62).tolist()
     answer = list(range(10, 19))
     request = ProbeRequest(ids, {"system": (0, 30), "prompt": (0, 62)}, steps=8, answer_ids=answer)
-    first, second = run(engine, [request], at_once=1) + run(engine, [request], at_once=1)
-    assert first.recording.unwritten == []
+    (first,) = run(engine, [request])
+    second = run_once(engine, request)
+    assert first.recording.missing_steps == []
     # 70 tokens were fed, 64 of them are two full blocks: positions 61, 62, 63 are steps 0, 1, 2. Where hits may end
     # inside a block, all but the last token were found.
     cached = 69 if name in FULL_ATTENTION else 64
     assert second.done.cached_tokens == cached
-    assert second.recording.unwritten == list(range(cached - 61))
-    reread = ProbeRequest(ids, request.regions, 8, answer_ids=answer, reread=True)
-    (third,) = run(engine, [reread])
+    assert second.recording.missing_steps == list(range(cached - 61))
+    (third,) = run(engine, [request])
+    assert third.done.request.skip_prefix_cache
     np.testing.assert_allclose(third.recording.mass, first.recording.mass, rtol=0, atol=assert_agrees.tolerance)
 
 

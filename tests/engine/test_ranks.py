@@ -74,7 +74,7 @@ def test_two_ranks_agree_with_transformers(both, oracle):
         request, recording, n = item.done.request, item.recording, item.done.n_steps
         if not request.probed:
             continue
-        assert recording.unwritten == []
+        assert recording.missing_steps == []
         spans = [request.regions[region] for region in ("system", "user", "prompt")]
         expected = oracle(name).masses(request.prompt_ids, item.done.answer_ids, n, spans)
         np.testing.assert_allclose(recording.mass, expected, rtol=0, atol=TOLERANCE)
@@ -107,7 +107,7 @@ def test_what_is_collected_may_be_read_when_its_slots_have_new_tenants(both, ora
     first = finish(fill())
     early = engine.collect(first, want_mass=True)
     second = finish(fill())
-    assert {done.tenant for done in second}.isdisjoint(done.tenant for done in first)
+    assert {done.request_id for done in second}.isdisjoint(done.request_id for done in first)
     late = engine.collect(second, want_mass=True)
     # The later ticket first: each is fetched by itself.
     for ticket in (late, early):

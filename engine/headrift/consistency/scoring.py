@@ -159,7 +159,7 @@ class _Run:
                 self._running[self._engine.submit(request)] = group, i
 
     def _take(self, done: Finished, recording: Recording, on_pairs: Callable[[int], None]) -> None:
-        group, i = self._running.pop(done.tenant)
+        group, i = self._running.pop(done.request_id)
         request = done.request
         if i is None:
             group.clean = self._side(done, recording, wrapped=False)
@@ -173,8 +173,8 @@ class _Run:
             group.wrapped[i] = self._side(done, recording, wrapped=True)
             if self._replay:  # by now the prompt is in the cache
                 group.todo.append((i, self._replayed(group, pair)))
-        if recording.unwritten and not request.reread:  # a cached block of the prompt covered a step
-            group.todo.appendleft((i, replace(request, reread=True)))
+        if recording.missing_steps and not request.skip_prefix_cache:  # a cached block of the prompt covered a step
+            group.todo.appendleft((i, replace(request, skip_prefix_cache=True)))
         elif request.rows_against is not None:
             group.distances[i] = self._distance(group, pair, recording)
             on_pairs(1)

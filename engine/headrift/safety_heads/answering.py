@@ -68,22 +68,7 @@ def _run(
     engine: ProbedEngine, asked: Iterable[tuple[Key, ProbeRequest]], on_rows: Callable[[int], None] | None
 ) -> Iterator[tuple[Key, Finished]]:
     """The requests as they finish, with the keys they came with."""
-    todo, under_way = iter(asked), dict[int, Key]()
-    try:
-        while True:
-            while engine.free_slots and (following := next(todo, None)) is not None:
-                key, request = following
-                under_way[engine.submit(request)] = key
-            if not under_way:
-                return
-            finished = [done for done in engine.step() if not done.answering]
-            if not finished:
-                continue
-            engine.drain(finished)
-            if on_rows is not None:
-                on_rows(len(finished))
-            for done in finished:
-                yield under_way.pop(done.tenant), done
-    finally:
-        if engine.running:
-            engine.abort()
+    for key, done, _ in engine.run(asked):
+        if on_rows is not None:
+            on_rows(1)
+        yield key, done

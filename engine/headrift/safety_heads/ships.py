@@ -135,7 +135,7 @@ def _request(prompt: _Prompt, **fields: object) -> ProbeRequest:
 def _take(engine: ProbedEngine, finished: Sequence[Finished], running: dict[int, tuple[_Prompt, Head | None]]) -> int:
     """Write finished rows' scores into their prompts; how many rows there were."""
     for done, recording in zip(finished, engine.drain(finished), strict=True):
-        prompt, head = running.pop(done.tenant)
+        prompt, head = running.pop(done.request_id)
         if head is None:
             prompt.clean_has_run = True
         else:

@@ -236,8 +236,8 @@ class SelfTest:
         n, steps = len(prompt.token_ids), self.options.steps
         regions = {**prompt.regions, "everything": (0, n + steps + 1)} if probed else {}
         # A replayed prompt is read anew: in a cached block its steps would not be computed.
-        reread = answer is not None
-        return ProbeRequest(prompt.token_ids, regions, steps, answer, ignore_eos=True, reread=reread, probed=probed)
+        options: dict[str, Any] = {"ignore_eos": True, "skip_prefix_cache": answer is not None, "probed": probed}
+        return ProbeRequest(prompt.token_ids, regions, steps, answer, **options)
 
     def _record(self) -> _Recorded:
         engine, prompts = self.engine, self.prompts
@@ -333,8 +333,8 @@ def _answers(engine: ProbedEngine, requests: Sequence[ProbeRequest], at_once: in
         finished = engine.step()
         recordings = iter(engine.drain(finished, want_mass=True))
         for done in finished:
-            found[done.tenant] = _Answer(done, next(recordings) if done.request.probed else None)
-    return [found[tenant] for tenant in order]
+            found[done.request_id] = _Answer(done, next(recordings) if done.request.probed else None)
+    return [found[number] for number in order]
 
 
 def _seconds(engine: ProbedEngine, requests: Sequence[ProbeRequest]) -> float:

@@ -116,7 +116,7 @@ def test_replay_records_what_generation_recorded(tiny, mixed, run, assert_agrees
             item.done.request.regions,
             item.done.request.steps,
             answer_ids=item.done.answer_ids,
-            reread=True,
+            skip_prefix_cache=True,
         )
         for item in generated
     ]
