@@ -97,7 +97,7 @@ def compared(folders: list[Path], terms: list[str], resamples: int) -> dict[str,
 
     runs = [open_run(folder) for folder in folders]
     fail_terms = FailTerms(terms) if terms else None
-    found = side_by_side(runs, runs[0].cell, resamples=resamples, seed=0, fail_terms=fail_terms)
+    found = side_by_side(runs, runs[0].score_range, resamples=resamples, seed=0, fail_terms=fail_terms)
     return found.model_dump(mode="json", exclude={"points", "steps"})
 
 

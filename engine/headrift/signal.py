@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -103,6 +103,35 @@ class Window:
 
     def __str__(self) -> str:
         return f"{self.start}:{self.end}"
+
+
+class Trims(TypedDict):
+    """Fractions of the layers left out at either end."""
+
+    drop_shallow: float
+    drop_deep: float
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRange:
+    """What a score is averaged over: a window of steps, and the layers that are left after trimming either end."""
+
+    window: Window
+    drop_shallow: float = DROP_SHALLOW
+    drop_deep: float = DROP_DEEP
+
+    @property
+    def trims(self) -> Trims:
+        """The trims as keyword arguments of the functions below."""
+        return {"drop_shallow": self.drop_shallow, "drop_deep": self.drop_deep}
+
+    def score(self, instability: ArrayLike, n_steps: int) -> Score:
+        """Score of instability [rows, layers], as :func:`score` has it."""
+        return score(instability, self.window, n_steps=n_steps, **self.trims)
+
+    def layers(self, n_layers: int) -> tuple[int, int]:
+        """The scored layers [s, e) of a model, as :func:`layer_range` has them."""
+        return layer_range(n_layers, self.drop_shallow, self.drop_deep)
 
 
 def n_steps(n_answer_tokens: int, steps: int) -> int:

@@ -14,9 +14,8 @@ import pytest
 from headrift import signal
 from headrift.calibration.record import Model
 from headrift.calibration.runs import SIGNALS, Run
-from headrift.calibration.search import Cell
 from headrift.corpus.parts import part_schema
-from headrift.signal import Window
+from headrift.signal import ScoreRange, Window
 
 # Benign instability: MEAN + a row's own part + noise in each cell, all Gaussian: a score's distribution is known.
 MEAN, ROW_SD, CELL_SD = 0.2, 0.01, 0.03
@@ -33,7 +32,7 @@ def made_up(seed, n_attack, n_benign, *, steps=6, layers=8, effect=0.0, window=(
     return values.astype(np.float32)
 
 
-def score_sd(cell: Cell, layers: int) -> float:
+def score_sd(cell: ScoreRange, layers: int) -> float:
     """Of a benign score in a cell."""
     start, end = cell.layers(layers)
     cells = (cell.window.end - cell.window.start + 1) * (end - start)
@@ -74,7 +73,7 @@ def run_of(instability, label, name="made-up", regions=(), **columns) -> Run:
     def batches(names):
         yield from table.select([of for of in names if of in table.column_names]).to_batches(max_chunksize=64)
 
-    return Run(name, Model(name="m", **identity), steps, Cell(Window(1, steps)), False, batches)
+    return Run(name, Model(name="m", **identity), steps, ScoreRange(Window(1, steps)), False, batches)
 
 
 def write_run(folder: Path, instability, label, status="done", fingerprint="f", save=(), **columns) -> Path:

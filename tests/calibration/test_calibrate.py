@@ -10,16 +10,16 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from headrift.calibration import search
 from headrift.calibration.calibrate import calibrate
 from headrift.calibration.runs import blocks, exact_scores, read_rows
-from headrift.calibration.search import Cell, Sums
+from headrift.calibration.search import Sums
 from headrift.calibration.settings import CalibrationError, Rule, Settings
-from headrift.calibration.thresholds import highest_rate
 from headrift.calibration.units import divide
-from headrift.calibration.validation import _resampled, held_out
-from headrift.signal import Window
+from headrift.calibration.validation import held_out
+from headrift.signal import ScoreRange, Window
+from headrift.stats import highest_rate
 
 
-def cell_of(calibration) -> Cell:
-    return Cell(Window.parse(calibration.window), calibration.drop_shallow, calibration.drop_deep)
+def cell_of(calibration) -> ScoreRange:
+    return ScoreRange(Window.parse(calibration.window), calibration.drop_shallow, calibration.drop_deep)
 
 
 def realised_fpr(make, calibration, layers=8) -> float:
@@ -88,7 +88,7 @@ def test_held_out_figures_are_those_of_fresh_prompts(make):
     found = [calibrated(make, seed, 60, 140, effect=0.01, folds=5).figures for seed in range(20)]
     held = np.array([figures["auroc"].value for figures in found])
     # Attack and benign scores are Gaussians 0.01 apart; the best cell is the largest, and others are a little worse.
-    best = norm.cdf(0.01 / (np.sqrt(2) * make.score_sd(Cell(Window(1, 6), 0.0, 0.0), 8)))
+    best = norm.cdf(0.01 / (np.sqrt(2) * make.score_sd(ScoreRange(Window(1, 6), 0.0, 0.0), 8)))
     assert best - 0.06 < held.mean() <= best + 3 * held.std() / np.sqrt(20)
     assert np.mean([figures["auroc_in_sample"].value for figures in found]) > held.mean()
 
@@ -146,7 +146,7 @@ def one(make):
 def test_figures_of_a_fold_are_those_of_scikit_learn(one):
     rows = read_rows([one])
     units = divide(rows, Settings(), 100).units
-    (scores,) = exact_scores([one], rows, [(Cell(Window(4, 6)), units.row)])
+    (scores,) = exact_scores([one], rows, [(ScoreRange(Window(4, 6)), units.row)])
     assert np.isnan(scores).any()
     # Some of the fold's own are far above all others: a threshold that they had a part in would be another one.
     scores[(units.fold == 1) & (units.row % 3 == 0)] += 1.0
@@ -170,18 +170,9 @@ def test_figures_of_a_fold_are_those_of_scikit_learn(one):
     assert found["fpr_traffic"] != pytest.approx(found["fpr"])
 
 
-def test_groups_are_resampled_whole_and_as_many_of_a_kind(one):
-    rows = read_rows([one])
-    units = divide(rows, Settings(), 100).units
-    kinds = units.attack * 2 + units.sets
-    for times in _resampled(units, 20, 0):
-        for kind in np.unique(kinds):
-            assert times[kinds == kind].sum() == (kinds == kind).sum()
-
-
 def test_scores_are_those_of_the_definition_and_of_the_table(one):
     rows = read_rows([one])
-    cell, everywhere = Cell(Window(2, 5), 0.3, 0.1), np.arange(len(rows))
+    cell, everywhere = ScoreRange(Window(2, 5), 0.3, 0.1), np.arange(len(rows))
     (exact,) = exact_scores([one], rows, [(cell, everywhere)])
     sums = Sums(len(rows), 6, 8)
     for which, block in blocks([one], everywhere, 6):

@@ -9,9 +9,8 @@ from headrift import signal
 from headrift.calibration.calibrate import calibrate
 from headrift.calibration.original import open_csv
 from headrift.calibration.runs import blocks, exact_scores, open_run, read_rows
-from headrift.calibration.search import Cell
 from headrift.calibration.settings import CalibrationError, Settings
-from headrift.signal import Window
+from headrift.signal import ScoreRange, Window
 
 
 def test_a_folder_and_the_same_rows_in_memory_calibrate_alike(make, tmp_path):
@@ -44,7 +43,7 @@ def test_wanted_rows_are_found_across_runs_and_parts(make, tmp_path):
         expected = values[row, :3].copy()
         expected[n_steps[row] + 1 :] = np.nan
         np.testing.assert_array_equal(found[at], expected)
-    (scores,) = exact_scores(runs, read_rows(runs), [(Cell(Window(1, 3)), wanted)])
+    (scores,) = exact_scores(runs, read_rows(runs), [(ScoreRange(Window(1, 3)), wanted)])
     defined = [signal.score(values[row], Window(1, 3), n_steps=int(n_steps[row])).value for row in wanted]
     np.testing.assert_array_equal(scores, np.array(defined, float))
 
@@ -102,7 +101,7 @@ def test_the_originals_folders_are_a_run(tmp_path):
     assert rows.label.tolist() == [1, 0, 2, 1]
     assert rows.counts["n_steps"].tolist() == [4, 8, 5, 6]
     assert rows.group[0] == rows.group[3] != rows.group[1]
-    (scores,) = exact_scores([run], rows, [(Cell(Window(2, 6)), np.arange(4))])
+    (scores,) = exact_scores([run], rows, [(ScoreRange(Window(2, 6)), np.arange(4))])
     # Layers 8 to 26, columns 2 to 6 as far as there are: the files' numbers, which are kept as float32.
     by_hand = [matrix[8:27, 2:7].mean() for matrix in (matrices[1], matrices[0], matrices[3], matrices[2])]
     np.testing.assert_allclose(scores, by_hand, rtol=0, atol=1e-7)
@@ -112,7 +111,7 @@ def test_the_originals_own_outputs(seed_data):
     run = open_csv(seed_data / "outputs")
     rows = read_rows([run])
     assert sorted(rows.label) == [0, 0, 1, 1]
-    (scores,) = exact_scores([run], rows, [(Cell(Window(2, 3)), np.arange(4))])
+    (scores,) = exact_scores([run], rows, [(ScoreRange(Window(2, 3)), np.arange(4))])
     files = sorted((seed_data / "outputs").rglob("inter_head_std.csv"))
     for path, score in zip(files, scores):
         table = [[float(cell) for cell in line.split(",")] for line in path.read_text().splitlines()]

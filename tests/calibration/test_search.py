@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from headrift import separation, signal
-from headrift.calibration.search import Cell, Search, Sums, grid, standard_error
-from headrift.signal import Window
+from headrift import signal, stats
+from headrift.calibration.search import Search, Sums, grid, standard_error
+from headrift.signal import ScoreRange, Window
 
 
 def filled(instability) -> Sums:
@@ -44,7 +44,7 @@ def test_the_grid_has_every_window_and_every_trim_once():
     windows = {(cell.window.start, cell.window.end) for cell in cells}
     assert windows == {(start, end) for end in range(1, 10) for start in range(1, end + 1)}
     assert len({(cell.window, cell.layers(30)) for cell in cells}) == len(cells)
-    assert Cell(Window(1, 9)) in cells
+    assert ScoreRange(Window(1, 9)) in cells
     assert len({cell.window for cell in grid(1000, 1)}) == 160 * 161 / 2
 
 
@@ -62,8 +62,8 @@ def test_binned_aurocs_are_close_to_exact_ones(seed):
         scores = sums.scores(cell)
         for held_out in (0, 1, 2, 3):
             mine = fold != held_out
-            rank = separation.ranks(scores[mine])
-            exact = separation.area(*separation.curve(rank, attack[mine], weights[mine].astype(float)))
+            rank = stats.ranks(scores[mine])
+            exact = stats.area(*stats.roc_curve(rank, attack[mine], weights[mine].astype(float)))
             # Rows in one bin count as ties: a bin is 8/255 of a standard deviation wide, so 1 pair in 50 at most ties,
             # and those come out even. 0.003 is 30 times less than the standard error of such an AUROC.
             assert found[at, held_out] == pytest.approx(exact, abs=0.003)
@@ -81,8 +81,8 @@ def test_standard_error_is_that_of_simulation():
     drawn = []
     for _ in range(2000):
         values = np.concatenate([random.standard_normal(30) + 1, random.standard_normal(50)])
-        rank, attack = separation.ranks(values), np.arange(80) < 30
-        drawn.append(separation.area(*separation.curve(rank, attack, np.ones(80))))
+        rank, attack = stats.ranks(values), np.arange(80) < 30
+        drawn.append(stats.area(*stats.roc_curve(rank, attack, np.ones(80))))
     # The formula takes exponential distributions; for Gaussians it is known to be within some 10%.
     assert standard_error(float(np.mean(drawn)), 30, 50) == pytest.approx(np.std(drawn), rel=0.15)
 

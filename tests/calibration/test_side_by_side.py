@@ -11,16 +11,15 @@ from headrift.calibration.normalisation import across, normalisation, normalised
 from headrift.calibration.onset import onset
 from headrift.calibration.resampling import Draws
 from headrift.calibration.runs import read_rows
-from headrift.calibration.search import Cell
 from headrift.calibration.settings import CalibrationError
 from headrift.calibration.side_by_side import side_by_side
 from headrift.calibration.signals import STEPPED, Signals
 from headrift.calibration.strata import compare, strata
 from headrift.calibration.success import success
 from headrift.fail_terms import FailTerms
-from headrift.signal import Window
+from headrift.signal import ScoreRange, Window
 
-CELL = Cell(Window(1, 6))
+CELL = ScoreRange(Window(1, 6))
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +68,7 @@ def test_aurocs_of_draws_are_those_of_the_samples_drawn(make):
     values = np.round(made.noise(0.5), 1)
     mask = made.random.random(150) < 0.8
     pairs = made.random.integers(0, 3, 150)
-    found, within = made.draws.auroc(values, mask), made.draws.auroc(values, mask, pairs)
+    found, within = made.draws.aurocs(values, mask), made.draws.aurocs(values, mask, pairs)
     for draw, times in enumerate(made.draws.times):
         weight = times[mask].astype(float)
         assert found[draw] == pytest.approx(roc_auc_score(made.attack[mask], values[mask], sample_weight=weight))
@@ -440,7 +439,7 @@ def test_everything_from_a_run(make):
     run = make.run_with_mass(mass, make.labels(60, 100), text=text, category=["hard_x"] * 90 + ["plain"] * 70)
     stages = []
     found = side_by_side(
-        [run], Cell(Window(2, 5)), resamples=50, seed=0, fail_terms=FailTerms(["lantern"]), say=stages.append
+        [run], ScoreRange(Window(2, 5)), resamples=50, seed=0, fail_terms=FailTerms(["lantern"]), say=stages.append
     )
     assert SideBySide.model_validate_json(found.model_dump_json()) == found
     assert (found.n_attack, found.n_benign, found.window, found.layers) == (60, 100, "2:5", (2, 6))
@@ -460,7 +459,7 @@ def test_everything_from_a_run(make):
     assert len(found.points.attack) == len(found.points.values["focus"]) == 160
     assert len(found.findings) >= 8
     assert stages
-    again = side_by_side([run], Cell(Window(2, 5)), resamples=50, seed=0, fail_terms=FailTerms(["lantern"]))
+    again = side_by_side([run], ScoreRange(Window(2, 5)), resamples=50, seed=0, fail_terms=FailTerms(["lantern"]))
     assert again == found
 
 
@@ -489,7 +488,7 @@ def test_runs_that_cannot_be_compared_are_refused(make):
     other = make.run_of(make.made_up(0, 20, 20, layers=5), make.labels(20, 20), name="other")
     for runs, cell, said in (
         ([run, other], CELL, "number of layers"),
-        ([run], Cell(Window(1, 9)), "ends after step 6"),
+        ([run], ScoreRange(Window(1, 9)), "ends after step 6"),
     ):
         with pytest.raises(CalibrationError, match=said):
             side_by_side(runs, cell, resamples=0, seed=0, fail_terms=None)

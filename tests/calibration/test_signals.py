@@ -7,13 +7,12 @@ from sklearn.metrics import roc_auc_score
 from headrift import signal
 from headrift.calibration import heads, samples, signals
 from headrift.calibration.runs import read_rows
-from headrift.calibration.search import Cell
 from headrift.calibration.settings import CalibrationError
 from headrift.fail_terms import FailTerms
-from headrift.signal import Window
+from headrift.signal import ScoreRange, Window
 
 LABEL = ["attack"] * 30 + ["benign"] * 50
-CELL = Cell(Window(2, 4))
+CELL = ScoreRange(Window(2, 4))
 
 
 def read(runs, cell=CELL, **options):
@@ -30,7 +29,7 @@ def test_signals_are_those_of_signal_py(make):
     mass = make.masses(0, 80)
     n_steps = np.random.default_rng(1).integers(0, 7, 80)
     entropy = [np.linspace(1, 2, last + 1, dtype=np.float32) + at for at, last in enumerate(n_steps)]
-    cell = Cell(Window(2, 4), 0.0, 0.3)
+    cell = ScoreRange(Window(2, 4), 0.0, 0.3)
     _, found = read([make.run_with_mass(mass, LABEL, n_steps=n_steps, entropy_steps=entropy)], cell)
     over = {"drop_shallow": 0.0, "drop_deep": 0.3}
     for at in range(80):
@@ -92,7 +91,7 @@ def test_a_run_of_scores_alone_gives_its_own_columns_and_says_so(make):
     for name, values in own.items():
         np.testing.assert_array_equal(found.values[name], values)
     assert "own column over steps 1:6, not what was asked for" in found.how["system_share"]
-    _, same = read([run], run.cell)
+    _, same = read([run], run.score_range)
     assert "not what was asked for" not in same.how["system_share"]
     assert set(found.absent) == {
         "instability_without_bos",

@@ -5,7 +5,8 @@ import pytest
 from scipy.stats import binom, norm
 
 from headrift.calibration.settings import Rule
-from headrift.calibration.thresholds import Reference, allowed, exact_interval, highest_rate, needed, threshold
+from headrift.calibration.thresholds import Reference, allowed, needed, threshold
+from headrift.stats import exact_interval, highest_rate
 
 
 def ones(scores):

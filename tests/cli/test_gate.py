@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from headrift.calibration.record import Calibration
-from headrift.calibration.thresholds import exact_interval
 from headrift.cli import app
+from headrift.stats import exact_interval
 
 N = 24
 

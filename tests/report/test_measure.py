@@ -5,11 +5,11 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from headrift import signal
-from headrift.calibration.search import Cell
 from headrift.corpus import summary as summaries
 from headrift.report.extremes import extremes
 from headrift.report.gather import cell_of, gather, open_runs
 from headrift.report.measure import by_layer, by_run, by_step, grid, relation
+from headrift.signal import ScoreRange
 
 
 def read(*folders, cell=None):
@@ -57,7 +57,7 @@ def test_the_grid_and_the_steps_are_aurocs_of_what_they_say(found):
 
 def test_another_window_than_the_runs(write, tmp_path):
     run = write(tmp_path / "run")
-    cell = Cell(signal.Window(3, 4), 0.0, 0.0)
+    cell = ScoreRange(signal.Window(3, 4), 0.0, 0.0)
     of = read(run, cell=cell)
     own = read(run)
     assert np.nanmax(np.abs(of.score - own.score)) > 1e-3

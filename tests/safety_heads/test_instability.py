@@ -12,7 +12,7 @@ from headrift.cli import app
 from headrift.job_folder import JobError
 from headrift.safety_heads.instability import instability
 from headrift.safety_heads.ranking import rank
-from headrift.separation import separation
+from headrift.stats import separation
 
 STEPS, LAYERS, HEADS = 6, 8, 4
 SCORED = range(*signal.layer_range(LAYERS))

@@ -14,10 +14,11 @@ from headrift.calibration import evidence, validation
 from headrift.calibration.evidence import Chosen
 from headrift.calibration.record import Calibration, Data
 from headrift.calibration.runs import UNLABELLED, Rows, Run, blocks, check_alike, exact_scores, read_rows
-from headrift.calibration.search import Cell, Search, Sums, grid
+from headrift.calibration.search import Search, Sums, grid
 from headrift.calibration.settings import CalibrationError, Settings
 from headrift.calibration.thresholds import allowed, threshold
 from headrift.calibration.units import Division, divide, target_of
+from headrift.signal import ScoreRange
 
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
@@ -70,13 +71,13 @@ def calibrate(runs: Sequence[Run], settings: Settings, say: Say = lambda text: N
     )
 
 
-def _cells(runs: Sequence[Run], steps: int, settings: Settings) -> list[Cell]:
+def _cells(runs: Sequence[Run], steps: int, settings: Settings) -> list[ScoreRange]:
     """What there is to choose from: all cells, or the one that is given."""
     if not settings.benign_only and settings.window is None:
         return grid(steps, runs[0].model.layers)
-    own = {run.cell for run in runs}
+    own = {run.score_range for run in runs}
     if settings.window is not None:
-        own = {Cell(settings.window, cell.drop_shallow, cell.drop_deep) for cell in own}
+        own = {ScoreRange(settings.window, cell.drop_shallow, cell.drop_deep) for cell in own}
     if len(own) > 1:
         raise CalibrationError(
             "the runs were scored over different windows or layers, and nothing here chooses between them: give runs "
@@ -92,7 +93,7 @@ def _choose(
     runs: Sequence[Run],
     rows: Rows,
     division: Division,
-    cells: list[Cell],
+    cells: list[ScoreRange],
     steps: int,
     settings: Settings,
     say: Say,
@@ -110,13 +111,17 @@ def _choose(
         *of_fold, cell = search.best(np.ones(len(choosers), np.int64))
         by_search = validation.chooser(units.n_folds, search)
 
-        def choose(times: Ints) -> Sequence[Cell]:
+        def choose(times: Ints) -> Sequence[ScoreRange]:
             return by_search(times[choosers])
 
     say(f"scoring {len(rows):,} rows")
     distinct = list(dict.fromkeys(of_fold))
     everywhere = np.arange(len(rows))
-    own = runs[0].cell if {run.cell for run in runs} == {runs[0].cell} != {cell} and len(cells) > 1 else None
+    own = (
+        runs[0].score_range
+        if {run.score_range for run in runs} == {runs[0].score_range} != {cell} and len(cells) > 1
+        else None
+    )
     asked = [(cell, everywhere), *((of, units.row) for of in [*distinct, *([own] if own else [])])]
     scores, *of_cells = exact_scores(runs, rows, asked)
     found: dict[str, validation.Estimate] = {}

@@ -9,14 +9,15 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from headrift import separation
+from headrift import stats
 from headrift.calibration import validation
 from headrift.calibration.record import Contaminated, Figure, OfClass, Scores, Setting, Traffic
 from headrift.calibration.runs import ATTACK, BENIGN, UNLABELLED, Rows, Run
-from headrift.calibration.search import Cell
-from headrift.calibration.settings import CONFIDENCE, Rule, Settings
-from headrift.calibration.thresholds import Reference, highest_rate, threshold
+from headrift.calibration.settings import Rule, Settings
+from headrift.calibration.thresholds import Reference, threshold
 from headrift.calibration.units import Division
+from headrift.signal import ScoreRange
+from headrift.stats import CONFIDENCE, highest_rate
 
 Floats: TypeAlias = NDArray[np.float64]
 
@@ -46,11 +47,11 @@ class Chosen:
     rows in the cell, NaN for none; and, where the runs have a window of their own and another was chosen, that one with
     all samples' scores in it."""
 
-    cell: Cell
-    of_fold: list[Cell]
+    cell: ScoreRange
+    of_fold: list[ScoreRange]
     estimates: dict[str, validation.Estimate]
     scores: Floats
-    own: tuple[Cell, Floats] | None
+    own: tuple[ScoreRange, Floats] | None
 
 
 def setting(settings: Settings, of_b: Floats, cut: float, above: int) -> Setting:
@@ -117,13 +118,13 @@ def figures(chosen: Chosen, division: Division, resamples: int) -> dict[str, Fig
         )
     if units.chooses.any():
         mine = units.chooses
-        rank = separation.ranks(chosen.scores[units.row[mine]])
-        naive = separation.area(*separation.curve(rank, units.attack[mine], np.ones(len(rank))))
+        rank = stats.ranks(chosen.scores[units.row[mine]])
+        naive = stats.area(*stats.roc_curve(rank, units.attack[mine], np.ones(len(rank))))
         how = "AUROC on the very prompts that window and layers were chosen on: too high, for comparison only"
         shown["auroc_in_sample"] = Figure(value=naive, how=how)
     if chosen.own is not None:
         cell, scores = chosen.own
-        unsearched = separation.separation(scores, units.attack, units.group, resamples=resamples)
+        unsearched = stats.separation(scores, units.attack, units.group, resamples=resamples)
         how = f"AUROC of the runs' own window {cell.window} and layers; nothing was chosen, so on all samples"
         shown["auroc_own_window"] = Figure(value=unsearched.auroc, interval=unsearched.auroc_interval, how=how)
     return shown
@@ -136,7 +137,7 @@ def confounds(rows: Rows, division: Division, resamples: int) -> dict[str, Figur
         of_units = values[units.row].astype(np.float64)
         if len(np.unique(of_units)) < 2:
             continue
-        measured = separation.separation(of_units, units.attack, units.group, resamples=resamples)
+        measured = stats.separation(of_units, units.attack, units.group, resamples=resamples)
         what = CONFOUNDS[name] + (f" ({_EXACTLY[name]})" if name in _EXACTLY else "")
         how = f"AUROC of {what}, higher counted as attack (below 0.5: lower is), on the same prompts"
         found[name] = Figure(value=measured.auroc, interval=measured.auroc_interval, how=how)
@@ -181,7 +182,9 @@ def contamination(of_b: Floats, cut: float, settings: Settings) -> list[Contamin
     return found
 
 
-def procedure(division: Division, cells: list[Cell], settings: Settings) -> dict[str, str | int | float | bool | None]:
+def procedure(
+    division: Division, cells: list[ScoreRange], settings: Settings
+) -> dict[str, str | int | float | bool | None]:
     """How it was done."""
     units = division.units
     return {

@@ -149,5 +149,5 @@ def _mean_auroc(chances: list[Floats], divisions: list[Ints], samples: Samples, 
     """In each draw the AUROC of pairs of the same fold (and so regression) and set, mean over divisions."""
     n_sets = len(samples.sets) + 1
     return np.mean(
-        [draws.auroc(of, there, fold * n_sets + samples.set + 1) for of, fold in zip(chances, divisions)], axis=0
+        [draws.aurocs(of, there, fold * n_sets + samples.set + 1) for of, fold in zip(chances, divisions)], axis=0
     )

@@ -78,7 +78,7 @@ def normalisation(scores: Floats, samples: Samples, draws: Draws) -> Normalisati
     in_sets = [number for number in range(len(samples.sets)) if (benign & (samples.set == number)).any()]
     of_sets = [benign & (samples.set == number) for number in in_sets]
     by_set = _rates(both, [(mine, benign & ~mine) for mine in of_sets], draws) if len(of_sets) > 1 else []
-    aurocs = [draws.auroc(of, there) for of in both]
+    aurocs = [draws.aurocs(of, there) for of in both]
     spreads = [
         np.nanmean([np.abs(rates[which] - TARGET_FPR) for rates in by_set or by_length if rates is not None], axis=0)
         for which in (0, 1)

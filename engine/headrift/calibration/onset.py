@@ -16,7 +16,7 @@ from headrift.calibration.comparison import Before, Steps
 from headrift.calibration.resampling import Draws
 from headrift.calibration.samples import Samples
 from headrift.calibration.signals import SIGNALS, STEPPED, Signals
-from headrift.separation import MIN_FOR_INTERVAL
+from headrift.stats import MIN_FOR_INTERVAL, percentile_bands, percentile_bounds
 
 Floats: TypeAlias = NDArray[np.float64]
 
@@ -63,7 +63,7 @@ def _steps(
     if not len(at):
         few = f"it takes {MIN_FOR_INTERVAL} attacks and as many benign prompts at a step"
         return Steps(name=name, label=label, how="", absent=few), None
-    drawn = np.stack([draws.auroc(series[:, step], there[:, step]) for step in at], axis=1)
+    drawn = np.stack([draws.aurocs(series[:, step], there[:, step]) for step in at], axis=1)
     by_chance = np.stack(
         [_permuted_aurocs(series[there[:, step], step], permuted[:, there[:, step]]) for step in at], 1
     )
@@ -74,20 +74,21 @@ def _steps(
     separates = np.abs(deviation) > width
     first = np.where(separates.any(axis=1), at[separates.argmax(axis=1)], _NO_STEP)
     found = first[1:][first[1:] != _NO_STEP]
+    low, high = percentile_bands(again) if len(again) else (np.array([]), np.array([]))
     steps = Steps(
         name=name,
         label=label,
         how=f"{_HOW[name]}; among the answers that reach the step",
         steps=at.tolist(),
         auroc=value.tolist(),
-        low=np.nanpercentile(again, 2.5, axis=0).tolist() if len(again) else [],
-        high=np.nanpercentile(again, 97.5, axis=0).tolist() if len(again) else [],
+        low=low.tolist(),
+        high=high.tolist(),
         joint_low=np.maximum(value - width, 0).tolist(),
         joint_high=np.minimum(value + width, 1).tolist(),
         n_attack=counts[0][at].tolist(),
         n_benign=counts[1][at].tolist(),
         first=int(first[0]) if first[0] != _NO_STEP else None,
-        first_interval=_interval(found) if first[0] != _NO_STEP and len(found) else None,
+        first_interval=percentile_bounds(found) if first[0] != _NO_STEP and len(found) else None,
         found_in=len(found) / len(again) if len(again) else None,
         largest=int(at[np.abs(value - 0.5).argmax()]),
     )
@@ -127,7 +128,7 @@ def _before(other: str, firsts: dict[str, NDArray[np.int64]], shown: dict[str, S
         return Before(other=other, label=label, verdict=" and ".join(said))
     both = (mine[1:] != _NO_STEP) & (its[1:] != _NO_STEP)
     difference = (mine - its)[1:][both]
-    interval = _interval(difference) if len(difference) else None
+    interval = percentile_bounds(difference) if len(difference) else None
     if interval is None:
         verdict = "not known: in no resample do both separate"
     elif interval[1] < 0:
@@ -147,8 +148,3 @@ def _before(other: str, firsts: dict[str, NDArray[np.int64]], shown: dict[str, S
         resamples=int(both.sum()),
         verdict=verdict,
     )
-
-
-def _interval(values: NDArray[np.int64]) -> tuple[float, float]:
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from headrift import signal
 from headrift.calibration.record import Model
 from headrift.calibration.runs import SIGNALS, Run
-from headrift.calibration.search import Cell
 from headrift.calibration.settings import CalibrationError
+from headrift.signal import ScoreRange
 
 _FILE = "inter_head_std.csv"
 _LABELS = {"benign": "benign", "baseline": "benign", "attacks": "attack", "tests": "attack"}
@@ -40,7 +40,7 @@ def open_csv(root: Path) -> Run:
     steps = max(matrix.shape[1] for matrix in matrices) - 1
     if not steps:
         raise CalibrationError(f"--import-csv {root} holds no step after the prefill: there is nothing to score")
-    cell = Cell(signal.Window(1, steps))
+    cell = ScoreRange(signal.Window(1, steps))
     columns = [_row(path, matrix, cell) for path, matrix in zip(files, matrices)]
     table = pa.table({name: [row[name] for row in columns] for name in columns[0]})
 
@@ -66,7 +66,7 @@ def _matrix(path: Path) -> NDArray[np.float32]:
     return matrix
 
 
-def _row(path: Path, matrix: NDArray[np.float32], cell: Cell) -> dict[str, object]:
+def _row(path: Path, matrix: NDArray[np.float32], cell: ScoreRange) -> dict[str, object]:
     """The columns of a part that calibration reads."""
     n_steps = matrix.shape[1] - 1
     instability = np.ascontiguousarray(matrix.T)

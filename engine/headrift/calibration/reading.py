@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from headrift import signal
 from headrift.calibration.runs import Run
-from headrift.calibration.search import Cell
+from headrift.signal import ScoreRange
 
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
@@ -94,7 +94,7 @@ def rows(runs: Sequence[Run], wanted: Ints, columns: Sequence[str]) -> Iterator[
             first += batch.num_rows
 
 
-def measure(row: Row, n_steps: int, cell: Cell, chosen: Bools | None) -> Measured:
+def measure(row: Row, n_steps: int, cell: ScoreRange, chosen: Bools | None) -> Measured:
     """A row's signals over the cell's window and layers. chosen: the important heads [layers, heads], None for none."""
     window, layers = cell.window, slice(*cell.layers(row.instability.shape[1]))
     trims: dict[str, Any] = {"drop_shallow": cell.drop_shallow, "drop_deep": cell.drop_deep}

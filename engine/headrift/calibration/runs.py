@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 
 from headrift import signal
 from headrift.calibration.record import Model
-from headrift.calibration.search import Cell
 from headrift.calibration.settings import CalibrationError
+from headrift.signal import ScoreRange
 
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
 
 BENIGN, ATTACK, UNLABELLED = 0, 1, 2
+HARD = "hard"  # categories of benign prompts that are made to be mistaken for attacks begin so
 _CLASSES = {"benign": BENIGN, "attack": ATTACK, None: UNLABELLED}
 _BATCH = 4096  # rows: with 40 steps of 32 layers, 20 MB
 _BATCH_OF_HEADS = 64  # where numbers of single heads are read: with 32 heads and 5 regions, 50 MB
@@ -45,7 +46,7 @@ class Run:
     name: str
     model: Model
     steps: int
-    cell: Cell
+    score_range: ScoreRange
     replay: bool
     batches: Callable[[Sequence[str]], Iterator[pa.RecordBatch]]
 
@@ -79,7 +80,7 @@ def open_run(folder: Path) -> Run:
             )
         if about["status"] != "done":
             raise CalibrationError(f"{folder} is not finished: go on with it first (headrift score ... --resume)")
-        cell = Cell(signal.Window.parse(settings["window"]), settings["drop_shallow"], settings["drop_deep"])
+        cell = ScoreRange(signal.Window.parse(settings["window"]), settings["drop_shallow"], settings["drop_deep"])
         identity = Model(
             name=Path(model["path"]).name,
             fingerprint=model["fingerprint"],
@@ -188,7 +189,7 @@ def blocks(runs: Sequence[Run], wanted: Ints, steps: int) -> Iterator[tuple[slic
         yield slice(start, stop), block
 
 
-def exact_scores(runs: Sequence[Run], rows: Rows, asked: Sequence[tuple[Cell, Ints]]) -> list[Floats]:
+def exact_scores(runs: Sequence[Run], rows: Rows, asked: Sequence[tuple[ScoreRange, Ints]]) -> list[Floats]:
     """For each cell and rows (numbers, ascending): their scores, by the definition; NaN for none. In one pass."""
     n_steps = rows.counts["n_steps"]
     found = [np.full(len(wanted), np.nan) for _, wanted in asked]

@@ -10,10 +10,9 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from headrift.calibration.runs import ATTACK, BENIGN, Rows, Run
+from headrift.calibration.runs import ATTACK, BENIGN, HARD, Rows, Run
 from headrift.calibration.settings import CalibrationError
 from headrift.calibration.units import distinct, folds
-from headrift.separation import HARD
 
 Ints: TypeAlias = NDArray[np.int64]
 Bools: TypeAlias = NDArray[np.bool_]

@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from typing import TypeAlias
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrift import signal
+from headrift.signal import ScoreRange
 from headrift_kernels.cpu.compile import kernel
 
 Floats: TypeAlias = NDArray[np.float64]
@@ -36,25 +36,7 @@ _ABOUT = 0.5  # "about as good": within so many standard errors of the best AURO
 _WIDTH = 4.0  # bins cover the mean -+ so many standard deviations; what lies beyond is in the outermost ones
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """A window and a trim of the layers: what a score is the mean of."""
-
-    window: signal.Window
-    drop_shallow: float = signal.DROP_SHALLOW
-    drop_deep: float = signal.DROP_DEEP
-
-    def score(self, instability: NDArray[np.floating], n_steps: int) -> signal.Score:
-        """A row's score (signal.score)."""
-        trim = {"drop_shallow": self.drop_shallow, "drop_deep": self.drop_deep}
-        return signal.score(instability, self.window, n_steps=n_steps, **trim)
-
-    def layers(self, n_layers: int) -> tuple[int, int]:
-        """The scored layers [s, e)."""
-        return signal.layer_range(n_layers, self.drop_shallow, self.drop_deep)
-
-
-def grid(steps: int, n_layers: int) -> list[Cell]:
+def grid(steps: int, n_layers: int) -> list[ScoreRange]:
     """All windows in steps 1 to `steps`, with all trims that differ. The first of equals is chosen, so windows
     that end early come first, and trims near the default's."""
     trims: dict[tuple[int, int], tuple[float, float]] = {}
@@ -62,7 +44,7 @@ def grid(steps: int, n_layers: int) -> list[Cell]:
         trims.setdefault(signal.layer_range(n_layers, shallow, deep), (shallow, deep))
     at = np.unique(np.linspace(1, steps, min(steps, _MOST_STEPS)).round().astype(int)).tolist()
     windows = [signal.Window(start, end) for end in at for start in at if start <= end]
-    return [Cell(window, *trim) for window in windows for trim in trims.values()]
+    return [ScoreRange(window, *trim) for window in windows for trim in trims.values()]
 
 
 class Sums:
@@ -85,14 +67,14 @@ class Sums:
         part.sums, part.counts = self.sums[..., rows], self.counts[..., rows]
         return part
 
-    def scores(self, cell: Cell) -> Floats:
+    def scores(self, cell: ScoreRange) -> Floats:
         """The scores of all rows, as signal.score has them but for rounding; NaN for none."""
         first, last, start, end = self.bounds(cell)
         found = np.empty(self.sums.shape[-1])
         _cell_scores(self.sums, self.counts, first, last, start, end, found)
         return found
 
-    def bounds(self, cell: Cell) -> tuple[int, int, int, int]:
+    def bounds(self, cell: ScoreRange) -> tuple[int, int, int, int]:
         """A cell as places in the table."""
         return cell.window.start - 1, cell.window.end, *cell.layers(self.sums.shape[1] - 1)
 
@@ -103,7 +85,9 @@ class Search:
     attack, fold: of each row. The rows are taken to be each a sample of its own; weights say how often one counts.
     """
 
-    def __init__(self, sums: Sums, cells: Sequence[Cell], attack: NDArray[np.bool_], fold: Ints, n_folds: int) -> None:
+    def __init__(
+        self, sums: Sums, cells: Sequence[ScoreRange], attack: NDArray[np.bool_], fold: Ints, n_folds: int
+    ) -> None:
         self.cells = list(cells)
         segment = fold * 2 + attack
         self._order = np.argsort(segment, kind="stable")
@@ -131,7 +115,7 @@ class Search:
         self._threads(fill)
         return found
 
-    def best(self, weights: Ints) -> list[Cell]:
+    def best(self, weights: Ints) -> list[ScoreRange]:
         """The cell chosen outside each fold, and on all rows: of those with about the highest AUROC the largest, and of
         these the first."""
         samples = np.array([[self._times(weights, fold, of) for of in (0, 1)] for fold in range(self._n_folds)])

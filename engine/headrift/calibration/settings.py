@@ -7,8 +7,6 @@ from enum import StrEnum
 
 from headrift.signal import Window
 
-CONFIDENCE = 0.95
-
 
 class CalibrationError(ValueError):
     """The runs cannot be calibrated on, or the calibration not be used. The message says why and what to do."""

@@ -20,12 +20,12 @@ from headrift.calibration.onset import onset
 from headrift.calibration.resampling import Draws
 from headrift.calibration.runs import UNLABELLED, Rows, Run, check_alike, read_rows
 from headrift.calibration.samples import FOLDS, Samples
-from headrift.calibration.search import Cell
 from headrift.calibration.settings import CalibrationError
 from headrift.calibration.signals import SIGNALS, Signals
 from headrift.calibration.strata import compare, strata
 from headrift.calibration.success import success
 from headrift.fail_terms import FailTerms
+from headrift.signal import ScoreRange
 
 __all__ = ["SideBySide", "side_by_side"]
 
@@ -34,7 +34,7 @@ _DRAWN = 500  # samples of a class
 
 def side_by_side(
     runs: Sequence[Run],
-    cell: Cell,
+    cell: ScoreRange,
     *,
     resamples: int,
     seed: int,

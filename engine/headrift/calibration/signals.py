@@ -18,8 +18,8 @@ from headrift.calibration.comparison import Heads
 from headrift.calibration.reading import OWN, Measured, Saved, focus_at_0, measure, rows, saved
 from headrift.calibration.runs import Run
 from headrift.calibration.samples import Samples
-from headrift.calibration.search import Cell
 from headrift.fail_terms import FailTerms
+from headrift.signal import ScoreRange
 
 Floats: TypeAlias = NDArray[np.float64]
 
@@ -79,7 +79,7 @@ class Signals:
 def read(
     runs: Sequence[Run],
     samples: Samples,
-    cell: Cell,
+    cell: ScoreRange,
     *,
     fail_terms: FailTerms | None = None,
     important_heads: bool = True,
@@ -87,7 +87,7 @@ def read(
 ) -> Signals:
     """The samples' signals over the cell's window and layers. The runs must be of one model."""
     have = saved(runs)
-    own = all(run.cell == cell for run in runs)
+    own = all(run.score_range == cell for run in runs)
     absent = {} if important_heads else {"focus_important": "not asked for"}
     choices: list[heads.Choice] = []
     important = None
@@ -177,11 +177,11 @@ def _succeeded(runs: Sequence[Run], samples: Samples, fail_terms: FailTerms | No
     return found
 
 
-def _how(have: Saved, cell: Cell, runs: Sequence[Run], own: bool, important: Heads | None) -> dict[str, str]:
+def _how(have: Saved, cell: ScoreRange, runs: Sequence[Run], own: bool, important: Heads | None) -> dict[str, str]:
     """How each signal was got."""
     start, end = cell.layers(runs[0].model.layers)
     over = f"steps {cell.window}, layers {start} to {end - 1}"
-    theirs = ", ".join(sorted({f"steps {run.cell.window}" for run in runs}))
+    theirs = ", ".join(sorted({f"steps {run.score_range.window}" for run in runs}))
     from_own, not_asked = f"the runs' own column, {over}", f"the runs' own column over {theirs}, not what was asked for"
 
     def measured(there: bool, source: str) -> str:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from headrift.calibration.comparison import Correlation, Signal, Stratum
 from headrift.calibration.resampling import Draws
 from headrift.calibration.samples import Samples
-from headrift.calibration.search import Cell
 from headrift.calibration.signals import SIGNALS, Signals
+from headrift.signal import ScoreRange
 
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
@@ -46,7 +46,7 @@ def length_thirds(samples: Samples) -> tuple[Ints, list[str]]:
     ]
 
 
-def strata(samples: Samples, cell: Cell) -> list[Among]:
+def strata(samples: Samples, cell: ScoreRange) -> list[Among]:
     """What the prompts are divided by: length, kind of benign prompt, early stops, system prompt."""
     attack, hard, everything = samples.attack, samples.hard, np.ones(len(samples), np.bool_)
     found = []
@@ -81,14 +81,14 @@ def compare(name: str, signals: Signals, samples: Samples, among: list[Among], d
     if values is None:
         return Signal(name=name, label=label, unit=unit, how="", absent=signals.absent[name])
     there = ~np.isnan(values)
-    auroc = draws.estimate(draws.auroc(values, there), there)
+    auroc = draws.estimate(draws.aurocs(values, there), there)
     sign: Literal[1, -1] | None = None
     if auroc.interval is not None:
         sign = 1 if auroc.interval[0] > 0.5 else -1 if auroc.interval[1] < 0.5 else None
     everything = np.ones(len(samples), np.bool_)
     # A prompt without the signal is never flagged: it ranks at the end where benign prompts are.
     lowest = -np.inf if auroc.value is None or auroc.value >= 0.5 else np.inf
-    of_all = draws.auroc(np.where(there, values, lowest), everything)
+    of_all = draws.aurocs(np.where(there, values, lowest), everything)
     return Signal(
         name=name,
         label=label,
@@ -106,7 +106,7 @@ def compare(name: str, signals: Signals, samples: Samples, among: list[Among], d
                 kind=some.kind,
                 name=some.name,
                 label=some.label,
-                auroc=draws.estimate(draws.auroc(values, there & some.mask, some.pairs), there & some.mask),
+                auroc=draws.estimate(draws.aurocs(values, there & some.mask, some.pairs), there & some.mask),
             )
             for some in among
         ],

@@ -8,7 +8,7 @@ from headrift.calibration.comparison import Estimate, Success
 from headrift.calibration.resampling import Draws
 from headrift.calibration.samples import Samples
 from headrift.calibration.signals import SIGNALS, Signals
-from headrift.separation import MIN_FOR_INTERVAL
+from headrift.stats import MIN_FOR_INTERVAL
 
 
 def success(signals: Signals, samples: Samples, draws: Draws, *, asked: bool) -> Success:
@@ -33,7 +33,7 @@ def success(signals: Signals, samples: Samples, draws: Draws, *, asked: bool) ->
     aurocs = {}
     for name, values in signals.values.items():
         there = known & ~np.isnan(values)
-        aurocs[name] = draws.estimate(draws.auroc(values, there, strata, positive=succeeded), there, succeeded)
+        aurocs[name] = draws.estimate(draws.aurocs(values, there, strata, positive=succeeded), there, succeeded)
     return Success(
         n_attacks=n, n_succeeded=n_succeeded, aurocs=aurocs, verdict=_verdict(aurocs["instability"], n_succeeded, n)
     )

@@ -19,7 +19,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from headrift.calibration.settings import CONFIDENCE, Rule
+from headrift.calibration.settings import Rule
+from headrift.stats import CONFIDENCE
 
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
@@ -59,21 +60,6 @@ def threshold(scores: Floats, times: Ints, target: float, rule: Rule) -> float |
     place = np.searchsorted(np.cumsum(times[there][down]), k, side="right")
     not_flagged = max(ordered[down[place]], ordered[np.isfinite(ordered)].min())
     return float(np.nextafter(not_flagged, np.inf))
-
-
-def highest_rate(k: int, n: int) -> float:
-    """The highest rate that k of n do not rule out with 95% confidence (Clopper-Pearson, one-sided)."""
-    from scipy.stats import beta
-
-    return 1.0 if k >= n else float(beta.ppf(CONFIDENCE, k + 1, n - k))
-
-
-def exact_interval(k: int, n: int) -> tuple[float, float]:
-    """The 95% interval of a rate of which k of n were seen (Clopper-Pearson, two-sided)."""
-    from scipy.stats import binomtest
-
-    low, high = binomtest(k, n).proportion_ci(CONFIDENCE, method="exact")
-    return float(low), float(high)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrift.calibration.runs import ATTACK, BENIGN, UNLABELLED, Rows
-from headrift.calibration.settings import CONFIDENCE, CalibrationError, Settings
+from headrift.calibration.settings import CalibrationError, Settings
 from headrift.calibration.thresholds import needed
+from headrift.stats import CONFIDENCE
 
 Ints: TypeAlias = NDArray[np.int64]
 Bools: TypeAlias = NDArray[np.bool_]

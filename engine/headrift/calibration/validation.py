@@ -7,18 +7,19 @@ same done over and over with groups drawn with replacement, the choice included;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from headrift import separation
-from headrift.calibration.search import Cell, Search, Sums
+from headrift import stats
+from headrift.calibration.search import Search, Sums
 from headrift.calibration.settings import Rule
 from headrift.calibration.thresholds import threshold
 from headrift.calibration.units import Units
+from headrift.signal import ScoreRange
 
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
@@ -72,19 +73,19 @@ def held_out(units: Units, scores: Floats, times: Ints, fold: int, target: float
 
 def _ranked(values: Floats, attack: NDArray[np.bool_], weight: Floats) -> dict[str, float]:
     """The figures that need no threshold."""
-    rank = separation.ranks(values)
-    fpr, tprs = separation.curve(rank, attack, weight)
+    rank = stats.ranks(values)
+    fpr, tprs = stats.roc_curve(rank, attack, weight)
     n_benign, n_attack = weight[~attack].sum(), weight[attack].sum()
     found = {
-        "auroc": separation.area(fpr, tprs),
-        "auprc": separation.average_precision(fpr, tprs, n_benign, n_attack),
+        "auroc": stats.area(fpr, tprs),
+        "auprc": stats.average_precision(fpr, tprs, n_benign, n_attack),
     }
     for name, rate, fewest in (("tpr_at_5", 0.05, FEWEST_AT_5), ("tpr_at_1", 0.01, FEWEST_AT_1)):
         if n_benign >= fewest:
-            found[name] = float(separation.tpr_at(fpr, tprs, np.array([rate]))[0])
+            found[name] = float(stats.tpr_at(fpr, tprs, np.array([rate]))[0])
     there = ~np.isnan(values)
     if attack[there].any() and not attack[there].all():
-        found["auroc_scored"] = separation.area(*separation.curve(rank[there], attack[there], weight[there]))
+        found["auroc_scored"] = stats.area(*stats.roc_curve(rank[there], attack[there], weight[there]))
     return found
 
 
@@ -92,7 +93,7 @@ def estimates(
     units: Units,
     exact: Sequence[Floats],
     sums: Sums,
-    choose: Callable[[Ints], Sequence[Cell]],
+    choose: Callable[[Ints], Sequence[ScoreRange]],
     *,
     target: float,
     rule: Rule,
@@ -107,9 +108,9 @@ def estimates(
         return {name: [fold[name] for fold in folds] for name in FIGURES}
 
     once = by_fold(exact, np.ones(len(units.row), np.int64))
-    kept: dict[Cell, Floats] = {}
+    kept: dict[ScoreRange, Floats] = {}
 
-    def scores_of(cell: Cell) -> Floats:
+    def scores_of(cell: ScoreRange) -> Floats:
         if cell not in kept:
             if len(kept) == _KEPT_CELLS:
                 kept.pop(next(iter(kept)))
@@ -117,7 +118,8 @@ def estimates(
         return kept[cell]
 
     drawn: dict[str, list[float]] = {name: [] for name in FIGURES}
-    for times in _resampled(units, resamples, seed):
+    strata = units.attack.astype(int) * 2 + units.sets
+    for times in stats.cluster_resamples(units.group, resamples, seed=seed, strata=strata):
         again = by_fold([scores_of(cell) for cell in choose(times)], times)
         for name, values in again.items():
             # A resample may leave a fold without enough to set a threshold; the others still say how much it varies.
@@ -129,32 +131,17 @@ def estimates(
     return found
 
 
-def chooser(n_folds: int, cells: Search | Cell) -> Callable[[Ints], Sequence[Cell]]:
+def chooser(n_folds: int, cells: Search | ScoreRange) -> Callable[[Ints], Sequence[ScoreRange]]:
     """`choose` for estimates: by the search, or always the one cell."""
-    if isinstance(cells, Cell):
+    if isinstance(cells, ScoreRange):
         return lambda times: [cells] * n_folds
     return lambda times: cells.best(times)[:n_folds]
-
-
-def _resampled(units: Units, n: int, seed: int) -> Iterator[Ints]:
-    """How often each unit counts when groups are drawn with replacement, as many of a class and part as there are."""
-    random = np.random.default_rng(seed)
-    first = np.unique(units.group, return_index=True)[1]
-    group = np.searchsorted(units.group[first], units.group)
-    stratum = (units.attack.astype(int) * 2 + units.sets)[first]
-    members = [np.flatnonzero(stratum == at) for at in np.unique(stratum)]
-    for _ in range(n):
-        times = np.zeros(len(first), np.int64)
-        for of in members:
-            times[of] = np.bincount(random.integers(0, len(of), len(of)), minlength=len(of))
-        yield times[group]
 
 
 def _interval(drawn: list[float], units: Units) -> tuple[float, float] | None:
     """95% percentile interval; None without resamples, where most had no such figure, or from a handful of samples."""
     there = [value for value in drawn if not np.isnan(value)]
     classes = [int(units.attack.sum())] * bool(units.attack.any()) + [int((~units.attack).sum())]
-    if not there or len(there) < len(drawn) / 2 or min(classes) < separation.MIN_FOR_INTERVAL:
+    if not there or len(there) < len(drawn) / 2 or min(classes) < stats.MIN_FOR_INTERVAL:
         return None
-    low, high = np.percentile(there, [2.5, 97.5])
-    return float(low), float(high)
+    return stats.percentile_bounds(there)

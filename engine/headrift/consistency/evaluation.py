@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headrift.calibration.resampling import Draws
 from headrift.consistency import hooks, losses
 from headrift.consistency.answers import flipped, is_hinted, is_right
 from headrift.consistency.generating import answers
 from headrift.consistency.pairs import Pair
-from headrift.separation import MIN_FOR_INTERVAL, RESAMPLES
+from headrift.stats import MIN_FOR_INTERVAL, RESAMPLES, ClusterBootstrap
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +90,7 @@ def summary(pairs: Sequence[Pair], measured: Measured, held_out: frozenset[str],
     none), by family, by layer, and the neutral text's perplexity."""
     places = {question: i for i, question in enumerate(dict.fromkeys(pair.question for pair in pairs))}
     of = np.array([places[pair.question] for pair in pairs])
-    draws = Draws(np.zeros(len(pairs), bool), of, RESAMPLES, seed)
+    draws = ClusterBootstrap(of, RESAMPLES, seed=seed)
     families = list(dict.fromkeys(pair.family for pair in pairs if pair.family is not None))
     inside = np.array([not held_out or pair.family in held_out for pair in pairs])
     masks = {"held_out": inside}
@@ -110,7 +109,9 @@ def summary(pairs: Sequence[Pair], measured: Measured, held_out: frozenset[str],
     }
 
 
-def _figures(measured: Measured, draws: Draws, of: NDArray[np.int64], mask: NDArray[np.bool_], name: str) -> dict:
+def _figures(
+    measured: Measured, draws: ClusterBootstrap, of: NDArray[np.int64], mask: NDArray[np.bool_], name: str
+) -> dict:
     """A measure's value and interval in each state, and of the change; None where no pair has it."""
     by_state = {state: values[name] for state, values in measured.values.items()}
     there = mask & np.all([~np.isnan(values) for values in by_state.values()], axis=0)
@@ -125,7 +126,7 @@ def _figures(measured: Measured, draws: Draws, of: NDArray[np.int64], mask: NDAr
 
 def _perplexity(measured: Measured, seed: int) -> dict:
     n = len(next(iter(measured.nll.values())))
-    draws = Draws(np.zeros(n, bool), np.arange(n), RESAMPLES, seed)
+    draws = ClusterBootstrap(np.arange(n), RESAMPLES, seed=seed)
     drawn = {state: np.exp(draws.mean(nll, np.ones(n, bool))) for state, nll in measured.nll.items()}
     if len(drawn) > 1:
         drawn["ratio"] = drawn[AFTER] / drawn[BEFORE]

@@ -14,9 +14,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from headrift.calibration.resampling import Draws
 from headrift.screen import print_table
-from headrift.separation import MIN_FOR_INTERVAL, RESAMPLES, separation
+from headrift.stats import MIN_FOR_INTERVAL, RESAMPLES, ClusterBootstrap, separation
 
 Floats = NDArray[np.float64]
 
@@ -49,7 +48,7 @@ def summarised(table: pa.Table, seed: int = 0) -> dict[str, Any]:
     """
     values = _values(table)
     _, question = np.unique(np.array(table["question"].to_pylist()), return_inverse=True)
-    draws = Draws(np.zeros(len(question), bool), question, RESAMPLES, seed)
+    draws = ClusterBootstrap(question, RESAMPLES, seed=seed)
     family = np.array(["" if name is None else name for name in table["family"].to_pylist()])
     masks = {name: family == name for name in dict.fromkeys(family.tolist()) if name}
     every = np.ones(len(question), bool)
@@ -106,7 +105,9 @@ def _predicts(values: Floats, flipped: Floats, question: NDArray[np.int64], seed
     return about
 
 
-def _mean(values: Floats, mask: NDArray[np.bool_], question: NDArray[np.int64], draws: Draws) -> dict[str, Any]:
+def _mean(
+    values: Floats, mask: NDArray[np.bool_], question: NDArray[np.int64], draws: ClusterBootstrap
+) -> dict[str, Any]:
     """The mean of the mask's pairs that have a value, None where none has."""
     mask = mask & ~np.isnan(values)
     if not mask.any():

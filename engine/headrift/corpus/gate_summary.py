@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from headrift.calibration.thresholds import exact_interval
 from headrift.corpus.parts import read_batches
 from headrift.corpus.summary import Summary
 from headrift.screen import print_table
+from headrift.stats import exact_interval
 
 if TYPE_CHECKING:
     from rich.console import Console

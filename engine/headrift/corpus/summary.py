@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from headrift.calibration.runs import HARD
 from headrift.corpus.rows import LABELS
 from headrift.screen import print_table
-from headrift.separation import HARD, TARGET_FPR, Interval, Separation, separation
+from headrift.stats import TARGET_FPR, Bounds, Separation, separation
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -330,7 +331,7 @@ def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
         return mixed
 
 
-def _range(interval: Interval | None) -> str:
+def _range(interval: Bounds | None) -> str:
     return "too few" if interval is None else f"{interval[0]:.3f}-{interval[1]:.3f}"
 
 

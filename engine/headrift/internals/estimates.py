@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headrift.calibration.resampling import Draws
-from headrift.separation import MIN_FOR_INTERVAL, RESAMPLES
+from headrift.stats import MIN_FOR_INTERVAL, RESAMPLES, ClusterBootstrap
 
 Floats = NDArray[np.float64]
 _TAILS = (2.5, 97.5)
@@ -56,7 +55,7 @@ class Prompts:
 
     def __init__(self, n: int, seed: int = 0, resamples: int = RESAMPLES) -> None:
         self.n = n
-        self._times = Draws(np.zeros(n, bool), np.arange(n), resamples, seed).times
+        self._times = ClusterBootstrap(np.arange(n), resamples, seed=seed).times
 
     def mean(self, values: Any, rows: int | None = None) -> Figures:
         """Means over the prompts [n, ...], NaN left out; of several rows a prompt, take their mean first and say how

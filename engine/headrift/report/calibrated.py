@@ -8,19 +8,18 @@ from headrift.calibration.evidence import CONFOUNDS
 from headrift.calibration.printing import AT_THRESHOLD, RANKED
 from headrift.calibration.record import Calibration, Figure
 from headrift.calibration.runs import Run
-from headrift.calibration.search import Cell
-from headrift.calibration.thresholds import exact_interval
 from headrift.calibration.verdicts import drift
 from headrift.report.gather import Gathered, ReportError
 from headrift.report.output import Block, Output, Points, Section, Table, Text
 from headrift.report.words import interval, sentence
-from headrift.signal import Window
+from headrift.signal import ScoreRange, Window
+from headrift.stats import exact_interval
 
 
-def cell_of(calibration: Calibration, runs: list[Run]) -> Cell:
+def cell_of(calibration: Calibration, runs: list[Run]) -> ScoreRange:
     """The window and layers to score these runs over. CalibrationError for another model, ReportError where the runs
     did not record that window."""
-    cell = Cell(Window.parse(calibration.window), calibration.drop_shallow, calibration.drop_deep)
+    cell = ScoreRange(Window.parse(calibration.window), calibration.drop_shallow, calibration.drop_deep)
     calibration.check(runs[0].model, cell.window, cell.drop_shallow, cell.drop_deep)
     steps = min(run.steps for run in runs)
     if cell.window.end > steps:

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from headrift import signal
 from headrift.calibration.runs import Rows, Run, blocks, check_alike, exact_scores, open_run, read_rows
-from headrift.calibration.search import Cell
 from headrift.corpus.summary import COLUMNS, Summary
+from headrift.signal import ScoreRange
 
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
@@ -69,7 +69,7 @@ class Gathered:
     runs: Sequence[Run]
     names: Sequence[str]
     about: Sequence[Mapping[str, Any]]
-    cell: Cell
+    cell: ScoreRange
     rows: Rows
     score: Floats
     run_of: Ints
@@ -105,25 +105,25 @@ def open_runs(folders: Sequence[Path]) -> list[Run]:
     return runs
 
 
-def cell_of(runs: Sequence[Run]) -> Cell:
+def cell_of(runs: Sequence[Run]) -> ScoreRange:
     """The window and layers that the runs were scored over. ReportError where they differ."""
-    cells = list(dict.fromkeys(run.cell for run in runs))
+    cells = list(dict.fromkeys(run.score_range for run in runs))
     if len(cells) > 1:
         raise ReportError(
             f"{runs[0].name} was scored over another window or other layers than "
-            f"{next(run.name for run in runs if run.cell != cells[0])}: make a report of each, or give the "
+            f"{next(run.name for run in runs if run.score_range != cells[0])}: make a report of each, or give the "
             "--calibration whose window is to be used for all"
         )
     return cells[0]
 
 
-def gather(runs: Sequence[Run], cell: Cell, say: Say) -> Gathered:
+def gather(runs: Sequence[Run], cell: ScoreRange, say: Say) -> Gathered:
     """Read the runs. CalibrationError where their files cannot be read."""
     steps = min(run.steps for run in runs)
     say("reading the rows")
     rows = read_rows(runs)
     score = None
-    if any(run.cell != cell for run in runs):
+    if any(run.score_range != cell for run in runs):
         say(f"scoring {len(rows):,} rows in steps {cell.window}")
         (score,) = exact_scores(runs, rows, [(cell, np.arange(len(rows)))])
     summary, of_run = Summary(cell.window.end), []
@@ -162,7 +162,7 @@ def means(sums: Floats, counts: Ints) -> Floats:
     return np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
 
 
-def _with_scores(batch: pa.RecordBatch, score: Floats, cell: Cell) -> pa.RecordBatch:
+def _with_scores(batch: pa.RecordBatch, score: Floats, cell: ScoreRange) -> pa.RecordBatch:
     """The batch with the scores of a window that is not its run's own."""
     none = np.isnan(score)
     ended = batch.column("n_steps").to_numpy(zero_copy_only=False) < cell.window.start
@@ -173,7 +173,7 @@ def _with_scores(batch: pa.RecordBatch, score: Floats, cell: Cell) -> pa.RecordB
     return pa.record_batch(columns)
 
 
-def _read_samples(runs: Sequence[Run], cell: Cell, steps: int, wanted: Mapping[str, Ints]) -> Samples:
+def _read_samples(runs: Sequence[Run], cell: ScoreRange, steps: int, wanted: Mapping[str, Ints]) -> Samples:
     row = np.concatenate(list(wanted.values()))
     of = np.repeat(list(wanted), [len(rows) for rows in wanted.values()])
     order = np.argsort(row)

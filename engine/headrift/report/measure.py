@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from headrift.corpus.summary import SCORE
 from headrift.report.gather import Floats, Gathered, Ints, means
-from headrift.separation import Separation, area, curve, ranks, separation
+from headrift.stats import Separation, area, ranks, roc_curve, separation
 
 _MOST_GRID_STEPS = 60  # of more steps, the grid's windows begin and end at this many, evenly spread
 LENGTH = "prompt length"
@@ -86,7 +86,7 @@ def grid(of: Gathered) -> Grid:
                 sums[:, end] - sums[:, start] + samples.step_sums[both, start],
                 counts[:, end] - counts[:, start] + samples.step_counts[both, start],
             )
-            found[i, j] = area(*curve(ranks(scores), attack, ones))
+            found[i, j] = area(*roc_curve(ranks(scores), attack, ones))
     return Grid(at, found)
 
 

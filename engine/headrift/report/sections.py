@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headrift.calibration.thresholds import exact_interval
 from headrift.corpus.summary import SCORED
 from headrift.explain import printable
 from headrift.figures import Curve
@@ -18,7 +17,7 @@ from headrift.report.gather import Floats, Gathered
 from headrift.report.measure import OfRun, by_layer, by_step, grid, relation
 from headrift.report.output import Block, Card, Cards, Missing, Output, Picture, Pictures, Section, Table, Text
 from headrift.report.words import interval, percents
-from headrift.separation import TARGET_FPR
+from headrift.stats import TARGET_FPR, exact_interval
 
 _LOW_FPR = 0.1
 _MOST_TEXT = 600  # characters of a prompt or an answer
@@ -272,7 +271,7 @@ def beside(of: Gathered, output: Output) -> Section:
         "along the lower axis means that number could pass for conflict. Spearman's r within a class: 0 for no "
         "relation, 1 or -1 for the same or the opposite order."
     ]
-    if any(run.cell != of.cell for run in of.runs):
+    if any(run.score_range != of.cell for run in of.runs):
         said.append("Entropy and agreement are over each run's own window, which is another one than the score's here.")
     return Section(
         "beside", "The score beside entropy, agreement and length", [Text(said), Pictures(pictures), *blocks]

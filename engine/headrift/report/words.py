@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from headrift.corpus.summary import SCORE, Comparison
 from headrift.report.gather import Gathered
 from headrift.report.measure import OfRun
-from headrift.separation import TARGET_FPR, Interval, Separation
+from headrift.stats import TARGET_FPR, Bounds, Separation
 
 _CONFOUNDS = ("prompt length", "answer length", "number of steps")
 _ENDINGS = {"attack": "attacks", "benign": "benign prompts", "unlabelled": "rows without a label"}
@@ -18,17 +18,17 @@ def sentence(text: str) -> str:
     return text if not text else f"{text[0].upper()}{text[1:]}{'' if text[-1] in '.!?:' else '.'}"
 
 
-def interval(of: Interval | None, digits: int = 2) -> str:
+def interval(of: Bounds | None, digits: int = 2) -> str:
     """An interval for a sentence or a table."""
     return "too few for an interval" if of is None else f"{of[0]:.{digits}f} to {of[1]:.{digits}f}"
 
 
-def percents(of: Interval | None) -> str:
+def percents(of: Bounds | None) -> str:
     """An interval of fractions."""
     return "too few for an interval" if of is None else f"{of[0]:.0%} to {of[1]:.0%}"
 
 
-def verdict(of: Interval | None) -> str:
+def verdict(of: Bounds | None) -> str:
     """What an AUROC's interval allows to be said."""
     if of is None:
         return "there are too few prompts for an interval, so nothing can be concluded from it"

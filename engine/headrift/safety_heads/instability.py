@@ -20,7 +20,7 @@ from headrift.calibration.runs import ATTACK, UNLABELLED, Run, open_run, read_ro
 from headrift.job_folder import JobError
 from headrift.safety_heads.leading import Leading, leading_heads
 from headrift.safety_heads.ships import Head
-from headrift.separation import Interval, separation
+from headrift.stats import Bounds, separation
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -32,7 +32,7 @@ class Figure:
     """A number, and its interval: 95% over resampled prompts, or the range of 95% of the draws of heads."""
 
     value: float
-    interval: Interval | None = None
+    interval: Bounds | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ def instability(run: Path, scores: Path, top: int, draws: int = DRAWS, seed: int
     that are scored.
     """
     leading, scored = leading_heads(run, top), open_run(scores)
-    first, end = scored.cell.layers(scored.model.layers)
+    first, end = scored.score_range.layers(scored.model.layers)
     heads = _usable(leading, scored, run, top, first, end)
     rows = read_rows([scored])
     sets = _sets(heads, (end - first, scored.model.heads or 1), first, draws, np.random.default_rng(seed))
@@ -203,7 +203,7 @@ def _of_row(
     shares: NDArray[np.float32], counted: Bools, n_steps: int, scored: Run, sets: Bools
 ) -> tuple[float, Floats, Floats, Floats] | None:
     """A row's score; and without each set, of it alone, and its part of the variance [V]. None without a score."""
-    window, layers = scored.cell.window, slice(*scored.cell.layers(shares.shape[1]))
+    window, layers = scored.score_range.window, slice(*scored.score_range.layers(shares.shape[1]))
     steps = slice(window.start, min(window.end, n_steps) + 1)
     counts = counted[steps, layers]
     if not counts.any():

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headrift.separation import MIN_FOR_INTERVAL, RESAMPLES
+from headrift.stats import MIN_FOR_INTERVAL, RESAMPLES
 
 Bools = NDArray[np.bool_]
 Interval = tuple[float, float]
