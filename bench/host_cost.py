@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from headrift_kernels import fake_cuda
+from tools import fake_cuda
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCHES = (1, 4, 16, 64, 256)

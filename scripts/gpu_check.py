@@ -34,7 +34,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("engine", "kernels", "bench", "scripts", "tests/conftest.py", "tests/engine", "tests/kernels")
+SOURCES = ("engine", "kernels", "bench", "scripts", "tests/conftest.py")
+SOURCES += ("tests/helpers", "tests/engine", "tests/kernels")
 PASSED = "passed"
 # Seconds between the end of a stage's own clock and the moment it is killed: for an engine to shut down.
 GRACE = 8.0
@@ -118,7 +119,7 @@ def kernel_tests(run: Run) -> list[list[str]]:
         return [pytest_command(run, 0, path, "-n", str(run.processes), "--dist", "load")]
     # The interpreter takes long for wide heads and long contexts.
     narrow = "not 128 and not 256 and not 80"
-    return [pytest_command(run, 0, path, "-p", "_cuda_on_cpu", "-k", narrow, "-n", str(run.processes))]
+    return [pytest_command(run, 0, path, "-p", "tools.cuda_on_cpu", "-k", narrow, "-n", str(run.processes))]
 
 
 def engine_tests(run: Run) -> list[list[str]]:
@@ -138,7 +139,7 @@ def benchmark(script: str, *options: str) -> Callable[[Run], list[list[str]]]:
 
 
 def interpreted(run: Run) -> dict[str, str]:
-    return {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "bench")} if run.dry_run else {}
+    return {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "tests/kernels")} if run.dry_run else {}
 
 
 def of_engine_tests(run: Run) -> dict[str, str]:

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -59,6 +60,30 @@ def demo_model() -> Path:
     if not (folder / "model.safetensors").exists():
         pytest.fail(f"the demonstration model is not in {folder}: run `make setup`, or `headrift demo-model {folder}`")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(demo_model):
+    """The demonstration model's tokenizer."""
+    from headrift.preparing import load_tokenizer
+
+    return load_tokenizer(str(demo_model), False)
+
+
+@pytest.fixture(scope="session")
+def random_models(tmp_path_factory) -> dict[str, Path]:
+    """Folders of tiny random models of three architectures, by name: 3 layers, 211 tokens, no tokenizer."""
+    from helpers.tiny_models import make_tiny_model
+
+    return {name: make_tiny_model(name, tmp_path_factory.mktemp(name)) for name in ("llama-3to1", "qwen3", "gemma3")}
+
+
+@pytest.fixture(scope="session")
+def made() -> ModuleType:
+    """What tests make runs with known truth with."""
+    from helpers import made_runs
+
+    return made_runs
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ def cell_of(calibration) -> ScoreRange:
 
 def realised_fpr(make, calibration, layers=8) -> float:
     """The chance that a benign score, whose distribution is known, is flagged."""
-    return float(norm.sf((calibration.threshold - make.mean) / make.score_sd(cell_of(calibration), layers)))
+    return float(norm.sf((calibration.threshold - make.MEAN) / make.score_sd(cell_of(calibration), layers)))
 
 
 def calibrated(make, seed, n_attack=30, n_benign=140, effect=0.01, **settings):

@@ -21,7 +21,7 @@ def read(runs, cell=CELL, **options):
 
 
 def region(make, mass, name):
-    return mass[..., make.regions.index(name)].astype(np.float64)
+    return mass[..., make.REGIONS.index(name)].astype(np.float64)
 
 
 def test_signals_are_those_of_signal_py(make):
@@ -33,7 +33,7 @@ def test_signals_are_those_of_signal_py(make):
     _, found = read([make.run_with_mass(mass, LABEL, n_steps=n_steps, entropy_steps=entropy)], cell)
     over = {"drop_shallow": 0.0, "drop_deep": 0.3}
     for at in range(80):
-        system, user, prompt, bos = (region(make, mass[at], name) for name in make.regions)
+        system, user, prompt, bos = (region(make, mass[at], name) for name in make.REGIONS)
         share, without = system / prompt, system / (prompt - bos)
         last = int(n_steps[at])
         window = {"window": cell.window, "n_steps": last}
@@ -57,7 +57,7 @@ def test_steps_are_those_of_signal_py(make):
     n_steps = np.random.default_rng(1).integers(0, 7, 80)
     taken, found = read([make.run_with_mass(mass, LABEL, n_steps=n_steps)])
     for at in (0, 11, 79):
-        system, user, prompt, _ = (region(make, mass[at], name) for name in make.regions)
+        system, user, prompt, _ = (region(make, mass[at], name) for name in make.REGIONS)
         share = system / prompt
         for step in range(1, 7):
             score = signal.score(signal.instability(share), Window(step, step), n_steps=int(n_steps[at])).value
@@ -125,7 +125,7 @@ def test_rows_are_found_across_runs_whose_regions_are_in_another_order(make):
         signal.instability(region(make, mass, "system") / region(make, mass, "prompt")).astype(np.float32),
         LABEL,
         name="turned",
-        regions=make.regions[::-1],
+        regions=make.REGIONS[::-1],
         group=np.arange(80, 160),
         mass=[of.ravel() for of in turned],
     )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -93,14 +91,3 @@ def on_straw(straw: Scorer, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(headrift.corpus.job, "Child", lambda start, verbose: start())
     monkeypatch.setattr(headrift.scorer, "Scorer", lambda *args, **settings: straw)
     return MODEL
-
-
-@pytest.fixture(scope="session")
-def made() -> ModuleType:
-    """The makers of runs of tests/calibration, whose folder is no package."""
-    spec = spec_from_file_location("made_up_runs", Path(__file__).parents[1] / "calibration" / "conftest.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

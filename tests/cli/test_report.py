@@ -1,7 +1,6 @@
 """`headrift report` on the command line."""
 
 import json
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -10,13 +9,7 @@ from typer.testing import CliRunner
 from headrift.cli import app
 from headrift.report import extremes
 from headrift.report.output import Output, plain
-
-# The maker of runs is shared with tests/report, whose folder is no package.
-_spec = spec_from_file_location("reported_runs", Path(__file__).parents[1] / "report" / "conftest.py")
-assert _spec is not None
-assert _spec.loader is not None
-made = module_from_spec(_spec)
-_spec.loader.exec_module(made)
+from helpers import report_runs as made
 
 
 def ask(*arguments: object):

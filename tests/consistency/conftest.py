@@ -1,32 +1,8 @@
-"""Tiny random models of three architectures, and pairs for them."""
+"""Pairs of prompts for tiny random models."""
 
 from __future__ import annotations
 
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
-
 import pytest
-
-_spec = spec_from_file_location("tiny_models", Path(__file__).parents[1] / "engine" / "conftest.py")
-assert _spec is not None
-assert _spec.loader is not None
-_tiny_models = module_from_spec(_spec)
-_spec.loader.exec_module(_tiny_models)
-
-KINDS = ("llama-3to1", "qwen3", "gemma3")
-
-
-@pytest.fixture(scope="session")
-def random_models(tmp_path_factory):
-    """Folder of a tiny random model by name (of KINDS): 3 layers, 211 tokens, no tokenizer."""
-    return {name: _tiny_models.make_tiny_model(name, tmp_path_factory.mktemp(name)) for name in KINDS}
-
-
-@pytest.fixture(scope="session")
-def tokenizer(demo_model):
-    from headrift.preparing import load_tokenizer
-
-    return load_tokenizer(str(demo_model), False)
 
 
 @pytest.fixture

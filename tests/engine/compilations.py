@@ -14,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from headrift_kernels import fake_cuda
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+
+from tools import fake_cuda
 
 MODEL = {
     "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_act": "silu", "rms_norm_eps": 1e-5,

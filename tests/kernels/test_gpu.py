@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from headrift_kernels import reference
-from headrift_kernels.cases import DecodeCase, decode_case
+from tools.cases import DecodeCase, decode_case
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,12 +10,12 @@ import sys
 
 import pytest
 
-from headrift_kernels import aot, sass
+from tools import aot, sass
 
 
 def compile_all(tmp_path, *arguments):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-m", "headrift_kernels.aot", "--out", str(tmp_path / "aot.json")]
+    command = [sys.executable, "-W", "ignore", aot.__file__, "--out", str(tmp_path / "aot.json")]
     done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return json.loads((tmp_path / "aot.json").read_text())["compiled"], done.stdout

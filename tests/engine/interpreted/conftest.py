@@ -57,7 +57,7 @@ def only_once(case) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _mended_interpreter():
-    from headrift_kernels.traffic import mended
+    from tools.traffic import mended
 
     with mended():
         yield

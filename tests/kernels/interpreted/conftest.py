@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 @pytest.fixture(autouse=True, scope="session")
 def _mended_interpreter():
-    from headrift_kernels.traffic import mended
+    from tools.traffic import mended
 
     with mended():
         yield

@@ -7,7 +7,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from headrift_kernels import reference
-from headrift_kernels.cases import decode_case
 from headrift_kernels.triton.decode_mass import (
     CHUNK,
     MOST_PROGRAMS,
@@ -16,6 +15,7 @@ from headrift_kernels.triton.decode_mass import (
     decode_mass,
     splits_for,
 )
+from tools.cases import decode_case
 
 # Masses come of float32 scores whatever the type: a dot product of exact products, and sums of up to a few thousand
 # terms. Outputs of 16-bit types carry the rounding of the probabilities and of the output itself, at |v| up to 4.

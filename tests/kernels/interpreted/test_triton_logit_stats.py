@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrift_kernels import reference
-from headrift_kernels.traffic import counted
 from headrift_kernels.triton.logit_stats import logit_statistics
+from tools.traffic import counted
 
 # Lanes of at most some dozens of float32 terms, merged pairwise; entropy is a difference of two such sums.
 TOLERANCE = 5e-6

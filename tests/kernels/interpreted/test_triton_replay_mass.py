@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from headrift_kernels import reference
-from headrift_kernels.cases import decode_case
-from headrift_kernels.traffic import counted
 from headrift_kernels.triton.decode_mass import CHUNK, Tiles, decode_mass
 from headrift_kernels.triton.replay_mass import ReplayScratch, block_rows, replay_mass, replay_splits
+from tools.cases import decode_case
+from tools.traffic import counted
 
 # As for decode: float32 scores, and sums of up to a few hundred terms.
 MASS_TOLERANCE = 5e-6

@@ -1,9 +1,9 @@
-"""Bytes moved with and without masses, counted in the interpreter: what `python -m headrift_kernels.traffic` prints."""
+"""Bytes moved with and without masses, counted in the interpreter: what `tests/kernels/tools/traffic.py` prints."""
 
 import pytest
 import torch
 
-from headrift_kernels.traffic import KV, chat, decode_traffic, failures, measure_replay
+from tools.traffic import KV, chat, decode_traffic, failures, measure_replay
 
 
 @pytest.mark.parametrize("splits", [1, 2])

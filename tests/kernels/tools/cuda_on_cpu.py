@@ -1,6 +1,6 @@
 """Run code written for a GPU on CPU tensors, with Triton's interpreter: the dry run of `scripts/gpu_check.py`.
 
-Import it before anything else uses torch.cuda, with TRITON_INTERPRET=1 (or as a pytest plugin: `-p _cuda_on_cpu`).
+Import it before anything else uses torch.cuda, with TRITON_INTERPRET=1 (or as a pytest plugin: `-p tools.cuda_on_cpu`).
 After that "cuda" means the CPU, a CUDA graph replays the Triton launches of its capture, and an event is a wall-clock
 time. Nothing of headrift is replaced, and the times that come out mean nothing.
 """
@@ -18,7 +18,7 @@ import triton.backends
 from torch.overrides import TorchFunctionMode
 from triton.runtime.interpreter import GridExecutor
 
-from headrift_kernels.traffic import mended
+from tools.traffic import mended
 
 
 class _OnCpu(TorchFunctionMode):

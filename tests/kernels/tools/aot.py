@@ -1,8 +1,9 @@
-"""Compiles every Triton kernel for GPUs that are not there, and shows what taking masses costs in the machine code.
+"""Compile every Triton kernel for GPUs that are absent, and show what taking masses costs in the machine code.
 
-`python -m headrift_kernels.aot [--out FILE.json]` prints registers, spills, shared memory, programs per multiprocessor
-and the instructions of the loop over K and V, with and without masses. It compiles; nothing is timed. (With
-TRITON_INTERPRET=1 nothing can be compiled.)
+    python tests/kernels/tools/aot.py [--out FILE.json] [--quick] [--target sm_90]
+
+Prints registers, spills, shared memory, programs per multiprocessor and the instructions of the loop over K and V, with
+and without masses. Nothing is timed. Does not work with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -10,13 +11,17 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from headrift_kernels import sass
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools import sass
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),

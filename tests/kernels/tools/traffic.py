@@ -1,9 +1,11 @@
-"""Bytes that the Triton kernels move, exactly, tensor by tensor: counted in Triton's interpreter, without a GPU.
+"""Count the bytes that the Triton kernels move, tensor by tensor, in Triton's interpreter, without a GPU.
 
-`python -m headrift_kernels.traffic [--out FILE.json]` prints them with and without masses. A load counts where its mask
-is true, so what is read twice counts twice: this is what a kernel asks for, caches or not. The interpreter's faults
-that would spoil results are mended here as well, for this module and for the tests. Everything here needs
-TRITON_INTERPRET=1 in the environment before triton is imported; `main` sees to that.
+    python tests/kernels/tools/traffic.py [--out FILE.json]
+
+Prints them with and without masses. A load counts where its mask is true, so what is read twice counts twice: this is
+what a kernel requests, caches or not. `mended` repairs the interpreter's faults that would spoil results, for this
+module and for the tests. Everything here needs TRITON_INTERPRET=1 in the environment before triton is imported; `main`
+sets it.
 """
 
 from __future__ import annotations
@@ -21,6 +23,11 @@ from typing import Any
 
 import numpy as np
 import torch
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools.cases import decode_case
 
 
 class Traffic:
@@ -170,8 +177,6 @@ KV = ("key_cache", "value_cache")
 
 def chat(context: int, **shape: Any) -> Any:
     """Two decode rows of one context length, both probed."""
-    from headrift_kernels.cases import decode_case
-
     case = decode_case(np.random.default_rng(0), seq_lens=[context] * 2, unprobed=0.0, steps=64, poison=False, **shape)
     case.prompt_len[:] = CHATS[context][2][1]
     case.n_rows[:] = 64
@@ -233,7 +238,6 @@ def measure_replay() -> list[dict[str, Any]]:
 
     V is not among the tensors: reading it would raise.
     """
-    from headrift_kernels.cases import decode_case
     from headrift_kernels.triton.decode_mass import Tiles
     from headrift_kernels.triton.replay_mass import ReplayScratch, replay_mass
 
@@ -318,7 +322,7 @@ def replay_lines(replay: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     if os.environ.get("TRITON_INTERPRET") != "1":
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        os.execve(sys.executable, [sys.executable, "-m", "headrift_kernels.traffic", *sys.argv[1:]], environment)
+        os.execve(sys.executable, [sys.executable, __file__, *sys.argv[1:]], environment)
     import triton
     from rich.console import Console
     from rich.table import Table
