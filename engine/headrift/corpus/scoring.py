@@ -25,9 +25,9 @@ from headrift.engine_setup import check_compiler
 from headrift.errors import EngineError, RefusedError
 from headrift.model_facts import ModelFacts
 from headrift.probed_engine import REGIONS
+from headrift.results import ScoreResult
 
 if TYPE_CHECKING:
-    from headrift.results import ScoreResult
     from headrift.scorer import Prompt, Scorer
 
 
