@@ -1,4 +1,4 @@
-"""The command line. Exit codes: 0 done, 1 failed on the way, 2 nothing was begun because of what was asked for."""
+"""The command line. Exit codes: 0 done, 1 failed on the way, 2 bad option or input, 130 stopped by Ctrl-C."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from headrift.commands.explain import explain
 from headrift.commands.gate import gate
 from headrift.commands.heads import heads
 from headrift.commands.internals import internals
+from headrift.commands.options import NOT_RESUMABLE, RESUMABLE, add_commands
 from headrift.commands.report import report
 from headrift.commands.score import score
 from headrift.commands.selftest import selftest
@@ -30,8 +31,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(value: bool) -> None:
+    if value:
         typer.echo(f"headrift {__version__}")
         raise typer.Exit
 
@@ -45,14 +46,14 @@ def main(
     """Score prompts for inter-head attention instability while vLLM answers them."""
 
 
-COMMANDS = (
-    *(score, gate, calibrate, report, explain),
-    *(consistency, train_consistency, evaluate_consistency, internals),
-    *(doctor, selftest, demo_model),
-)
-for command in COMMANDS:
-    app.command()(command)
+add_commands(app, score, gate, exit_codes=RESUMABLE)
+add_commands(app, calibrate, report, explain, exit_codes=NOT_RESUMABLE)
 app.add_typer(heads)
+add_commands(app, consistency, train_consistency, exit_codes=RESUMABLE)
+add_commands(app, evaluate_consistency, exit_codes=NOT_RESUMABLE)
+add_commands(app, internals, exit_codes=RESUMABLE)
+add_commands(app, selftest, exit_codes=NOT_RESUMABLE)
+add_commands(app, doctor, demo_model)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from headrift._version import __version__
-from headrift.reporter import Reporter
+from headrift.terminal import Reporter
 
 FINGERPRINT = ".headrift-demo.json"
 FORMAT = 1  # of the folder's contents: a higher one makes older folders out of date

@@ -15,11 +15,11 @@ import numpy as np
 from headrift import signal
 from headrift.preparing import Ahead, Prepared, Preparer, Prompt, Rules, load_tokenizer, workers_for_machine
 from headrift.probed_engine import REGIONS, ProbedEngine
-from headrift.reporter import progress_bar
 from headrift.requests import Finished, ProbeRequest, Recording, Ticket
 from headrift.results import Rejected, ScoreResult
 from headrift.scheduling import Repeats, Waiting
 from headrift.signal import Window
+from headrift.terminal import progress_bar
 
 if TYPE_CHECKING:
     from headrift.prompts import ChatRenderer

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from headrift.calibration.evidence import CONFOUNDS
 from headrift.calibration.record import Calibration, Figure
-from headrift.screen import print_table
+from headrift.terminal import print_table
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -103,7 +103,7 @@ def consistency(
     from headrift.consistency.pairs import SYSTEM_PROMPT
     from headrift.consistency.predicting import print_summary
     from headrift.consistency.scoring_job import Asked, ScoringJob
-    from headrift.reporter import progress_bar
+    from headrift.terminal import progress_bar
 
     with errors(2, verbose):
         asked = Asked(

@@ -93,10 +93,10 @@ def ships(
       2    nothing was begun, because of what was asked for
       130  interrupted; go on with --resume
     """
-    from headrift.reporter import progress_bar
     from headrift.safety_heads.base import Asked
     from headrift.safety_heads.job import ShipsJob
     from headrift.safety_heads.ranking import table
+    from headrift.terminal import progress_bar
 
     with errors(2, verbose):
         asked = Asked(

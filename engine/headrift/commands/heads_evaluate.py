@@ -30,7 +30,7 @@ from headrift.commands.heads_common import (
     Queries,
     heads_of,
 )
-from headrift.commands.jobs import Labels
+from headrift.commands.options import Labels
 
 
 def evaluate(
@@ -105,9 +105,9 @@ def evaluate(
       2    nothing was begun, because of what was asked for
       130  interrupted
     """
-    from headrift.reporter import progress_bar
     from headrift.safety_heads.arms import table
     from headrift.safety_heads.evaluate import Asked, EvaluateJob
+    from headrift.terminal import progress_bar
 
     with errors(2, verbose):
         asked = Asked(

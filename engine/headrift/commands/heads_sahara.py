@@ -80,8 +80,8 @@ def sahara(
       2    nothing was begun, because of what was asked for
       130  interrupted; go on with --resume
     """
-    from headrift.reporter import progress_bar
     from headrift.safety_heads.sahara_job import Asked, SaharaJob, table
+    from headrift.terminal import progress_bar
 
     with errors(2, verbose):
         asked = Asked(

@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from headrift.commands.common import DType, DTypeOption, Model, Out, Quiet, Resume, Verbose, errors, say
+from headrift.commands import options
 
 
 def internals(
-    model: Model,
+    *,
+    model: options.Model,
     system_prompts: Annotated[
         Path, typer.Option(metavar="DIR", help="A folder with a .txt file for each system prompt.", show_default=False)
     ],
@@ -19,10 +20,8 @@ def internals(
         list[str],
         typer.Option(metavar="FILE", help="Prompts: .txt, .jsonl, .csv or .parquet. Repeatable.", show_default=False),
     ],
-    out: Out,
-    limit: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="The first N prompts only.", show_default=False)
-    ] = None,
+    out: options.Out,
+    limit: options.Limit = None,
     quick: Annotated[bool, typer.Option("--quick", help="A look: 4 system prompts, the first 6 prompts.")] = False,
     drop_sentences: Annotated[
         int,
@@ -44,11 +43,10 @@ def internals(
         Path | None,
         typer.Option(metavar="FILE", help="A TOML file with further features of phrases.", show_default=False),
     ] = None,
-    dtype: DTypeOption = DType.AUTO,
-    seed: Annotated[int, typer.Option(metavar="N", help="Another seed gives other draws for the intervals.")] = 0,
-    resume: Resume = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    dtype: options.DType = "auto",
+    seed: options.Seed = 0,
+    resume: options.Resume = False,
+    messages: options.Messages,
 ) -> None:
     """What do system prompts change inside a model, and in what it says? Which of their sentences do it?
 
@@ -62,15 +60,9 @@ def internals(
     Into the folder: components/, cka/, placements/, sentences/, attention/,
     instability/ (Parquet, a file a system prompt), rejects.parquet, internals.json
     (settings, all figures), report.html and its figures.
-
-    \b
-    Exit codes:
-      0    done
-      1    broken off: memory or the disk failed; go on with --resume
-      2    nothing was begun, because of what was asked for
-      130  interrupted; go on with --resume
     """
-    with errors(2, verbose):
+    reporter = messages.reporter()
+    with reporter.errors(2):
         from headrift.internals.job import Asked, InternalsJob
 
         job = InternalsJob(
@@ -85,29 +77,27 @@ def internals(
                 steps=steps,
                 attention=attention,
                 features=features,
-                dtype=dtype.value,
+                dtype=dtype,
                 seed=seed,
                 resume=resume,
             )
         )
-    from headrift.reporter import progress_bar
-
     rows = job.rows
-    say(f"{len(job.questions)} prompts, {len(job.systems)} system prompts: {rows:,} rows to run", quiet)
-    say(f"Without a system prompt means: {job.renderer.baseline}", quiet)
+    reporter.say(f"{len(job.questions)} prompts, {len(job.systems)} system prompts: {rows:,} rows to run")
+    reporter.say(f"Without a system prompt means: {job.renderer.baseline}")
     if job.rejected:
         first = job.rejected[0]
-        say(f"{len(job.rejected)} rejected, the first: {first.id}: {first.detail}", quiet)
+        reporter.say(f"{len(job.rejected)} rejected, the first: {first.id}: {first.detail}")
 
-    def kept() -> str:
-        return f"{job.done}; go on with --resume"
-
-    with errors(1, verbose, kept), progress_bar("rows", rows, unit="rows/s", hidden=quiet or not rows) as on_rows:
-        found = job.run(on_rows, verbose)
+    with (
+        reporter.errors(1, lambda: f"{job.done}; rerun with --resume"),
+        reporter.progress_bar("rows", rows, unit="rows/s") as on_rows,
+    ):
+        found = job.run(on_rows, messages.verbose)
     for sentence in found["summary"]:
         typer.echo(sentence)
     for question, statements in found["findings"].items():
         typer.echo(f"\n{question}")
         for statement in statements:
             typer.echo(f"- {statement}")
-    say(f"\n{found['seconds']:.1f} s; results: {out}, the page: {out / 'report.html'}", quiet)
+    reporter.say(f"\n{found['seconds']:.1f} s; results: {out}, the page: {out / 'report.html'}")

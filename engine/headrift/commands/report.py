@@ -7,55 +7,31 @@ from typing import Annotated
 
 import typer
 
-from headrift.commands.common import (
-    errors,
-)
+from headrift.commands import options
 
 
 def report(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN", help="Folders that score wrote, of one model.", show_default=False)
-    ],
+    *,
+    runs: Annotated[list[Path], options.RUNS],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The page to write, as report.html.", show_default=False)],
-    calibration: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Use this calibration's window and show its threshold.", show_default=False),
-    ] = None,
+    calibration: options.Calibration = None,
     redact: Annotated[
         bool, typer.Option("--redact", help="Leave out all prompts, answers and system prompts; ids stay.")
     ] = False,
-    fail_term: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="TERM",
-            help="What only the answer of an attack that succeeded holds: words, or re:REGEX. May be given many times.",
-            show_default=False,
-        ),
-    ] = None,
-    resamples: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Resamples that intervals are from; 0 for no intervals.")
-    ] = 200,
-    seed: Annotated[int, typer.Option(metavar="N", help="Another seed draws and divides the prompts otherwise.")] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show where errors arose.")] = False,
+    fail_term: options.FailTerm = None,
+    resamples: options.Resamples = 200,
+    seed: options.Seed = 0,
+    messages: options.Messages,
 ) -> None:
-    """Make one HTML page about finished runs, with its figures beside it.
+    """Make one HTML page about finished runs, and a folder with its figures.
 
-    What separates attacks from benign prompts and what does not, when and in which layers, beside length and other
-    signals, and which rows to look at. The page needs no network; its figures are also in a folder beside it (of
-    report.html: report-files), as PNG and SVG, with all numbers in figures.json.
-
-    \b
-    Exit codes:
-      0    the page is written
-      1    it could not be written
-      2    the runs do not allow it, or what was asked for
-      130  interrupted
+    Shows what separates attacks from benign prompts and what does not, when and in which layers, next to prompt length
+    and other signals, and which rows to look at. The page needs no network. Its figures are also in a folder next to it
+    (of report.html: report-files), as PNG and SVG, with all numbers in figures.json.
     """
     from headrift.report.report import Report, Settings
-    from headrift.reporter import Reporter
 
-    settings = Settings(
+    config = Settings(
         out=out,
         calibration=calibration,
         redact=redact,
@@ -63,9 +39,10 @@ def report(
         resamples=resamples,
         seed=seed,
     )
-    with errors(2, verbose):
-        made = Report(runs, settings, Reporter(quiet).say)
-    with errors(1, verbose):
-        folder = made.write()
-    if not quiet:
+    reporter = messages.reporter()
+    with reporter.errors(2):
+        page = Report(runs, config, reporter.say)
+    with reporter.errors(1):
+        folder = page.write()
+    if not messages.quiet:
         typer.echo(f"The page is {out}, its figures are in {folder}")

@@ -1,29 +1,21 @@
-"""`headrift score`."""
+"""`headrift score`, and how a corpus job is taken to its end, which `headrift gate` shares."""
 
 from __future__ import annotations
 
 from enum import StrEnum
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from headrift.commands import jobs
-from headrift.commands.common import (
-    AttentionBackend,
-    AttentionBackendName,
-    DType,
-    DTypeOption,
-    EngineName,
-    Model,
-    Verbose,
-    errors,
-    say,
-)
+from headrift.commands import options
+from headrift.terminal import Reporter
+
+if TYPE_CHECKING:
+    from headrift.corpus.job import ScoreJob
 
 
-class Save(StrEnum):
-    """What --save adds to the parts."""
+class SavedKind(StrEnum):
+    """Kinds of columns that --save adds. (Typer takes no list of Literals.)"""
 
     SHARES = "shares"
     MASS = "mass"
@@ -33,26 +25,20 @@ class Save(StrEnum):
 
 
 def score(
-    inputs: jobs.Inputs,
-    model: Model,
-    out: jobs.Out,
-    resume: jobs.Resume = False,
-    labels: jobs.Labels = None,
-    system_prompt_file: jobs.SystemPromptFile = None,
+    *,
+    corpus: options.CorpusOptions,
     steps: Annotated[
         int | None,
         typer.Option(
             metavar="N",
-            help="Record steps 0 to N of each answer; where not given 12, or as many as --calibration needs.",
+            help="Record steps 0 to N of each answer (default: 12, or as many as --calibration needs).",
             show_default=False,
         ),
     ] = None,
     window: Annotated[
         str | None,
         typer.Option(
-            metavar="A:B",
-            help="The steps that are scored; 1:N, or the calibration's, where not given.",
-            show_default=False,
+            metavar="A:B", help="Steps that are scored (default: 1:N, or the calibration's).", show_default=False
         ),
     ] = None,
     replay: Annotated[
@@ -62,7 +48,7 @@ def score(
         float | None,
         typer.Option(
             metavar="X",
-            help="Leave out this fraction of the layers at the input end; 0.25, or the calibration's, if not given.",
+            help="Leave out this fraction of the layers at the input end (default: 0.25, or the calibration's).",
             show_default=False,
         ),
     ] = None,
@@ -70,21 +56,14 @@ def score(
         float | None,
         typer.Option(
             metavar="X",
-            help="Leave out this fraction of the layers at the output end; 0.15, or the calibration's, if not given.",
+            help="Leave out this fraction of the layers at the output end (default: 0.15, or the calibration's).",
             show_default=False,
         ),
     ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="What `headrift calibrate` wrote: score its window and layers, and say whether a row is flagged.",
-            show_default=False,
-        ),
-    ] = None,
-    calibration_anyway: jobs.CalibrationAnyway = False,
+    calibration: options.Calibration = None,
+    calibration_anyway: options.CalibrationAnyway = False,
     save: Annotated[
-        list[Save] | None,
+        list[SavedKind] | None,
         typer.Option(
             metavar="KIND",
             help="Add columns: shares, mass, focus, text (prompt and answer) or entropy (implies --logit-stats). "
@@ -95,71 +74,67 @@ def score(
     logit_stats: Annotated[
         bool, typer.Option("--logit-stats", help="Record next-token entropy, top-1 probability and margin.")
     ] = False,
-    region: jobs.Region = None,
-    column: jobs.Column = None,
-    redact: jobs.Redact = False,
-    limit: jobs.Limit = None,
-    sample: jobs.Sample = None,
-    seed: jobs.Seed = 0,
-    shard: jobs.Shard = None,
-    dtype: DTypeOption = DType.AUTO,
-    attention_backend: AttentionBackend = AttentionBackendName.AUTO,
-    compile_model: jobs.Compile = False,
-    engine: jobs.Engine = EngineName.LOCAL,
-    workers: jobs.Workers = None,
-    quiet: jobs.Quiet = False,
-    verbose: Verbose = False,
+    engine: options.CorpusEngineOptions,
+    messages: options.Messages,
 ) -> None:
     """Score prompts for inter-head attention instability.
 
-    Writes to the --out folder: part-*.parquet (the scored rows), rejects-*.parquet (the others, each with its reason),
+    Writes to the --out folder: part-*.parquet (scored rows), rejects-*.parquet (all others, each with its reason),
     run.json (settings, versions, counts), scores.png and the journal that --resume reads; with --calibration also
-    flagged-fdr.parquet (a list of rows few of which are benign). A row that cannot be scored does not stop the others.
-    The first Ctrl-C stops after the shard in hand, the second at once.
-
-    \b
-    Exit codes:
-      0    done: every row is in the parts or the rejects
-      1    broken off: the engine or the disk failed; go on with --resume
-      2    nothing was scored, because of what was asked for
-      130  interrupted; go on with --resume
+    flagged-fdr.parquet (review list, at most 10% expected false alarms). A row that cannot be scored does not stop the
+    others. The first Ctrl-C finishes the current shard; press again to stop now.
     """
     from headrift.calibration.record import Calibration
     from headrift.corpus.job import ScoreJob
     from headrift.corpus.settings import STEPS, Settings, window_of
 
-    kinds = sorted({kind.value for kind in save or []})
-    with errors(2):
-        jobs.check_verbosity(quiet, verbose)
-        judge = None if calibration is None else Calibration.load(calibration)
-        settings = Settings(
-            inputs=tuple(inputs),
-            model=model,
-            out=out,
-            **window_of(judge, steps=steps, window=window, drop_shallow=drop_shallow, drop_deep=drop_deep),
-            **jobs.asked_of_rows(
-                labels=labels,
-                system_prompt_file=system_prompt_file,
-                limit=limit,
-                sample=sample,
-                seed=seed,
-                shard=shard,
-                region=region,
-                column=column,
-                dtype=dtype,
-                attention_backend=attention_backend,
-                compile_model=compile_model,
-                engine=engine,
-                workers=workers,
-            ),
+    reporter = messages.exclusive_reporter()
+    kinds = tuple(sorted({kind.value for kind in save or ()}))
+    with reporter.errors(2):
+        applied = None if calibration is None else Calibration.load(calibration)
+        config = Settings(
+            **corpus.config(),
+            **window_of(applied, steps=steps, window=window, drop_shallow=drop_shallow, drop_deep=drop_deep),
+            **engine.config(),
             replay=replay,
-            save=tuple(kinds),
-            logit_stats=logit_stats or Save.ENTROPY in kinds,
-            redact=redact,
-            calibration=judge,
+            save=kinds,
+            logit_stats=logit_stats or SavedKind.ENTROPY in kinds,
+            calibration=applied,
             calibration_anyway=calibration_anyway,
         )
-        job = ScoreJob(settings, resume=resume, verbose=verbose, notice=lambda text: say(f"Note: {text}", quiet))
-        if steps is None and settings.steps > STEPS:
-            job.notices.append(f"steps 0 to {settings.steps} are recorded, as far as the calibration's window goes")
-    jobs.carry_out(job, quiet=quiet, verbose=verbose)
+        job = ScoreJob(config, resume=corpus.resume, verbose=messages.verbose, notice=reporter.note)
+        if steps is None and config.steps > STEPS:
+            job.notices.append(f"steps 0 to {config.steps} are recorded: the calibration's window needs them")
+    run_job(job, reporter)
+
+
+def run_job(job: ScoreJob, reporter: Reporter) -> None:
+    """Take a job to its end and print its closing table; exit if it fails or is interrupted."""
+    out = job.settings.out
+    with job:
+        for notice in job.notices:
+            reporter.note(notice)
+        before = job.kept
+        if job.done:
+            reporter.say(f"All {job.kept:,} rows are in {out} already")
+            job.finish()
+        else:
+            if before:
+                reporter.say(f"Continuing after {before:,} of {job.total:,} rows")
+            compiling = ", a minute more the first time, for --compile" if job.settings.compile else ""
+            reporter.say(f"Starting vLLM with {job.settings.model} (about 20 s{compiling})")
+            with reporter.errors(2):
+                about = job.start()
+            shape = f"{about['layers']} layers x {about['heads']} heads, {about['dtype']}"
+            recorder = f"recorder {about['recorder_bytes'] / 1e6:.0f} MB"
+            reporter.say(f"Ready in {job.seconds['start']:.0f} s: {shape}, {recorder}")
+            with reporter.errors(1, lambda: f"{job.kept:,} of {job.total:,} rows are in {out}; rerun with --resume"):
+                if not job.run(progress=not reporter.quiet):
+                    raise KeyboardInterrupt
+    if not reporter.quiet:
+        from rich.console import Console
+
+        console = Console()
+        seconds = {"start_seconds": job.seconds["start"], "score_seconds": job.seconds["scoring"]}
+        job.summary().print(console, rows=job.kept - before, **seconds)
+        console.print(f"\nResults are in {out}", markup=False, highlight=False, soft_wrap=True)

@@ -118,7 +118,7 @@ def train_consistency(
     from headrift.consistency.pairs import SYSTEM_PROMPT
     from headrift.consistency.trainer import Asked, TrainingJob
     from headrift.consistency.training_data import DataAsked
-    from headrift.reporter import progress_bar
+    from headrift.terminal import progress_bar
 
     say("Reading and rendering the pairs ...", quiet)
     with errors(2, verbose):
@@ -214,7 +214,7 @@ def evaluate_consistency(
     """
     from headrift.consistency.evaluation_job import RESULT, Asked, EvaluationJob
     from headrift.consistency.printing import print_evaluation
-    from headrift.reporter import progress_bar
+    from headrift.terminal import progress_bar
 
     with errors(2, verbose):
         jobs = [EvaluationJob(Asked(run, per_family, questions, skip, seed, model)) for run in runs]

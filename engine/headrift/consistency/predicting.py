@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from headrift.screen import print_table
 from headrift.stats import MIN_FOR_INTERVAL, RESAMPLES, ClusterBootstrap, separation
+from headrift.terminal import print_table
 
 Floats = NDArray[np.float64]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from headrift.screen import print_table
+from headrift.terminal import print_table
 
 _WORDS = {
     "flipped": "answers that flip",

@@ -11,8 +11,8 @@ import numpy as np
 
 from headrift.corpus.parts import read_batches
 from headrift.corpus.summary import Summary
-from headrift.screen import print_table
 from headrift.stats import exact_interval
+from headrift.terminal import print_table
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -23,8 +23,8 @@ from headrift.beside import written_beside
 from headrift.calibration.settings import CalibrationError
 from headrift.calibration.verdicts import Drift, cutoff, drift
 from headrift.corpus.parts import read_batches
-from headrift.screen import print_table
 from headrift.stats import exact_interval
+from headrift.terminal import print_table
 
 if TYPE_CHECKING:
     from rich.console import Console

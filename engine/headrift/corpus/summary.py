@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from headrift.calibration.runs import HARD
 from headrift.corpus.rows import LABELS
-from headrift.screen import print_table
 from headrift.stats import TARGET_FPR, Bounds, Separation, separation
+from headrift.terminal import print_table
 
 if TYPE_CHECKING:
     import pyarrow as pa

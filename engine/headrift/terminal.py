@@ -1,0 +1,137 @@
+"""What commands print: notes, steps, progress bars and errors on standard error, tables on standard output."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LABEL_WIDTH = 24
+NO_SPACE = "no space left on the disk: make room, or choose another disk"
+
+
+class Reporter:
+    """What a command says on standard error while it works; errors even if `quiet`, tracebacks if `verbose`."""
+
+    def __init__(self, quiet: bool = False, verbose: bool = False) -> None:
+        from rich.console import Console
+
+        self.quiet, self.verbose = quiet, verbose
+        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+
+    def say(self, text: str) -> None:
+        """Print a line unless quiet."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """Print a line about something the user should know, unless quiet."""
+        self.say(f"Note: {text}")
+
+    @contextmanager
+    def step(self, text: str) -> Iterator[Any]:
+        """Show what is being done: with a spinner on a terminal, as a line elsewhere."""
+        if self.console.is_terminal:
+            with self.console.status(text) as status:
+                yield status
+        else:
+            self.say(f"{text} ...")
+            yield None
+
+    def progress_bar(
+        self, label: str, total: int, done: int = 0, *, unit: str
+    ) -> AbstractContextManager[Callable[[int], None]]:
+        """A progress_bar, hidden if quiet or if nothing is left to do."""
+        return progress_bar(label, total, done, unit=unit, hidden=self.quiet or done >= total)
+
+    @contextmanager
+    def errors(self, code: int, progress: Callable[[], str] | None = None) -> Iterator[None]:
+        """Exit with `code` and one line on standard error if something expected goes wrong, with 130 on Ctrl-C.
+
+        EngineError, RefusedError, TokenizerError, InputError and their like are all RuntimeError or ValueError.
+
+        Args:
+            code: Exit status of an error.
+            progress: Says what is finished by then and how to continue; printed behind the error.
+        """
+        try:
+            yield
+        except KeyboardInterrupt:
+            message, code = "Interrupted", 130
+        except (OSError, RuntimeError, ValueError) as error:
+            if self.verbose:
+                traceback.print_exc()
+            full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+            message = f"Error: {NO_SPACE if full else error}"
+        else:
+            return
+        print(f"{message} ({progress()})" if progress else message, file=sys.stderr)
+        raise SystemExit(code)
+
+
+@contextmanager
+def progress_bar(
+    label: str, total: int | None, done: int = 0, *, unit: str, hidden: bool = False
+) -> Iterator[Callable[[int], None]]:
+    """Show a bar with rate and time left on standard error.
+
+    Args:
+        label: What is counted, printed before the bar.
+        total: How many there will be; None if unknown.
+        done: How many were finished before this run. The rate leaves them out.
+        unit: Unit of the rate, as in "rows/s".
+        hidden: Show nothing.
+
+    Yields:
+        A function to call with the number of further ones that are done.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=hidden) as bar:
+        task = bar.add_task(label, total=total, completed=done, rate="")
+        start, count = time.monotonic(), 0
+
+        def advance(more: int) -> None:
+            nonlocal count
+            count += more
+            # Results come in bursts, so the rate is over the whole run.
+            bar.update(task, advance=more, rate=f"{count / (time.monotonic() - start):.1f} {unit}")
+
+        yield advance
+
+
+def print_table(console: Console, names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print an empty line and a table of at most 80 columns; its first column is for labels, the others for numbers."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for i, name in enumerate(names):
+        table.add_column(name, justify="right" if i else "left", min_width=0 if i else LABEL_WIDTH)
+    for row in rows:
+        table.add_row(*row)
+    console.print()
+    console.print(table)
