@@ -159,9 +159,8 @@ def test_a_disk_that_fills_up_on_the_way(work, monkeypatch):
     monkeypatch.setattr(pq.ParquetWriter, "write_batch", full)
     done = score("in.jsonl")
     assert (done.exit_code, fake.closed) == (1, True)
-    assert (
-        "no space left on the disk: make room, or choose another disk (0 of 4 rows are in out; --resume" in done.stderr
-    )
+    assert "no space left on the disk" in done.stderr
+    assert "0 of 4 rows are in out; rerun with --resume" in done.stderr
     assert sorted(path.name for path in (work / "out").iterdir()) == ["journal.sqlite", "run.json"]
     assert json.loads((work / "out" / "run.json").read_text())["status"] == "unfinished"
 
@@ -384,20 +383,18 @@ def test_a_tokenizer_that_cannot_be_used_stops_the_run_before_the_first_row(work
 @pytest.mark.parametrize(
     ("error", "code", "says"),
     [
-        (
-            RuntimeError("the recording cannot be trusted"),
-            1,
-            "Error: the recording cannot be trusted (0 of 4 rows are in out; --resume goes on from there)",
-        ),
-        (OSError(28, "No space left on device"), 1, "no space left on the disk: make room, or choose another disk (0 "),
-        (KeyboardInterrupt(), 130, "Interrupted (0 of 4 rows are in out; --resume"),
+        (RuntimeError("the recording cannot be trusted"), 1, "Error: the recording cannot be trusted"),
+        (OSError(28, "No space left on device"), 1, "no space left on the disk"),
+        (KeyboardInterrupt(), 130, "Interrupted"),
     ],
 )
 def test_a_run_that_breaks_off_says_so_and_leaves_no_half_of_a_shard(work, monkeypatch, error, code, says):
     fake = install(monkeypatch, failure=error)
     done = score("in.jsonl")
     assert done.exit_code == code
-    assert says in done.stderr.splitlines()[-1]
+    last = done.stderr.splitlines()[-1]
+    assert says in last
+    assert "(0 of 4 rows are in out; rerun with --resume)" in last
     assert fake.closed
     assert sorted(path.name for path in (work / "out").iterdir()) == ["journal.sqlite", "run.json"]
     run = json.loads((work / "out" / "run.json").read_text())
