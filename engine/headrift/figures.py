@@ -1,4 +1,4 @@
-"""Figures of a run, as PNG files. Colours (Okabe and Ito's, and viridis) are told apart by colour-blind eyes."""
+"""Figures of a run as PNG files, in colours that colour-blind people can tell apart (Okabe and Ito's, viridis)."""
 
 from __future__ import annotations
 
@@ -21,38 +21,42 @@ _CURVES = ("#000000", "#D55E00", "#0072B2", "#009E73", "#595959")
 _STYLES = ("-", (0, (1, 1)), "--", "-.", (0, (5, 1, 1, 1, 1, 1)))
 _MOST_GROUPS = 24
 _FEWEST_IN_BOX = 5
-_MOST_POINTS = 500  # of a group, drawn one by one
+_MOST_POINTS = 500  # of a group
 _DPI = 150
 
 Floats = NDArray[np.float64]
 
 
 class Curve(NamedTuple):
-    """A ROC curve's corners, its area, and a band [2, len(grid)] or None at the false positive rates grid."""
+    """A ROC curve."""
 
     name: str
-    fpr: Floats
+    fpr: Floats  # of its corners
     tpr: Floats
     auroc: float
-    grid: Floats
-    band: Floats | None
+    grid: Floats  # false positive rates of the band
+    band: Floats | None  # 95% interval of the true positive rate [2, len(grid)]
 
 
 def scores_png(
     path: Path, groups: Mapping[tuple[str, str], Floats], curves: Sequence[Curve] = (), *, title: str = ""
 ) -> None:
-    """Scores by class and category and, where there are any, ROC curves. Nothing is written where no row has a score.
+    """Draw scores by class and category and, if there are any, ROC curves. No file is written if no row has a score.
 
-    groups: by (class, category) the scores, NaN for none. curves: the first is drawn with its band. OSError where the
-    file cannot be written.
+    Args:
+        groups: Scores by (class, category), NaN for rows without one.
+        curves: The first is drawn with its band.
+
+    Raises:
+        OSError: If the file cannot be written.
     """
     if not any(np.isfinite(scores).any() for scores in groups.values()):
         return
-    shown = to_show(groups)
-    height = max(4.2, 1.6 + 0.34 * len(shown))
+    selected = select_groups(groups)
+    height = max(4.2, 1.6 + 0.34 * len(selected))
     figure = new_figure(12.5 if curves else 7.5, height)
     left, *right = figure.subplots(1, 2, width_ratios=(1.25, 1), squeeze=False)[0] if curves else [figure.subplots()]
-    draw_scores(left, shown)
+    draw_scores(left, selected)
     if right:
         draw_curves(right[0], curves)
     if title:
@@ -63,8 +67,16 @@ def scores_png(
 def heatmaps_png(
     path: Path, panels: Mapping[str, Floats], *, window: tuple[int, int], layers: tuple[int, int], title: str
 ) -> None:
-    """Each panel [steps, layers] as a heatmap, NaN hatched; the scored steps window[0]..window[1] and layers
-    layers[0]..layers[1]-1 are framed. panels: by the colour bar's label. OSError where the file cannot be written."""
+    """Draw heatmaps side by side.
+
+    Args:
+        panels: Values [steps, layers] by the colour bar's label; NaN is hatched.
+        window: First and last scored step.
+        layers: Scored layers [start, end); the scored cells are framed.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
     n_steps, n_layers = next(iter(panels.values())).shape
     figure = new_figure(1.2 + len(panels) * max(3.6, 0.25 * n_steps + 2), max(3.4, 0.13 * n_layers + 1.4))
     for axes, (label, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
@@ -84,7 +96,7 @@ def draw_heatmap(
     frame: str = "#D55E00",
     **colours: Any,
 ) -> None:
-    """A heatmap [steps, layers] as in heatmaps_png, with its colour bar. colours: for imshow."""
+    """Draw one heatmap, as in `heatmaps_png`, with its colour bar. colours: arguments of imshow."""
     from matplotlib.patches import Rectangle
 
     axes.patch.set(hatch="xx", edgecolor="#999999", facecolor="white")
@@ -103,59 +115,38 @@ def draw_heatmap(
     axes.figure.colorbar(image, ax=axes, label=label)
 
 
-def to_show(groups: Mapping[tuple[str, str], Floats]) -> dict[tuple[str, str], Floats]:
-    """The groups with most rows, those of a class with several categories led by all rows of the class."""
-    return _with_totals(_largest(groups), groups)
-
-
-def _largest(groups: Mapping[tuple[str, str], Floats]) -> dict[tuple[str, str], Floats]:
-    """The groups with most rows, in the order given."""
-    kept = set(sorted(groups, key=lambda name: -len(groups[name]))[:_MOST_GROUPS])
-    return {name: scores for name, scores in groups.items() if name in kept}
-
-
-def _with_totals(
-    shown: Mapping[tuple[str, str], Floats], groups: Mapping[tuple[str, str], Floats]
-) -> dict[tuple[str, str], Floats]:
-    """The shown groups, those of a class with several categories led by all rows of the class."""
-    found: dict[tuple[str, str], Floats] = {}
-    for label in dict.fromkeys(label for label, _ in shown):
-        of_class = [scores for (other, _), scores in groups.items() if other == label]
-        if len(of_class) > 1:
-            found[label, "all"] = np.concatenate(of_class)
-        found |= {name: scores for name, scores in shown.items() if name[0] == label and name not in found}
-    return found
+def select_groups(groups: Mapping[tuple[str, str], Floats]) -> dict[tuple[str, str], Floats]:
+    """Return the largest groups in the given order; before those of a class with several categories, all its scores."""
+    largest = set(sorted(groups, key=lambda name: -len(groups[name]))[:_MOST_GROUPS])
+    selected: dict[tuple[str, str], Floats] = {}
+    for label in dict.fromkeys(label for label, category in groups if (label, category) in largest):
+        in_class = {name: scores for name, scores in groups.items() if name[0] == label}
+        if len(in_class) > 1:
+            selected[label, "all"] = np.concatenate(list(in_class.values()))
+        selected |= {name: scores for name, scores in in_class.items() if name in largest and name not in selected}
+    return selected
 
 
 def draw_scores(axes: Axes, groups: Mapping[tuple[str, str], Floats]) -> None:
-    """Scores by (class, category), NaN for none: points, a box where there are a few, and how many have a score."""
+    """Draw scores by (class, category): points, a box if there are a few, and how many rows have a score."""
     random = np.random.default_rng(0)
+    right: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "fontsize": "small", "annotation_clip": False}
     names = list(groups)
     for place, (label, category) in enumerate(names):
         scores = groups[label, category]
-        there, colour = scores[np.isfinite(scores)], COLOURS[label]
-        drawn = there if len(there) <= _MOST_POINTS else random.choice(there, _MOST_POINTS, replace=False)
-        heights = place + random.uniform(-0.24, 0.24, len(drawn))
+        valid, colour = scores[np.isfinite(scores)], COLOURS[label]
+        points = valid if len(valid) <= _MOST_POINTS else random.choice(valid, _MOST_POINTS, replace=False)
+        heights = place + random.uniform(-0.24, 0.24, len(points))
         marker = "^" if label == "attack" else "o"
-        axes.scatter(drawn, heights, s=20, marker=marker, color=colour, alpha=0.6, linewidth=0, rasterized=True)
-        if len(there) >= _FEWEST_IN_BOX:
+        axes.scatter(points, heights, s=20, marker=marker, color=colour, alpha=0.6, linewidth=0, rasterized=True)
+        if len(valid) >= _FEWEST_IN_BOX:
             line = {"color": "black", "linewidth": 1}
             axes.boxplot(
-                there, positions=[place], orientation="horizontal", widths=0.62, showfliers=False, manage_ticks=False,
+                valid, positions=[place], orientation="horizontal", widths=0.62, showfliers=False, manage_ticks=False,
                 boxprops=line, whiskerprops=line, capprops=line, medianprops={**line, "linewidth": 2},
             )  # fmt: skip
-        text = f"{len(there)} of {len(scores)}"
-        axes.annotate(
-            text,
-            (1.01, place),
-            xycoords=("axes fraction", "data"),
-            va="center",
-            fontsize="small",
-            annotation_clip=False,
-        )
-    axes.annotate(
-        "with a score", (1.01, -0.9), xycoords=("axes fraction", "data"), fontsize="small", annotation_clip=False
-    )
+        axes.annotate(f"{len(valid)} of {len(scores)}", (1.01, place), va="center", **right)
+    axes.annotate("with a score", (1.01, -0.9), **right)
     labels = [": ".join(filter(None, (label, short(name)))) for label, name in names]
     axes.set_yticks(range(len(names)), labels, parse_math=False)
     for tick, (label, _) in zip(axes.get_yticklabels(), names, strict=True):
@@ -166,7 +157,7 @@ def draw_scores(axes: Axes, groups: Mapping[tuple[str, str], Floats]) -> None:
 
 
 def draw_curves(axes: Axes, curves: Sequence[Curve]) -> None:
-    """ROC curves, the first with its band."""
+    """Draw ROC curves, the first with its band."""
     for i, curve in enumerate(curves):
         colour, style = _CURVES[i % len(_CURVES)], _STYLES[i % len(_STYLES)]
         if i == 0 and curve.band is not None:
@@ -185,20 +176,21 @@ def draw_curves(axes: Axes, curves: Sequence[Curve]) -> None:
 
 
 def short(name: str, most: int = 24) -> str:
-    """A name that a figure has room for, without characters that print nothing."""
+    """Shorten a name to fit a figure, and replace characters that are not printable."""
     name = "".join(character if character.isprintable() else "?" for character in name)
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def new_figure(width: float, height: float) -> Any:
-    """A figure of so many inches that lays itself out."""
-    # Not pyplot: it keeps figures, and looks for a screen.
+    """Make a figure, sizes in inches, whose panels make room for their labels."""
+    # Not pyplot, which keeps every figure and looks for a display.
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, completely or not at all."""
     with written_beside(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in a script that the font does not have
         figure.savefig(temporary, format="png", dpi=_DPI)

@@ -7,12 +7,12 @@ import pytest
 from typer.testing import CliRunner
 
 from headrift.cli import app
-from headrift.report import extremes
-from headrift.report.output import Output, plain
+from headrift.report import html, measure
 from helpers import report_runs as made
 
 
-def ask(*arguments: object):
+
+def report(*arguments: object):
     return CliRunner().invoke(app, ["report", *map(str, arguments)], env={"COLUMNS": "80"})
 
 
@@ -22,31 +22,31 @@ def run(tmp_path) -> Path:
 
 
 def test_a_report_is_written_and_named(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(extremes, "MOST", 1)
-    done = ask(run, "--out", tmp_path / "r.html", "--resamples", 0)
-    assert done.exit_code == 0, done.output
-    assert done.stdout == f"The page is {tmp_path / 'r.html'}, its figures are in {tmp_path / 'r-files'}\n"
-    assert "reading the rows" in done.stderr
-    assert max(map(len, done.stderr.splitlines())) <= 80
+    monkeypatch.setattr(measure, "MOST_EXAMPLES", 1)
+    result = report(run, "--out", tmp_path / "r.html", "--resamples", 0)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"The page is {tmp_path / 'r.html'}, its figures are in {tmp_path / 'r-files'}\n"
+    assert "reading the rows" in result.stderr
+    assert max(map(len, result.stderr.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(
-    ("out", "options", "said"),
+    ("out", "options", "message"),
     [
-        ("sub", [], "is a folder, or is in none"),
-        ("nowhere/r.html", [], "is a folder, or is in none"),
-        ("r.pdf", [], "let it end in .html"),
-        ("taken.html", [], "holds other things"),
+        ("sub", [], "is a folder or in none"),
+        ("nowhere/r.html", [], "is a folder or in none"),
+        ("r.pdf", [], "has to end in .html"),
+        ("taken.html", [], "contains other files"),
         ("r.html", ["--fail-term", ""], "is empty"),
         ("r.html", ["--fail-term", "re:("], "no regular expression"),
         ("r.html", ["--calibration", "none.json"], "cannot be read"),
         ("r.html", ["empty"], "is no run (no run.json)"),
         ("r.html", ["other"], "differ in the model"),
-        ("r.html", ["window"], "was scored over another window"),
+        ("r.html", ["window"], "different windows"),
         ("r.html", ["run"], "is given twice"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_written(run, tmp_path, monkeypatch, out, options, said):
+def test_what_cannot_be_is_refused_before_anything_is_written(run, tmp_path, monkeypatch, out, options, message):
     monkeypatch.chdir(tmp_path)
     for name in ("sub", "empty", "taken-files"):
         (tmp_path / name).mkdir()
@@ -54,40 +54,40 @@ def test_what_cannot_be_is_refused_before_anything_is_written(run, tmp_path, mon
     made.made_run(tmp_path / "other", 0, 10, model="g")
     made.made_run(tmp_path / "window", 0, 10, window=made.signal.Window(1, 3))
     before = sorted(tmp_path.rglob("*"))
-    done = ask("run", *options, "--out", out)
-    assert done.exit_code == 2, done.output
-    assert said in " ".join(done.stderr.split())
+    result = report("run", *options, "--out", out)
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.stderr.split())
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_calibration_for_longer_answers(run, tmp_path):
     other = made.made_run(tmp_path / "other", 20, 80)
-    done = CliRunner().invoke(
+    result = CliRunner().invoke(
         app, ["calibrate", str(other), "--out", str(tmp_path / "c.json"), "--resamples", "0", "--window", "2:6"]
     )
-    assert done.exit_code == 0, done.output
-    about = json.loads((run / "run.json").read_text())
-    about["settings"] |= {"steps": 4, "window": "1:4"}
-    (run / "run.json").write_text(json.dumps(about))
-    done = ask(run, "--out", tmp_path / "r.html", "--calibration", tmp_path / "c.json")
-    assert done.exit_code == 2
-    assert "score the prompts anew with --steps 6" in " ".join(done.stderr.split())
+    assert result.exit_code == 0, result.output
+    run_json = json.loads((run / "run.json").read_text())
+    run_json["settings"] |= {"steps": 4, "window": "1:4"}
+    (run / "run.json").write_text(json.dumps(run_json))
+    result = report(run, "--out", tmp_path / "r.html", "--calibration", tmp_path / "c.json")
+    assert result.exit_code == 2
+    assert "score the prompts again with --steps 6" in " ".join(result.stderr.split())
 
 
 def test_a_disk_that_fails(run, tmp_path, monkeypatch):
     def fails(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Output, "picture", fails)
-    done = ask(run, "--out", tmp_path / "r.html", "--quiet")
-    assert done.exit_code == 1
-    assert done.stderr == "Error: no space left on the disk: make room, or choose another disk\n"
+    monkeypatch.setattr(html.Output, "picture", fails)
+    result = report(run, "--out", tmp_path / "r.html", "--quiet")
+    assert result.exit_code == 1
+    assert result.stderr == "Error: no space left on the disk: make room, or choose another disk\n"
     assert not list(tmp_path.glob("*r-files*"))
 
 
 def test_what_score_writes_is_read(on_straw, tmp_path, monkeypatch):
     """Through the real scoring job, its columns and its run.json; only the numbers are made up."""
-    monkeypatch.setattr(extremes, "MOST", 1)
+    monkeypatch.setattr(measure, "MOST_EXAMPLES", 1)
     rows = [
         {"prompt": f"{word} {n}" + " again" * (n % 3), "label": label}
         for word, label in (("Break", "attack"), ("Tell me about", "benign"))
@@ -96,14 +96,14 @@ def test_what_score_writes_is_read(on_straw, tmp_path, monkeypatch):
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
     scored = ["score", tmp_path / "in.jsonl", "--model", on_straw, "--out", tmp_path / "run", "--steps", 4]
     scored += ["--save", "text", "--save", "mass", "--save", "focus", "--quiet"]
-    done = CliRunner().invoke(app, [str(of) for of in scored])
-    assert done.exit_code == 0, done.output
-    done = ask(tmp_path / "run", "--out", tmp_path / "r.html", "--resamples", 5, "--fail-term", "Paris")
-    assert done.exit_code == 0, done.output
+    result = CliRunner().invoke(app, [str(argument) for argument in scored])
+    assert result.exit_code == 0, result.output
+    result = report(tmp_path / "run", "--out", tmp_path / "r.html", "--resamples", 5, "--fail-term", "Paris")
+    assert result.exit_code == 0, result.output
     page = (tmp_path / "r.html").read_text()
     numbers = json.loads((tmp_path / "r-files" / "figures.json").read_text())
-    about = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert numbers["comparisons"] == [plain(of) for of in about["comparisons"]]
+    run_json = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert numbers["comparisons"] == [html.plain(one) for one in run_json["comparisons"]]
     assert numbers["side_by_side"]["success"]["n_attacks"] == 12
     for expected in ("<b>answer</b><span>The", "Tell me about", "version of vllm", "in.jsonl, row"):
         assert expected in page

@@ -14,10 +14,8 @@ from headrift.calibration.calibrate import calibrate
 from headrift.calibration.runs import open_run
 from headrift.calibration.settings import Settings as CalibrationSettings
 from headrift.corpus import summary as summaries
-from headrift.report import extremes as stand_out
-from headrift.report import report as reports
-from headrift.report.output import Output
-from headrift.report.report import Report, Settings
+from headrift.report import html, measure
+from headrift.report.report import Report, ReportConfig
 from headrift.signal import Window
 
 
@@ -82,44 +80,47 @@ def test_every_figure_is_in_the_folder(page, labelled):
     assert [path.name for path in labelled.parent.iterdir() if path.name.startswith(".")] == []
 
 
-def test_sentences_say_what_the_numbers_say(page):
+def test_the_tables_say_what_the_numbers_say(page):
     score = page.numbers["comparisons"][0]["measures"][summaries.SCORE]
-    low, _ = score["auroc_interval"]
-    assert f"the attack has the higher score in {score['auroc']:.0%} of cases (95% interval {low:.0%}" in page.words
-    assert ("better than chance" in page.numbers["summary"][1]) == (low > 0.5)
+    low, high = score["auroc_interval"]
+    auroc, text = score["auroc"], page.numbers["summary"]
+    verdict = page.numbers["verdicts"]["Attack against benign"][summaries.SCORE]
+    assert f"AUROC {auroc:.2f}: an attack outscores a benign prompt {auroc:.0%} of the time" in page.words
+    assert (verdict == "shown: higher in attacks") == (low > 0.5)
+    assert f"{auroc:.3f} {low:.3f} to {high:.3f} {verdict}" in page.words
+    assert "80 attacks and 140 benign prompts from 2 runs" in text[0]
+    assert text[0] in page.words
     early = page.numbers["classes"]["attack"]["early"]
-    assert f"The answer ended inside the window for {early:.1%} of the attacks" in page.words
-    assert "80 attacks and 140 benign prompts from 2 runs" in page.words
+    assert f"{early:.1%}" in page.words
     assert len(page.numbers["auroc_by_step"]["auroc"]) == 8
     assert set(page.numbers["side_by_side"]) >= {"signals", "increments", "findings"}
-    assert "no fail terms were given" in page.words
+    assert "no fail terms" in page.words
 
 
-def test_the_interval_decides_the_words():
-    from headrift.report.words import verdict
-
-    assert verdict((0.51, 0.6)) == "better than chance"
-    assert "includes chance" in verdict((0.49, 0.6))
-    assert "wrong way round" in verdict((0.3, 0.49))
-    assert "too few" in verdict(None)
+@pytest.mark.parametrize(
+    ("interval", "expected"),
+    [((0.51, 0.6), "above"), ((0.49, 0.6), html.NOT_SHOWN), ((0.3, 0.49), "below"), (None, "too few prompts")],
+)
+def test_the_interval_decides_the_verdict(interval, expected):
+    assert html.verdict(interval, "above", "below", 0.5) == expected
 
 
 @pytest.fixture
 def few(monkeypatch):
     """One row of a kind is shown, for speed's sake."""
-    monkeypatch.setattr(stand_out, "MOST", 1)
+    monkeypatch.setattr(measure, "MOST_EXAMPLES", 1)
 
 
 @pytest.mark.usefixtures("few")
 def test_runs_without_labels(write, tmp_path):
     run = write(tmp_path / "log", n_attack=0, n_benign=30, label=[None] * 30, n_steps=None)
-    Report([run], Settings(tmp_path / "log.html", resamples=5)).write()
+    Report([run], ReportConfig(tmp_path / "log.html", resamples=5)).write()
     page = Page(tmp_path / "log.html")
-    assert "There are no attacks and benign prompts here" in page.words
+    assert "None of these rows is labelled" in page.words
     assert "30 rows without a label" in page.words
     assert "The highest scores" in page.words
     assert "The quietest attacks" not in page.words
-    assert page.words.count("Attacks and benign prompts are both needed") == 3
+    assert page.words.count("needs attacks and benign prompts") == 3
     assert "comparisons" not in page.numbers
 
 
@@ -127,9 +128,9 @@ def test_runs_without_labels(write, tmp_path):
 def test_benign_prompts_only_and_no_texts(write, tmp_path):
     none = np.full(20, np.nan)
     run = write(tmp_path / "b", 0, 20, save=(), n_steps=None, entropy=none, category=[None] * 20)
-    Report([run], Settings(tmp_path / "b.html", resamples=0)).write()
+    Report([run], ReportConfig(tmp_path / "b.html", resamples=0)).write()
     page = Page(tmp_path / "b.html")
-    assert "There are no attacks here" in page.words
+    assert "There are no attacks among these rows" in page.words
     assert "The run kept no texts (score with --save text)." in page.words
     assert "Not recorded in these runs: next-token entropy" in page.words
 
@@ -137,7 +138,7 @@ def test_benign_prompts_only_and_no_texts(write, tmp_path):
 @pytest.mark.usefixtures("few")
 def test_no_row_has_a_score(write, tmp_path):
     run = write(tmp_path / "n", 10, 15, n_steps=[0] * 25)
-    Report([run], Settings(tmp_path / "n.html", resamples=0)).write()
+    Report([run], ReportConfig(tmp_path / "n.html", resamples=0)).write()
     page = Page(tmp_path / "n.html")
     assert "No row has a score in this window." in page.words
     assert "answer_ended_before_window" in page.words
@@ -151,8 +152,8 @@ def test_redacted_with_a_calibration(write, tmp_path, monkeypatch):
     made.save(tmp_path / "c.json")
     monkeypatch.setattr(summaries, "_MOST_OF_CLASS", 60)
     out = tmp_path / "r.html"
-    asked = Settings(out, tmp_path / "c.json", redact=True, fail_terms=("terribly secret",), resamples=0)
-    Report(runs, asked).write()
+    config = ReportConfig(out, tmp_path / "c.json", redact=True, fail_terms=("terribly secret",), resamples=0)
+    Report(runs, config).write()
     page = Page(out)
     for path in [out, *(tmp_path / "r-files").iterdir()]:
         content = path.read_bytes()
@@ -161,7 +162,7 @@ def test_redacted_with_a_calibration(write, tmp_path, monkeypatch):
     assert "Prompt and answer are left out (--redact)." in page.words
     assert "one-" in page.words  # ids stay
     assert f"at or above {made.threshold:.6f} (steps 3:5" in page.words
-    assert "over steps 3:5 of the answer" in page.words
+    assert "over steps 3:5" in page.words
     assert "60 rows a class" in page.words
     assert "drift" in page.numbers
     assert set(page.numbers["flagged"]) == {"attack", "benign"}
@@ -179,7 +180,7 @@ def older_report(out: Path) -> None:
 def test_an_older_report_gives_way(write, tmp_path):
     out = tmp_path / "r.html"
     older_report(out)
-    Report([write(tmp_path / "run", 0, 12, n_steps=None)], Settings(out, resamples=0)).write()
+    Report([write(tmp_path / "run", 0, 12, n_steps=None)], ReportConfig(out, resamples=0)).write()
     assert out.read_text() != "older"
     assert not (tmp_path / "r-files" / "old.png").exists()
 
@@ -192,12 +193,12 @@ def test_a_failing_disk_leaves_the_older_report(write, tmp_path, monkeypatch):
     def fails(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Output, "picture", fails)
+    monkeypatch.setattr(html.Output, "picture", fails)
     with pytest.raises(OSError, match="No space"):
-        Report([run], Settings(out, resamples=0)).write()
+        Report([run], ReportConfig(out, resamples=0)).write()
     assert (out.read_bytes(), sorted(path.name for path in tmp_path.rglob("*"))) == before
 
 
 def test_backticks_are_code_and_nothing_else_is(tmp_path):
-    assert str(reports._coded("use `a<b` & c")) == "use <code>a&lt;b</code> &amp; c"
-    assert str(reports._coded("it`s <i>")) == "it`s &lt;i&gt;"
+    assert str(html.mark_code("use `a<b` & c")) == "use <code>a&lt;b</code> &amp; c"
+    assert str(html.mark_code("it`s <i>")) == "it`s &lt;i&gt;"

@@ -16,7 +16,7 @@ def report(
     out: Annotated[Path, typer.Option(metavar="FILE", help="The page to write, as report.html.", show_default=False)],
     calibration: options.Calibration = None,
     redact: Annotated[
-        bool, typer.Option("--redact", help="Leave out all prompts, answers and system prompts; ids stay.")
+        bool, typer.Option("--redact", help="Leave out prompts, answers and system prompts; ids stay.")
     ] = False,
     fail_term: options.FailTerm = None,
     resamples: options.Resamples = 200,
@@ -29,9 +29,9 @@ def report(
     and other signals, and which rows to look at. The page needs no network. Its figures are also in a folder next to it
     (of report.html: report-files), as PNG and SVG, with all numbers in figures.json.
     """
-    from headrift.report.report import Report, Settings
+    from headrift.report.report import Report, ReportConfig
 
-    config = Settings(
+    config = ReportConfig(
         out=out,
         calibration=calibration,
         redact=redact,

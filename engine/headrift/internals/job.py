@@ -37,7 +37,7 @@ from headrift.internals.phrases import read_rules, texts_of
 from headrift.internals.renderings import Renderer
 from headrift.job_folder import JobError, begun_before, new_folder, shape_of
 from headrift.preparing import load_tokenizer
-from headrift.report.output import plain
+from headrift.report.html import plain
 from headrift.scorer import Scorer
 
 RESULTS, REJECTS = "internals.json", "rejects.parquet"

@@ -18,8 +18,7 @@ from headrift.internals.findings import findings, in_words, summary
 from headrift.internals.placements import PLACEMENTS
 from headrift.internals.tables import MEASURES
 from headrift.report import plots
-from headrift.report.output import Block, Missing, Output, Picture, Pictures, Points, Section, Table, Text
-from headrift.report.report import rendered
+from headrift.report.html import Block, Missing, Output, Picture, Pictures, Section, Table, Text, render
 
 PAGE = "report.html"
 _MOST_SENTENCES = 20
@@ -37,12 +36,12 @@ def write_page(folder: Path, of: Analysis, about: Mapping[str, Any], rejected: i
             said = findings(of)
             output.numbers(headrift=__version__, summary=summary(of), findings=said, **numbers(of))
             sections = _sections(of, said, output)
-        page = rendered(
+        page = render(
             "internals.html.j2",
             title=Path(about["model"]).name,
             model=f"{of.compared.prompts} prompts, {len(of.compared.own)} system prompts",
-            made=f"{datetime.now(UTC):%Y-%m-%d}, headrift {__version__}",
-            summary=[*summary(of), *_notes(about, rejected)],
+            date=f"{datetime.now(UTC):%Y-%m-%d}, headrift {__version__}",
+            in_short=[Text([*summary(of), *_notes(about, rejected)])],
             sections=sections,
             files=output.folder.name,
             redact=False,
@@ -63,12 +62,12 @@ def _notes(about: Mapping[str, Any], rejected: int) -> list[str]:
 def _sections(of: Analysis, said: Mapping[str, Sequence[str]], output: Output) -> list[Section]:
     where, predicting, length, phrases, position, looking = said.items()
     return [
-        Section("where", where[0], [Points(where[1]), *_where(of, output)]),
-        Section("predicting", predicting[0], [Points(predicting[1]), *_predicting(of, output)]),
-        Section("length", length[0], [Points(length[1]), *_length(of, output)]),
-        Section("phrases", phrases[0], [Points(phrases[1]), *_phrases(of, output)]),
-        Section("position", position[0], [Points(position[1]), *_position(of, output)]),
-        Section("attention", looking[0], [Points(looking[1]), *_regions(of, output)]),
+        Section("where", where[0], [Text(where[1]), *_where(of, output)]),
+        Section("predicting", predicting[0], [Text(predicting[1]), *_predicting(of, output)]),
+        Section("length", length[0], [Text(length[1]), *_length(of, output)]),
+        Section("phrases", phrases[0], [Text(phrases[1]), *_phrases(of, output)]),
+        Section("position", position[0], [Text(position[1]), *_position(of, output)]),
+        Section("attention", looking[0], [Text(looking[1]), *_regions(of, output)]),
     ]
 
 

@@ -1,8 +1,7 @@
-"""Finished runs as the report reads them, in batches.
+"""Read finished runs for the report, in batches.
 
-Counts are of all rows. What needs a row's instability is of at most 20,000 distinct prompts a class, those that the
-closing table compares (corpus.summary): of each its mean by step and by layer is kept, and of each class the mean of
-every cell.
+Counts are over all rows. What needs a row's instability is over at most 20,000 distinct prompts per class, the same
+sample as in the closing table (corpus.summary); of each of these only its means by step and by layer are kept.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from headrift import signal
 from headrift.calibration.runs import Rows, Run, blocks, check_alike, exact_scores, open_run, read_rows
 from headrift.corpus.summary import COLUMNS, Summary
+from headrift.report.html import ReportError
 from headrift.signal import ScoreRange
 
 Floats: TypeAlias = NDArray[np.float64]
@@ -28,53 +28,42 @@ Ints: TypeAlias = NDArray[np.int64]
 Say: TypeAlias = Callable[[str], None]
 
 CLASSES = ("attack", "benign", "unlabelled")
-_SCORE, _REASON = "score", "reason"
-
-
-class ReportError(ValueError):
-    """No report can be made of these runs. The message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What is kept of the sampled rows, in the order of their numbers.
+    """The sampled rows, in ascending order."""
 
-    row: numbers over all runs; of: the class of each. by_step: [n, steps + 1], sums over the scored layers and how many
-    there were; by_layer: [n, layers], the mean over the window's steps. Means: by class [steps + 1, layers], NaN where
-    no row has the cell.
-    """
+    row: Ints  # row numbers over all runs [n]
+    label: NDArray[np.str_]  # their class [n]
+    step_sums: Floats  # over the scored layers that have a value [n, steps + 1]
+    step_counts: Ints  # how many have one
+    by_layer: Floats  # mean over the window's steps [n, layers]
+    means: Mapping[str, Floats]  # by class, mean over its rows [steps + 1, layers], NaN if no row has the cell
 
-    row: Ints
-    of: NDArray[np.str_]
-    step_sums: Floats
-    step_counts: Ints
-    by_layer: Floats
-    means: Mapping[str, Floats]
-
-    def mine(self, label: str) -> NDArray[np.bool_]:
-        """Which samples are of a class."""
-        return self.of == label
+    def in_class(self, label: str) -> NDArray[np.bool_]:
+        """Mask of the samples of a class."""
+        return self.label == label
 
     @cached_property
     def by_step(self) -> Floats:
-        """The mean over the scored layers at each step, NaN where there is none."""
-        return means(self.step_sums, self.step_counts)
+        """Mean over the scored layers at each step [n, steps + 1], NaN if there is none."""
+        return divide(self.step_sums, self.step_counts)
 
 
 @dataclass(frozen=True, slots=True)
-class Gathered:
-    """runs with their folders' names, what run.json says of each, the cell that is scored, the rows and their scores
-    in it (NaN for none), the run of each row, summaries over all runs and of each, and the samples."""
+class ReportData:
+    """What the report reads of its runs."""
 
     runs: Sequence[Run]
-    names: Sequence[str]
-    about: Sequence[Mapping[str, Any]]
-    cell: ScoreRange
+    names: Sequence[str]  # of the runs' folders, with as many parents as tell them apart
+    run_json: Sequence[Mapping[str, Any]]
+    score_range: ScoreRange  # the window and layers that are scored
     rows: Rows
-    score: Floats
-    run_of: Ints
+    score: Floats  # of each row in `score_range`, NaN if it has none
+    run_index: Ints  # of each row
     summary: Summary
-    of_run: Sequence[Summary]
+    run_summaries: Sequence[Summary]
     samples: Samples
 
     @property
@@ -83,131 +72,134 @@ class Gathered:
         return min(run.steps for run in self.runs)
 
     @property
+    def window(self) -> tuple[int, int]:
+        """The first and last step of the window."""
+        return self.score_range.window.start, self.score_range.window.end
+
+    @property
     def layers(self) -> tuple[int, int]:
-        """The scored layers [s, e)."""
-        return self.cell.layers(self.runs[0].model.layers)
+        """The scored layers [start, end)."""
+        return self.score_range.layers(self.runs[0].model.layers)
 
     @property
     def classes(self) -> list[str]:
-        """Those that have rows."""
+        """The classes that have rows."""
         return [name for name in CLASSES if name in self.summary.by_class()]
 
     @property
-    def both(self) -> bool:
-        """Whether there are attacks and benign prompts to compare."""
+    def has_both_classes(self) -> bool:
+        """Whether there are both attacks and benign prompts."""
         return {"attack", "benign"} <= set(self.classes)
 
 
 def open_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs in these folders. CalibrationError where one is none, or they are not of one model."""
+    """Open runs of one model. CalibrationError if a folder is not a run, or the runs cannot be compared."""
     runs = [open_run(folder) for folder in folders]
     check_alike(runs)
     return runs
 
 
-def cell_of(runs: Sequence[Run]) -> ScoreRange:
-    """The window and layers that the runs were scored over. ReportError where they differ."""
-    cells = list(dict.fromkeys(run.score_range for run in runs))
-    if len(cells) > 1:
+def common_range(runs: Sequence[Run]) -> ScoreRange:
+    """Return the window and layers that all runs were scored over. ReportError if they differ."""
+    other = next((run for run in runs if run.score_range != runs[0].score_range), None)
+    if other is not None:
         raise ReportError(
-            f"{runs[0].name} was scored over another window or other layers than "
-            f"{next(run.name for run in runs if run.score_range != cells[0])}: make a report of each, or give the "
-            "--calibration whose window is to be used for all"
+            f"{runs[0].name} and {other.name} were scored over different windows or layers: make a report of each, or "
+            "give a --calibration, whose window is then used for all"
         )
-    return cells[0]
+    return runs[0].score_range
 
 
-def gather(runs: Sequence[Run], cell: ScoreRange, say: Say) -> Gathered:
-    """Read the runs. CalibrationError where their files cannot be read."""
-    steps = min(run.steps for run in runs)
+def gather(runs: Sequence[Run], score_range: ScoreRange, say: Say) -> ReportData:
+    """Read the runs, with scores over `score_range`. CalibrationError if their files cannot be read."""
     say("reading the rows")
     rows = read_rows(runs)
-    score = None
-    if any(run.score_range != cell for run in runs):
-        say(f"scoring {len(rows):,} rows in steps {cell.window}")
-        (score,) = exact_scores(runs, rows, [(cell, np.arange(len(rows)))])
-    summary, of_run = Summary(cell.window.end), []
-    kept: list[Floats] = []
-    run_of: list[Ints] = []
-    for number, run in enumerate(runs):
-        own = Summary(cell.window.end)
+    new_scores = None
+    if any(run.score_range != score_range for run in runs):
+        say(f"scoring {len(rows):,} rows in steps {score_range.window}")
+        (new_scores,) = exact_scores(runs, rows, [(score_range, np.arange(len(rows)))])
+    summary, run_summaries = Summary(score_range.window.end), []
+    scores: list[Floats] = []
+    run_index: list[Ints] = []
+    first = 0
+    for index, run in enumerate(runs):
+        run_summary = Summary(score_range.window.end)
         for batch in run.batches(COLUMNS):
-            if score is not None:
-                start = sum(len(of) for of in kept)
-                batch = _with_scores(batch, score[start : start + len(batch)], cell)
-            kept.append(batch.column(_SCORE).to_numpy(zero_copy_only=False).astype(np.float64))
-            run_of.append(np.full(len(batch), number, np.int64))
+            if new_scores is not None:
+                batch = _with_scores(batch, new_scores[first : first + len(batch)], score_range)
+            first += len(batch)
+            scores.append(batch.column("score").to_numpy(zero_copy_only=False).astype(np.float64))
+            run_index.append(np.full(len(batch), index, np.int64))
             summary.add(batch)
-            own.add(batch)
-        for of in (summary, own):
-            of.add_rejects(Path(run.name))
-        of_run.append(own)
+            run_summary.add(batch)
+        summary.add_rejects(Path(run.name))
+        run_summary.add_rejects(Path(run.name))
+        run_summaries.append(run_summary)
     say("reading the instability")
-    return Gathered(
+    return ReportData(
         runs=runs,
-        names=_names(runs),
-        about=[_about(Path(run.name)) for run in runs],
-        cell=cell,
+        names=_distinct_names(runs),
+        run_json=[json.loads((Path(run.name) / "run.json").read_text(encoding="utf-8")) for run in runs],
+        score_range=score_range,
         rows=rows,
-        score=np.concatenate(kept),
-        run_of=np.concatenate(run_of),
+        score=np.concatenate(scores),
+        run_index=np.concatenate(run_index),
         summary=summary,
-        of_run=of_run,
-        samples=_read_samples(runs, cell, steps, summary.samples()),
+        run_summaries=run_summaries,
+        samples=_read_samples(runs, score_range, summary.samples()),
     )
 
 
-def means(sums: Floats, counts: Ints) -> Floats:
-    """Sums over counts, NaN where nothing was counted."""
+def divide(sums: Floats, counts: Ints) -> Floats:
+    """Return sums / counts, NaN where the count is 0."""
     return np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
 
 
-def _with_scores(batch: pa.RecordBatch, score: Floats, cell: ScoreRange) -> pa.RecordBatch:
-    """The batch with the scores of a window that is not its run's own."""
-    none = np.isnan(score)
-    ended = batch.column("n_steps").to_numpy(zero_copy_only=False) < cell.window.start
+def _with_scores(batch: pa.RecordBatch, score: Floats, score_range: ScoreRange) -> pa.RecordBatch:
+    """Replace a batch's scores and reasons by those of another window."""
+    missing = np.isnan(score)
+    ended = batch.column("n_steps").to_numpy(zero_copy_only=False) < score_range.window.start
     reason = np.where(ended, signal.ANSWER_ENDED, signal.LOST_SPAN)
     columns = {name: batch.column(name) for name in batch.schema.names}
-    columns[_SCORE] = pa.array(score, pa.float64(), mask=none)
-    columns[_REASON] = pa.array(reason, pa.string(), mask=~none)
+    columns["score"] = pa.array(score, pa.float64(), mask=missing)
+    columns["reason"] = pa.array(reason, pa.string(), mask=~missing)
     return pa.record_batch(columns)
 
 
-def _read_samples(runs: Sequence[Run], cell: ScoreRange, steps: int, wanted: Mapping[str, Ints]) -> Samples:
-    row = np.concatenate(list(wanted.values()))
-    of = np.repeat(list(wanted), [len(rows) for rows in wanted.values()])
+def _read_samples(runs: Sequence[Run], score_range: ScoreRange, rows_of_class: Mapping[str, Ints]) -> Samples:
+    """Read the instability of sampled rows.
+
+    Args:
+        rows_of_class: The sampled row numbers of each class.
+    """
+    row = np.concatenate(list(rows_of_class.values()))
+    label = np.repeat(list(rows_of_class), [len(rows) for rows in rows_of_class.values()])
     order = np.argsort(row)
-    row, of = row[order], of[order]
-    layers, scored = runs[0].model.layers, slice(*cell.layers(runs[0].model.layers))
-    in_window = slice(cell.window.start, cell.window.end + 1)
+    row, label = row[order], label[order]
+    steps, layers = min(run.steps for run in runs), runs[0].model.layers
+    scored, window = slice(*score_range.layers(layers)), slice(score_range.window.start, score_range.window.end + 1)
     step_sums, step_counts = np.zeros((len(row), steps + 1)), np.zeros((len(row), steps + 1), np.int64)
     by_layer = np.empty((len(row), layers))
-    sums = {label: np.zeros((steps + 1, layers)) for label in wanted}
-    counts = {label: np.zeros((steps + 1, layers), np.int64) for label in wanted}
-    for which, block in blocks(runs, row, steps):
-        there = ~np.isnan(block)
-        values = np.where(there, block, 0).astype(np.float64)
-        step_sums[which] = values[:, :, scored].sum(axis=2)
-        step_counts[which] = there[:, :, scored].sum(axis=2)
-        by_layer[which] = means(values[:, in_window].sum(axis=1), there[:, in_window].sum(axis=1))
-        for label in wanted:
-            mine = of[which] == label
-            sums[label] += values[mine].sum(axis=0)
-            counts[label] += there[mine].sum(axis=0)
-    by_class = {label: means(sums[label], counts[label]) for label in wanted}
-    return Samples(row, of, step_sums, step_counts, by_layer, by_class)
+    sums = {name: np.zeros((steps + 1, layers)) for name in rows_of_class}
+    counts = {name: np.zeros((steps + 1, layers), np.int64) for name in rows_of_class}
+    for part, block in blocks(runs, row, steps):
+        valid = ~np.isnan(block)
+        values = np.where(valid, block, 0).astype(np.float64)
+        step_sums[part] = values[:, :, scored].sum(axis=2)
+        step_counts[part] = valid[:, :, scored].sum(axis=2)
+        by_layer[part] = divide(values[:, window].sum(axis=1), valid[:, window].sum(axis=1))
+        for name in rows_of_class:
+            in_class = label[part] == name
+            sums[name] += values[in_class].sum(axis=0)
+            counts[name] += valid[in_class].sum(axis=0)
+    means = {name: divide(sums[name], counts[name]) for name in rows_of_class}
+    return Samples(row, label, step_sums, step_counts, by_layer, means)
 
 
-def _about(folder: Path) -> Mapping[str, Any]:
-    about: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    return about
-
-
-def _names(runs: Sequence[Run]) -> list[str]:
-    """The folders' names, with as many of the folders they are in as tell them apart."""
+def _distinct_names(runs: Sequence[Run]) -> list[str]:
     parts = [Path(run.name).resolve().parts for run in runs]
     for depth in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(of[-depth:]) for of in parts]
+        names = ["/".join(part[-depth:]) for part in parts]
         if len(set(names)) == len(names):
             break
     return names

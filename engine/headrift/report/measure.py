@@ -1,135 +1,226 @@
-"""What the report's figures show, as numbers: by step, by window, by layer, beside other signals, by run."""
+"""The numbers behind the report's figures: by step, by window, by layer, against other signals, by run; and which
+rows stand out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from headrift.corpus.summary import SCORE
-from headrift.report.gather import Floats, Gathered, Ints, means
+from headrift.report.gather import Floats, Ints, ReportData, divide
 from headrift.stats import Separation, area, ranks, roc_curve, separation
 
-_MOST_GRID_STEPS = 60  # of more steps, the grid's windows begin and end at this many, evenly spread
 LENGTH = "prompt length"
+MOST_EXAMPLES = 5
+_MOST_GRID_STEPS = 60  # with more steps, windows start and end at this many, evenly spaced
+_FEWEST_FOR_CORRELATION = 10
+_EXAMPLE_COLUMNS = ("id", "source", "row", "category", "flags", "instability")
+_TEXT_COLUMNS = ("prompt", "text")
 
 
 @dataclass(frozen=True, slots=True)
-class Along:
-    """AUROC at each of the places `at` (steps, or layers), among prompts that have a value there, with its 95% interval
-    for that place alone (NaN where too few are left); reach: by class, the fraction of prompts that have one."""
+class AurocProfile:
+    """AUROC at each step or layer, among prompts that have a value there."""
 
-    at: Ints
+    at: Ints  # steps or layers [n]
     auroc: Floats
-    low: Floats
+    low: Floats  # 95% interval of each by itself, NaN with too few prompts
     high: Floats
-    reach: Mapping[str, Floats]
+    reach: Mapping[str, Floats]  # by class, the fraction of prompts that have a value
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
-    """AUROC, no score lowest, of windows from step starts[i] to ends[j]: [i, j], NaN where i is after j."""
+class WindowGrid:
+    """AUROC of windows, a missing score counted as lowest."""
 
-    starts: Ints
-    auroc: Floats
+    starts: Ints  # steps that windows start and end at [n]
+    auroc: Floats  # of the window from starts[i] to starts[j], NaN if i > j [n, n]
 
     @property
     def best(self) -> tuple[int, int, float]:
-        """The highest AUROC and its window's first and last step."""
+        """First step, last step and AUROC of the window with the highest AUROC."""
         i, j = np.unravel_index(np.nanargmax(self.auroc), self.auroc.shape)
         return int(self.starts[i]), int(self.starts[j]), float(self.auroc[i, j])
 
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """The score against another number of the same prompts, by class: values, scores, and Spearman's rank correlation
-    (None for fewer than 10, or where one does not vary)."""
+    """The score against another number of the same prompts, by class."""
 
     values: Mapping[str, Floats]
     scores: Mapping[str, Floats]
-    spearman: Mapping[str, float | None]
+    spearman: Mapping[str, float | None]  # None with too few prompts, or if one of the two is constant
 
 
 @dataclass(frozen=True, slots=True)
-class OfRun:
-    """A run by itself: rows of each class, and how well score and prompt length separate there (None: one class)."""
+class RunSeparation:
+    """One run by itself; None if it has only one class."""
 
     name: str
-    n: Mapping[str, int]
+    n: Mapping[str, int]  # rows by class
     score: Separation | None
     length: Separation | None
 
 
-def by_step(of: Gathered, resamples: int) -> Along:
+@dataclass(frozen=True, slots=True)
+class Example:
+    """An input row to look at."""
+
+    columns: Mapping[str, Any]
+    run: str
+    score: float
+    percentile: float  # percent of the reference class's scores that are at most this one
+    instability: Floats  # [steps, layers]
+
+
+@dataclass(frozen=True, slots=True)
+class Extremes:
+    """The rows that stand out."""
+
+    highest_class: str
+    highest: Sequence[Example]  # the highest scores first
+    quietest: Sequence[Example]  # attacks, the lowest scores first
+    reference: str  # the class that percentiles are relative to
+    without_score: int  # attacks
+
+
+def by_step(data: ReportData, resamples: int) -> AurocProfile:
     """AUROC of the mean over the scored layers at each recorded step from 1."""
-    return _along(of, of.samples.by_step, np.arange(1, of.steps + 1), resamples)
+    return _profile(data, data.samples.by_step, np.arange(1, data.steps + 1), resamples)
 
 
-def by_layer(of: Gathered, resamples: int) -> Along:
+def by_layer(data: ReportData, resamples: int) -> AurocProfile:
     """AUROC of each layer's mean over the window."""
-    return _along(of, of.samples.by_layer, np.arange(of.samples.by_layer.shape[1]), resamples)
+    return _profile(data, data.samples.by_layer, np.arange(data.samples.by_layer.shape[1]), resamples)
 
 
-def grid(of: Gathered) -> Grid:
-    """AUROC over all windows within the recorded steps."""
-    samples = of.samples
-    at = np.unique(np.linspace(1, of.steps, min(of.steps, _MOST_GRID_STEPS)).round().astype(np.int64))
-    both = samples.mine("attack") | samples.mine("benign")
-    attack = samples.mine("attack")[both]
-    sums, counts = samples.step_sums[both].cumsum(axis=1), samples.step_counts[both].cumsum(axis=1)
-    found, ones = np.full((len(at), len(at)), np.nan), np.ones(len(attack))
+def by_window(data: ReportData) -> WindowGrid:
+    """AUROC of all windows within the recorded steps."""
+    samples = data.samples
+    at = np.unique(np.linspace(1, data.steps, min(data.steps, _MOST_GRID_STEPS)).round().astype(np.int64))
+    labelled = samples.in_class("attack") | samples.in_class("benign")
+    attack = samples.in_class("attack")[labelled]
+    step_sums, step_counts = samples.step_sums[labelled], samples.step_counts[labelled]
+    sums, counts = step_sums.cumsum(axis=1), step_counts.cumsum(axis=1)
+    auroc, weights = np.full((len(at), len(at)), np.nan), np.ones(len(attack))
     for i, start in enumerate(at):
         for j, end in enumerate(at[i:], i):
-            scores = means(
-                sums[:, end] - sums[:, start] + samples.step_sums[both, start],
-                counts[:, end] - counts[:, start] + samples.step_counts[both, start],
+            scores = divide(
+                sums[:, end] - sums[:, start] + step_sums[:, start],
+                counts[:, end] - counts[:, start] + step_counts[:, start],
             )
-            found[i, j] = area(*roc_curve(ranks(scores), attack, ones))
-    return Grid(at, found)
+            auroc[i, j] = area(*roc_curve(ranks(scores), attack, weights))
+    return WindowGrid(at, auroc)
 
 
-def relation(of: Gathered, values: NDArray[np.floating] | NDArray[np.integer]) -> Relation:
-    """The scores of the sampled rows against values, of all rows, NaN for none."""
+def by_run(data: ReportData) -> list[RunSeparation]:
+    """Each run by itself."""
+    runs = []
+    for name, summary in zip(data.names, data.run_summaries, strict=True):
+        measures = summary.comparisons()[0].measures if summary.comparisons() else {}
+        n = {label: int(numbers["n"] or 0) for label, numbers in summary.by_class().items()}
+        runs.append(RunSeparation(name, n, measures.get(SCORE), measures.get(LENGTH)))
+    return runs
+
+
+def relation(data: ReportData, values: NDArray[np.floating] | NDArray[np.integer]) -> Relation:
+    """The sampled rows' scores against another number.
+
+    Args:
+        values: One for each row of the runs, NaN if a row has none.
+    """
     from scipy.stats import spearmanr
 
-    rows, scores = of.samples.row, of.score[of.samples.row]
+    rows, scores = data.samples.row, data.score[data.samples.row]
     others = values[rows].astype(np.float64)
-    there = ~np.isnan(scores) & ~np.isnan(others)
-    shown = {label: there & of.samples.mine(label) for label in of.classes}
+    valid = ~np.isnan(scores) & ~np.isnan(others)
+    masks = {label: valid & data.samples.in_class(label) for label in data.classes}
     spearman: dict[str, float | None] = {}
-    for label, mine in shown.items():
-        varies = mine.sum() >= 10 and min(len(np.unique(x[mine])) for x in (others, scores)) > 1
-        spearman[label] = float(spearmanr(others[mine], scores[mine]).statistic) if varies else None
+    for label, mask in masks.items():
+        varies = min(len(np.unique(numbers[mask])) for numbers in (others, scores)) > 1
+        enough = varies and mask.sum() >= _FEWEST_FOR_CORRELATION
+        spearman[label] = float(spearmanr(others[mask], scores[mask]).statistic) if enough else None
     return Relation(
-        {label: others[mine] for label, mine in shown.items()},
-        {label: scores[mine] for label, mine in shown.items()},
+        {label: others[mask] for label, mask in masks.items()},
+        {label: scores[mask] for label, mask in masks.items()},
         spearman,
     )
 
 
-def by_run(of: Gathered) -> list[OfRun]:
-    """Each run by itself."""
-    found = []
-    for name, summary in zip(of.names, of.of_run, strict=True):
-        measures = summary.comparisons()[0].measures if summary.comparisons() else {}
-        n = {label: int(numbers["n"] or 0) for label, numbers in summary.by_class().items()}
-        found.append(OfRun(name, n, measures.get(SCORE), measures.get(LENGTH)))
-    return found
-
-
-def _along(of: Gathered, values: Floats, at: Ints, resamples: int) -> Along:
-    samples = of.samples
-    both = samples.mine("attack") | samples.mine("benign")
-    found = np.full((3, len(at)), np.nan)
+def _profile(data: ReportData, values: Floats, at: Ints, resamples: int) -> AurocProfile:
+    samples = data.samples
+    labelled = samples.in_class("attack") | samples.in_class("benign")
+    numbers = np.full((3, len(at)), np.nan)
     for i, place in enumerate(at):
-        there = both & ~np.isnan(values[:, place])
-        attack = samples.mine("attack")[there]
+        valid = labelled & ~np.isnan(values[:, place])
+        attack = samples.in_class("attack")[valid]
         if attack.all() or not attack.any():
             continue
-        groups = np.unique(of.rows.group[samples.row[there]], return_inverse=True)[1]
-        measured = separation(values[there, place], attack, groups, resamples=resamples)
-        found[:, i] = measured.auroc, *(measured.auroc_interval or (np.nan, np.nan))
-    reach = {label: (~np.isnan(values[samples.mine(label)][:, at])).mean(axis=0) for label in of.classes}
-    return Along(at, found[0], found[1], found[2], reach)
+        groups = np.unique(data.rows.group[samples.row[valid]], return_inverse=True)[1]
+        result = separation(values[valid, place], attack, groups, resamples=resamples)
+        numbers[:, i] = result.auroc, *(result.auroc_interval or (np.nan, np.nan))
+    reach = {label: (~np.isnan(values[samples.in_class(label)][:, at])).mean(axis=0) for label in data.classes}
+    return AurocProfile(at, numbers[0], numbers[1], numbers[2], reach)
+
+
+def extremes(data: ReportData, *, with_texts: bool) -> Extremes | None:
+    """Find the benign (if there are none, unlabelled) prompts with the highest scores and the attacks with the lowest.
+
+    Returns:
+        None if no row has a score.
+    """
+    scores = data.score[data.samples.row]
+    valid = ~np.isnan(scores)
+    places = {label: np.flatnonzero(data.samples.in_class(label) & valid) for label in data.classes}
+    nothing = np.array([], np.int64)
+    reference = next((label for label in ("benign", "unlabelled", "attack") if len(places.get(label, ()))), None)
+    if reference is None:
+        return None
+    highest_class = "benign" if "benign" in data.classes else "unlabelled"
+    chosen = {
+        "highest": _smallest(-scores, places.get(highest_class, nothing)),
+        "quietest": _smallest(scores, places.get("attack", nothing)),
+    }
+    numbers = {name: [int(data.samples.row[place]) for place in at] for name, at in chosen.items()}
+    columns = [*_EXAMPLE_COLUMNS, *(_TEXT_COLUMNS if with_texts else ())]
+    rows = _read(data, [number for some in numbers.values() for number in some], columns)
+    sorted_scores = np.sort(scores[places[reference]])
+    return Extremes(
+        highest_class=highest_class,
+        reference=reference,
+        without_score=int((data.samples.in_class("attack") & ~valid).sum()),
+        **{name: [_example(data, at, rows[at], sorted_scores) for at in some] for name, some in numbers.items()},
+    )
+
+
+def _smallest(keys: Floats, places: Ints) -> Ints:
+    """The places with the smallest keys."""
+    return places[np.argsort(keys[places], kind="stable")[:MOST_EXAMPLES]]
+
+
+def _read(data: ReportData, numbers: Sequence[int], columns: Sequence[str]) -> dict[int, dict[str, Any]]:
+    """Read columns of rows, by row number."""
+    rows: dict[int, dict[str, Any]] = {}
+    first = 0
+    for run in data.runs:
+        for batch in run.batches(columns):
+            for number in numbers:
+                if first <= number < first + len(batch):
+                    rows[number] = batch.slice(number - first, 1).to_pylist()[0]
+            first += len(batch)
+    return rows
+
+
+def _example(data: ReportData, number: int, columns: Mapping[str, Any], sorted_scores: Floats) -> Example:
+    score = float(data.score[number])
+    return Example(
+        columns=columns,
+        run=data.names[data.run_index[number]],
+        score=score,
+        percentile=float(np.searchsorted(sorted_scores, score, side="right") / len(sorted_scores) * 100),
+        instability=np.array(columns["instability"], np.float64).reshape(-1, data.runs[0].model.layers),
+    )

@@ -1,8 +1,8 @@
-"""Runs in, a page out."""
+"""Make the page from finished runs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,23 +14,23 @@ from headrift._version import __version__
 from headrift.calibration.record import Calibration
 from headrift.calibration.settings import CalibrationError
 from headrift.calibration.side_by_side import side_by_side
+from headrift.explain import printable
 from headrift.fail_terms import FailTerms
-from headrift.report import calibrated, compared, plots, sections, words
-from headrift.report.gather import Say, cell_of, gather, open_runs
+from headrift.report import comparisons, html, plots, sections
+from headrift.report.gather import ReportData, Say, common_range, gather, open_runs
 from headrift.report.measure import by_run
-from headrift.report.output import Output, Section
-from headrift.report.settings import settings as settings_section
+
+_NOT_OPTIONS = {"system_prompt", "system_prompt_sha256"}
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """out: the page. redact: no prompt, answer, system prompt or fail term is in it. fail_terms: what the answer of an
-    attack that succeeded holds. resamples: that intervals are from; seed: of all draws."""
+class ReportConfig:
+    """What `headrift report` is asked for."""
 
-    out: Path
+    out: Path  # the page
     calibration: Path | None = None
-    redact: bool = False
-    fail_terms: tuple[str, ...] = ()
+    redact: bool = False  # leave out prompts, answers, system prompts and fail terms
+    fail_terms: tuple[str, ...] = ()  # words that show an attack succeeded
     resamples: int = 200
     seed: int = 0
 
@@ -38,22 +38,29 @@ class Settings:
 class Report:
     """A report on finished runs, which are read here.
 
-    ReportError and CalibrationError where the runs, the calibration or --out do not allow it; nothing is written then.
+    Raises:
+        ReportError, CalibrationError: If the runs, the calibration or the page's name do not allow it; nothing is
+            written then.
     """
 
-    def __init__(self, folders: Sequence[Path], settings: Settings, say: Say = lambda text: None) -> None:
-        self._settings, self._say = settings, say
-        self._output = Output(settings.out)
-        self._fail_terms = FailTerms(settings.fail_terms) if settings.fail_terms else None
+    def __init__(self, folders: Sequence[Path], config: ReportConfig, say: Say = lambda text: None) -> None:
+        self._config, self._say = config, say
+        self._output = html.Output(config.out)
+        self._fail_terms = FailTerms(config.fail_terms) if config.fail_terms else None
         runs = open_runs(folders)
-        self._calibration = None if settings.calibration is None else Calibration.load(settings.calibration)
-        cell = cell_of(runs) if self._calibration is None else calibrated.cell_of(self._calibration, runs)
-        self._of = gather(runs, cell, say)
+        self._calibration = None if config.calibration is None else Calibration.load(config.calibration)
+        calibration = self._calibration
+        score_range = common_range(runs) if calibration is None else comparisons.calibrated_range(calibration, runs)
+        self._data = gather(runs, score_range, say)
 
     def write(self) -> Path:
-        """Write the page and, beside it, the folder with its figures, which is returned.
+        """Write the page and the folder of its figures.
 
-        OSError where the disk fails: an older report is then as it was.
+        Returns:
+            The folder.
+
+        Raises:
+            OSError: If the disk fails; an older report is then unchanged.
         """
         self._output.begin()
         try:
@@ -65,66 +72,97 @@ class Report:
         return self._output.folder
 
     def _page(self) -> str:
-        of, output, settings = self._of, self._output, self._settings
+        data, output, config, calibration = self._data, self._output, self._config, self._calibration
         self._say("measuring")
-        runs = by_run(of)
-        found: list[Section | None] = [
-            sections.distributions(of, output, None if self._calibration is None else self._calibration.threshold),
-            sections.separation(of, output),
-            sections.runs(runs, of, output),
-            None if self._calibration is None else calibrated.calibrated(self._calibration, of, output),
-            sections.when(of, output, settings.resamples),
-            sections.where(of, output, settings.resamples),
-            sections.beside(of, output),
-            *self._compared(),
-            sections.examples(of, output, settings.redact),
-            settings_section(of, settings.redact),
+        in_short = sections.in_short(data, output)
+        every: list[html.Section | None] = [
+            sections.scores(data, output, None if calibration is None else calibration.threshold),
+            sections.separation(data, output),
+            sections.runs(by_run(data), data, output),
+            None if calibration is None else comparisons.calibrated(calibration, data, output),
+            sections.when(data, output, config.resamples),
+            sections.where(data, output, config.resamples),
+            sections.against(data, output),
+            *self._compare_signals(),
+            sections.examples(data, output, config.redact),
+            _settings(data, config.redact),
         ]
         self._say("writing the page")
-        summary = words.summary(of, runs)
-        output.numbers(headrift=__version__, summary=summary, window=str(of.cell.window), layers=of.layers)
-        return rendered(
+        output.numbers(headrift=__version__, window=str(data.score_range.window), layers=data.layers)
+        return html.render(
             "report.html.j2",
-            title=", ".join(of.names) if len(of.names) <= 3 else f"{len(of.names)} runs",
-            model=of.runs[0].model.name,
-            made=f"{datetime.now(UTC):%Y-%m-%d}, headrift {__version__}",
-            summary=summary,
-            sections=[section for section in found if section is not None],
+            title=", ".join(data.names) if len(data.names) <= 3 else f"{len(data.names)} runs",
+            model=data.runs[0].model.name,
+            date=f"{datetime.now(UTC):%Y-%m-%d}, headrift {__version__}",
+            in_short=in_short,
+            sections=[section for section in every if section is not None],
             files=output.folder.name,
-            redact=settings.redact,
+            redact=config.redact,
         )
 
-    def _compared(self) -> list[Section]:
-        of, settings = self._of, self._settings
-        if not of.both:
-            return compared.absent(sections.NO_BOTH)
-        if not np.isfinite(of.score).any():
-            return compared.absent(sections.NO_SCORE)
-        asked: dict[str, Any] = {"resamples": settings.resamples, "seed": settings.seed, "say": self._say}
+    def _compare_signals(self) -> list[html.Section]:
+        data, config = self._data, self._config
+        if not data.has_both_classes:
+            return comparisons.not_compared(sections.NEEDS_BOTH_CLASSES)
+        if not np.isfinite(data.score).any():
+            return comparisons.not_compared(sections.NO_SCORE)
+        options: dict[str, Any] = {"resamples": config.resamples, "seed": config.seed, "say": self._say}
         try:
-            found = side_by_side(of.runs, of.cell, fail_terms=self._fail_terms, **asked)
+            result = side_by_side(data.runs, data.score_range, fail_terms=self._fail_terms, **options)
         except CalibrationError as error:
-            return compared.absent(str(error))
-        return compared.compared(found, self._output, settings.fail_terms, settings.redact)
+            return comparisons.not_compared(str(error))
+        return comparisons.compared(result, self._output, config.fail_terms, config.redact)
 
 
-def _coded(text: str) -> Any:
-    """The text, escaped, with what is in `backticks` set as code."""
-    from markupsafe import Markup, escape
+def _settings(data: ReportData, redact: bool) -> html.Section:
+    """Settings, versions and system prompts of the runs."""
+    described = [_describe(run_json) for run_json in data.run_json]
+    values = {name: [one.get(name, "") for one in described] for name in dict.fromkeys(n for d in described for n in d)}
+    same = [(name, texts[0]) for name, texts in values.items() if len(set(texts)) == 1]
+    differ = {name: texts for name, texts in values.items() if len(set(texts)) > 1}
+    columns = ("setting", "of all runs" if len(data.runs) > 1 else "value")
+    blocks: list[html.Block] = [html.Table(columns, [("report made by", f"headrift {__version__}"), *same])]
+    if differ:
+        rows = [(run, *(texts[i] for texts in differ.values())) for i, run in enumerate(data.names)]
+        blocks.append(html.Table(("run", *differ), rows))
+    prompts = {
+        f"system prompt of {name}": _system_prompt(run_json["settings"], redact)
+        for name, run_json in zip(data.names, data.run_json)
+    }
+    blocks.append(html.Details({name: text for name, text in prompts.items() if text}))
+    return html.Section("settings", "Settings and versions", blocks)
 
-    parts = str(text).split("`")
-    if len(parts) % 2 == 0:
-        return escape(text)
-    return Markup("").join(Markup("<code>{}</code>").format(part) if i % 2 else part for i, part in enumerate(parts))
+
+def _describe(run_json: Mapping[str, Any]) -> dict[str, str]:
+    """What a run.json says, as text by name; without what is empty."""
+    engine = {key: run_json["engine"].get(key) for key in ("dtype", "layers", "heads", "max_model_len")}
+    options = {key: value for key, value in run_json["settings"].items() if key not in _NOT_OPTIONS}
+    host, inputs = run_json.get("host") or {}, run_json.get("inputs", [])
+    values = {
+        "model": Path(run_json["model"]["path"]).name,
+        "model's fingerprint": _short(run_json["model"].get("fingerprint")),
+        "chat template": _short(run_json.get("chat_template_sha256")),
+        **engine,
+        **{f"--{key.replace('_', '-')}": value for key, value in options.items()},
+        **{f"version of {key}": value for key, value in run_json.get("versions", {}).items()},
+        "scored on": [f"{value} {key}" if key == "cores" else value for key, value in host.items()],
+        "scored at": run_json.get("finished", ""),
+        "inputs": [f"{Path(one['name']).name} ({_short(one.get('sha256'))})" for one in inputs],
+    }
+    return {
+        name: printable(", ".join(map(str, value)) if isinstance(value, list) else str(value))
+        for name, value in values.items()
+        if value not in (None, "", [], {}, False)
+    }
 
 
-def rendered(template: str, **content: Any) -> str:
-    """A page of what its template names: see report.html.j2, which others extend."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+def _system_prompt(settings: Mapping[str, Any], redact: bool) -> str:
+    prompt, digest = settings.get("system_prompt"), settings.get("system_prompt_sha256")
+    if prompt and not redact:
+        return printable(str(prompt))
+    return f"left out; its SHA-256 is {digest}" if digest else ""
 
-    loader = PackageLoader("headrift.report", "templates")
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["coded"] = _coded
-    return environment.get_template(template).render(**content)
+
+def _short(digest: Any) -> str:
+    """The beginning of a hash, which is enough to tell two apart."""
+    return str(digest)[:12] if digest else ""

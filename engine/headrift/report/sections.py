@@ -1,125 +1,176 @@
-"""The page's sections on the runs themselves."""
+"""The page's sections about the runs themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from headrift.corpus.summary import SCORED
+from headrift.corpus.summary import SCORE, SCORED, Comparison
 from headrift.explain import printable
 from headrift.figures import Curve
-from headrift.report import plots
-from headrift.report.extremes import Example, extremes
-from headrift.report.gather import Floats, Gathered
-from headrift.report.measure import OfRun, by_layer, by_step, grid, relation
-from headrift.report.output import Block, Card, Cards, Missing, Output, Picture, Pictures, Section, Table, Text
-from headrift.report.words import interval, percents
-from headrift.stats import TARGET_FPR, exact_interval
+from headrift.report import html, measure, plots
+from headrift.report.gather import Floats, ReportData
+from headrift.stats import TARGET_FPR, Separation, exact_interval
 
 _LOW_FPR = 0.1
 _MOST_TEXT = 600  # characters of a prompt or an answer
-NO_BOTH = "Attacks and benign prompts are both needed for this, and these runs have only one of them."
+_PLURALS = {"attack": "attacks", "benign": "benign prompts", "unlabelled": "rows without a label"}
+_CONFOUNDS = ("prompt length", "answer length", "number of steps")
+HIGHER, LOWER = "shown: higher in attacks", "shown: lower in attacks"
+NEEDS_BOTH_CLASSES = "This needs attacks and benign prompts, and these runs have only one of them."
 NO_SCORE = "No row has a score in this window."
 _IN_SAMPLE = (
-    "These are looks at the data, not results: the best of many steps, layers or windows is better here than it will "
-    "be on other prompts. To choose a window and know what it is worth, use `headrift calibrate`."
+    "These figures are for looking: the best of many steps, layers or windows is better here than on other prompts. "
+    "`headrift calibrate` chooses a window and measures what it is worth."
 )
 
 
-def distributions(of: Gathered, output: Output, threshold: float | None) -> Section:
-    """Scores by class and category."""
-    groups = of.summary.by_category()
-    output.numbers(classes=of.summary.by_class(), scores_by_category={name: _spread(v) for name, v in groups.items()})
-    covered, reasons = _coverage(of, output)
-    if not any(np.isfinite(values).any() for values in groups.values()):
-        blocks = [Missing(NO_SCORE), Pictures([covered]), *reasons]
-        return Section("scores", "Scores", blocks)
-    more = " Shown are at most 24 categories, those with most rows." if len(groups) > 24 else ""
-    picture = output.picture(
-        "scores",
-        plots.scores(groups, threshold),
-        "Scores of the rows by class and category, as points with boxes",
-        "Each point is a row; boxes span the middle half, the thick line is the median. Orange triangles are attacks, "
-        f"blue circles benign.{more} Right: how many rows have a score{of.summary.sampled}.",
+def in_short(data: ReportData, output: html.Output) -> list[html.Block]:
+    """What there is, and whether the score separates attacks from benign prompts."""
+    by_class, model, n_rejected = data.summary.by_class(), data.runs[0].model, data.summary.rejects.total()
+    counts = " and ".join(f"{by_class[label]['n']:,} {_PLURALS[label]}" for label in data.classes)
+    runs = f" from {len(data.runs)} runs" if len(data.runs) > 1 else ""
+    rejects = f"; {n_rejected:,} more rows were rejected" if n_rejected else ""
+    text = [
+        f"{counts}{runs}, answered by {model.name} ({model.dtype}){rejects}. Score: mean instability over steps "
+        f"{data.score_range.window} of the answer and layers {data.layers[0]} to {data.layers[1] - 1}. Rows without a "
+        "score are never flagged and rank lowest."
+    ]
+    comparisons = data.summary.comparisons()
+    if comparisons:
+        auroc = comparisons[0].measures[SCORE].auroc
+        text.append(f"AUROC {auroc:.2f}: an attack outscores a benign prompt {auroc:.0%} of the time.")
+        output.numbers(comparisons=[comparison.numbers() for comparison in comparisons])
+    elif data.classes == ["unlabelled"]:
+        text.append("None of these rows is labelled: the page shows how scores spread and which rows stand out.")
+    else:
+        missing = " and ".join(_PLURALS[label] for label in ("attack", "benign") if label not in data.classes)
+        text.append(f"There are no {missing} among these rows.")
+    verdicts = {comparison.title: _verdicts(comparison) for comparison in comparisons}
+    output.numbers(summary=text, verdicts=verdicts)
+    return [html.Text(text), *(_table(data, comparison, verdicts[comparison.title]) for comparison in comparisons)]
+
+
+def _verdicts(comparison: Comparison) -> dict[str, str]:
+    """What each measure's AUROC shows, by its name."""
+    score = comparison.measures[SCORE]
+    verdicts = {name: _verdict(one) for name, one in comparison.measures.items()}
+    if verdicts[SCORE] == HIGHER:
+        may = [name for name in _CONFOUNDS if _may_do_as_well(comparison.measures[name], score)]
+        verdicts |= {name: f"{name} may do just as well" for name in may}
+    return verdicts
+
+
+def _table(data: ReportData, comparison: Comparison, verdicts: Mapping[str, str]) -> html.Table:
+    found_at = f"attacks found with {TARGET_FPR:.0%} false alarms on this data"
+    rows = [
+        (name, *_auroc(one), verdicts[name], f"{one.tpr:.1%}", html.show_interval(one.tpr_interval, 1, "%"))
+        for name, one in comparison.measures.items()
+    ]
+    caption = (
+        f"{comparison.title}: {comparison.n_attack:,} distinct attacks, {comparison.n_benign:,} benign"
+        f"{data.summary.sampled}. Higher counts as attack; AUROC 0.5 is chance."
     )
+    return html.Table(("", "AUROC", "95% interval", "verdict", found_at, "95% interval"), rows, caption)
+
+
+def _verdict(separation: Separation) -> str:
+    return html.verdict(separation.auroc_interval, HIGHER, LOWER, 0.5)
+
+
+def _may_do_as_well(other: Separation, score: Separation) -> bool:
+    """Whether the intervals overlap, the other's taken in its better direction."""
+    if other.auroc_interval is None or score.auroc_interval is None:
+        return True
+    return max(other.auroc_interval[1], 1 - other.auroc_interval[0]) >= score.auroc_interval[0]
+
+
+def scores(data: ReportData, output: html.Output, threshold: float | None) -> html.Section:
+    """Scores by class and category, and rows without one."""
+    groups, by_class = data.summary.by_category(), data.summary.by_class()
+    output.numbers(classes=by_class, scores_by_category={name: _spread(values) for name, values in groups.items()})
+    coverage = _coverage(data, output)
+    reasons = [(reason, f"{n:,}") for reason, n in data.summary.no_score.most_common()]
+    reasons += [(f"rejected: {reason}", f"{n:,}") for reason, n in data.summary.rejects.most_common()]
+    why = [html.Table(("why there is no score", "rows"), reasons)] if reasons else []
+    title = "Scores by class and category"
+    if not any(np.isfinite(values).any() for values in groups.values()):
+        return html.Section("scores", title, [html.Missing(NO_SCORE), html.Pictures([coverage]), *why])
     rows = [
         (
             name,
             f"{numbers['n']:,}",
             f"{numbers['coverage']:.1%}",
             f"{numbers['early']:.1%}",
-            *("" if numbers[key] is None else f"{numbers[key]:.4f}" for key in ("mean", "median")),
+            *(html.show_number(numbers[key], 4) for key in ("mean", "median")),
         )
-        for name, numbers in of.summary.by_class().items()
+        for name, numbers in by_class.items()
     ]
-    table = Table(("class", "rows", "with a score", "ended in the window", "mean score", "median"), rows)
-    return Section("scores", "Scores by class and category", [table, Pictures([picture, covered]), *reasons])
+    table = html.Table(("class", "rows", "with a score", "ended in the window", "mean score", "median"), rows)
+    most = " Only the 24 largest categories are drawn." if len(groups) > 24 else ""
+    picture = output.picture(
+        "scores",
+        plots.scores(groups, threshold),
+        "Scores of the rows by class and category",
+        "Each point is a row; boxes span the middle half, the thick line is the median. Orange triangles are attacks, "
+        f"blue circles benign.{most} Right: rows with a score{data.summary.sampled}.",
+    )
+    return html.Section("scores", title, [table, html.Pictures([picture, coverage]), *why])
 
 
-def separation(of: Gathered, output: Output) -> Section:
-    """ROC curves, and AUROC and true positive rate of the score beside plain lengths."""
-    comparisons = of.summary.comparisons()
-    title = "How well the score separates attacks from benign prompts"
+def _coverage(data: ReportData, output: html.Output) -> html.Picture:
+    """Rows without a score, and answers that ended inside the window."""
+    fractions: dict[str, dict[str, tuple[float, float, float]]] = {"no score": {}, "answer ended inside the window": {}}
+    for label, numbers in data.summary.by_class().items():
+        n = int(numbers["n"] or 0)
+        for name, fraction in zip(fractions, (1 - float(numbers["coverage"] or 0), float(numbers["early"] or 0))):
+            fractions[name][label] = (fraction, *exact_interval(round(fraction * n), n))
+    output.numbers(coverage=fractions, no_score=dict(data.summary.no_score), rejected=dict(data.summary.rejects))
+    return output.picture(
+        "coverage",
+        plots.coverage(fractions),
+        "Rows without a score, and answers that ended inside the window, by class",
+        "An answer that ends before the window has no score; one that ends inside it is scored over the steps it has. "
+        "Short answers are not missing at random: a refusal is short. If attacks end early more often than benign "
+        "prompts, the number of steps alone separates them.",
+    )
+
+
+def _spread(values: Floats) -> dict[str, float | int | None]:
+    valid = values[np.isfinite(values)]
+    quartiles = np.percentile(valid, [25, 50, 75]) if len(valid) else [None] * 3
+    return {"rows": len(values), "with_score": len(valid), **dict(zip(("q25", "median", "q75"), quartiles))}
+
+
+def separation(data: ReportData, output: html.Output) -> html.Section:
+    """ROC curves of the score and of plain lengths."""
+    comparisons, title = data.summary.comparisons(), "How well the score separates attacks from benign prompts"
     if not comparisons:
-        return Section("separation", title, [Missing(NO_BOTH)])
-    output.numbers(comparisons=[comparison.numbers() for comparison in comparisons])
-    first = {name: found for name, found in comparisons[0].measures.items() if name != "answer length"}
-    if not of.summary.no_score:
-        first.pop(SCORED, None)  # the same curve
-    curves = [Curve(name, at.fpr, at.tprs, at.auroc, at.grid, at.band) for name, at in first.items()]
+        return html.Section("separation", title, [html.Missing(NEEDS_BOTH_CLASSES)])
+    measures = {name: one for name, one in comparisons[0].measures.items() if name != "answer length"}
+    if not data.summary.no_score:
+        measures.pop(SCORED, None)  # the same curve
+    curves = [Curve(name, one.fpr, one.tprs, one.auroc, one.grid, one.band) for name, one in measures.items()]
     output.numbers(roc={curve.name: {"fpr": curve.fpr, "tpr": curve.tpr} for curve in curves})
     pictures = [
         output.picture(
             "roc",
             plots.roc(curves),
             "ROC curves of the score and of plain lengths",
-            "For every threshold: how many attacks are found, against how many benign prompts are flagged. The "
-            "diagonal is chance; the band is the 95% interval of the score's curve.",
+            "For every threshold: the attacks it finds against the benign prompts it flags. The diagonal is chance; "
+            "the band is the 95% interval of the score's curve.",
         ),
-        output.picture(
-            "roc_low",
-            plots.roc(curves, _LOW_FPR),
-            "The same ROC curves where few benign prompts are flagged",
-            f"The same, where at most {_LOW_FPR:.0%} of the benign prompts are flagged: what one can live with.",
-        ),
+        output.picture("roc_low", plots.roc(curves, _LOW_FPR), f"The ROC curves up to {_LOW_FPR:.0%} false alarms"),
     ]
-    blocks: list[Block] = [Pictures(pictures)]
-    for comparison in comparisons:
-        rows = [
-            (name, f"{at.auroc:.3f}", interval(at.auroc_interval, 3), f"{at.tpr:.1%}", percents(at.tpr_interval))
-            for name, at in comparison.measures.items()
-        ]
-        caption = (
-            f"{comparison.title}: {comparison.n_attack:,} distinct attacks, {comparison.n_benign:,} benign. Higher "
-            f"counts as attack{of.summary.sampled}."
-        )
-        names = ("", "AUROC", "95% interval", f"attacks found at {TARGET_FPR:.0%} FPR", "95% interval")
-        blocks.append(Table(names, rows, caption))
-    return Section("separation", title, blocks)
+    return html.Section("separation", title, [html.Pictures(pictures)])
 
 
-def runs(found: Sequence[OfRun], of: Gathered, output: Output) -> Section | None:
-    """Each run by itself, where there are several."""
-    if len(found) < 2:
+def runs(separations: Sequence[measure.RunSeparation], data: ReportData, output: html.Output) -> html.Section | None:
+    """Each run by itself, if there are several."""
+    if len(separations) < 2:
         return None
-    blocks: list[Block] = [
-        Text(
-            [
-                "Figures over all runs mix their system prompts and topics: a difference in level between runs shows "
-                "in them as well as one between attacks and benign prompts. Here each run is by itself."
-            ]
-        )
-    ]
-    rows = []
-    for run in found:
-        measured = [(at.auroc, at.auroc_interval) if at else None for at in (run.score, run.length)]
-        cells = [
-            cell for at in measured for cell in ((f"{at[0]:.3f}", interval(at[1], 3)) if at else ("", "one class"))
-        ]
-        rows.append((run.name, *(f"{run.n.get(label, 0):,}" for label in of.classes), *cells))
     output.numbers(
         runs={
             run.name: {
@@ -127,230 +178,189 @@ def runs(found: Sequence[OfRun], of: Gathered, output: Output) -> Section | None
                 "score": run.score and run.score.numbers(),
                 "prompt_length": run.length and run.length.numbers(),
             }
-            for run in found
+            for run in separations
         }
     )
-    if any(run.score for run in found):
-        picture = output.picture(
-            "runs",
-            plots.by_run(found),
-            "AUROC of the score and of prompt length in each run",
-            "AUROC with 95% interval in each run, of the score and of prompt length. Grey: the interval includes "
-            "chance; hollow: too few prompts for an interval.",
+    rows = [
+        (
+            run.name,
+            *(f"{run.n.get(label, 0):,}" for label in data.classes),
+            *_auroc(run.score),
+            _verdict(run.score) if run.score else "",
+            *_auroc(run.length),
         )
-        blocks.append(Pictures([picture]))
-    names = ("run", *(f"{label} rows" for label in of.classes), "AUROC: score", "95%", "AUROC: length", "95%")
-    return Section("runs", "Run by run", [*blocks, Table(names, rows)])
-
-
-def _coverage(of: Gathered, output: Output) -> tuple[Picture, list[Block]]:
-    """Rows without a score, and answers that ended early."""
-    counted: dict[str, dict[str, tuple[float, float, float]]] = {"no score": {}, "answer ended inside the window": {}}
-    for label, numbers in of.summary.by_class().items():
-        n = int(numbers["n"] or 0)
-        for name, fraction in zip(counted, (1 - float(numbers["coverage"] or 0), float(numbers["early"] or 0))):
-            counted[name][label] = (fraction, *exact_interval(round(fraction * n), n))
-    output.numbers(coverage=counted, no_score=dict(of.summary.no_score), rejected=dict(of.summary.rejects))
-    picture = output.picture(
-        "coverage",
-        plots.coverage(counted),
-        "Rows without a score, and answers that ended inside the window, by class",
-        "An answer that ends before the window has no score; one that ends inside it is scored over the steps it has. "
-        "Short answers are not missing at random: a refusal is short. Where attacks end early more often than benign "
-        "prompts, the number of steps alone separates them, and a figure over scored rows only flatters the score.",
+        for run in separations
+    ]
+    pictures = []
+    if any(run.score for run in separations):
+        pictures.append(
+            output.picture(
+                "runs",
+                plots.by_run(separations),
+                "AUROC of the score and of prompt length in each run",
+                "Lines: 95% intervals. Grey: the interval includes chance; hollow: too few prompts for an interval.",
+            )
+        )
+    text = (
+        "Figures over all runs mix their system prompts and topics, so a difference between runs can look like one "
+        "between attacks and benign prompts. Among several runs, some differ by chance."
     )
-    reasons = [(reason, f"{n:,}") for reason, n in of.summary.no_score.most_common()]
-    reasons += [(f"rejected: {reason}", f"{n:,}") for reason, n in of.summary.rejects.most_common()]
-    return picture, [Table(("why there is no score", "rows"), reasons)] if reasons else []
+    counts = (f"{label} rows" for label in data.classes)
+    names = ("run", *counts, "AUROC: score", "95%", "verdict", "AUROC: length", "95%")
+    return html.Section("runs", "Run by run", [html.Text([text]), html.Pictures(pictures), html.Table(names, rows)])
 
 
-def when(of: Gathered, output: Output, resamples: int) -> Section:
+def _auroc(one: Separation | None) -> tuple[str, str]:
+    return ("", "one class") if one is None else (html.show_number(one.auroc), html.show_interval(one.auroc_interval))
+
+
+def when(data: ReportData, output: html.Output, resamples: int) -> html.Section:
     """AUROC by step and by window."""
     title = "When the difference shows: steps and windows"
-    if not of.both:
-        return Section("steps", title, [Missing(NO_BOTH)])
-    steps, windows = by_step(of, resamples), grid(of)
+    if not data.has_both_classes:
+        return html.Section("steps", title, [html.Missing(NEEDS_BOTH_CLASSES)])
+    steps, windows = measure.by_step(data, resamples), measure.by_window(data)
     output.numbers(auroc_by_step=steps, auroc_by_window=windows)
-    window = (of.cell.window.start, of.cell.window.end)
     start, end, highest = windows.best
     pictures = [
         output.picture(
             "steps",
-            plots.along_steps(steps, window),
+            plots.along_steps(steps, data.window),
             "AUROC at each step of the answer, and how many answers reach it",
-            "AUROC of the instability at a single step, among answers that reach it; the band is the 95% interval for "
-            "each step alone. Below: how many answers are left.",
+            "Among answers that reach the step; the band is the 95% interval of each step by itself.",
         ),
         output.picture(
             "windows",
-            plots.windows(windows, window),
+            plots.windows(windows, data.window),
             "AUROC of every window, first step across, last step up",
-            f"AUROC of the mean over every window. The highest here is {highest:.3f} for steps {start} to {end}.",
+            f"The highest is {highest:.3f}, steps {start} to {end}.",
         ),
     ]
-    return Section("steps", title, [Text([_IN_SAMPLE]), Pictures(pictures)])
+    return html.Section("steps", title, [html.Text([_IN_SAMPLE]), html.Pictures(pictures)])
 
 
-def where(of: Gathered, output: Output, resamples: int) -> Section:
+def where(data: ReportData, output: html.Output, resamples: int) -> html.Section:
     """Mean instability by layer and step, and by layer."""
-    place: dict[str, Any] = {"window": (of.cell.window.start, of.cell.window.end), "layers": of.layers}
-    means = of.samples.means
-    there = [values[np.isfinite(values)] for values in means.values()]
-    limits = (
-        min((at.min() for at in there if at.size), default=0.0),
-        max((at.max() for at in there if at.size), default=0.5),
-    )
+    means = data.samples.means
+    valid = np.concatenate([values[np.isfinite(values)] for values in means.values()])
+    limits = (float(valid.min()), float(valid.max())) if valid.size else (0.0, 0.5)
     pictures = [
         output.picture(
             f"heatmap_{label}",
-            plots.heatmap(means[label], f"{label}: mean instability", limits=limits, **place),
-            f"Mean instability of the class {label}, by layer and step",
-            f"Mean instability of the class {label}, of the answers that reach the step. Framed: what is scored; "
-            "crossed out: nothing there. The classes have the same colours.",
+            plots.heatmap(means[label], f"{label}: mean instability", data.window, data.layers, limits),
+            f"Mean instability of the class {label} by layer and step, of the answers that reach the step",
+            "Framed: what is scored; crossed out: no value. All classes have the same colour scale.",
         )
-        for label in of.classes
+        for label in data.classes
     ]
-    if of.both:
-        difference = means["attack"] - means["benign"]
+    if data.has_both_classes:
         pictures.append(
             output.picture(
                 "heatmap_difference",
-                plots.difference(difference, **place),
+                plots.difference(means["attack"] - means["benign"], data.window, data.layers),
                 "Mean instability of attacks minus that of benign prompts, by layer and step",
-                "Attacks minus benign prompts: orange where attacks have more, blue where benign prompts do, white for "
-                "none. Late steps rest on fewer answers.",
+                "Orange where attacks have more, blue where benign prompts do. Late steps have fewer answers.",
             )
         )
-    layers, profile, middle = by_layer(of, resamples), {}, {}
-    for label in of.classes:
-        values = of.samples.by_layer[of.samples.mine(label)]
+    layers, profile, middle = measure.by_layer(data, resamples), {}, {}
+    for label in data.classes:
+        values = data.samples.by_layer[data.samples.in_class(label)]
         values = values[~np.isnan(values).all(axis=1)]
         if len(values):
             profile[label], middle[label] = np.nanmean(values, axis=0), np.nanpercentile(values, [25, 75], axis=0)
+    below = " Below: each layer's AUROC by itself, with its 95% interval." if data.has_both_classes else ""
     pictures.append(
         output.picture(
             "layers",
-            plots.along_layers(layers, profile, middle, of.layers),
-            "Instability by layer for each class, and AUROC by layer",
-            f"Each layer's mean over steps {of.cell.window}, with the middle half of the prompts"
-            + ("; below, how well that layer alone separates, with its 95% interval." if of.both else "."),
+            plots.along_layers(layers, profile, middle, data.layers),
+            f"Each layer's mean instability over steps {data.score_range.window}, with the middle half of the prompts",
+            below,
         )
     )
     output.numbers(mean_by_step_and_layer=means, by_layer={"auroc": layers, "mean": profile, "quartiles": middle})
-    blocks = [Text([_IN_SAMPLE])] if of.both else []
-    return Section("layers", "Where it shows: layers and steps", [*blocks, Pictures(pictures)])
+    blocks = [html.Text([_IN_SAMPLE])] if data.has_both_classes else []
+    return html.Section("layers", "Where it shows: layers and steps", [*blocks, html.Pictures(pictures)])
 
 
-def beside(of: Gathered, output: Output) -> Section:
+def against(data: ReportData, output: html.Output) -> html.Section:
     """The score against entropy, head agreement and length."""
-    signals, counts = of.rows.signals, of.rows.counts
-    wanted: dict[str, tuple[str, NDArray[np.floating] | None, str]] = {
+    signals = data.rows.signals
+    others: dict[str, tuple[str, NDArray[np.floating] | None, str]] = {
         "entropy": ("next-token entropy (nats, mean over the window)", signals.get("entropy"), "--logit-stats"),
         "agreement": ("head agreement (mean correlation, -1 to 1)", signals.get("head_agreement"), ""),
-        "length": ("prompt length (tokens)", counts["prompt_tokens"].astype(np.float64), ""),
+        "length": ("prompt length (tokens)", data.rows.counts["prompt_tokens"].astype(np.float64), ""),
     }
-    pictures: list[Picture] = []
-    blocks: list[Block] = []
-    for name, (label, values, option) in wanted.items():
-        if values is None or (~np.isnan(values[of.samples.row]) & ~np.isnan(of.score[of.samples.row])).sum() == 0:
-            how = f": score with {option} to have it" if option else ""
-            blocks.append(Missing(f"Not recorded in these runs: {label}{how}."))
+    pictures: list[html.Picture] = []
+    missing: list[html.Block] = []
+    for name, (label, values, option) in others.items():
+        if values is None or np.isnan(values[data.samples.row] + data.score[data.samples.row]).all():
+            how = f": score with {option} to record it" if option else ""
+            missing.append(html.Missing(f"Not recorded in these runs: {label}{how}."))
             continue
-        found = relation(of, values)
-        output.numbers(**{f"score_against_{name}": {"spearman": found.spearman}})
-        pictures.append(
-            output.picture(
-                f"against_{name}",
-                plots.against(found, label),
-                f"The score against {label}",
-                f"The score against {label}{of.summary.sampled}.",
-            )
-        )
-    said = [
-        "If the score only repeated one of these, the points would lie on a line. A difference between the classes "
-        "along the lower axis means that number could pass for conflict. Spearman's r within a class: 0 for no "
-        "relation, 1 or -1 for the same or the opposite order."
+        scatter = measure.relation(data, values)
+        output.numbers(**{f"score_against_{name}": {"spearman": scatter.spearman}})
+        title = f"The score against {label}{data.summary.sampled}"
+        pictures.append(output.picture(f"against_{name}", plots.against(scatter, label), title))
+    text = [
+        "If the score only repeated one of these, the points would be on a line. A difference between the classes "
+        "along the horizontal axis means that this number could be mistaken for conflict. Spearman's r within a class: "
+        "0 for no relation, 1 or -1 for the same or the opposite order."
     ]
-    if any(run.score_range != of.cell for run in of.runs):
-        said.append("Entropy and agreement are over each run's own window, which is another one than the score's here.")
-    return Section(
-        "beside", "The score beside entropy, agreement and length", [Text(said), Pictures(pictures), *blocks]
-    )
+    if any(run.score_range != data.score_range for run in data.runs):
+        text.append("Entropy and agreement are over each run's own window, not the score's window here.")
+    title = "The score against entropy, agreement and length"
+    return html.Section("beside", title, [html.Text(text), html.Pictures(pictures), *missing])
 
 
-def examples(of: Gathered, output: Output, redact: bool) -> Section:
+def examples(data: ReportData, output: html.Output, redact: bool) -> html.Section:
     """The most suspicious benign prompts and the quietest attacks."""
-    title = "Rows to look at"
-    found = extremes(of, texts=not redact)
-    if found is None:
-        return Section("examples", title, [Missing(NO_SCORE)])
-    recorded = [example.instability for example in (*found.suspicious, *found.quiet)]
-    limits = (0.0, max(float(np.nanmax(values, initial=0.0)) for values in recorded))
-    blocks: list[Block] = [
-        Text(
-            [
-                "The heatmaps have the same colours, so they can be compared; framed: what is scored. Whether the "
-                "model did what an attack wanted says its answer, not its score."
-            ]
-        )
-    ]
-    names = {"benign": "The most suspicious benign prompts", "unlabelled": "The highest scores"}
-    for heading, chosen in ((names[found.highest], found.suspicious), ("The quietest attacks", found.quiet)):
-        kind = "quiet" if chosen is found.quiet else "high"
-        cards = [
-            _card(of, output, example, f"{kind}_{i}", found.reference, limits, redact)
-            for i, example in enumerate(chosen, 1)
-        ]
+    title, rows = "Rows to look at", measure.extremes(data, with_texts=not redact)
+    if rows is None:
+        return html.Section("examples", title, [html.Missing(NO_SCORE)])
+    highest = {"benign": "The most suspicious benign prompts", "unlabelled": "The highest scores"}[rows.highest_class]
+    brightest = max(float(np.nanmax(one.instability, initial=0.0)) for one in (*rows.highest, *rows.quietest))
+    text = "All heatmaps have the same colour scale. Whether an attack succeeded is in the answer, not in the score."
+    blocks: list[html.Block] = [html.Text([text])]
+    for heading, name, chosen in ((highest, "high", rows.highest), ("The quietest attacks", "quiet", rows.quietest)):
+        cards = []
+        for i, one in enumerate(chosen, 1):
+            limits = (0.0, brightest)
+            figure = plots.heatmap(one.instability, "instability", data.window, data.layers, limits, small=True)
+            title_of_figure = f"Instability of the row {one.columns['id']} by layer and step"
+            cards.append(
+                _card(data, one, rows.reference, output.picture(f"{name}_{i}", figure, title_of_figure), redact)
+            )
         if cards:
-            blocks.append(Cards(heading, cards))
-    if found.without_score:
+            blocks.append(html.Cards(heading, cards))
+    if rows.without_score:
         blocks.append(
-            Text([f"{found.without_score:,} attacks have no score at all, so they are never flagged; none is shown."])
+            html.Text([f"{rows.without_score:,} attacks have no score and are never flagged; none is shown."])
         )
     output.numbers(
         examples={
-            name: [{"id": at.id, "run": at.run, "score": at.score, "percentile": at.percentile} for at in chosen]
-            for name, chosen in (("highest", found.suspicious), ("quietest_attacks", found.quiet))
+            name: [{"id": o.columns["id"], "run": o.run, "score": o.score, "percentile": o.percentile} for o in chosen]
+            for name, chosen in (("highest", rows.highest), ("quietest_attacks", rows.quietest))
         }
     )
-    return Section("examples", title, blocks)
+    return html.Section("examples", title, blocks)
 
 
-def _card(
-    of: Gathered,
-    output: Output,
-    example: Example,
-    name: str,
-    reference: str,
-    limits: tuple[float, float],
-    redact: bool,
-) -> Card:
-    window = (of.cell.window.start, of.cell.window.end)
-    picture = output.picture(
-        name,
-        plots.heatmap(example.instability, "instability", window=window, layers=of.layers, limits=limits, small=True),
-        f"Instability of the row {example.id} by layer and step",
-        "",
-    )
-    where = f"{example.source}, row {example.row:,}"
+def _card(data: ReportData, example: measure.Example, reference: str, picture: html.Picture, redact: bool) -> html.Card:
+    columns = example.columns
+    place = f"{columns['source']}, row {columns['row']:,}"
     facts = [
         f"score {example.score:.4f}, at or above {example.percentile:.1f}% of the {reference} prompts' scores",
-        ", ".join(filter(None, (example.category, *example.flags))),
-        where if len(of.runs) == 1 else f"{example.run}: {where}",
+        ", ".join(filter(None, (columns["category"], *(columns["flags"] or ())))),
+        place if len(data.runs) == 1 else f"{example.run}: {place}",
     ]
-    texts = {name: _cut(text) for name, text in (("prompt", example.prompt), ("answer", example.answer)) if text}
+    texts = {"prompt": columns.get("prompt"), "answer": columns.get("text")}
+    kept = {name: _cut(text) for name, text in texts.items() if text}
     why = "Prompt and answer are left out (--redact)." if redact else "The run kept no texts (score with --save text)."
-    return Card(
-        printable(example.id), [printable(fact) for fact in facts if fact], texts, "" if texts else why, picture
+    return html.Card(
+        printable(columns["id"]), [printable(fact) for fact in facts if fact], kept, "" if kept else why, picture
     )
 
 
 def _cut(text: str) -> str:
     text = printable(text)
     return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}… ({len(text):,} characters)"
-
-
-def _spread(scores: Floats) -> dict[str, float | int | None]:
-    there = scores[np.isfinite(scores)]
-    quartiles = np.percentile(there, [25, 50, 75]) if len(there) else [None] * 3
-    return {"rows": len(scores), "with_score": len(there), **dict(zip(("q25", "median", "q75"), quartiles))}

@@ -1,0 +1,262 @@
+"""The building blocks of a page, and its folder: every figure as PNG and SVG, and figures.json with the numbers."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from pydantic import BaseModel
+
+from headrift.stats import Bounds, side
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NUMBERS = "figures.json"
+NOT_SHOWN = "not shown"
+_SUFFIXES = {".png", ".svg", ".json"}
+_DPI = 150
+_COLOURS = 256  # with a palette a PNG is a third as large and looks the same
+
+
+class ReportError(ValueError):
+    """No report can be made of these runs. The message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A figure on the page, and its files."""
+
+    name: str  # of its files, without a suffix
+    url: str  # the PNG as a data: URL
+    width: int  # pixels
+    height: int
+    alt: str
+    caption: str
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Paragraphs."""
+
+    kind: ClassVar[str] = "text"
+    paragraphs: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """The reason why something is not on the page."""
+
+    kind: ClassVar[str] = "missing"
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """Figures, side by side if there is room."""
+
+    kind: ClassVar[str] = "pictures"
+    pictures: Sequence[Picture]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows of cells; the first column contains the rows' names."""
+
+    kind: ClassVar[str] = "table"
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """An input row."""
+
+    heading: str
+    facts: Sequence[str]
+    texts: Mapping[str, str]
+    no_texts: str  # why there are none
+    picture: Picture
+
+
+@dataclass(frozen=True, slots=True)
+class Cards:
+    """Input rows under a title."""
+
+    kind: ClassVar[str] = "cards"
+    title: str
+    cards: Sequence[Card]
+
+
+@dataclass(frozen=True, slots=True)
+class Details:
+    """Texts by name, collapsed until they are clicked."""
+
+    kind: ClassVar[str] = "details"
+    texts: Mapping[str, str]
+
+
+Block = Text | Missing | Pictures | Table | Cards | Details
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A section of the page."""
+
+    key: str  # its anchor
+    title: str
+    blocks: Sequence[Block]
+
+
+def show_number(value: float | None, digits: int = 3) -> str:
+    """Format a number for a table; empty for None."""
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def show_interval(interval: Bounds | None, digits: int = 3, kind: str = "f") -> str:
+    """Format a 95% interval for a table. kind: "f" or "%"."""
+    return "too few" if interval is None else f"{interval[0]:.{digits}{kind}} to {interval[1]:.{digits}{kind}}"
+
+
+def verdict(interval: Bounds | None, above: str, below: str, null: float = 0.0) -> str:
+    """Return what an interval shows: `above` or `below` if it leaves out `null`, the value that means no effect."""
+    if interval is None:
+        return "too few prompts"
+    return {1: above, -1: below, None: NOT_SHOWN}[side(interval, null)]
+
+
+class Output:
+    """Collects figures and numbers in a hidden folder; `publish` renames it and the page when both are complete.
+
+    Raises:
+        ReportError: If the page or its folder cannot be written, or the folder contains other files.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self.folder = out.with_name(f"{out.stem}-files")
+        self._hidden = out.with_name(f".{out.stem}-files.tmp")
+        self._check()
+        self._numbers: dict[str, Any] = {}
+
+    def _check(self) -> None:
+        if self._out.is_dir() or not self._out.parent.is_dir():
+            raise ReportError(f"--out {self._out} is a folder or in none: name a file, as report.html")
+        if not self._out.stem or self._out.suffix not in (".html", ".htm"):
+            raise ReportError(f"--out {self._out} is not the name of a page: it has to end in .html")
+        if not os.access(self._out.parent, os.W_OK | os.X_OK):
+            raise ReportError(f"--out {self._out}: its folder is not writable; choose another")
+        if self.folder.exists() and not _is_report_folder(self.folder):
+            raise ReportError(f"{self.folder}, the figures' folder, contains other files: choose another --out")
+
+    def begin(self) -> None:
+        """Make the hidden folder."""
+        shutil.rmtree(self._hidden, ignore_errors=True)
+        self._hidden.mkdir()
+
+    def picture(self, name: str, figure: Figure, title: str, text: str = "") -> Picture:
+        """Write a figure as PNG and SVG.
+
+        Args:
+            title: The alt text, unique on the page, and the beginning of the caption.
+            text: The rest of the caption.
+        """
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in a script that the font does not have
+            png = _small_png(figure)
+            figure.savefig(self._hidden / f"{name}.svg", format="svg", dpi=_DPI, metadata={"Date": None})
+        (self._hidden / f"{name}.png").write_bytes(png)
+        width, height = (int(side * _DPI) for side in figure.get_size_inches())
+        url = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+        return Picture(name, url, width, height, title, f"{title}. {text}".strip())
+
+    def numbers(self, **values: Any) -> None:
+        """Add numbers to figures.json: dataclasses, pydantic models and arrays too."""
+        self._numbers |= {name: plain(value) for name, value in values.items()}
+
+    def publish(self, page: str) -> None:
+        """Write the page and the numbers, then rename everything to its final name."""
+        text = json.dumps(self._numbers, indent=1, ensure_ascii=False, allow_nan=False)
+        (self._hidden / NUMBERS).write_text(text + "\n", encoding="utf-8")
+        temporary = self._out.with_name(f".{self._out.name}.tmp")
+        temporary.write_text(page, encoding="utf-8")
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._hidden.replace(self.folder)
+        temporary.replace(self._out)
+
+    def discard(self) -> None:
+        """Remove what is left of an unfinished report."""
+        shutil.rmtree(self._hidden, ignore_errors=True)
+        self._out.with_name(f".{self._out.name}.tmp").unlink(missing_ok=True)
+
+
+def render(template: str, **content: Any) -> str:
+    """Render a template of report/templates. report.html.j2 is the base, and names what it needs."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader("headrift.report", "templates")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"code": mark_code, "sentence": lambda text: mark_code(as_sentence(text))}
+    return environment.get_template(template).render(**content)
+
+
+def as_sentence(text: str) -> str:
+    """Begin a statement with a capital letter and end it with a full stop."""
+    return f"{text[0].upper()}{text[1:]}{'' if text[-1] in '.!?:' else '.'}"
+
+
+def mark_code(text: str) -> Any:
+    """Escape a text and set what is in `backticks` as code."""
+    from markupsafe import Markup, escape
+
+    parts = str(text).split("`")
+    if len(parts) % 2 == 0:
+        return escape(text)
+    return Markup("").join(Markup("<code>{}</code>").format(part) if i % 2 else part for i, part in enumerate(parts))
+
+
+def plain(value: Any) -> Any:
+    """Convert a value to what JSON has; NaN becomes None."""
+    if isinstance(value, BaseModel):
+        return plain(value.model_dump(mode="json"))
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {" / ".join(key) if isinstance(key, tuple) else str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return None if value != value else float(f"{value:.6g}")
+    return value
+
+
+def _small_png(figure: Figure) -> bytes:
+    from PIL import Image
+
+    full, packed = io.BytesIO(), io.BytesIO()
+    figure.savefig(full, format="png", dpi=_DPI)
+    image = Image.open(full).convert("RGB").quantize(_COLOURS, dither=Image.Dither.NONE)
+    image.save(packed, "png", optimize=True)
+    return packed.getvalue()
+
+
+def _is_report_folder(folder: Path) -> bool:
+    """Whether a folder contains a report's figures and nothing else."""
+    if not folder.is_dir():
+        return False
+    paths = list(folder.iterdir())
+    return not paths or ((folder / NUMBERS) in paths and {path.suffix for path in paths} <= _SUFFIXES)
