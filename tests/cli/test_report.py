@@ -11,7 +11,6 @@ from headrift.report import html, measure
 from helpers import report_runs as made
 
 
-
 def report(*arguments: object):
     return CliRunner().invoke(app, ["report", *map(str, arguments)], env={"COLUMNS": "80"})
 

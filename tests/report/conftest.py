@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from headrift.report.report import Report, Settings
+from headrift.report.report import Report, ReportConfig
 from helpers.report_runs import made_run
 
 
@@ -22,5 +22,5 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("labelled")
     runs = [made_run(folder / name, seed=seed) for seed, name in enumerate(("first", "second"))]
     out = folder / "report.html"
-    Report(runs, Settings(out, resamples=10)).write()
+    Report(runs, ReportConfig(out, resamples=10)).write()
     return out
