@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,15 +12,21 @@ import numpy as np
 class ScoreResult:
     """A prompt's score and what it came from. T = n_steps + 1 recorded steps, step 0 (the last prompt token) first.
 
-    score: mean counted instability over the window's steps and the trimmed layers, 0 to 0.5, or None with `reason`.
-    n_scored: steps that went into it. system_share, head_agreement, entropy (nats), top1, margin: means over the
-    window; focus: at step 0. instability: [T, layers] float32, NaN where a layer is not counted. shares: [T, layers,
-    heads] float32. focus_heads: [layers, heads] float32. logit_stats: [T, 3] entropy, top-1 probability, margin, or
-    None. mass: [T, layers, heads, regions] float32 with the regions in the order of `region_names`, NaN for those that
-    the prompt does not have, or None. attention_entropy: [T, layers, heads] float32, the entropy (nats) of each head's
-    softmax over the keys that it may see (see `Recording.row_entropy` for sinks), or None. flags: those of `prompts`;
-    `truncated` where the answer did not end by the last recorded step, or within max_new_tokens; `stopped` where
-    `stop_if` ended it.
+    Attributes:
+        score: mean counted instability over the window's steps and the trimmed layers, 0 to 0.5, or None with `reason`.
+        n_scored: steps that went into it.
+        signals: every signal that is a column of scored parts, by name; None if the data does not have it. The ones
+            that have been there from the start are attributes too.
+        flags: those of `prompts`; `truncated` if the answer did not end by the last recorded step, or within
+            max_new_tokens; `stopped` if `stop_if` ended it.
+        instability: [T, layers] float32, NaN where a layer is not counted.
+        shares: [T, layers, heads] float32.
+        focus_heads: [layers, heads] float32 at step 0, or None.
+        logit_stats: [T, 3] entropy (nats), top-1 probability, margin, or None.
+        mass: [T, layers, heads, regions] float32 with the regions in the order of `region_names`, NaN for those that
+            the prompt does not have, or None.
+        attention_entropy: [T, layers, heads] float32, the entropy (nats) of each head's softmax over the keys that it
+            may see (see `Recording.row_entropy` for sinks), or None.
     """
 
     index: int
@@ -32,12 +39,7 @@ class ScoreResult:
     system_tokens: int
     answer_tokens: int
     system_hash: str
-    system_share: float | None
-    head_agreement: float | None
-    focus: float | None
-    entropy: float | None
-    top1: float | None
-    margin: float | None
+    signals: Mapping[str, float | None]
     flags: tuple[str, ...]
     answer_ids: list[int] = field(repr=False)
     text: str
@@ -48,6 +50,36 @@ class ScoreResult:
     mass: np.ndarray | None = field(repr=False)
     region_names: tuple[str, ...]
     attention_entropy: np.ndarray | None = field(default=None, repr=False)
+
+    @property
+    def system_share(self) -> float | None:
+        """Mean of the heads' share over the window and the trimmed layers, 0 to 1."""
+        return self.signals.get("system_share")
+
+    @property
+    def head_agreement(self) -> float | None:
+        """Mean pairwise correlation of the heads over the window, -1 to 1."""
+        return self.signals.get("head_agreement")
+
+    @property
+    def focus(self) -> float | None:
+        """Attention Tracker's focus score over all heads at step 0, 0 to 1."""
+        return self.signals.get("focus")
+
+    @property
+    def entropy(self) -> float | None:
+        """Mean next-token entropy over the window, in nats."""
+        return self.signals.get("entropy")
+
+    @property
+    def top1(self) -> float | None:
+        """Mean probability of the most likely next token over the window."""
+        return self.signals.get("top1")
+
+    @property
+    def margin(self) -> float | None:
+        """Mean over the window of that probability less the second most likely token's."""
+        return self.signals.get("margin")
 
 
 @dataclass(frozen=True, slots=True)

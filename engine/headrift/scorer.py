@@ -18,7 +18,8 @@ from headrift.probed_engine import REGIONS, ProbedEngine
 from headrift.requests import Finished, ProbeRequest, Recording, Ticket
 from headrift.results import Rejected, ScoreResult
 from headrift.scheduling import Repeats, Waiting
-from headrift.signal import Window
+from headrift.signal import ScoreRange, Window
+from headrift.signals import PromptData, measure_columns
 from headrift.terminal import progress_bar
 
 if TYPE_CHECKING:
@@ -309,9 +310,8 @@ class Scorer:
         start, end = regions["system"]
         counted = signal.covered(len(share), self.engine.windows, start, len(prepared.rendered.token_ids))
         instability = np.where(counted, signal.instability(share), np.nan)
-        window, steps = self.window, done.n_steps
-        scored = signal.score(instability, window, n_steps=steps, **self.trims)
-        over: dict[str, Any] = {"n_steps": steps, "counted": counted, **self.trims}
+        score_range, steps = ScoreRange(self.window, **self.trims), done.n_steps
+        scored = score_range.score(instability, steps)
         names = self.engine.regions
         focus_heads = None
         if "user" in regions:
@@ -324,8 +324,13 @@ class Scorer:
         if mass is not None:
             mass = np.where([name in regions for name in names], mass, np.float32(np.nan))
         stats = recording.stats if self.logit_stats and not replayed else None
-        entropy, top1, margin = (
-            (None, None, None) if stats is None else (signal.window_mean(s, window, steps) for s in stats.T)
+        data = PromptData(
+            score_range=score_range,
+            n_steps=steps,
+            instability=instability,
+            share=share,
+            focus_heads=focus_heads,
+            logit_stats={} if stats is None else dict(zip(("entropy", "top1", "margin"), stats.T)),
         )
         return ScoreResult(
             index=prepared.index,
@@ -338,12 +343,7 @@ class Scorer:
             system_tokens=end - start,
             answer_tokens=len(done.answer_ids),
             system_hash=hashlib.sha256(np.asarray(prepared.rendered.token_ids[start:end]).tobytes()).hexdigest()[:16],
-            system_share=signal.mean_share(share, window, **over),
-            head_agreement=signal.head_agreement(share, window, **over),
-            focus=None if focus_heads is None else signal.focus(focus_heads),
-            entropy=entropy,
-            top1=top1,
-            margin=margin,
+            signals=measure_columns(data),
             flags=(*prepared.rendered.flags, *(["truncated"] if truncated else [])),
             answer_ids=done.answer_ids,
             text=self.tokenizer.decode(done.answer_ids, skip_special_tokens=True),

@@ -258,12 +258,12 @@ class FakeScorer:
 
 def fake_result(index: int) -> ScoreResult:
     numbers = dict.fromkeys(("n_steps", "n_scored", "prompt_tokens", "system_tokens", "answer_tokens"), 1)
-    nothing = ("reason", "system_share", "head_agreement", "focus", "entropy", "top1", "margin")
-    nothing += ("focus_heads", "logit_stats", "mass")
+    nothing = ("reason", "focus_heads", "logit_stats", "mass")
     arrays = {
         "instability": np.zeros((2, LAYERS), np.float32),
         "shares": np.zeros((2, LAYERS, HEADS), np.float32),
         "region_names": ("system", "user", "prompt"),
+        "signals": {},
     }
     texts = {"id": None, "system_hash": "0" * 16, "text": "yes", "flags": (), "answer_ids": [1]}
     return ScoreResult(index=index, score=0.1, **numbers, **dict.fromkeys(nothing), **arrays, **texts)

@@ -62,12 +62,14 @@ def make_result(n: int, n_steps: int = 2, **changes) -> ScoreResult:
         "system_tokens": 5,
         "answer_tokens": t,
         "system_hash": "00ff" * 4,
-        "system_share": 0.3,
-        "head_agreement": 0.5,
-        "focus": 0.6,
-        "entropy": 1.5,
-        "top1": 0.7,
-        "margin": 0.4,
+        "signals": {
+            "system_share": 0.3,
+            "head_agreement": 0.5,
+            "focus": 0.6,
+            "entropy": 1.5,
+            "top1": 0.7,
+            "margin": 0.4,
+        },
         "flags": ("merged_system",),
         "answer_ids": [1] * t,
         "text": f"answer {n}",
@@ -155,14 +157,14 @@ def test_everything_reads_back_in_its_shape(tmp_path):
 
 
 def test_columns_of_nothing_but_null_keep_their_types(tmp_path):
-    changes = dict.fromkeys(("score", "system_share", "head_agreement", "focus", "entropy", "top1", "margin"))
-    changes |= {"reason": "answer_ended_before_window", "focus_heads": None, "mass": None, "logit_stats": None}
+    changes = dict.fromkeys(("score", "focus_heads", "mass", "logit_stats"))
+    changes |= {"reason": "answer_ended_before_window", "signals": {}}
     written(tmp_path, schema_of(*KINDS), record(1, 0, flags=(), **changes))
     table = pq.read_table(tmp_path / "part-00000.parquet")
     assert table.schema.types == schema_of(*KINDS).types
     (got,) = table.to_pylist()
     assert {name for name, value in got.items() if value is None} == {
-        *(set(changes) - {"reason", "logit_stats"}),
+        *("score", "focus_heads", "mass", "system_share", "head_agreement", "focus", "entropy", "top1", "margin"),
         *("label", "category", "entropy_steps"),
     }
     assert got["flags"] == []

@@ -25,13 +25,14 @@ from headrift.corpus.journal import NAME as JOURNAL
 from headrift.corpus.rows import BadRow, Row
 from headrift.results import ScoreResult
 from headrift.scorer import Prompt
+from headrift.signals import signals
 
 _ROW_GROUP_BYTES = 32 << 20  # rows wait in memory up to this, then go into the unfinished file as a row group
 _BATCH = 1 << 16  # rows that are read at a time
 _FILES = re.compile(r"\.?(?:part|rejects)-(\d{5,})\.parquet(?:\.tmp)?")
 
 _STRING, _FLOAT, _COUNT = pa.string(), pa.float64(), pa.int32()
-_COLUMNS: dict[str, pa.DataType] = {
+_FIRST_COLUMNS: dict[str, pa.DataType] = {
     "id": _STRING,
     "source": _STRING,
     "row": pa.int64(),
@@ -46,12 +47,9 @@ _COLUMNS: dict[str, pa.DataType] = {
     "prompt_tokens": _COUNT,
     "system_tokens": _COUNT,
     "answer_tokens": _COUNT,
-    "system_share": _FLOAT,
-    "head_agreement": _FLOAT,
-    "focus": _FLOAT,
-    "entropy": _FLOAT,
-    "top1": _FLOAT,
-    "margin": _FLOAT,
+}
+# The signals' columns stand between these and those.
+_LAST_COLUMNS: dict[str, pa.DataType] = {
     "flags": pa.list_(_STRING),
     "instability": pa.list_(pa.float32()),
 }
@@ -116,7 +114,8 @@ def part_schema(save: Sequence[str], *, layers: int, heads: int, regions: Sequen
 
 def columns_of(names: Iterable[str]) -> dict[str, pa.DataType]:
     """Columns that every part of a scoring run has, with their types."""
-    return {name: _COLUMNS[name] for name in names}
+    every = _every_column()
+    return {name: every[name] for name in names}
 
 
 def columns(save: Sequence[str]) -> list[str]:
@@ -124,11 +123,17 @@ def columns(save: Sequence[str]) -> list[str]:
     return list(_kinds(save))
 
 
+def _every_column() -> dict[str, pa.DataType]:
+    """The columns that every part has, with their types."""
+    measured = {entry.name: _FLOAT for entry in signals(column=True)}
+    return {**_FIRST_COLUMNS, **measured, **_LAST_COLUMNS}
+
+
 def _kinds(save: Sequence[str]) -> dict[str, pa.DataType]:
     unknown = set(save) - set(_SAVED)
     if unknown:
         raise KeyError(f"nothing is saved by the name {sorted(unknown)}; there are {', '.join(_SAVED)}")
-    kinds = dict(_COLUMNS)
+    kinds = _every_column()
     for kind, added in _SAVED.items():
         kinds |= added if kind in save else {}
     return kinds
@@ -137,9 +142,10 @@ def _kinds(save: Sequence[str]) -> dict[str, pa.DataType]:
 def record_of(row: Row, result: ScoreResult, *, replay: bool = False) -> Record:
     """A result as the columns of a part, the ones that --save adds among them; arrays are flattened, step 0 first.
     replay: whether the logged answer was scored."""
-    named = {name: getattr(result, name) for name in _COLUMNS if hasattr(result, name)}
+    named = {name: getattr(result, name) for name in (*_FIRST_COLUMNS, *_LAST_COLUMNS) if hasattr(result, name)}
     stats, heads, mass = result.logit_stats, result.focus_heads, result.mass
-    return named | {
+    measured = {entry.name: result.signals.get(entry.name) for entry in signals(column=True)}
+    return {**named, **measured} | {
         "id": row.id,
         "source": row.source,
         "row": row.row,
