@@ -91,26 +91,14 @@ def progress_bar(
     Yields:
         A function to call with the number of further ones that are done.
     """
+    from rich import progress
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        *("{task.description}", progress.BarColumn(), progress.MofNCompleteColumn(), "{task.fields[rate]}"),
+        *(progress.TimeElapsedColumn(), "left", progress.TimeRemainingColumn()),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=hidden) as bar:
+    with progress.Progress(*columns, console=Console(stderr=True), disable=hidden) as bar:
         task = bar.add_task(label, total=total, completed=done, rate="")
         start, count = time.monotonic(), 0
 

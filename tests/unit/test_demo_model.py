@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from headrift import demo_model
-from headrift.demo_model import FINGERPRINT, DemoModelError, is_complete
+from headrift.commands import demo_model
+from headrift.commands.demo_model import FINGERPRINT, DemoModelError, is_complete
 from headrift.terminal import Reporter
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,7 +12,7 @@ from headrift.commands import options
 
 def calibrate(
     *,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The calibration, as JSON, to write.", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The calibration, as JSON, to write.")],
     runs: Annotated[list[Path] | None, options.RUNS] = None,
     target_fpr: Annotated[
         float, typer.Option(metavar="X", help="Fraction of distinct benign prompts that may be flagged.")
@@ -31,16 +31,11 @@ def calibrate(
         float, typer.Option(metavar="X", help="With --benign-only: allow for this fraction of attacks among them.")
     ] = 0.01,
     daily_prompts: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Prompts a day, to estimate alerts a day.", show_default=False),
+        int | None, typer.Option(metavar="N", min=1, help="Prompts a day, to estimate alerts a day.")
     ] = None,
     window: Annotated[
         str | None,
-        typer.Option(
-            metavar="A:B",
-            help="Use these steps, and the layers that the runs scored, instead of a search.",
-            show_default=False,
-        ),
+        typer.Option(metavar="A:B", help="Use these steps, and the layers that the runs scored, instead of a search."),
     ] = None,
     by_category: Annotated[
         bool, typer.Option("--by-category", help="Cross-validate with whole categories held out.")
@@ -50,11 +45,7 @@ def calibrate(
     seed: options.Seed = 0,
     import_csv: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Instead of runs: the folders that the original's gather.py wrote.",
-            show_default=False,
-        ),
+        typer.Option(metavar="DIR", help="Instead of runs: the folders that the original's gather.py wrote."),
     ] = None,
     messages: options.Messages,
 ) -> None:

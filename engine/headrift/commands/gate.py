@@ -19,7 +19,6 @@ def gate(
         typer.Option(
             metavar="FILE",
             help="File that `headrift calibrate` wrote: its window and layers are scored against its threshold.",
-            show_default=False,
         ),
     ],
     calibration_anyway: options.CalibrationAnyway = False,
@@ -33,7 +32,6 @@ def gate(
             metavar="WHAT",
             help="block or pass answers that end before the window and so have no score (default: block them unless "
             "they are empty).",
-            show_default=False,
         ),
     ] = None,
     compare_ungated: Annotated[

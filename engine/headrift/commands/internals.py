@@ -14,11 +14,10 @@ def internals(
     *,
     model: options.Model,
     system_prompts: Annotated[
-        Path, typer.Option(metavar="DIR", help="A folder with a .txt file for each system prompt.", show_default=False)
+        Path, typer.Option(metavar="DIR", help="A folder with a .txt file for each system prompt.")
     ],
     prompts: Annotated[
-        list[str],
-        typer.Option(metavar="FILE", help="Prompts: .txt, .jsonl, .csv or .parquet. Repeatable.", show_default=False),
+        list[str], typer.Option(metavar="FILE", help="Prompts: .txt, .jsonl, .csv or .parquet. Repeatable.")
     ],
     out: options.Out,
     limit: options.Limit = None,
@@ -40,8 +39,7 @@ def internals(
     ] = True,
     steps: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of the answer that are compared.")] = 8,
     features: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="A TOML file with further features of phrases.", show_default=False),
+        Path | None, typer.Option(metavar="FILE", help="A TOML file with further features of phrases.")
     ] = None,
     dtype: options.DType = "auto",
     seed: options.Seed = 0,

@@ -30,42 +30,27 @@ Exit codes:
 
 # ------------------------------------------------------------------------------------------------------ single options
 
-Model = Annotated[Path, typer.Option(metavar="DIR", help="Folder of the model.", show_default=False)]
-Out = Annotated[Path, typer.Option(metavar="DIR", help="New or empty folder for the results.", show_default=False)]
+Model = Annotated[Path, typer.Option(metavar="DIR", help="Folder of the model.")]
+Out = Annotated[Path, typer.Option(metavar="DIR", help="New or empty folder for the results.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out; use the same options.")]
-JsonOut = Annotated[
-    Path | None, typer.Option("--out", metavar="FILE", help="Write all numbers to this JSON file.", show_default=False)
-]
-RUNS = typer.Argument(metavar="RUN", help="Folders that `headrift score` wrote, of one model.", show_default=False)
+JsonOut = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write all numbers to this JSON file.")]
+RUNS = typer.Argument(metavar="RUN", help="Folders that `headrift score` wrote, of one model.")
 DType = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     typer.Option(metavar="TYPE", help="float32, bfloat16 or float16; auto: what suits the machine."),
 ]
 Labels = Annotated[
-    str | None,
-    typer.Option(
-        metavar="A,B", help="A label for each INPUT, attack or benign, for rows without one.", show_default=False
-    ),
+    str | None, typer.Option(metavar="A,B", help="A label for each INPUT, attack or benign, for rows without one.")
 ]
-SystemPromptFile = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="System prompt for rows without one.", show_default=False)
-]
+SystemPromptFile = Annotated[Path | None, typer.Option(metavar="FILE", help="System prompt for rows without one.")]
 Column = Annotated[
     list[str] | None,
-    typer.Option(
-        metavar="KEY=NAME",
-        help="Name of a key or column in the inputs, as in prompt=text. Repeatable.",
-        show_default=False,
-    ),
+    typer.Option(metavar="KEY=NAME", help="Name of a key or column in the inputs, as in prompt=text. Repeatable."),
 ]
-Limit = Annotated[int | None, typer.Option(metavar="N", min=1, help="Use only the first N inputs.", show_default=False)]
+Limit = Annotated[int | None, typer.Option(metavar="N", min=1, help="Use only the first N inputs.")]
 Calibration = Annotated[
     Path | None,
-    typer.Option(
-        metavar="FILE",
-        help="File that `headrift calibrate` wrote: use its window, layers and threshold.",
-        show_default=False,
-    ),
+    typer.Option(metavar="FILE", help="File that `headrift calibrate` wrote: use its window, layers and threshold."),
 ]
 CalibrationAnyway = Annotated[
     bool,
@@ -79,7 +64,6 @@ FailTerm = Annotated[
         metavar="TERM",
         help="Words that show an attack succeeded: whole words in any case, or re:PATTERN (a regular expression). "
         "Repeatable.",
-        show_default=False,
     ),
 ]
 Resamples = Annotated[int, typer.Option(metavar="N", min=0, help="Bootstrap resamples; 0: no intervals.")]
@@ -197,7 +181,6 @@ class CorpusEngineOptions(EngineOptions):
             metavar="N",
             min=1,
             help="With --engine ray: number of engines (default: one per GPU, or one per machine without GPUs).",
-            show_default=False,
         ),
     ] = None
 
@@ -213,7 +196,6 @@ class CorpusOptions:
             help=".txt (a prompt a line, # comments), .jsonl (an object a line), .csv or .parquet files, also .gz and "
             ".zst; globs, folders and URLs (s3://...) of such. Keys or columns: prompt and system, or messages and "
             "tools, or token_ids and regions; id, label, category, response.",
-            show_default=False,
         ),
     ]
     model: Model
@@ -226,7 +208,6 @@ class CorpusOptions:
         typer.Option(
             metavar="NAME",
             help="A region that rows with token ids name, besides system, user, tool and bos. Repeatable.",
-            show_default=False,
         ),
     ] = None
     column: Column = None
@@ -234,18 +215,13 @@ class CorpusOptions:
         bool, typer.Option("--redact", help="Write no prompt, answer or system prompt to any output.")
     ] = False
     limit: Limit = None
-    sample: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Use N rows, drawn from the whole input.", show_default=False),
-    ] = None
+    sample: Annotated[int | None, typer.Option(metavar="N", min=1, help="Use N rows, drawn from the whole input.")] = (
+        None
+    )
     seed: Seed = 0
     shard: Annotated[
         str | None,
-        typer.Option(
-            metavar="I/N",
-            help="Use every N-th row from the I-th on: N such runs have each row once.",
-            show_default=False,
-        ),
+        typer.Option(metavar="I/N", help="Use every N-th row from the I-th on: N such runs have each row once."),
     ] = None
 
     def config(self) -> dict[str, Any]:

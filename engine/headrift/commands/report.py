@@ -13,7 +13,7 @@ from headrift.commands import options
 def report(
     *,
     runs: Annotated[list[Path], options.RUNS],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The page to write, as report.html.", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The page to write, as report.html.")],
     calibration: options.Calibration = None,
     redact: Annotated[
         bool, typer.Option("--redact", help="Leave out prompts, answers and system prompts; ids stay.")

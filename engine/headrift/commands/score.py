@@ -30,16 +30,11 @@ def score(
     steps: Annotated[
         int | None,
         typer.Option(
-            metavar="N",
-            help="Record steps 0 to N of each answer (default: 12, or as many as --calibration needs).",
-            show_default=False,
+            metavar="N", help="Record steps 0 to N of each answer (default: 12, or as many as --calibration needs)."
         ),
     ] = None,
     window: Annotated[
-        str | None,
-        typer.Option(
-            metavar="A:B", help="Steps that are scored (default: 1:N, or the calibration's).", show_default=False
-        ),
+        str | None, typer.Option(metavar="A:B", help="Steps that are scored (default: 1:N, or the calibration's).")
     ] = None,
     replay: Annotated[
         bool, typer.Option("--replay", help="Score the logged answers (response) instead of making new ones.")
@@ -49,7 +44,6 @@ def score(
         typer.Option(
             metavar="X",
             help="Leave out this fraction of the layers at the input end (default: 0.25, or the calibration's).",
-            show_default=False,
         ),
     ] = None,
     drop_deep: Annotated[
@@ -57,7 +51,6 @@ def score(
         typer.Option(
             metavar="X",
             help="Leave out this fraction of the layers at the output end (default: 0.15, or the calibration's).",
-            show_default=False,
         ),
     ] = None,
     calibration: options.Calibration = None,
@@ -68,7 +61,6 @@ def score(
             metavar="KIND",
             help="Add columns: shares, mass, focus, text (prompt and answer) or entropy (implies --logit-stats). "
             "Repeatable.",
-            show_default=False,
         ),
     ] = None,
     logit_stats: Annotated[

@@ -23,9 +23,7 @@ def selftest(
     engine_arg: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="KEY=VALUE",
-            help="An engine argument of vLLM; the value is JSON or a plain word. Repeatable.",
-            show_default=False,
+            metavar="KEY=VALUE", help="An engine argument of vLLM; the value is JSON or a plain word. Repeatable."
         ),
     ] = None,
     out: options.JsonOut = None,
