@@ -78,7 +78,8 @@ test-slow: setup ## Run all tests that need no GPU: those of `make test`, nightl
 
 lint: setup ## Check style, types and which module may import which
 	@failed=; \
-	for check in "ruff check ." "ruff format --check ." lint-imports mypy; do \
+	for check in "ruff check ." "ruff format --check ." lint-imports mypy \
+	  "python scripts/generate_docs.py --check"; do \
 	  echo "== $$check"; $(BIN)/$$check || failed="$$failed; $$check"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "make lint: failed$$failed" >&2; exit 1; fi
