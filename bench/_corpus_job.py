@@ -21,9 +21,9 @@ import numpy as np
 
 from headrift.corpus.child import Child
 from headrift.corpus.job import ScoreJob
-from headrift.corpus.parts import columns, group_of
-from headrift.corpus.rows import Row
+from headrift.corpus.rows import Row, group_of
 from headrift.corpus.settings import Settings
+from headrift.runs.parts import column_types
 
 LAYERS, HEADS, STEPS = 30, 9, 12
 
@@ -37,7 +37,7 @@ class EmptyEngine:
         self.about: dict[str, Any] = {**shape, **sizes}
         self.waited, self.steps_run = 0.0, 0
         self._instability = np.random.default_rng(0).random((STEPS + 1) * LAYERS, np.float32)
-        self._same: dict[str, Any] = dict.fromkeys(columns([]))
+        self._same: dict[str, Any] = dict.fromkeys(column_types())
         self._same |= {"n_steps": STEPS, "n_scored": STEPS, "answer_tokens": STEPS + 1, "flags": [], "score": 0.1}
 
     def score(self, rows: Iterable[Row]) -> Iterator[dict[str, Any]]:

@@ -43,7 +43,7 @@ def out_of(args: argparse.Namespace) -> Path:
 
 def machine() -> dict[str, Any]:
     """The machine, and how busy it was when this was asked."""
-    from headrift.machine import processor
+    from headrift.runs.provenance import processor
 
     return {
         "cpu": processor()[0],

@@ -94,7 +94,8 @@ class Job:
         return {"seconds": clock.seconds, "prompts": n, "phases": {name: found.get(name, 0.0) for name in PHASES}}
 
     def _through(self, file: str, folder: Path) -> int:
-        from headrift.corpus import parts, readers, sources
+        from headrift.corpus import readers, sources
+        from headrift.runs import parts
 
         clock, engine = self._clock, self._scorer.engine
         schema = parts.part_schema((), layers=engine.layers, heads=engine.heads, regions=engine.regions)
@@ -113,7 +114,7 @@ class Job:
 
         for result in self._scorer.score(prompts()):
             with clock.phase(lambda: WRITING):
-                files.add(parts.record_of(taken[result.index], result))
+                files.add(parts.record(taken[result.index].columns(), result))
         with clock.phase(lambda: WRITING):
             files.publish()
         return len(taken)

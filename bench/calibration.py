@@ -22,8 +22,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from headrift.corpus.parts import part_schema
-from headrift.machine import processor
+from headrift.runs.parts import part_schema
+from headrift.runs.provenance import processor
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"

@@ -141,8 +141,8 @@ def main() -> None:
         from headrift_kernels.triton import decode_mass, replay_mass  # noqa: F401
 
         os.environ["TRITON_INTERPRET"] = "1"
-        from headrift.machine import processor
         from headrift.probed_engine import ProbedEngine
+        from headrift.runs.provenance import processor
 
         settings = {
             "load_format": "dummy", "skip_tokenizer_init": True, "dtype": "float32", "max_num_seqs": max(BATCHES),

@@ -173,7 +173,7 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if args.instructions == "avx2":
         hold_to_avx2()
-    from headrift.machine import processor
+    from headrift.runs.provenance import processor
 
     cases = []
     for shape, (heads, kv_heads, head_dim) in SHAPES.items():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from headrift.beside import written_beside
+from headrift.runs.folder import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -191,6 +191,6 @@ def new_figure(width: float, height: float) -> Any:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, completely or not at all."""
-    with written_beside(path) as temporary, warnings.catch_warnings():
+    with atomic_path(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in a script that the font does not have
         figure.savefig(temporary, format="png", dpi=_DPI)

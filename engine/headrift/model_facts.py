@@ -62,6 +62,18 @@ def read_model(folder: Path) -> ModelFacts:
     return _facts(config)
 
 
+def read_shape(folder: Path) -> tuple[ModelFacts, int, int]:
+    """Return a model's facts, its number of layers and its number of heads.
+
+    Raises:
+        ModelError: The folder cannot be used, or its config.json does not name these numbers.
+    """
+    facts = read_model(folder)
+    if facts.layers is None or facts.heads is None:
+        raise ModelError(f"--model {folder}: its config.json does not say how many layers and heads it has")
+    return facts, facts.layers, facts.heads
+
+
 def _weights_missing(folder: Path) -> list[str]:
     problems = []
     if not any(path.suffix in WEIGHTS for path in folder.iterdir()):

@@ -10,6 +10,7 @@ from headrift.calibration.calibrate import calibrate
 from headrift.calibration.original import open_csv
 from headrift.calibration.runs import blocks, exact_scores, open_run, read_rows
 from headrift.calibration.settings import CalibrationError, Settings
+from headrift.runs.reading import RunError
 from headrift.signal import ScoreRange, Window
 
 
@@ -56,24 +57,24 @@ def test_the_fingerprint_is_of_the_rows(make):
     assert first.fingerprint == again.fingerprint != other.fingerprint
 
 
-def test_folders_that_are_no_finished_run_are_refused(make, tmp_path):
-    with pytest.raises(CalibrationError, match=r"is no run \(no run.json\)"):
+def test_folders_without_a_finished_run_are_refused(make, tmp_path):
+    with pytest.raises(RunError, match=r"is not a run"):
         open_run(tmp_path)
     values = make.made_up(0, 1, 1)
     unfinished = make.write_run(tmp_path / "unfinished", values, ["benign"] * 2, status="unfinished")
-    with pytest.raises(CalibrationError, match="not finished: go on with it"):
+    with pytest.raises(RunError, match="not finished: resume it"):
         open_run(unfinished)
     broken = make.write_run(tmp_path / "broken", values, ["benign"] * 2)
     (broken / "run.json").write_text(json.dumps({"status": "done"}))
-    with pytest.raises(CalibrationError, match=r"run.json cannot be read: KeyError\('settings'\)"):
+    with pytest.raises(RunError, match=r"run.json cannot be read: KeyError"):
         open_run(broken)
     damaged = make.write_run(tmp_path / "damaged", values, ["benign"] * 2)
     (damaged / "part-00001.parquet").write_bytes(b"PAR1")
-    with pytest.raises(CalibrationError, match=r"part-00001.parquet cannot be read"):
+    with pytest.raises(RunError, match=r"part-00001.parquet cannot be read"):
         read_rows([open_run(damaged)])
     for part in damaged.glob("part-*"):
         part.unlink()
-    with pytest.raises(CalibrationError, match="has no parts"):
+    with pytest.raises(RunError, match="has no parts"):
         open_run(damaged)
 
 

@@ -39,7 +39,7 @@ def test_a_report_is_written_and_named(run, tmp_path, monkeypatch):
         ("r.html", ["--fail-term", ""], "is empty"),
         ("r.html", ["--fail-term", "re:("], "no regular expression"),
         ("r.html", ["--calibration", "none.json"], "cannot be read"),
-        ("r.html", ["empty"], "is no run (no run.json)"),
+        ("r.html", ["empty"], "is not a run"),
         ("r.html", ["other"], "differ in the model"),
         ("r.html", ["window"], "different windows"),
         ("r.html", ["run"], "is given twice"),

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import headrift.corpus.job
 from headrift.cli import app
-from headrift.corpus.journal import Lock
+from headrift.runs.journal import FolderLock
 
 N = 23
 
@@ -81,10 +81,10 @@ def test_a_run_goes_on_where_it_broke_off_and_ends_as_an_undisturbed_one(work, o
     assert "the engine fell over (10 of 23 rows are in out; --resume goes on from there)" in done.stderr
     assert sorted(path.name for path in (work / "out").glob("part-*")) == ["part-00000.parquet", "part-00001.parquet"]
     again = score(model=on_straw)
-    assert (again.exit_code, "go on with it with --resume" in again.stderr) == (2, True)
+    assert (again.exit_code, "resume it with --resume" in again.stderr) == (2, True)
     done = score("--resume", model=on_straw)
     assert done.exit_code == 0, done.output
-    assert "Going on after 10 of 23 rows" in done.stderr
+    assert "after 10 of 23 rows" in done.stderr
     assert everything(work / "out") == everything(work / "whole")
     whole, resumed = (json.loads((work / name / "run.json").read_text()) for name in ("whole", "out"))
     for key in ("status", "counts", "settings", "inputs", "model", "comparisons", "shards"):
@@ -161,7 +161,7 @@ def test_a_part_that_is_gone_is_noticed(work, on_straw, monkeypatch):
 
 def test_a_folder_that_another_run_holds_is_refused(work, on_straw):
     (work / "out").mkdir()
-    lock = Lock(work / "out")
+    lock = FolderLock(work / "out")
     done = score(model=on_straw)
     lock.release()
     assert done.exit_code == 2

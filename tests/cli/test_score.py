@@ -21,13 +21,12 @@ import headrift.corpus.job
 import headrift.scorer
 from headrift import Calibration, signal
 from headrift.calibration.calibrate import calibrate
-from headrift.calibration.record import Model
 from headrift.calibration.settings import Settings
 from headrift.cli import app
-from headrift.corpus.fingerprints import model_fingerprint
 from headrift.errors import EngineError, RefusedError
 from headrift.prompts import TokenizerError
 from headrift.results import Rejected, ScoreResult
+from headrift.runs.provenance import model_fingerprint
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "smollm2-135m-instruct"
@@ -92,7 +91,7 @@ def score(*args: str):
         ),
         (["in.jsonl", "--shard", "3/2"], "--shard is i/n with 1 <= i <= n"),
         (["in.jsonl", "--shard", "7/8"], "4 rows, and none of them for this --shard, in in.jsonl"),
-        (["in.jsonl", "--resume", "--out", "full"], "--out full holds no run that could be resumed, but other files"),
+        (["in.jsonl", "--resume", "--out", "full"], "--out full is not empty"),
         (["table.tsv"], "table.tsv has a name of no known kind: use .txt"),
         (["table.csv"], "table.csv has no prompts: its columns are text;label; a column `prompt`, `messages`"),
         (["broken.parquet"], "broken.parquet is no readable Parquet file"),
@@ -105,7 +104,7 @@ def score(*args: str):
         (["in.jsonl", "--system-prompt-file", "latin1.txt"], "latin1.txt is not UTF-8 text"),
         (["in.jsonl", "--model", "no-model"], "--model no-model is no folder: give a model's folder"),
         (["in.jsonl", "--model", "full"], "--model full holds no model (no config.json)"),
-        (["in.jsonl", "--out", "full"], "--out full exists and is not empty: choose another folder"),
+        (["in.jsonl", "--out", "full"], "--out full is not empty"),
         (["in.jsonl", "--out", "in.jsonl"], "--out in.jsonl is a file"),
     ],
 )
@@ -420,7 +419,7 @@ def calibrated(made: ModuleType, path: Path) -> Path:
     values = made.made_up(0, 0, 200, steps=4, layers=30)
     found = calibrate([made.run_of(values / 4, [None] * 200)], Settings(benign_only=True, window=signal.Window(2, 4)))
     template = AutoTokenizer.from_pretrained(MODEL).get_chat_template().encode()
-    model = Model(
+    model = ModelIdentity(
         name="m",
         fingerprint=model_fingerprint(MODEL)["fingerprint"],
         dtype="float32",

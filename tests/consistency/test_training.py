@@ -16,6 +16,7 @@ from headrift.consistency.pairs import SYSTEM_PROMPT
 from headrift.consistency.trainer import Asked, Trainer, TrainingError, TrainingJob, read_losses
 from headrift.consistency.training_data import DataAsked, batches
 from headrift.corpus.sources import InputError
+from headrift.runs.folder import JobError
 
 pytestmark = pytest.mark.usefixtures("tokenizer_once")
 QUESTIONS = Path(__file__).parents[2] / "datasets" / "consistency_questions.jsonl"
@@ -127,7 +128,7 @@ def test_pairs_that_changed_are_another_training(asked, tmp_path):
     job()
     job()
     for change in ({"answer": "99"}, {"core": "+ 2"}):
-        with pytest.raises(TrainingError, match="another pairs"):
+        with pytest.raises(JobError, match="another pairs"):
             job(**change)
 
 
@@ -252,13 +253,13 @@ def test_inputs_that_cannot_be_trained_on_are_refused(asked, no_model, tmp_path)
 def test_a_folder_with_something_in_it_is_left_alone(asked, no_model):
     asked.out.mkdir()
     (asked.out / "mine.txt").write_text("mine")
-    with pytest.raises(TrainingError, match="not an empty folder"):
+    with pytest.raises(JobError, match="not empty"):
         TrainingJob(asked)
     shutil.rmtree(asked.out)
     TrainingJob(asked)
-    with pytest.raises(TrainingError, match="has results already"):
+    with pytest.raises(JobError, match="--resume"):
         TrainingJob(asked)
-    with pytest.raises(TrainingError, match="another learning_rate, another seed"):
+    with pytest.raises(JobError, match="another learning_rate, another seed"):
         TrainingJob(replace(asked, resume=True, seed=5, learning_rate=1e-5))
     TrainingJob(replace(asked, resume=True, steps=99))  # more steps are no other training
     (asked.out / trainer.CHECKPOINT).write_bytes(b"rubbish")

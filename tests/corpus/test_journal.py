@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrift.corpus.interrupts import Interrupts
-from headrift.corpus.journal import NAME, Finished, Journal, JournalError, Lock
 from headrift.corpus.settings import differences
 from headrift.corpus.shards import Selection, parse_shard, rows_per_shard
+from headrift.runs.folder import JobError
+from headrift.runs.journal import JOURNAL, FinishedShard, FolderLock, Journal
 
 # ---------------------------------------------------------------------------------------------------------- journal
 
@@ -25,11 +26,11 @@ def test_finished_shards_and_their_ids_are_there_when_it_is_opened_again(tmp_pat
             False,
             True,
         ]
-        journal.note(Finished(0, 1, 1, 100, 50), stop=2)
+        journal.record(FinishedShard(0, 1, 1, 100, 50), stop=2)
         assert not journal.take_id("c", 4)  # of rows read ahead, not noted yet
     with Journal(tmp_path) as journal:
         assert journal.identity == {"settings": {"steps": 4}}
-        assert journal.finished() == [Finished(0, 1, 1, 100, 50)]
+        assert journal.finished() == [FinishedShard(0, 1, 1, 100, 50)]
         assert journal.finished()[0].rows == 2
         assert [journal.take_id(name, 2) for name in "abc"] == [False, False, True]
 
@@ -37,38 +38,38 @@ def test_finished_shards_and_their_ids_are_there_when_it_is_opened_again(tmp_pat
 def test_a_shard_that_cannot_be_noted_is_not_noted_in_part(tmp_path):
     with Journal(tmp_path, {}) as journal:
         journal.take_id("a", 0)
-        journal.note(Finished(0, 1, 0, 10, 0), stop=1)
+        journal.record(FinishedShard(0, 1, 0, 10, 0), stop=1)
         journal.take_id("b", 1)
-        with pytest.raises(JournalError, match="damaged"):
-            journal.note(Finished(0, 1, 0, 10, 0), stop=2)  # its number is taken
+        with pytest.raises(JobError, match="damaged"):
+            journal.record(FinishedShard(0, 1, 0, 10, 0), stop=2)  # its number is taken
     with Journal(tmp_path) as journal:
         assert [journal.take_id(name, 0) for name in "ab"] == [False, True]
 
 
 def test_a_file_that_is_no_journal(tmp_path):
-    (tmp_path / NAME).write_text("something else, and long enough not to be empty" * 100)
-    with pytest.raises(JournalError, match="choose another folder"):
+    (tmp_path / JOURNAL).write_text("something else, and long enough not to be empty" * 100)
+    with pytest.raises(JobError, match="choose another folder"):
         Journal(tmp_path)
 
 
 def test_a_journal_of_another_version(tmp_path):
     Journal(tmp_path, {}).__exit__()
-    with sqlite3.connect(tmp_path / NAME) as database:
+    with sqlite3.connect(tmp_path / JOURNAL) as database:
         database.execute("UPDATE job SET format = 99")
-    with pytest.raises(JournalError, match="another version"):
+    with pytest.raises(JobError, match="another version"):
         Journal(tmp_path)
 
 
 def test_a_folder_is_one_runs_and_free_again_when_that_is_dead(tmp_path):
-    code = f"from headrift.corpus.journal import Lock; from pathlib import Path; held = Lock(Path({str(tmp_path)!r})); "
-    code += "print('held', flush=True); input()"
+    code = "from pathlib import Path; from headrift.runs.journal import FolderLock; "
+    code += f"lock = FolderLock(Path({str(tmp_path)!r})); print('held', flush=True); input()"
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"
-    with pytest.raises(JournalError, match=rf"in use by another run \(process {holder.pid}\)"):
-        Lock(tmp_path)
+    with pytest.raises(JobError, match=rf"in use by another run \(process {holder.pid}\)"):
+        FolderLock(tmp_path)
     holder.kill()
     holder.wait()
-    mine = Lock(tmp_path)
+    mine = FolderLock(tmp_path)
     mine.release()
     mine.release()
     assert list(tmp_path.iterdir()) == []

@@ -9,21 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from headrift.corpus import fingerprints, parts
-from headrift.corpus.parts import (
-    OutputError,
-    ShardFiles,
-    Sizes,
-    group_of,
-    make_folder,
-    part_schema,
-    record_of,
-    remove_unfinished,
-    write_run,
-)
-from headrift.corpus.rows import BadRow, Row
-from headrift.machine import processor
+from headrift.corpus.rows import BadRow, Row, group_of
 from headrift.results import ScoreResult
+from headrift.runs import parts, provenance
+from headrift.runs.folder import JobError, can_resume, write_json
+from headrift.runs.journal import FinishedShard
+from headrift.runs.parts import ShardFiles, part_schema, record, remove_unfinished
 from headrift.scorer import Prompt
 
 LAYERS, HEADS, REGIONS = 4, 3, ("system", "user", "prompt")
@@ -87,11 +78,11 @@ def schema_of(*save: str) -> pa.Schema:
     return part_schema(save, layers=LAYERS, heads=HEADS, regions=REGIONS)
 
 
-def record(n: int, n_steps: int = 2, **changes) -> dict:
-    return record_of(make_row(n, prompt=Prompt(prompt=f"p{n}")), make_result(n, n_steps, **changes))
+def make_record(n: int, n_steps: int = 2, **changes) -> dict:
+    return record(make_row(n, prompt=Prompt(prompt=f"p{n}")).columns(), make_result(n, n_steps, **changes))
 
 
-def written(folder, schema: pa.Schema, *records: dict) -> Sizes:
+def written(folder, schema: pa.Schema, *records: dict) -> FinishedShard:
     files = ShardFiles(folder, 0, schema)
     for each in records:
         files.add(each)
@@ -106,7 +97,7 @@ def files_in(folder) -> list[str]:
 
 
 def test_columns_their_order_and_types_are_the_promised_ones(tmp_path):
-    written(tmp_path, schema_of(), record(1))
+    written(tmp_path, schema_of(), make_record(1))
     schema = pq.read_schema(tmp_path / "part-00000.parquet")
     assert dict(zip(schema.names, schema.types, strict=True)) == ALWAYS
     assert schema.names == list(ALWAYS)
@@ -124,7 +115,7 @@ def test_everything_reads_back_in_its_shape(tmp_path):
         make_row(2, prompt=Prompt(prompt="b")),
     ]
     results = [make_result(1, 3), make_result(2, 0)]
-    written(tmp_path, schema_of(*KINDS), *(record_of(row, result) for row, result in zip(rows, results, strict=True)))
+    written(tmp_path, schema_of(*KINDS), *map(record, [row.columns() for row in rows], results))
     table = pq.read_table(tmp_path / "part-00000.parquet")
     about = json.loads(table.schema.metadata[b"headrift"])
     assert (about["layers"], about["heads"], about["regions"]) == (LAYERS, HEADS, list(REGIONS))
@@ -159,7 +150,7 @@ def test_everything_reads_back_in_its_shape(tmp_path):
 def test_columns_of_nothing_but_null_keep_their_types(tmp_path):
     changes = dict.fromkeys(("score", "focus_heads", "mass", "logit_stats"))
     changes |= {"reason": "answer_ended_before_window", "signals": {}}
-    written(tmp_path, schema_of(*KINDS), record(1, 0, flags=(), **changes))
+    written(tmp_path, schema_of(*KINDS), make_record(1, 0, flags=(), **changes))
     table = pq.read_table(tmp_path / "part-00000.parquet")
     assert table.schema.types == schema_of(*KINDS).types
     (got,) = table.to_pylist()
@@ -176,14 +167,14 @@ def test_columns_of_nothing_but_null_keep_their_types(tmp_path):
 def test_a_shard_is_a_part_and_rejects_with_its_number_and_sizes(tmp_path):
     files = ShardFiles(tmp_path, 7, schema_of("text"))
     for n in range(5):
-        files.add(record(n))
+        files.add(make_record(n))
     files.reject(make_row(4, prompt=Prompt(prompt="x")), "prompt_too_long", "shorten it")
     files.reject(BadRow("in.txt", 5, "in:5", "bad_json", "mend it"), "bad_json", "mend it")
     assert files.rows == 7
     assert files_in(tmp_path) == []  # small rows wait in memory
     sizes = files.publish()
     assert files_in(tmp_path) == ["part-00007.parquet", "rejects-00007.parquet"]
-    assert (sizes.scored, sizes.rejected) == (5, 2)
+    assert (sizes.number, sizes.scored, sizes.rejected, sizes.rows) == (7, 5, 2, 7)
     assert sizes.part_bytes == (tmp_path / "part-00007.parquet").stat().st_size
     assert sizes.rejects_bytes == (tmp_path / "rejects-00007.parquet").stat().st_size
     assert pq.read_table(tmp_path / "part-00007.parquet")["row"].to_pylist() == list(range(5))
@@ -193,15 +184,15 @@ def test_a_shard_is_a_part_and_rejects_with_its_number_and_sizes(tmp_path):
 
 
 def test_no_rows_no_files(tmp_path):
-    assert ShardFiles(tmp_path, 0, schema_of()).publish() == Sizes(0, 0, 0, 0)
+    assert ShardFiles(tmp_path, 0, schema_of()).publish() == FinishedShard(0, 0, 0, 0, 0)
     assert files_in(tmp_path) == []
 
 
 def test_an_unfinished_part_is_hidden_and_big_rows_do_not_wait_for_it_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(parts, "_ROW_GROUP_BYTES", 2 * record(1)["shares"].nbytes)
+    monkeypatch.setattr(parts, "_ROW_GROUP_BYTES", 2 * make_record(1)["shares"].nbytes)
     files = ShardFiles(tmp_path, 0, schema_of("shares"))
     for n in range(9):
-        files.add(record(n))
+        files.add(make_record(n))
     assert files_in(tmp_path) == [".part-00000.parquet.tmp"]
     files.publish()
     assert files_in(tmp_path) == ["part-00000.parquet"]
@@ -214,7 +205,7 @@ def test_an_unfinished_part_is_hidden_and_big_rows_do_not_wait_for_it_in_memory(
 def test_what_is_discarded_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "_ROW_GROUP_BYTES", 1)
     files = ShardFiles(tmp_path, 0, schema_of("shares"))
-    files.add(record(1))
+    files.add(make_record(1))
     assert files_in(tmp_path) == [".part-00000.parquet.tmp"]
     files.discard()
     files.discard()
@@ -233,37 +224,42 @@ def test_files_of_shards_that_are_not_finished_are_removed_and_no_others(tmp_pat
 # ------------------------------------------------------------------------------------------------------------- folder
 
 
-def test_folder_is_made_with_its_parents_and_may_be_there_if_empty(tmp_path):
-    make_folder(tmp_path / "a" / "b")
-    make_folder(tmp_path / "a" / "b")
+def test_folder_is_made_with_its_parents_and_may_exist_if_empty(tmp_path):
+    for _ in range(2):
+        assert can_resume(tmp_path / "a" / "b", "run.json", resume=False) is False
     assert (tmp_path / "a" / "b").is_dir()
+    for leftover in (".lock", ".run.json.tmp"):  # of a job that was killed at its very start
+        (tmp_path / "a" / "b" / leftover).write_text("")
+    assert can_resume(tmp_path / "a" / "b", "run.json", resume=True) is False
 
 
 def test_folder_that_cannot_be_used(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError, match=r"exists and is not empty: choose another folder"):
-        make_folder(tmp_path)
-    with pytest.raises(OutputError, match=r"holds no run that could be resumed, but other files"):
-        make_folder(tmp_path, resume=True)
-    with pytest.raises(OutputError, match="is a file"):
-        make_folder(tmp_path / "file")
-    with pytest.raises(OutputError, match="cannot be made"):
-        make_folder(tmp_path / "file" / "below")
+    for resume in (False, True):
+        with pytest.raises(JobError, match="not empty"):
+            can_resume(tmp_path, "run.json", resume=resume)
+    with pytest.raises(JobError, match="is a file"):
+        can_resume(tmp_path / "file", "run.json", resume=False)
+    with pytest.raises(JobError, match="cannot be made"):
+        can_resume(tmp_path / "file" / "below", "run.json", resume=False)
 
 
 def test_folder_with_a_run_is_for_resuming_only(tmp_path):
-    assert make_folder(tmp_path / "new", resume=True) is False
-    (tmp_path / "journal.sqlite").write_text("")
-    assert make_folder(tmp_path, resume=True) is True
-    with pytest.raises(OutputError, match=r"holds a run: go on with it with --resume"):
-        make_folder(tmp_path)
+    (tmp_path / "run.json").write_text("")
+    assert can_resume(tmp_path, "run.json", resume=True) is True
+    with pytest.raises(JobError, match="--resume"):
+        can_resume(tmp_path, "run.json", resume=False)
 
 
-def test_run_json_is_replaced_as_a_whole(tmp_path):
-    write_run(tmp_path, {"status": "running", "text": "löslich"})
-    write_run(tmp_path, {"status": "done"})
+def test_a_json_file_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "run.json"
+    write_json(path, {"status": "running", "text": "löslich", "name": "\udc80"})  # a file name that is not Unicode
+    assert json.loads(path.read_text()) == {"status": "running", "text": "löslich", "name": "\udc80"}
+    with pytest.raises(TypeError):
+        write_json(path, {"status": object()})
+    write_json(path, {"status": "done"})
     assert files_in(tmp_path) == ["run.json"]
-    assert json.loads((tmp_path / "run.json").read_text()) == {"status": "done"}
+    assert json.loads(path.read_text()) == {"status": "done"}
 
 
 # ----------------------------------------------------------------------------------------- groups and fingerprints
@@ -344,45 +340,45 @@ def test_no_two_prompts_of_the_projects_own_sets_are_one_group():
 def test_fingerprints_change_with_what_they_stand_for(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"1234")
-    first = fingerprints.model_fingerprint(tmp_path)
+    first = provenance.model_fingerprint(tmp_path)
     assert first["weights_bytes"] == {"model.safetensors": 4}
-    assert first == fingerprints.model_fingerprint(tmp_path)
+    assert first == provenance.model_fingerprint(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"12345")
-    assert fingerprints.model_fingerprint(tmp_path)["fingerprint"] != first["fingerprint"]
+    assert provenance.model_fingerprint(tmp_path)["fingerprint"] != first["fingerprint"]
     (tmp_path / "model.safetensors").write_bytes(b"1234")
     (tmp_path / "config.json").write_text("{} ")
-    assert fingerprints.model_fingerprint(tmp_path)["fingerprint"] != first["fingerprint"]
+    assert provenance.model_fingerprint(tmp_path)["fingerprint"] != first["fingerprint"]
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"1235")  # as long as before
-    assert fingerprints.model_fingerprint(tmp_path)["fingerprint"] != first["fingerprint"]
+    assert provenance.model_fingerprint(tmp_path)["fingerprint"] != first["fingerprint"]
     (tmp_path / "model.safetensors").write_bytes(b"1234")
-    assert fingerprints.model_fingerprint(tmp_path) == first
+    assert provenance.model_fingerprint(tmp_path) == first
     (tmp_path / "chat_template.jinja").write_text("x")
-    assert fingerprints.model_fingerprint(tmp_path)["fingerprint"] != first["fingerprint"]
+    assert provenance.model_fingerprint(tmp_path)["fingerprint"] != first["fingerprint"]
     (tmp_path / "config.json").write_text("{} ")
-    assert fingerprints.file_fingerprint(tmp_path / "config.json") == {
+    assert provenance.file_fingerprint(tmp_path / "config.json") == {
         "bytes": 3,
         "sha256": hashlib.sha256(b"{} ").hexdigest(),
     }
 
 
 def test_large_files_are_hashed_in_places_their_ends_among_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(fingerprints, "_WHOLE", 1000)
-    monkeypatch.setattr(fingerprints, "_BLOCK", 10)
+    monkeypatch.setattr(provenance, "_HASHED_WHOLE", 1000)
+    monkeypatch.setattr(provenance, "_BLOCK_BYTES", 10)
     data = bytearray(5000)
     path = tmp_path / "large"
     path.write_bytes(data)
-    first = fingerprints.file_fingerprint(path)
+    first = provenance.file_fingerprint(path)
     assert (first["bytes"], first["sampled"]) == (5000, True)
     for place in (0, 9, 4990, 4999):
         path.write_bytes(data[:place] + b"x" + data[place + 1 :])
-        assert fingerprints.file_fingerprint(path) != first
+        assert provenance.file_fingerprint(path) != first
     path.write_bytes(data + b"\0")
-    assert fingerprints.file_fingerprint(path) != first
+    assert provenance.file_fingerprint(path) != first
 
 
 def test_versions_and_processor_are_known_here():
-    found = fingerprints.versions()
+    found = provenance.versions()
     assert set(found) == {"headrift", "python", "vllm", "torch", "transformers", "numba"}
     assert None not in found.values()
-    assert processor()[0]
+    assert provenance.processor()[0]

@@ -15,7 +15,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from headrift.cli import app
-from headrift.corpus.journal import Journal
+from headrift.runs.journal import Journal
 
 TORTURE = Path(__file__).resolve().parent / "torture"
 PAUSE = "0.004"  # seconds a row of straw: shards of 100 rows, so that there is a middle to be killed in

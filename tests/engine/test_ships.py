@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from headrift import ablation
 from headrift.cli import app
-from headrift.job_folder import JobError
 from headrift.probed_engine import ProbedEngine
 from headrift.requests import ProbeRequest
+from headrift.runs.folder import JobError
 from headrift.safety_heads import sahara as search
 from headrift.safety_heads import sahara_job
 from headrift.safety_heads.base import Asked

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from headrift import signal
-from headrift.calibration.record import Model
 from headrift.calibration.runs import SIGNALS, Run
-from headrift.corpus.parts import part_schema
+from headrift.runs.parts import part_schema
+from headrift.runs.reading import ModelIdentity
 from headrift.signal import ScoreRange, Window
 
 # Benign instability: MEAN + a row's own part + noise in each cell, all Gaussian: a score's distribution is known.
@@ -71,7 +71,7 @@ def run_of(instability, label, name="made-up", regions=(), **columns) -> Run:
     def batches(names):
         yield from table.select([of for of in names if of in table.column_names]).to_batches(max_chunksize=64)
 
-    return Run(name, Model(name="m", **identity), steps, ScoreRange(Window(1, steps)), False, batches)
+    return Run(name, ModelIdentity(name="m", **identity), steps, ScoreRange(Window(1, steps)), False, batches)
 
 
 def write_run(folder: Path, instability, label, status="done", fingerprint="f", save=(), **columns) -> Path:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from headrift import signal
-from headrift.corpus.parts import part_schema
+from headrift.runs.parts import part_schema
 from helpers.made_runs import labels, made_up
 
 STEPS, LAYERS, HEADS = 8, 10, 4

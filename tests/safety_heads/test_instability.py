@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from headrift import signal
 from headrift.cli import app
-from headrift.job_folder import JobError
+from headrift.runs.folder import JobError
 from headrift.safety_heads.instability import instability
 from headrift.safety_heads.ranking import rank
 from headrift.stats import separation
@@ -156,7 +156,7 @@ def test_runs_that_cannot_be_used(made, tmp_path):
         (run, good, 99, "found 32 heads"),
         (run, good, 32, "leave some"),
         (tmp_path / "nothing", good, 4, "holds no results"),
-        (run, tmp_path / "nothing", 4, "is no run"),
+        (run, tmp_path / "nothing", 4, "is not a run"),
     ):
         with pytest.raises(ValueError, match=said):
             instability(heads, scores, top)

@@ -15,9 +15,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from headrift import signal
-from headrift.calibration.record import Model
 from headrift.calibration.runs import SIGNALS, Run
 from headrift.calibration.settings import CalibrationError
+from headrift.runs.reading import ModelIdentity
 from headrift.signal import ScoreRange
 
 _FILE = "inter_head_std.csv"
@@ -49,7 +49,7 @@ def open_csv(root: Path) -> Run:
         given = {name: table[name] for name in names if name in table.column_names}
         yield from pa.table({**given, **missing}).select(names).to_batches()
 
-    model = Model(
+    model = ModelIdentity(
         name=None, fingerprint=None, dtype=None, layers=next(iter(layers)), heads=None, chat_template_sha256=None
     )
     return Run(str(root), model, steps, cell, False, batches)

@@ -12,37 +12,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from headrift.beside import written_beside
 from headrift.calibration.settings import CalibrationError, Rule
 from headrift.calibration.thresholds import Reference
+from headrift.runs.folder import atomic_path
+from headrift.runs.reading import ModelIdentity
 from headrift.signal import Window
-
-_MODEL_FACTS = {
-    "fingerprint": "the model",
-    "dtype": "the type it is computed in",
-    "layers": "the number of layers",
-    "heads": "the number of heads",
-    "chat_template_sha256": "the chat template",
-}
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Model(_Part):
-    """What scores depend on; None where it is not known. name: the folder's."""
-
-    name: str | None
-    fingerprint: str | None
-    dtype: str | None
-    layers: int
-    heads: int | None
-    chat_template_sha256: str | None
-
-    def differences(self, other: Model) -> list[str]:
-        """What of all this, but the name, is not the same, in words."""
-        return [said for name, said in _MODEL_FACTS.items() if getattr(self, name) != getattr(other, name)]
 
 
 class Figure(_Part):
@@ -135,7 +113,7 @@ class Calibration(_Part):
     headrift: str
     created: str
     benign_only: bool
-    model: Model
+    model: ModelIdentity
     window: str
     drop_shallow: float
     drop_deep: float
@@ -172,7 +150,7 @@ class Calibration(_Part):
 
     def save(self, path: str | Path) -> None:
         """Write it; at no moment is the file there in part. OSError where that fails."""
-        with written_beside(Path(path)) as temporary:
+        with atomic_path(Path(path)) as temporary:
             temporary.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
     def apply(self, scores: ArrayLike | Sequence[float | None]) -> Verdicts:
@@ -185,7 +163,7 @@ class Calibration(_Part):
         )
         return Verdicts(values >= self.threshold, of_benign.p_values(values))
 
-    def check(self, model: Model, window: Window, drop_shallow: float, drop_deep: float) -> None:
+    def check(self, model: ModelIdentity, window: Window, drop_shallow: float, drop_deep: float) -> None:
         """CalibrationError, saying what differs, where scores of such a model, window and layers are not what this
         calibration is for."""
         differ = self.model.differences(model)

@@ -7,21 +7,20 @@ only of rows that are wanted is anything kept.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from headrift import signal
-from headrift.calibration.record import Model
 from headrift.calibration.settings import CalibrationError
+from headrift.runs.reading import ScoreRun as Run
+from headrift.runs.reading import open_run
 from headrift.signal import ScoreRange
+
+__all__ = ["Run", "open_run"]
 
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
@@ -29,26 +28,10 @@ Ints: TypeAlias = NDArray[np.int64]
 BENIGN, ATTACK, UNLABELLED = 0, 1, 2
 HARD = "hard"  # categories of benign prompts that are made to be mistaken for attacks begin so
 _CLASSES = {"benign": BENIGN, "attack": ATTACK, None: UNLABELLED}
-_BATCH = 4096  # rows: with 40 steps of 32 layers, 20 MB
-_BATCH_OF_HEADS = 64  # where numbers of single heads are read: with 32 heads and 5 regions, 50 MB
-_OF_HEADS = {"shares", "mass", "focus_heads"}
 _TEXTS = ("label", "group", "system_hash", "category")
 _COUNTS = ("n_steps", "prompt_tokens", "answer_tokens")
 # What else a run measured, over its own window; a column of nulls is no signal.
 SIGNALS = ("system_share", "head_agreement", "focus", "entropy")
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A finished run. steps: the last recorded one; batches: its rows, with the columns that are asked for, without
-    those that the run does not have."""
-
-    name: str
-    model: Model
-    steps: int
-    score_range: ScoreRange
-    replay: bool
-    batches: Callable[[Sequence[str]], Iterator[pa.RecordBatch]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,50 +50,6 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.label)
-
-
-def open_run(folder: Path) -> Run:
-    """A folder that `headrift score` wrote. CalibrationError where it is none, or not finished."""
-    try:
-        about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        settings, engine, model = about["settings"], about["engine"], about["model"]
-        if (command := settings.get("command", "score")) != "score":
-            raise CalibrationError(
-                f"{folder} was made by `headrift {command}`: give folders that `headrift score` wrote"
-            )
-        if about["status"] != "done":
-            raise CalibrationError(f"{folder} is not finished: go on with it first (headrift score ... --resume)")
-        cell = ScoreRange(signal.Window.parse(settings["window"]), settings["drop_shallow"], settings["drop_deep"])
-        identity = Model(
-            name=Path(model["path"]).name,
-            fingerprint=model["fingerprint"],
-            dtype=engine["dtype"],
-            layers=engine["layers"],
-            heads=engine["heads"],
-            chat_template_sha256=about["chat_template_sha256"],
-        )
-        steps, replay = settings["steps"], settings["replay"]
-    except FileNotFoundError:
-        raise CalibrationError(f"{folder} is no run (no run.json): give folders that `headrift score` wrote") from None
-    except CalibrationError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CalibrationError(f"{folder / 'run.json'} cannot be read: {error!r}; score the prompts anew") from error
-    parts = sorted(folder.glob("part-*.parquet"))
-    if not parts:
-        raise CalibrationError(f"{folder} has no parts: no row of this run was scored")
-
-    def batches(columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        size = _BATCH_OF_HEADS if _OF_HEADS & set(columns) else _BATCH
-        for path in parts:
-            try:
-                with pq.ParquetFile(path, pre_buffer=False) as file:
-                    yield from file.iter_batches(size, columns=list(columns))
-            except (pa.ArrowException, OSError) as error:
-                reason = str(error).splitlines()[0]
-                raise CalibrationError(f"{path} cannot be read ({reason}): score the prompts anew") from error
-
-    return Run(str(folder), identity, steps, cell, replay, batches)
 
 
 def check_alike(runs: Sequence[Run]) -> None:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from headrift._version import __version__
-from headrift.machine import processor
 from headrift.model_facts import WEIGHTS, ModelError, ModelFacts, read_model
+from headrift.runs.provenance import processor
 from headrift.vllm_plugin.plugin import VLLM_VERSION
 
 if TYPE_CHECKING:

@@ -234,6 +234,6 @@ def _decoder(model: Any) -> Any:
 
 def write(path: Path, value: Mapping[str, Any]) -> None:
     """Write figures as JSON, whole or not at all."""
-    from headrift.beside import write_json
+    from headrift.runs.folder import write_json
 
     write_json(path, value)

@@ -15,8 +15,8 @@ from headrift.consistency.pairs import Pair
 from headrift.consistency.split import drawn
 from headrift.consistency.trainer import ADAPTER, SETTINGS
 from headrift.consistency.training_data import DataAsked, load
-from headrift.corpus.fingerprints import model_fingerprint, versions
 from headrift.model_facts import read_model
+from headrift.runs.provenance import model_fingerprint, versions
 
 RESULT, REPLIES = "evaluation.json", "replies.jsonl"
 

@@ -99,12 +99,6 @@ def record(score: PairScore, decode: Callable[..., str]) -> dict[str, Any]:
     }
 
 
-def table_of(records: Sequence[dict[str, Any]], columns: pa.Schema) -> pa.Table:
-    """Rows as a part holds them."""
-    arrays = [pa.array([row[field.name] for row in records], field.type) for field in columns]
-    return pa.Table.from_arrays(arrays, schema=columns)
-
-
 def rejects_table(rejected: Sequence[RejectedPair]) -> pa.Table:
     """Rows and pairs that cannot be scored: id, source, row, reason (a code), detail (what to do)."""
     return pa.Table.from_pylist([asdict(each) for each in rejected], schema=_REJECTS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
@@ -11,26 +10,24 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from headrift.beside import write_json, written_beside
 from headrift.consistency import lora
-from headrift.consistency.pair_parts import record, rejects_table, schema, table_of
+from headrift.consistency.pair_parts import record, rejects_table, schema
 from headrift.consistency.pairs import Pair, PairRenderer, PairText, RejectedPair, fingerprint
 from headrift.consistency.predicting import summarised
 from headrift.consistency.reading import read
 from headrift.consistency.scoring import ANSWERS, REGIONS, keys_needed, references_for, score_pairs, together
 from headrift.consistency.split import drawn
 from headrift.consistency.wrappers import wrap
-from headrift.corpus.fingerprints import model_fingerprint, versions
 from headrift.corpus.sources import InputError
 from headrift.engine_setup import lora_args, prepare_environment
-from headrift.job_folder import JobError, begun_before, new_folder, shape_of
+from headrift.model_facts import read_shape
 from headrift.preparing import load_tokenizer
 from headrift.probed_engine import ProbedEngine
+from headrift.runs.folder import JobError
+from headrift.runs.provenance import model_fingerprint, versions
+from headrift.runs.resumable import ResumableParts
 
-SUMMARY, REJECTS, _PARTS = "summary.json", "rejects.parquet", "part-*.parquet"
+SUMMARY, REJECTS = "summary.json", "rejects.parquet"
 # Pairs in a part: what is scored again of a run that broke off is less than two of them.
 PART = 128
 
@@ -70,7 +67,7 @@ class ScoringJob:
 
     def __init__(self, asked: Asked, verbose: bool = False) -> None:
         self.asked, self._verbose = asked, verbose
-        facts, layers, heads = shape_of(asked.model)
+        facts, layers, heads = read_shape(asked.model)
         if asked.lora is not None:
             lora.check(asked.lora, asked.model)
             prepare_environment(verbose)
@@ -89,14 +86,17 @@ class ScoringJob:
         self._begin()
 
     @property
+    def _names(self) -> list[str]:
+        return [_part(number) for number in range(-(-len(self.pairs) // PART))]
+
+    @property
     def done(self) -> int:
         """Pairs whose scores are in the folder."""
-        return sum(len(self._of_part(number)) for number in self._parts_there())
+        return len(self.pairs) - sum(len(self._of_part(number)) for number in self._todo)
 
     def run(self, on_pairs: Callable[[int], None] | None = None) -> dict[str, Any]:
         """Score what is not yet scored; the figures. on_pairs: told how many more are done."""
-        asked, there = self.asked, self._parts_there()
-        todo = [number for number in range(self._n_parts) if number not in there]
+        asked, todo = self.asked, self._todo
         seconds = None
         if todo:
             pairs = [pair for number in todo for pair in self._of_part(number)]
@@ -122,32 +122,29 @@ class ScoringJob:
         return self._finish(seconds)
 
     @property
-    def _n_parts(self) -> int:
-        return -(-len(self.pairs) // PART)
+    def _todo(self) -> list[int]:
+        """Numbers of the parts that are not in the folder."""
+        missing = set(self._parts.missing(self._names))
+        return [number for number, name in enumerate(self._names) if name in missing]
 
     def _of_part(self, number: int) -> list[Pair]:
         return self.pairs[number * PART : (number + 1) * PART]
 
-    def _parts_there(self) -> set[int]:
-        numbers = {_part(number): number for number in range(self._n_parts)}
-        return {numbers[path.name] for path in self.asked.out.glob(_PARTS) if path.name in numbers}
-
     def _write(self, number: int, records: Iterator[dict[str, Any]]) -> None:
         columns = schema(*self._shape, self.asked.steps)
-        table = table_of(list(islice(records, len(self._of_part(number)))), columns)
-        with written_beside(self.asked.out / _part(number)) as unfinished:
-            pq.write_table(table, unfinished, compression="zstd")
+        self._parts.write_records(_part(number), islice(records, len(self._of_part(number))), columns)
 
     def _begin(self) -> None:
-        """Make the folder, or make sure that what lies in it was begun with the same settings."""
-        out, settings = self.asked.out, self._settings()
-        if begun_before(out / SUMMARY, settings, self.asked.resume):
-            return
-        new_folder(out)
+        """Make the folder, or check that the job in it has the same settings."""
+        about = {
+            "model": str(self.asked.model),
+            "lora": None if self.asked.lora is None else str(self.asked.lora),
+            "inputs": list(self.asked.inputs),
+            "versions": versions(),
+        }
+        self._parts = ResumableParts(self.asked.out, SUMMARY, self._settings(), about, resume=self.asked.resume)
         if self.rejected:
-            with written_beside(out / REJECTS) as unfinished:
-                pq.write_table(rejects_table(self.rejected), unfinished)
-        self._write_summary({"settings": settings})
+            self._parts.write(REJECTS, rejects_table(self.rejected))
 
     def _settings(self) -> dict[str, Any]:
         asked = self.asked
@@ -166,25 +163,13 @@ class ScoringJob:
     def _finish(self, seconds: float | None) -> dict[str, Any]:
         """Write the summary. seconds: that the engine took, None where there was nothing left for it."""
         if seconds is None:
-            seconds = json.loads((self.asked.out / SUMMARY).read_text(encoding="utf-8")).get("engine_seconds", 0.0)
-        parts = [self.asked.out / _part(number) for number in range(self._n_parts)]
-        found = {
-            "settings": self._settings(),
-            "about": {
-                "model": str(self.asked.model),
-                "lora": None if self.asked.lora is None else str(self.asked.lora),
-                "inputs": list(self.asked.inputs),
-                "versions": versions(),
-            },
+            seconds = self._parts.read_summary().get("engine_seconds", 0.0)
+        results = {
             "engine_seconds": round(seconds, 2),
             "rejected": len(self.rejected),
-            **summarised(pa.concat_tables(pq.read_table(path) for path in parts), self.asked.seed),
+            **summarised(self._parts.read(self._names), self.asked.seed),
         }
-        self._write_summary(found)
-        return found
-
-    def _write_summary(self, value: dict[str, Any]) -> None:
-        write_json(self.asked.out / SUMMARY, value)
+        return self._parts.write_summary(results)
 
 
 def _texts(asked: Asked) -> tuple[list[PairText], list[RejectedPair]]:

@@ -15,14 +15,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headrift.beside import write_json, written_beside
 from headrift.consistency import hooks, lora, losses
 from headrift.consistency.generating import answers
 from headrift.consistency.pairs import Pair, fingerprint
 from headrift.consistency.training_data import DataAsked, batches, load
-from headrift.corpus.fingerprints import model_fingerprint, versions
-from headrift.job_folder import begun_before, new_folder
 from headrift.model_facts import read_model
+from headrift.runs.folder import JobError, atomic_path, write_json
+from headrift.runs.provenance import model_fingerprint, versions
+from headrift.runs.resumable import ResumableParts
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ _PLAIN_TOKENS = 32
 Say = Callable[[int], None]
 
 
-class TrainingError(ValueError):
+class TrainingError(JobError):
     """The training cannot be done as asked; the message says why and what to do."""
 
 
@@ -140,12 +140,7 @@ class TrainingJob:
         return found
 
     def _begin(self) -> None:
-        """Make the folder, or make sure that what lies in it was begun with the same settings."""
-        out, settings = self.asked.out, self._settings()
-        path = out / SETTINGS
-        if begun_before(path, settings, self.asked.resume, TrainingError):
-            return
-        new_folder(out, TrainingError)
+        """Make the folder, or check that the training in it has the same settings."""
         data, held_out = self.asked.data, self.data.split
         about = {
             "model": str(data.model),
@@ -159,8 +154,8 @@ class TrainingJob:
             "versions": versions(),
         }
         kept = {"questions": sorted(held_out.questions), "families": sorted(held_out.families)}
-        value = {"settings": settings, "about": about, "held_out": kept, "pairs": len(self.pairs)}
-        write_json(path, value)
+        results = {"held_out": kept, "pairs": len(self.pairs)}
+        ResumableParts(self.asked.out, SETTINGS, self._settings(), about, resume=self.asked.resume, results=results)
 
     def _settings(self) -> dict[str, Any]:
         """What the losses hang on. How many steps there will be is not among it: a training can go on longer."""
@@ -215,7 +210,7 @@ class Trainer:
         else:
             with self.model.disable_adapter():
                 found = answers(self.model, self._tokenizer, prompts, self._asked.answer_tokens)
-            with written_beside(path) as unfinished:
+            with atomic_path(path) as unfinished:
                 unfinished.write_text(json.dumps(found), encoding="utf-8")
         self._answers = dict(zip(prompts, found, strict=True))
 
@@ -317,7 +312,7 @@ class Trainer:
             "weights": {name: weight.detach().cpu() for name, weight in self._weights.items()},
             "optimizer": self._optimizer.state_dict(),
         }
-        with written_beside(path) as unfinished:
+        with atomic_path(path) as unfinished:
             torch.save(state, unfinished)
 
     def restore(self, path: Path) -> float:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from headrift.corpus.parts import read_batches
 from headrift.corpus.summary import Summary
+from headrift.runs.reading import read_batches
 from headrift.stats import exact_interval
 from headrift.terminal import print_table
 

@@ -17,13 +17,13 @@ import pyarrow as pa
 from headrift.calibration.verdicts import add_verdicts
 from headrift.corpus.child import Engine
 from headrift.corpus.gate_summary import GateSummary
-from headrift.corpus.parts import Record, ShardFiles, columns_of, record_of
 from headrift.corpus.rows import Row
 from headrift.corpus.scoring import TEXT_BYTES, ScoringEngine, travelling
 from headrift.corpus.settings import Settings, check_context
 from headrift.fail_terms import FailTerms
 from headrift.model_facts import ModelFacts
 from headrift.results import ScoreResult
+from headrift.runs.parts import Record, ShardFiles, column_types, record
 from headrift.scorer import check_settings
 
 if TYPE_CHECKING:
@@ -131,13 +131,13 @@ class GateEngine(ScoringEngine):
         blocked = self._gate.blocks(result, self._threshold)
         text = BLOCKED if blocked else result.text
         terms = self._terms if self._gate.fail_terms else None
-        record = record_of(row, result) | {
+        everything = record(row.columns(), result) | {
             "blocked": blocked,
             "text": text,
             "leaked": None if terms is None else not blocked and terms.found(text),
             "leaked_ungated": None if terms is None else terms.found(result.text),
         }
-        return {name: record[name] for name in self._columns}
+        return {name: everything[name] for name in self._columns}
 
 
 def _schema(gate: Gate, *, redact: bool) -> pa.Schema:
@@ -147,4 +147,6 @@ def _schema(gate: Gate, *, redact: bool) -> pa.Schema:
         del added["text"]
     if gate.compare_ungated:
         added["leaked_ungated"] = pa.bool_()
-    return pa.schema({**columns_of(_BEFORE), **added, **columns_of(_AFTER)})
+    types = column_types()
+    before, after = ({name: types[name] for name in names} for names in (_BEFORE, _AFTER))
+    return pa.schema({**before, **added, **after})

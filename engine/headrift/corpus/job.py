@@ -18,18 +18,21 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from headrift import scorer as scoring
-from headrift.corpus import fingerprints, judging, parts, readers, sources
+from headrift.corpus import judging, readers, sources
 from headrift.corpus.child import Child, Engine
 from headrift.corpus.interrupts import Interrupts
-from headrift.corpus.journal import Finished, Journal, JournalError, Lock, has_journal
 from headrift.corpus.reasons import REASONS
 from headrift.corpus.rows import BadRow, Row
 from headrift.corpus.scoring import Scoring, Turned
 from headrift.corpus.settings import Settings, check_context, check_together, differences
 from headrift.corpus.shards import rows_per_shard
 from headrift.corpus.supervisor import Killer, Supervisor
-from headrift.machine import processor
 from headrift.model_facts import ModelFacts, read_model
+from headrift.runs.folder import JobError, can_resume
+from headrift.runs.journal import JOURNAL, FinishedShard, FolderLock, Journal
+from headrift.runs.parts import ShardFiles, remove_unfinished
+from headrift.runs.provenance import model_fingerprint, processor, versions
+from headrift.runs.reading import run_status, write_run
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,7 +81,7 @@ class Kind(Protocol):
         """About what a row takes on disk."""
         ...
 
-    def files(self, number: int, engine: dict[str, Any]) -> parts.ShardFiles:
+    def files(self, number: int, engine: dict[str, Any]) -> ShardFiles:
         """The files for a shard's records, in the job's out folder. engine: its `about`."""
         ...
 
@@ -124,12 +127,12 @@ class ScoreJob:
         model = read_model(settings.model)
         check_context(settings.steps, model.context)
         self._kind.check(model.context)
-        n_rows = None if resume and has_journal(settings.out) else self._count()
-        begun = parts.make_folder(settings.out, resume=resume)
+        n_rows = None if resume and (settings.out / JOURNAL).exists() else self._count()
+        begun = can_resume(settings.out, JOURNAL, resume=resume)
         self.seconds = {"start": 0.0, "scoring": 0.0, "engine_waited": 0.0}
         self._summary: Summary | None = None
         self._open = ExitStack()
-        lock = Lock(settings.out)
+        lock = FolderLock(settings.out)
         self._open.callback(lock.release)
         try:
             self._identity = self._identified()
@@ -182,9 +185,9 @@ class ScoreJob:
         return {
             "settings": {**self.settings.of_run(str(self.window)), **self._kind.asked()},
             "inputs": [source.fingerprint() for source in self._sources],
-            "model": fingerprints.model_fingerprint(self.settings.model),
+            "model": model_fingerprint(self.settings.model),
             "engine": None,
-            "versions": fingerprints.versions(),
+            "versions": versions(),
             "started": _now(),
         }
 
@@ -193,7 +196,7 @@ class ScoreJob:
         found = differences(then, self._identity)
         if found:
             lines = "".join(f"\n  - {line}" for line in found)
-            raise JournalError(
+            raise JobError(
                 f"--resume: the run in {self.settings.out} is another one, so its parts would not go together:{lines}\n"
                 "Ask for the same again, or choose another folder"
             )
@@ -210,11 +213,11 @@ class ScoreJob:
             for name, size in sizes.items():
                 there = (out / name).stat().st_size if (out / name).exists() else 0
                 if there != size:
-                    raise JournalError(
+                    raise JobError(
                         f"--resume: {out / name} had {size:,} bytes when it was finished and has {there:,}: put it "
                         "back, or choose another folder"
                     )
-        parts.remove_unfinished(out, {shard.number for shard in self._finished})
+        remove_unfinished(out, {shard.number for shard in self._finished})
 
     def _count(self) -> int:
         """How many rows the input has, as far as they matter; ValueError for none to score."""
@@ -241,12 +244,12 @@ class ScoreJob:
         if need > free:
             room = f"the results may take {need / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free"
             fix = "make room, choose another disk, or save less"
-            raise parts.OutputError(f"--out {self.settings.out}: {room}: {fix}")
+            raise JobError(f"--out {self.settings.out}: {room}: {fix}")
 
     def start(self) -> dict[str, Any]:
         """Load the model and begin, or go on with, the journal; returns what there is to know of the engine.
 
-        EngineError, saying what to do, where the engine cannot start; JournalError where it is not the one that the
+        EngineError, saying what to do, where the engine cannot start; JobError where it is not the one that the
         run was begun with; CalibrationError where it is not one that the calibration is for.
         """
         begun = time.monotonic()
@@ -292,7 +295,7 @@ class ScoreJob:
     def finish(self) -> None:
         """Write what lies beside the parts and then run.json, unless that was done already: a run may be killed at its
         very end."""
-        if parts.status_of_run(self.settings.out) != "done":
+        if run_status(self.settings.out) != "done":
             summary = self.summary()
             self._kind.finish(summary, [source.stem for source in self._sources])
             self._write_run("done", summary)
@@ -306,7 +309,7 @@ class ScoreJob:
     def _stopping(self) -> None:
         self._notice("stopping after the shard in hand; once more stops at once, and loses that shard")
 
-    def _shards(self, journal: Journal, interrupts: Interrupts, progress: bool) -> Iterator[Finished]:
+    def _shards(self, journal: Journal, interrupts: Interrupts, progress: bool) -> Iterator[FinishedShard]:
         """Each further shard, once it is done and noted."""
         size = self._identity["shard_rows"]
         answers = self._supervisor.answers(self._rows(journal))
@@ -325,9 +328,8 @@ class ScoreJob:
                                 "the input has fewer rows than when it was counted: do not change it"
                             )
                         self._keep(*answered, files)
-                    sizes = files.publish()
-                    shard = Finished(number, sizes.scored, sizes.rejected, sizes.part_bytes, sizes.rejects_bytes)
-                    journal.note(shard, number * size + rows)
+                    shard = files.publish()
+                    journal.record(shard, number * size + rows)
                 except BaseException:
                     files.discard()
                     raise
@@ -351,7 +353,7 @@ class ScoreJob:
             yield row
             at += 1
 
-    def _keep(self, row: Row | BadRow, answer: Any, files: parts.ShardFiles) -> None:
+    def _keep(self, row: Row | BadRow, answer: Any, files: ShardFiles) -> None:
         """Put a row where it belongs, into the part or the rejects."""
         if isinstance(answer, dict):
             files.add(answer)
@@ -377,7 +379,7 @@ class ScoreJob:
             "started": identity["started"],
             "finished": None if status == "running" else _now(),
             "settings": identity["settings"],
-            "versions": fingerprints.versions(),
+            "versions": versions(),
             "model": {"path": str(self.settings.model), **identity["model"]},
             "chat_template_sha256": identity["engine"]["chat_template_sha256"],
             "engine": {**engine, "recorder_bytes": identity["recorder_bytes"]},
@@ -391,7 +393,7 @@ class ScoreJob:
             particulars["calibration"] = judging.particulars(calibration, self._differs)
         if summary is not None:
             particulars |= summary.numbers()
-        parts.write_run(self.settings.out, particulars)
+        write_run(self.settings.out, particulars)
 
 
 def _is_wanted(row: Row | BadRow) -> bool:

@@ -19,10 +19,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from headrift.beside import written_beside
 from headrift.calibration.settings import CalibrationError
 from headrift.calibration.verdicts import Drift, cutoff, drift
-from headrift.corpus.parts import read_batches
+from headrift.runs.folder import atomic_path
+from headrift.runs.reading import read_batches
 from headrift.stats import exact_interval
 from headrift.terminal import print_table
 
@@ -142,7 +142,7 @@ class Judged:
             }
         )
         with (
-            written_beside(self._folder / LIST) as temporary,
+            atomic_path(self._folder / LIST) as temporary,
             pq.ParquetWriter(temporary, fields, compression="zstd") as writer,
         ):
             for batch in read_batches(self._folder, _ON_LIST) if self.cutoff is not None else ():

@@ -24,11 +24,11 @@ from typing import Any, Generic, TypeVar
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from headrift.corpus import fingerprints
 from headrift.corpus.child import Engine
 from headrift.corpus.supervisor import Supervisor
 from headrift.engine_setup import ENGINES_PER_MACHINE
 from headrift.errors import EngineError
+from headrift.runs.provenance import model_fingerprint, versions
 
 # Answers that travel in one message.
 _BATCH = 64
@@ -335,7 +335,7 @@ def _last_line(error: RayError) -> str:
 
 def _machine(model: Path) -> dict[str, Any]:
     """What a machine's numbers come from, by what a user calls it: the model's files and the versions."""
-    return {"model files": fingerprints.model_fingerprint(model), "versions": fingerprints.versions()}
+    return {"model files": model_fingerprint(model), "versions": versions()}
 
 
 def _room(asked: int | None) -> tuple[int, dict[str, Any], int]:

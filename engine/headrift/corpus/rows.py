@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import dropwhile
 from typing import Any
 
 from headrift.scorer import Prompt
@@ -31,6 +34,18 @@ class Row:
     label: str | None
     category: str | None
     prompt: Prompt
+
+    def columns(self, *, replay: bool = False) -> dict[str, Any]:
+        """Return the columns of a part that are the row's own; `replay` as in `group_of`."""
+        return {
+            "id": self.id,
+            "source": self.source,
+            "row": self.row,
+            "label": self.label,
+            "category": self.category,
+            "group": group_of(self.prompt, replay=replay),
+            "prompt": _text_of(self.prompt),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,3 +197,63 @@ def _prompt(given: Mapping[str, Any]) -> Prompt:
 
 def _named(keys: Iterable[str], word: str) -> str:
     return f" {word} ".join(f"`{key}`" for key in keys)
+
+
+def group_of(prompt: Prompt, *, replay: bool = False) -> str:
+    """Hash a prompt, without its system prompt, case, spacing and Unicode form.
+
+    The hash is of the prompt's text, of all messages after the leading system ones (roles, texts, tool calls without
+    their ids), or of the token ids outside the system region.
+
+    Args:
+        prompt: The prompt.
+        replay: Leave out a last assistant message that is the logged answer.
+
+    Returns:
+        16 hex digits.
+    """
+    if prompt.token_ids is not None:
+        start, end = prompt.regions.get("system", (0, 0))
+        content = json.dumps([*prompt.token_ids[:start], *prompt.token_ids[end:]])
+    elif prompt.messages is not None:
+        turns = [_turn(message) for message in dropwhile(_is_system, prompt.messages)]
+        if replay and prompt.response is None and prompt.response_ids is None and turns[-1][0] == "assistant":
+            turns.pop()
+        only_user = len(turns) == 1 and turns[0][0] == "user"  # the same as a prompt that is given as a text
+        content = turns[0][1] if only_user else json.dumps(turns, ensure_ascii=False)
+    else:
+        content = _normalise(prompt.prompt or "")
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _is_system(message: Mapping[str, Any]) -> bool:
+    return message.get("role") in ("system", "developer")
+
+
+def _turn(message: Mapping[str, Any]) -> list[str]:
+    """Return role, text, and each tool call's name and arguments, of a message that is known to be well formed."""
+    content = message.get("content")
+    text = content if isinstance(content, str) else "\n".join(part["text"] for part in content or [])
+    functions = [call["function"] for call in message.get("tool_calls") or []]
+    calls = [_normalise(f"{one['name']} {_arguments(one.get('arguments'))}") for one in functions]
+    return [str(message.get("role")), _normalise(text), *calls]
+
+
+def _arguments(given: Any) -> str:
+    """Return a call's arguments, an object or a JSON text, as one text."""
+    try:
+        given = json.loads(given) if isinstance(given, str) else given
+    except ValueError:
+        pass
+    return json.dumps(given, sort_keys=True, ensure_ascii=False)
+
+
+def _normalise(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def _text_of(prompt: Prompt) -> str:
+    """Return the prompt as the row brought it: its text, or its messages or token ids as JSON."""
+    if prompt.prompt is not None:
+        return prompt.prompt
+    return json.dumps(prompt.messages if prompt.messages is not None else prompt.token_ids, ensure_ascii=False)

@@ -17,7 +17,6 @@ from pydantic import ValidationError
 from headrift import scorer as scoring
 from headrift.calibration.verdicts import add_verdicts
 from headrift.corpus.child import Engine
-from headrift.corpus.parts import Record, ShardFiles, columns, part_schema, record_of
 from headrift.corpus.rows import Row
 from headrift.corpus.settings import WITH_MASS, Settings, check_context
 from headrift.corpus.summary import SCORE, Summary
@@ -26,6 +25,7 @@ from headrift.errors import EngineError, RefusedError
 from headrift.model_facts import ModelFacts
 from headrift.probed_engine import REGIONS
 from headrift.results import ScoreResult
+from headrift.runs.parts import Record, ShardFiles, column_types, part_schema, record
 
 if TYPE_CHECKING:
     from headrift.scorer import Prompt, Scorer
@@ -122,7 +122,7 @@ class ScoringEngine:
         max_new_tokens: int | None = None,
         stop_if: Callable[[ScoreResult], bool] | None = None,
     ) -> None:
-        self._asked, self._columns = asked, columns(asked.save)
+        self._asked, self._columns = asked, list(column_types(asked.save))
         self.scorer = _scorer(asked, verbose=verbose, max_new_tokens=max_new_tokens, stop_if=stop_if)
         try:
             self.about = self._described()
@@ -168,8 +168,8 @@ class ScoringEngine:
                 yield Turned(result.reason, result.detail)
 
     def _record(self, row: Row, result: ScoreResult) -> Record:
-        record = record_of(row, result, replay=self._asked.replay)
-        return {name: record[name] for name in self._columns}
+        everything = record(row.columns(replay=self._asked.replay), result)
+        return {name: everything[name] for name in self._columns}
 
     def close(self) -> None:
         """Stop the engine."""

@@ -13,8 +13,8 @@ from itertools import repeat
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
-from headrift.corpus.fingerprints import fingerprint
 from headrift.corpus.rows import KEYS, LABELS
+from headrift.runs.provenance import fingerprint
 
 KINDS = (".txt", ".jsonl", ".csv", ".parquet")
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}

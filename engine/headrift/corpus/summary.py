@@ -101,10 +101,10 @@ class Summary:
     def of_folder(cls, folder: Path, last_step: int, calibration: Calibration | None = None) -> Summary:
         """The summary of all parts and rejects in a folder. calibration: the one that the parts were written with."""
         from headrift.corpus.judging import Judged
-        from headrift.corpus.parts import read_batches
+        from headrift.runs.reading import read_batches
 
         summary = cls(last_step)
-        for batch in read_batches(folder, COLUMNS):
+        for batch in read_batches(folder, COLUMNS, 1 << 16):
             summary.add(batch)
         summary.add_rejects(folder)
         if calibration is not None:

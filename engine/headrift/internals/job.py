@@ -13,10 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from headrift.beside import written_beside
-from headrift.corpus.fingerprints import model_fingerprint, versions
 from headrift.engine_setup import prepare_environment
 from headrift.internals import attention, comparing, instability, placements, sentences
 from headrift.internals.analysis import analysed, numbers
@@ -35,9 +32,12 @@ from headrift.internals.neutral import Neutral
 from headrift.internals.page import write_page
 from headrift.internals.phrases import read_rules, texts_of
 from headrift.internals.renderings import Renderer
-from headrift.job_folder import JobError, begun_before, new_folder, shape_of
+from headrift.model_facts import read_shape
 from headrift.preparing import load_tokenizer
 from headrift.report.html import plain
+from headrift.runs.folder import JobError
+from headrift.runs.provenance import model_fingerprint, versions
+from headrift.runs.resumable import ResumableParts
 from headrift.scorer import Scorer
 
 RESULTS, REJECTS = "internals.json", "rejects.parquet"
@@ -112,7 +112,7 @@ class InternalsJob:
     def __init__(self, asked: Asked) -> None:
         self.asked = asked
         self._seconds: dict[str, float] = {}  # by kind of measurement
-        facts, layers, heads = shape_of(asked.model)
+        facts, layers, heads = read_shape(asked.model)
         self._shape = layers, heads
         self._rules = read_rules(asked.features)
         self._tokenizer = load_tokenizer(str(asked.model), False)
@@ -131,7 +131,7 @@ class InternalsJob:
         self._parts = [self._part(number, system, n_drops, neutral) for number, system in enumerate([*systems, None])]
         if not any(part.cases for part in self._parts[:-1]):
             raise JobError(f"no prompt can be used under any system prompt; the first: {self.rejected[0].detail}")
-        self._begin()
+        self.output = ResumableParts(asked.out, RESULTS, self._settings, self._about(), resume=asked.resume)
 
     def _part(self, number: int, system: SystemPrompt | None, n_drops: int, neutral: Neutral) -> _Part:
         """The work on a system prompt, None for the check; what cannot be worked on goes to the rejects."""
@@ -155,7 +155,7 @@ class InternalsJob:
             (kind, number)
             for kind in self._phases
             for number, part in enumerate(self._parts)
-            if part.rows(kind) and not self._file(kind, number).exists()
+            if part.rows(kind) and self.output.missing([_file(kind, number)])
         ]
 
     @property
@@ -236,29 +236,11 @@ class InternalsJob:
         self._write(kind, number, records, schema)
 
     def _write(self, kind: str, number: int, records: list[dict[str, Any]], schema: pa.Schema) -> None:
-        path = self._file(kind, number)
-        path.parent.mkdir(exist_ok=True)
-        table = pa.Table.from_arrays(
-            [pa.array([record[column.name] for record in records], column.type) for column in schema], schema=schema
-        )
-        with written_beside(path) as unfinished:
-            pq.write_table(table, unfinished, compression="zstd")
-
-    def _file(self, kind: str, number: int) -> Path:
-        return self.asked.out / kind / f"part-{number:03d}.parquet"
+        self.output.write_records(_file(kind, number), records, schema)
 
     def table(self, kind: str) -> pa.Table | None:
         """What was measured of a kind, None where there is nothing of it."""
-        files = [path for number in range(len(self._parts)) if (path := self._file(kind, number)).exists()]
-        return pa.concat_tables(pq.read_table(path) for path in files) if files else None
-
-    def _begin(self) -> None:
-        """Make the folder, or make sure that what lies in it was begun with the same settings."""
-        out, settings = self.asked.out, self._settings
-        if begun_before(out / RESULTS, settings, self.asked.resume):
-            return
-        new_folder(out)
-        self._write_results({})
+        return self.output.read(self.output.written(f"{kind}/part-*.parquet"))
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
@@ -279,8 +261,7 @@ class InternalsJob:
 
     def _finish(self, seconds: float) -> dict[str, Any]:
         rejected = [*self.rejected, *self._not_finite()]
-        with written_beside(self.asked.out / REJECTS) as unfinished:
-            pq.write_table(pa.Table.from_pylist([asdict(each) for each in rejected], schema=_REJECTS), unfinished)
+        self.output.write_records(REJECTS, [asdict(each) for each in rejected], _REJECTS)
         tables = {kind: self.table(kind) for kind in (*INSIDE, *IN_ENGINE, CKA)}
         of = analysed(tables, len(self.questions), texts_of(self.systems), self._rules, self.asked.seed)
         found = {
@@ -291,7 +272,7 @@ class InternalsJob:
             "findings": findings(of),
             "numbers": plain(numbers(of)),
         }
-        value = self._write_results(found)
+        value = self.output.write_summary(found)
         write_page(self.asked.out, of, value["about"], len(rejected))
         return value
 
@@ -308,8 +289,8 @@ class InternalsJob:
             if (part.name, case.question.number) not in there
         ]
 
-    def _write_results(self, found: dict[str, Any]) -> dict[str, Any]:
-        about = {
+    def _about(self) -> dict[str, Any]:
+        return {
             "model": str(self.asked.model),
             "prompts": list(self.asked.prompts),
             "system_prompts": str(self.asked.system_prompts),
@@ -317,10 +298,10 @@ class InternalsJob:
             "template_default": self.renderer.default,
             "versions": versions(),
         }
-        value = {"settings": self._settings, "about": about, **found}
-        with written_beside(self.asked.out / RESULTS) as unfinished:
-            unfinished.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        return value
+
+
+def _file(kind: str, number: int) -> str:
+    return f"{kind}/part-{number:03d}.parquet"
 
 
 def _counted(results: Iterator[Any], on_rows: Callable[[int], None] | None) -> Iterator[Any]:

@@ -6,7 +6,6 @@ sample as in the closing table (corpus.summary); of each of these only its means
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -132,14 +131,14 @@ def gather(runs: Sequence[Run], score_range: ScoreRange, say: Say) -> ReportData
             run_index.append(np.full(len(batch), index, np.int64))
             summary.add(batch)
             run_summary.add(batch)
-        summary.add_rejects(Path(run.name))
-        run_summary.add_rejects(Path(run.name))
+        summary.add_rejects(run.folder)
+        run_summary.add_rejects(run.folder)
         run_summaries.append(run_summary)
     say("reading the instability")
     return ReportData(
         runs=runs,
         names=_distinct_names(runs),
-        run_json=[json.loads((Path(run.name) / "run.json").read_text(encoding="utf-8")) for run in runs],
+        run_json=[run.about for run in runs],
         score_range=score_range,
         rows=rows,
         score=np.concatenate(scores),
@@ -197,7 +196,7 @@ def _read_samples(runs: Sequence[Run], score_range: ScoreRange, rows_of_class: M
 
 
 def _distinct_names(runs: Sequence[Run]) -> list[str]:
-    parts = [Path(run.name).resolve().parts for run in runs]
+    parts = [run.folder.resolve().parts for run in runs]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-depth:]) for part in parts]
         if len(set(names)) == len(names):

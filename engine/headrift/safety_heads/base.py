@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from headrift import ablation
-from headrift.beside import write_json
-from headrift.corpus.fingerprints import model_fingerprint, versions
-from headrift.job_folder import begun_before, new_folder, shape_of
+from headrift.model_facts import read_shape
 from headrift.preparing import load_tokenizer
 from headrift.probed_engine import ProbedEngine
+from headrift.runs.provenance import model_fingerprint, versions
+from headrift.runs.resumable import ResumableParts
 from headrift.safety_heads.checks import check_lengths
 from headrift.safety_heads.queries import CHAT, prepare, read_rows
 from headrift.safety_heads.ships import Head, all_heads, sampled_heads
@@ -50,15 +50,14 @@ class HeadsJob:
     """Queries, heads and the folder `asked.out`. What is wrong with what is asked shows before the model is loaded.
 
     ValueError (JobError, InputError, ModelError) and EngineError from the start. A subclass names its JSON file, with
-    settings, versions and, at the end, what was found, and the folder inside the folder for what is found on the way.
+    settings, versions and, at the end, what was found.
     """
 
     json_name: ClassVar[str]
-    folder_name: ClassVar[str]
 
     def __init__(self, asked: Asked):
         self.asked = asked
-        facts, layers, heads = shape_of(asked.model)
+        facts, layers, heads = read_shape(asked.model)
         self._shape = layers, heads
         self.heads = _heads(asked, *self._shape)
         ablation.check([(*head, asked.kind) for head in self.heads], asked.epsilon)
@@ -67,11 +66,8 @@ class HeadsJob:
         self.queries = prepare(rows, load_tokenizer(str(asked.model), False), asked.form, asked.system_prompt)
         check_lengths(self.queries, facts, 1)
         self._check()
-        self._begin()
-
-    @property
-    def _folder(self) -> Path:
-        return self.asked.out / self.folder_name
+        about = {"model": str(asked.model), "inputs": list(asked.inputs), "versions": versions()}
+        self._parts = ResumableParts(asked.out, self.json_name, self._settings(), about, resume=asked.resume)
 
     def _check(self) -> None:
         """JobError for what only this job cannot do."""
@@ -87,15 +83,6 @@ class HeadsJob:
             hidden_states=hidden_states,
         )
 
-    def _begin(self) -> None:
-        """Make the folder, or make sure that what lies in it was begun with the same settings."""
-        out, settings = self.asked.out, self._settings()
-        if begun_before(out / self.json_name, settings, self.asked.resume):
-            return
-        new_folder(out)
-        self._folder.mkdir()
-        self._write_json({})
-
     def _settings(self) -> dict[str, Any]:
         asked = self.asked
         tokens = hashlib.sha256(json.dumps([query.token_ids for query in self.queries]).encode())
@@ -108,11 +95,6 @@ class HeadsJob:
             "tokens of the queries": tokens.hexdigest(),
             "dtype": asked.dtype,
         }
-
-    def _write_json(self, found: Mapping[str, Any]) -> None:
-        about = {"model": str(self.asked.model), "inputs": list(self.asked.inputs), "versions": versions()}
-        value = {"settings": self._settings(), "about": about, **found}
-        write_json(self.asked.out / self.json_name, value)
 
     def _title(self, what: str) -> str:
         n = len(self.queries)

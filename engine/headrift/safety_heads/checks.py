@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from headrift.job_folder import JobError
 from headrift.model_facts import ModelFacts
+from headrift.runs.folder import JobError
 from headrift.safety_heads.queries import Query
 
 

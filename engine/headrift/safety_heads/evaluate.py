@@ -19,12 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from headrift import ablation
-from headrift.beside import write_json, written_beside
-from headrift.corpus.fingerprints import model_fingerprint, versions
 from headrift.corpus.rows import Row
-from headrift.job_folder import JobError, new_folder, shape_of
+from headrift.model_facts import read_shape
 from headrift.preparing import load_tokenizer
 from headrift.requests import Finished
+from headrift.runs.folder import JobError, atomic_path, new_folder, write_json
+from headrift.runs.provenance import model_fingerprint, versions
 from headrift.safety_heads.answering import answers, log_likelihoods
 from headrift.safety_heads.arms import (
     ABLATED,
@@ -114,7 +114,7 @@ class EvaluateJob:
 
     def __init__(self, asked: Asked):
         self.asked = asked
-        facts, layers, heads = shape_of(asked.model)
+        facts, layers, heads = read_shape(asked.model)
         self.heads, self.kind, self.epsilon = _chosen(asked)
         ablation.check([(*head, self.kind) for head in self.heads], self.epsilon)
         ablation.check_heads(self.heads, layers, heads)
@@ -189,7 +189,7 @@ class EvaluateJob:
                 }
                 rows.append(row | ({"text": texts[number][arm]} if asked.keep_completions else {}))
         schema = _SCHEMA.append(pa.field("text", pa.string())) if asked.keep_completions else _SCHEMA
-        with written_beside(asked.out / _ANSWERS) as unfinished:
+        with atomic_path(asked.out / _ANSWERS) as unfinished:
             pq.write_table(pa.Table.from_pylist(rows, schema=schema), unfinished)
         write_json(asked.out / SETTINGS, self._numbers(found))
         heads = ", ".join(f"{layer}:{head}" for layer, head in self.heads)

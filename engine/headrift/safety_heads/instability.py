@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from headrift.calibration import reading
 from headrift.calibration.runs import ATTACK, UNLABELLED, Run, open_run, read_rows
-from headrift.job_folder import JobError
+from headrift.runs.folder import JobError
 from headrift.safety_heads.leading import Leading, leading_heads
 from headrift.safety_heads.ships import Head
 from headrift.stats import Bounds, separation

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from headrift.beside import written_beside
 from headrift.safety_heads.base import FIGURE, HeadsJob
 from headrift.safety_heads.figure import heatmap_png
 from headrift.safety_heads.queries import Query
@@ -51,13 +49,17 @@ class ShipsJob(HeadsJob):
     end, the ranking; `heatmap.png`.
     """
 
-    json_name, folder_name = SETTINGS, "scores"
+    json_name = SETTINGS
 
     @property
     def done(self) -> set[int]:
         """The numbers of the queries whose scores are in the folder."""
-        names = {_file(number): number for number in range(len(self.queries))}
-        return {names[path.name] for path in self._folder.glob("*.parquet") if path.name in names}
+        missing = set(self._parts.missing(self._files))
+        return {number for number, name in enumerate(self._files) if name not in missing}
+
+    @property
+    def _files(self) -> list[str]:
+        return [_file(number) for number in range(len(self.queries))]
 
     def run(self, on_rows: Callable[[int], None] | None = None, verbose: bool = False) -> Outcome:
         """Score what is not yet scored, and write the ranking. on_rows: see `ships`."""
@@ -82,22 +84,21 @@ class ShipsJob(HeadsJob):
             *(pa.array(at[:, axis], pa.int16()) for axis in (0, 1)),
             pa.array(scores[at[:, 0], at[:, 1]]),
         ]
-        with written_beside(self._folder / _file(number)) as unfinished:
-            pq.write_table(pa.Table.from_arrays(columns, schema=_SCHEMA), unfinished)
+        self._parts.write(_file(number), pa.Table.from_arrays(columns, schema=_SCHEMA))
 
     def _finish(self, seconds: float) -> Outcome:
         scores = np.full((len(self.queries), *self._shape), np.nan)
-        for number in range(len(self.queries)):
-            table = pq.read_table(self._folder / _file(number))
-            layers, heads, kl = (table[name].to_numpy() for name in ("layer", "head", "kl"))
-            scores[number, layers, heads] = kl
+        table = self._parts.read(self._files)
+        assert table is not None
+        numbers, layers, heads, kl = (table[name].to_numpy() for name in ("query", "layer", "head", "kl"))
+        scores[numbers, layers, heads] = kl
         ranked, agreed = rank(scores), agreement(scores)
         labels = [query.label for query in self.queries]
         by_label = {
             label: [head.numbers() for head in rank(scores[[other == label for other in labels]])]
             for label in sorted({label for label in labels if label is not None})
         }
-        self._write_json(
+        self._parts.write_summary(
             {
                 "engine_seconds": round(seconds, 2),
                 "agreement_of_queries": agreed,
@@ -113,4 +114,4 @@ class ShipsJob(HeadsJob):
 
 
 def _file(number: int) -> str:
-    return f"query-{number:05d}.parquet"
+    return f"scores/query-{number:05d}.parquet"

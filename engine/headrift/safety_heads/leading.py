@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headrift.job_folder import JobError
+from headrift.runs.folder import JobError
 from headrift.safety_heads import job, sahara_job
 from headrift.safety_heads.ships import Head
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from headrift.job_folder import JobError
+from headrift.runs.folder import JobError
 from headrift.safety_heads import job
 from headrift.safety_heads.leading import found_by
 from headrift.safety_heads.ships import Head

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from headrift.beside import written_beside
 from headrift.safety_heads import base
 from headrift.safety_heads.figure import heatmap_png
 from headrift.safety_heads.sahara import (
@@ -62,7 +60,7 @@ class SaharaJob(base.HeadsJob):
     asked for when it is taken up again.
     """
 
-    json_name, folder_name = SETTINGS, "angles"
+    json_name = SETTINGS
     asked: Asked
 
     def _check(self) -> None:
@@ -76,10 +74,10 @@ class SaharaJob(base.HeadsJob):
     def known(self) -> list[dict[Head, Angles]]:
         """The angles in the folder, of steps 1, 2, ..."""
         known: list[dict[Head, Angles]] = [{} for _ in range(self.asked.steps)]
-        for path in sorted(self._folder.glob("*.parquet")):
-            for row in pq.read_table(path).to_pylist():
-                if row["step"] <= len(known):
-                    known[row["step"] - 1][row["layer"], row["head"]] = np.array(row["angles"])
+        table = self._parts.read(self._parts.written("angles/*.parquet"))
+        for row in table.to_pylist() if table is not None else ():
+            if row["step"] <= len(known):
+                known[row["step"] - 1][row["layer"], row["head"]] = np.array(row["angles"])
         return known
 
     @property
@@ -112,11 +110,10 @@ class SaharaJob(base.HeadsJob):
             for (layer, head), angles in found.items()
         ]
         layer, head = next(iter(found))
-        with written_beside(self._folder / f"step-{step:02d}-from-{layer}-{head}.parquet") as unfinished:
-            pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), unfinished)
+        self._parts.write_records(f"angles/step-{step:02d}-from-{layer}-{head}.parquet", rows, _SCHEMA)
 
     def _finish(self, steps: list[Step], seconds: float) -> Outcome:
-        self._write_json(
+        self._parts.write_summary(
             {
                 "engine_seconds": round(seconds, 2),
                 "heads": [_numbers(step, i, step.chosen) for i, step in enumerate(steps, 1)],

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headrift.machine import processor
 from headrift.probed_engine import REGIONS, ProbedEngine
 from headrift.prompts import RenderedPrompt
 from headrift.requests import Finished, ProbeRequest, Recording
+from headrift.runs.provenance import processor
 from headrift.selftest import checks
 from headrift.selftest.chats import chats, load_tokenizer, token_prompts
 from headrift.selftest.checks import Check

@@ -19,8 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from headrift.corpus.parts import group_of
-from headrift.corpus.rows import Row
+from headrift.corpus.rows import Row, group_of
 from headrift.corpus.scoring import Turned
 
 LAYERS, HEADS, STEPS = 3, 2, 4

@@ -1,0 +1,1 @@
+"""Run folders: written by one writer, read by one reader."""
