@@ -78,7 +78,7 @@ def test_a_run_goes_on_where_it_broke_off_and_ends_as_an_undisturbed_one(work, o
     assert score(model=on_straw, out="whole").exit_code == 0
     done = broken_off(monkeypatch, on_straw)
     assert done.exit_code == 1
-    assert "the engine fell over (10 of 23 rows are in out; --resume goes on from there)" in done.stderr
+    assert "the engine fell over (10 of 23 rows are in out; rerun with --resume)" in done.stderr
     assert sorted(path.name for path in (work / "out").glob("part-*")) == ["part-00000.parquet", "part-00001.parquet"]
     again = score(model=on_straw)
     assert (again.exit_code, "resume it with --resume" in again.stderr) == (2, True)
@@ -181,7 +181,7 @@ def test_the_first_interrupt_finishes_the_shard_in_hand(work, on_straw, monkeypa
     done = broken_off(monkeypatch, on_straw, after=6, how=lambda: signal.raise_signal(name))
     assert done.exit_code == 130
     assert "Note: stopping after the shard in hand; once more stops at once" in done.stderr
-    assert "Interrupted (10 of 23 rows are in out; --resume goes on from there)" in done.stderr
+    assert "Interrupted (10 of 23 rows are in out; rerun with --resume)" in done.stderr
     assert json.loads((work / "out" / "run.json").read_text())["status"] == "unfinished"
     assert score("--resume", model=on_straw).exit_code == 0
     assert len(read(work / "out", "part")) == 21

@@ -27,6 +27,7 @@ from headrift.errors import EngineError, RefusedError
 from headrift.prompts import TokenizerError
 from headrift.results import Rejected, ScoreResult
 from headrift.runs.provenance import model_fingerprint
+from headrift.runs.reading import ModelIdentity
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "smollm2-135m-instruct"
