@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from headrift.consistency.pair_parts import schema, table_of
+from headrift.consistency.pair_parts import schema
 from headrift.consistency.predicting import PREDICTORS, print_summary, summarised
+from headrift.runs.resumable import table_from_records
 
 LAYERS, HEADS, QUESTIONS, FAMILIES = 2, 3, 40, ("hint", "talk")
 
@@ -53,7 +54,7 @@ def rows(seed: int = 0) -> list[dict]:
 
 def test_figures_of_known_pairs():
     given = rows()
-    found = summarised(table_of(given, schema(LAYERS, HEADS, 1)))
+    found = summarised(table_from_records(given, schema(LAYERS, HEADS, 1)))
     flips = [row["flipped"] for row in given]
     assert 10 < sum(flips) < 70
     assert (found["pairs"], found["questions"]) == (2 * QUESTIONS, QUESTIONS)
@@ -93,8 +94,8 @@ def test_figures_of_known_pairs():
 def test_intervals_come_from_drawing_questions_whole():
     """The same pairs, each there four times under its question, say no more than once."""
     given = rows()
-    once = summarised(table_of(given, schema(LAYERS, HEADS, 1)))
-    often = summarised(table_of(given * 4, schema(LAYERS, HEADS, 1)))
+    once = summarised(table_from_records(given, schema(LAYERS, HEADS, 1)))
+    often = summarised(table_from_records(given * 4, schema(LAYERS, HEADS, 1)))
     for of in ("distance", "wrapped_focus"):
         np.testing.assert_allclose(often["predicts_flips"][of]["interval"], once["predicts_flips"][of]["interval"])
     np.testing.assert_allclose(often["all"]["flipped"]["interval"], once["all"]["flipped"]["interval"])
@@ -102,7 +103,7 @@ def test_intervals_come_from_drawing_questions_whole():
 
 def test_nothing_flips_and_few_questions(capsys):
     given = [row | {"flipped": False} for row in rows()[:6]]
-    found = summarised(table_of(given, schema(LAYERS, HEADS, 1)))
+    found = summarised(table_from_records(given, schema(LAYERS, HEADS, 1)))
     assert found["predicts_flips"]["distance"] == {"pairs": 6, "flipped": 0, "auroc": None, "interval": None}
     assert found["all"]["flipped"] == {"value": 0.0, "interval": None}
     print_summary(found)
