@@ -15,7 +15,7 @@ AVX2 := ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=A
 # A Python with headrift[gpu]: `make setup` installs vLLM for CPUs.
 GPU_PYTHON ?= $(BIN)/python
 # Those that measure on a CPU. *_gpu.py are for `make gpu-check`; the other two write tables of what was measured.
-BENCH ?= $(sort $(filter-out bench/_% bench/%_gpu.py bench/readme_table.py bench/roofline.py,$(wildcard bench/*.py)))
+BENCH ?= $(sort $(filter-out bench/utils.py bench/%_gpu.py bench/readme_table.py bench/roofline.py,$(wildcard bench/*.py)))
 BENCH_SHORT ?= bench/overhead.py bench/peers.py bench/scaling.py bench/tuning.py
 # A Python with nnsight (pip install nnsight==0.8.1), for bench-full to measure that too.
 NNSIGHT ?=

@@ -3,26 +3,33 @@
     python bench/consistency.py [--steps 100] [--questions 46] [--methods attct,act,bct] [--seeds 0,1,2]
 
 Trains and evaluates each with headrift's own commands, into runs/bench/consistency (what is done there already is not
-done again), and measures the memory of a training step against the same step from eager attention's full maps. Writes
+repeated), and measures the memory of a training step against the same step from eager attention's full maps. Writes
 bench/results/consistency.json, .md and .png. --short: one seed, 4 steps, 6 questions.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
+import ctypes
+import gc
+import re
 import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _measure import ROOT, machine, out_of, parser, versions, write
 
-QUESTIONS = ROOT / "datasets/consistency_questions.jsonl"
-WORK = ROOT / "runs/bench/consistency"
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import utils
+from utils import Child, Stopwatch
+
+QUESTIONS = utils.ROOT / "datasets/consistency_questions.jsonl"
+WORK = utils.ROOT / "runs/bench/consistency"
 NAMES = {"attct": "AttCT", "act": "ACT", "bct": "BCT"}
-# The first held-out questions: those of a run after which the weight of --keep was lowered, from 0.1.
-LOOKED_AT = 24
+# The first held-out questions: they were seen in a run after which the weight of --keep was lowered, from 0.1.
+SEEN = 24
 # ACT and BCT: of 1e-3 and 3e-3, the one with the lower training loss after 30 steps. AttCT: by the attention distance
 # in trainings that held out the hints.
 LEARNING_RATES = {"attct": 3e-3, "act": 3e-3, "bct": 1e-3}
@@ -38,8 +45,110 @@ MEASURES = {
 TOKENS = 512  # of the prompt whose training step's memory is measured
 
 
-def headrift(*arguments: object) -> None:
-    subprocess.run([sys.executable, "-P", "-m", "headrift.cli", *map(str, arguments)], check=True, cwd=ROOT)
+# ------------------------------------------------------------------------------------------------- child processes
+
+
+class Pace:
+    """Trainers of several methods on the same pairs, whose steps take turns."""
+
+    def time(self, model: str, questions: str, methods: Sequence[str], rounds: int) -> dict[str, Any]:
+        """Return the seconds of training steps by method."""
+        from headrift.consistency.pairs import SYSTEM_PROMPT
+        from headrift.consistency.trainer import ANSWERS, Asked, Trainer, TrainingJob
+        from headrift.consistency.training_data import DataAsked
+
+        with tempfile.TemporaryDirectory() as folder:
+            data = DataAsked((questions,), Path(model), SYSTEM_PROMPT, limit=30)
+            trainers = {}
+            for method in methods:
+                job = TrainingJob(Asked(data=data, out=Path(folder) / method, weights={method: 1.0}))
+                trainers[method] = Trainer(job.asked, job.layers, job.pairs, job.data.renderer.tokenizer)
+                trainers[method].prepare(job.asked.out / ANSWERS)
+                trainers[method].train_step()
+            seconds: dict[str, list[float]] = {method: [] for method in methods}
+            for _ in range(rounds):
+                for method, trainer in trainers.items():
+                    with Stopwatch() as clock:
+                        trainer.train_step()
+                    seconds[method].append(clock.seconds)
+        return {"seconds": seconds}
+
+
+NOISE = "The market opens early in the morning and many people come to buy bread and cheese. "
+PLANETS = "Which of the planets of the solar system is the largest one, and which is the closest to the sun?"
+
+
+class Step:
+    """One AttCT training step: `headrift` with the rows that matter; `eager` from eager attention's full maps."""
+
+    def measure(self, way: str, model: str, tokens: int) -> dict[str, Any]:
+        """Measure a step on a wrapped prompt of about `tokens` tokens: peak bytes above the weights, loss, gradient."""
+        import psutil
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from headrift.consistency import hooks, lora
+
+        pairs = [make_pair(AutoTokenizer.from_pretrained(model), n) for n in (140, tokens)]
+        implementation = "sdpa" if way == "headrift" else "eager"
+        base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation=implementation)
+        if way == "headrift":
+            hooks.install(base)
+        adapted = lora.attach(base, 8, 16, 0)
+        if way == "headrift":
+            hooks.recompute_long(base)
+        adapted.eval()
+        # Everything is loaded and every library warm: what comes now is the step's.
+        step_loss(way, adapted, pairs[0]).backward()
+        adapted.zero_grad(set_to_none=True)
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        before = psutil.Process().memory_info().rss
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far, which loading made
+        loss = step_loss(way, adapted, pairs[1])
+        loss.backward()
+        gradient = adapted.get_base_model().model.layers[3].self_attn.q_proj.lora_B["default"].weight.grad
+        peak = 1024 * int(re.findall(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[0])
+        return {"bytes": peak - before, "loss": float(loss.detach()), "gradient": float(gradient.norm())}
+
+
+def make_pair(tokenizer: Any, tokens: int) -> Any:
+    """Make a pair whose wrapped prompt has about `tokens` tokens, and no more."""
+    from headrift.consistency.pairs import PairRenderer, PairText
+
+    renderer, n = PairRenderer(tokenizer), 1
+    pair = None
+    while pair is None or len(pair.wrapped_ids) <= tokens:
+        last, pair = pair, renderer.render(PairText("p", "p", PLANETS, n * NOISE + PLANETS, core=PLANETS))
+        n += 1
+    return last
+
+
+def step_loss(way: str, model: Any, pair: Any) -> Any:
+    """Return the AttCT loss of a pair."""
+    import torch
+
+    from headrift.consistency import hooks, losses
+
+    clean_at, wrapped_at = torch.from_numpy(pair.clean_positions), torch.from_numpy(pair.wrapped_positions)
+    first, decoder = pair.first_query, model.get_base_model().base_model
+    if way == "headrift":
+        layers = frozenset(range(decoder.config.num_hidden_layers))
+        with torch.no_grad(), model.disable_adapter():
+            clean = hooks.run(decoder, pair.clean_ids, clean_at[first:].tolist(), layers)
+        wrapped = hooks.run(decoder, pair.wrapped_ids, wrapped_at[first:].tolist(), layers)
+        return losses.attct(wrapped.rows, clean.rows, wrapped_at, clean_at)
+
+    def rows(ids: Sequence[int], at: Any) -> dict[int, Any]:
+        maps = decoder(torch.tensor([ids]), use_cache=False, output_attentions=True).attentions
+        return {layer: attention[0][:, at[first:]] for layer, attention in enumerate(maps)}
+
+    with torch.no_grad(), model.disable_adapter():
+        clean_rows = rows(pair.clean_ids, clean_at)
+    return losses.attct(rows(pair.wrapped_ids, wrapped_at), clean_rows, wrapped_at, clean_at)
+
+
+# ------------------------------------------------------------------------------------------------- the measurement
 
 
 def folder_of(method: str, seed: int, args: Any) -> Path:
@@ -47,39 +156,35 @@ def folder_of(method: str, seed: int, args: Any) -> Path:
 
 
 def train(method: str, seed: int, args: Any) -> None:
-    """Where it is done already nothing happens; where that was with other settings it is refused."""
+    """Train, or continue; headrift refuses a folder with other settings."""
     folder = folder_of(method, seed, args)
-    begun = ["--resume"] if (folder / "training.json").exists() else []
     options = ["--model", args.model, "--out", folder, "--method", method, "--seed", seed, "--steps", args.steps]
-    options += ["--lr", LEARNING_RATES[method]]
-    headrift("train-consistency", QUESTIONS, *options, *begun)
+    options += ["--lr", LEARNING_RATES[method], *(["--resume"] if (folder / "training.json").exists() else [])]
+    utils.headrift("train-consistency", QUESTIONS, *options)
 
 
-def evaluate(folders: list[Path], args: Any) -> None:
-    """All at once: the model as it was is asked once."""
-    asked = {"questions": args.questions, "skip": LOOKED_AT}
-    if any(asked.items() - _asked_before(folder).items() for folder in folders):
-        options = [part for name, value in asked.items() for part in (f"--{name}", value)]
-        headrift("evaluate-consistency", *folders, "--model", args.model, *options)
+def evaluate(folders: Sequence[Path], args: Any) -> None:
+    """Evaluate all at once, since the model before training is then run once; nothing if that was done before."""
+    options = {"questions": args.questions, "skip": SEEN}
+    paths = [folder / "evaluation.json" for folder in folders]
+    before = [utils.read_json(path).get("asked", {}) if path.exists() else {} for path in paths]
+    if any(options.items() - done.items() for done in before):
+        words = [word for name, value in options.items() for word in (f"--{name}", value)]
+        utils.headrift("evaluate-consistency", *folders, "--model", args.model, *words)
 
 
-def _asked_before(folder: Path) -> dict[str, Any]:
-    path = folder / "evaluation.json"
-    asked: dict[str, Any] = json.loads(path.read_text()).get("asked", {}) if path.exists() else {}
-    return asked
-
-
-def result(method: str, seed: int, args: Any) -> dict[str, Any]:
-    """What a training with a method and a seed changed."""
+def read_result(method: str, seed: int, args: Any) -> dict[str, Any]:
+    """Return what a training with a method and a seed changed."""
     folder = folder_of(method, seed, args)
-    found = json.loads((folder / "evaluation.json").read_text())
-    steps = [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
-    seconds = json.loads((folder / "outcome.json").read_text())["seconds"]
-    return {"method": method, "seed": seed, "steps": len(steps), "seconds": seconds, **found}
+    steps = (folder / "losses.jsonl").read_text().splitlines()
+    about = {"method": method, "seed": seed, "steps": len(steps)}
+    return {**about, "seconds": utils.read_json(folder / "outcome.json")["seconds"]} | utils.read_json(
+        folder / "evaluation.json"
+    )
 
 
 def over_seeds(values: list[float]) -> dict[str, float]:
-    """Mean over seeds with its 95% interval by Student's t; no interval for one seed."""
+    """Return the mean over seeds with its 95% interval by Student's t; no interval for one seed."""
     from scipy import stats
 
     mean = float(np.mean(values))
@@ -89,154 +194,138 @@ def over_seeds(values: list[float]) -> dict[str, float]:
     return {"mean": mean, "low": low, "high": high}
 
 
-def collected(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """By method, the figures before and after over its seeds."""
-    found: dict[str, Any] = {}
+def by_method(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return, by method, the figures before and after over its seeds."""
+    results: dict[str, Any] = {}
     for method in dict.fromkeys(run["method"] for run in runs):
-        mine = [run for run in runs if run["method"] == method]
-        first = mine[0]
-        measures = {
-            name: {"before": first["held_out"][name]["before"]}
-            | {"after": over_seeds([run["held_out"][name]["after"]["value"] for run in mine])}
-            | {"by_seed": [run["held_out"][name]["after"] for run in mine]}
-            for name in MEASURES
-            if first["held_out"][name]["pairs"]
+        own = [run for run in runs if run["method"] == method]
+        first = own[0]
+        results[method] = {
+            "held_out": {
+                name: {"before": first["held_out"][name]["before"]}
+                | {"after": over_seeds([run["held_out"][name]["after"]["value"] for run in own])}
+                | {"by_seed": [run["held_out"][name]["after"] for run in own]}
+                for name in MEASURES
+                if first["held_out"][name]["pairs"]
+            },
+            "families": {
+                name: {"held_out": figures["held_out"], "before": figures["flipped"]["before"]}
+                | {"after": over_seeds([run["families"][name]["flipped"]["after"]["value"] for run in own])}
+                for name, figures in first["families"].items()
+            },
+            "layers": {
+                "before": first["distance_by_layer"]["before"],
+                "after": np.mean([run["distance_by_layer"]["after"] for run in own], 0).tolist(),
+            },
+            "perplexity_ratio": over_seeds([run["perplexity"]["ratio"]["value"] for run in own]),
+            "seconds": [run["seconds"] for run in own],
         }
-        families = {
-            name: {"held_out": figures["held_out"], "before": figures["flipped"]["before"]}
-            | {"after": over_seeds([run["families"][name]["flipped"]["after"]["value"] for run in mine])}
-            for name, figures in first["families"].items()
-        }
-        layers = {
-            "before": first["distance_by_layer"]["before"],
-            "after": np.mean([run["distance_by_layer"]["after"] for run in mine], 0).tolist(),
-        }
-        ratio = over_seeds([run["perplexity"]["ratio"]["value"] for run in mine])
-        seconds = [run["seconds"] for run in mine]
-        found[method] = {"held_out": measures, "families": families, "layers": layers}
-        found[method] |= {"perplexity_ratio": ratio, "seconds": seconds}
-    return found
+    return results
 
 
 def memory(args: Any) -> dict[str, float]:
-    """Bytes above the weights that one training step takes at its peak, in a process of its own each."""
-    found = {}
-    for how in ("headrift", "eager"):
-        command = [sys.executable, "-P", str(ROOT / "bench/_consistency_step.py"), how, str(args.model), str(TOKENS)]
-        found[how] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["bytes"]
-    return found | {"ratio": found["headrift"] / found["eager"]}
+    """Measure the bytes above the weights that a training step takes at its peak, each in a process of its own."""
+    results = {}
+    for way in ("headrift", "eager"):
+        with Child("consistency.py", "step") as child:
+            results[way] = child.call("measure", way=way, model=str(args.model), tokens=TOKENS)["bytes"]
+    return results | {"ratio": results["headrift"] / results["eager"]}
 
 
 def paces(args: Any) -> dict[str, list[float]]:
-    """By method, the seconds of training steps that took turns."""
-    rounds = 2 if args.short else 8
-    command = [
-        sys.executable,
-        "-P",
-        str(ROOT / "bench/_consistency_pace.py"),
-        str(args.model),
-        str(QUESTIONS),
-        str(rounds),
-    ]
-    found: dict[str, list[float]] = json.loads(
-        subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    )
-    return found
+    """Measure the seconds of training steps that take turns, by method."""
+    with Child("consistency.py", "pace") as child:
+        common = {"model": str(args.model), "questions": str(QUESTIONS), "methods": list(NAMES)}
+        seconds: dict[str, list[float]] = child.call("time", **common, rounds=2 if args.short else 8)["seconds"]
+    return seconds
 
 
-def table(report: dict[str, Any]) -> str:
+def table(report: Mapping[str, Any]) -> list[str]:
+    """Return the lines of the report's page."""
     methods, memory_of = report["methods"], report["memory"]
-    n_seeds = len(report["seeds"])
-    lines = [
-        "# Consistency training",
-        "",
-        f"Made by `python bench/consistency.py`: {report['steps']} steps of {report['batch']} pairs, {n_seeds} seeds, "
-        f"{report['questions']} held-out questions; held-out families: {', '.join(report['held_out_families'])}. On "
-        f"{report['machine']['cpu']} ({report['machine']['cores']} cores). Before: 95% interval from drawing questions "
-        "anew. After: mean and 95% interval (Student's t) over seeds, which are asked the same "
-        "questions.",
-        "",
-        "| held out | before | " + " | ".join(NAMES[method] for method in methods) + " |",
-        "|---|" + "---|" * (1 + len(methods)),
+    first, names = next(iter(methods.values())), [NAMES[method] for method in methods]
+    rows = [
+        [words, _before(first["held_out"][name]["before"])]
+        + [_over(result["held_out"][name]["after"]) for result in methods.values()]
+        for name, words in MEASURES.items()
+        if name in first["held_out"]
     ]
-    first = next(iter(methods.values()))
-    for name, words in MEASURES.items():
-        if name in first["held_out"]:
-            cells = [_over(found["held_out"][name]["after"]) for found in methods.values()]
-            lines.append(f"| {words} | {_before(first['held_out'][name]['before'])} | {' | '.join(cells)} |")
-    ratios = [_over(found["perplexity_ratio"]) for found in methods.values()]
-    lines.append(f"| perplexity of a neutral text, after / before | 1 | {' | '.join(ratios)} |")
+    ratios = [_over(result["perplexity_ratio"]) for result in methods.values()]
+    rows.append(["perplexity of a neutral text, after / before", 1, *ratios])
     steps = [np.percentile(report["step_seconds"][method], [50, 25, 75]) for method in methods]
     cells = [f"{middle:.2f} ({low:.2f}-{high:.2f})" for middle, low, high in steps]
-    lines.append(f"| seconds of a step: median (quartiles), in turns | | {' | '.join(cells)} |")
-    seconds = [f"{np.median(found['seconds']):.0f}" for found in methods.values()]
-    lines.append(f"| seconds of a training, median | | {' | '.join(seconds)} |")
-    lines += ["", "Answers that flip, by family:", ""]
-    lines += ["| family | before | " + " | ".join(NAMES[method] for method in methods) + " |"]
-    lines += ["|---|" + "---|" * (1 + len(methods))]
-    for family, figures in first["families"].items():
-        cells = [_over(found["families"][family]["after"]) for found in methods.values()]
-        name = f"{family}{' (held out)' if figures['held_out'] else ''}"
-        lines.append(f"| {name} | {_before(figures['before'])} | {' | '.join(cells)} |")
+    rows.append(["seconds of a step: median (quartiles), in turns", "", *cells])
+    seconds = [f"{np.median(result['seconds']):.0f}" for result in methods.values()]
+    rows.append(["seconds of a training, median", "", *seconds])
+    families = [
+        [f"{family}{' (held out)' if figures['held_out'] else ''}", _before(figures["before"])]
+        + [_over(result["families"][family]["after"]) for result in methods.values()]
+        for family, figures in first["families"].items()
+    ]
     ours, eager = memory_of["headrift"] / 1e6, memory_of["eager"] / 1e6
-    lines += [
+    return [
+        "# Consistency training",
+        "",
+        f"Made by `python bench/consistency.py`: {report['steps']} steps of {report['batch']} pairs, "
+        f"{len(report['seeds'])} seeds, {report['questions']} held-out questions; held-out families: "
+        f"{', '.join(report['held_out_families'])}. On {report['machine']['cpu']} ({report['machine']['cores']} "
+        "cores). Before: 95% bootstrap interval over questions. After: mean and 95% interval (Student's t) over "
+        "seeds, which are asked the same questions.",
+        "",
+        *utils.markdown(["held out", "before", *names], rows),
+        "",
+        "Answers that flip, by family:",
+        "",
+        *utils.markdown(["family", "before", *names], families),
         "",
         f"Memory above the weights of an AttCT step with a wrapped prompt of {TOKENS} tokens: {ours:.0f} MB, "
         f"{memory_of['ratio']:.2f} of the {eager:.0f} MB that it takes from eager attention's full maps.",
-        "",
     ]
-    return "\n".join(lines)
 
 
-def _over(figure: dict[str, float]) -> str:
-    if "low" not in figure:
-        return f"{figure['mean']:.3f}"
-    return f"{figure['mean']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
+def _over(value: Mapping[str, float]) -> str:
+    if "low" not in value:
+        return f"{value['mean']:.3f}"
+    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
 
 
-def _before(figure: dict[str, Any]) -> str:
-    if figure["interval"] is None:
-        return f"{figure['value']:.3f}"
-    return f"{figure['value']:.3f} [{figure['interval'][0]:.3f}, {figure['interval'][1]:.3f}]"
+def _before(value: Mapping[str, Any]) -> str:
+    if value["interval"] is None:
+        return f"{value['value']:.3f}"
+    return f"{value['value']:.3f} [{value['interval'][0]:.3f}, {value['interval'][1]:.3f}]"
 
 
-def plot(report: dict[str, Any], path: Path) -> None:
-    """Distance per layer before and after; flip rate by family and method."""
+def plot(report: Mapping[str, Any], path: Path) -> None:
+    """Plot the distance per layer before and after, and the flip rate by family and method."""
     from headrift.figures import new_figure, save
 
     figure = new_figure(12, 4.5)
     left, right = figure.subplots(1, 2)
-    methods = report["methods"]
+    methods, colours = report["methods"], dict(zip(NAMES, ("#D55E00", "#0072B2", "#009E73")))
     first = next(iter(methods.values()))
-    left.plot(first["layers"]["before"], color="#000000", label="before")
-    colours = dict(zip(NAMES, ("#D55E00", "#0072B2", "#009E73")))
-    for method, found in methods.items():
-        left.plot(found["layers"]["after"], color=colours[method], label=NAMES[method])
-    left.set(xlabel="layer (0: nearest the input)", ylabel="attention distance (L2), held out", ylim=(0, None))
-    left.legend()
     families = list(first["families"])
     at, width = np.arange(len(families)), 0.8 / (1 + len(methods))
+    left.plot(first["layers"]["before"], color="#000000", label="before")
     before = [first["families"][family]["before"]["value"] for family in families]
     right.bar(at, before, width, color="#595959", label="before")
-    for i, (method, found) in enumerate(methods.items(), 1):
-        after = [found["families"][family]["after"] for family in families]
-        means = [figures["mean"] for figures in after]
-        error = [
-            [f["mean"] - f.get("low", f["mean"]) for f in after],
-            [f.get("high", f["mean"]) - f["mean"] for f in after],
-        ]
-        right.bar(at + i * width, means, width, yerr=error, color=colours[method], label=NAMES[method], capsize=2)
-    names = [
-        f"{family.replace('_', chr(10))}{'*' if first['families'][family]['held_out'] else ''}" for family in families
-    ]
+    for i, (method, result) in enumerate(methods.items(), 1):
+        left.plot(result["layers"]["after"], color=colours[method], label=NAMES[method])
+        after = [result["families"][family]["after"] for family in families]
+        means = np.array([value["mean"] for value in after])
+        low, high = (np.array([value.get(end, value["mean"]) for value in after]) for end in ("low", "high"))
+        style = {"color": colours[method], "label": NAMES[method], "capsize": 2}
+        right.bar(at + i * width, means, width, yerr=[means - low, high - means], **style)
+    left.set(xlabel="layer (0: nearest the input)", ylabel="attention distance (L2), held out", ylim=(0, None))
+    names = [f"{name.replace('_', chr(10))}{'*' if first['families'][name]['held_out'] else ''}" for name in families]
     right.set_xticks(at + width * len(methods) / 2, names)
     right.set(ylabel="answers that flip (* held-out family)", ylim=(0, 1))
+    left.legend()
     right.legend()
     save(figure, path)
 
 
 def main() -> None:
-    options = parser(__doc__, "consistency")
+    options = utils.parser(__doc__, "consistency")
     options.add_argument("--steps", type=int, default=100)
     options.add_argument("--questions", type=int, default=46)
     options.add_argument("--methods", default=",".join(NAMES))
@@ -249,8 +338,8 @@ def main() -> None:
     for arm in arms:
         train(*arm, args)
     evaluate([folder_of(*arm, args) for arm in arms], args)
-    runs = [result(*arm, args) for arm in arms]
-    settings = json.loads((folder_of(*arms[0], args) / "training.json").read_text())
+    runs = [read_result(*arm, args) for arm in arms]
+    settings = utils.read_json(folder_of(*arms[0], args) / "training.json")
     report = {
         "steps": args.steps,
         "batch": settings["settings"]["batch"],
@@ -258,17 +347,17 @@ def main() -> None:
         "questions": runs[0]["questions"],
         "held_out_families": runs[0]["held_out_families"],
         "settings": settings["settings"],
-        "machine": machine(),
-        "versions": versions(),
-        "methods": collected(runs),
+        "machine": utils.host(),
+        "versions": utils.versions(),
+        "methods": by_method(runs),
         "memory": memory(args),
         "step_seconds": paces(args),
         "runs": [{key: value for key, value in run.items() if key != "versions"} for run in runs],
     }
-    out = out_of(args)
-    write(report, table(report), out)
+    out = utils.out_path(args)
+    utils.write(report, table(report), out)
     plot(report, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
-    main()
+    utils.run_script(main, pace=Pace, step=Step)

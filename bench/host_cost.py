@@ -18,27 +18,31 @@ and for the step's few small copies is not in it.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import os
+import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import utils
+
 from tools import fake_cuda
 
-ROOT = Path(__file__).resolve().parents[1]
 BATCHES = (1, 4, 16, 64, 256)
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 32, 32, 8, 128
 PROMPT, ANSWER = 300, 13
 
 
 def make_model(folder: Path) -> Path:
-    """A model with the attention of Llama-3-8B and little else."""
+    """Make a model with the attention of Llama-3-8B and little else."""
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
         "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
@@ -112,28 +116,28 @@ def times_in_turns(worker: Any, rows: int, prefills: int, longest: int, rounds: 
     return samples
 
 
-def table(report: dict[str, Any]) -> str:
-    lines = [
+def table(report: Mapping[str, Any]) -> list[str]:
+    """Return the lines of the report's page."""
+    rows = []
+    for row in report["rows"]:
+        cells = {name: f"{q[1]:.1f} ({q[0]:.1f}-{q[2]:.1f})" for name, q in row["quartiles"].items()}
+        layers = cells["layers"] if row["step"] != "decode" else "in the graph"
+        rows.append([row["step"], row["rows"], cells["stock"], cells["plan"], layers, f"{row['added']:.1f}"])
+    head = ["step", "rows", "vLLM's builder", "ours", "all layers' forward, vLLM's own left out", "added"]
+    return [
         f"# Host cost of a probed step, microseconds: {report['machine']['cpu']}",
         "",
         f"Made by `bench/host_cost.py`: medians (and middle halves), {LAYERS} layers, the heads of Llama-3-8B, CPU",
         "tensors, Triton's launcher over a CUDA library that does nothing; not run on a GPU.",
         "",
-        "| step | rows | vLLM's builder | ours | all layers' forward, vLLM's own left out | added |",
-        "|---|---|---|---|---|---|",
+        *utils.markdown(head, rows),
     ]
-    for row in report["rows"]:
-        spread = {name: f"{q[1]:.1f} ({q[0]:.1f}-{q[2]:.1f})" for name, q in row["quartiles"].items()}
-        layers = spread["layers"] if row["step"] != "decode" else "in the graph"
-        cells = [row["step"], str(row["rows"]), spread["stock"], spread["plan"], layers, f"{row['added']:.1f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = utils.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=400)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/host_cost.json")
+    parser.add_argument("--out", type=Path, default=utils.RESULTS / "host_cost.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         fake_cuda.activate(Path(folder))
@@ -142,7 +146,6 @@ def main() -> None:
 
         os.environ["TRITON_INTERPRET"] = "1"
         from headrift.probed_engine import ProbedEngine
-        from headrift.runs.provenance import processor
 
         settings = {
             "load_format": "dummy", "skip_tokenizer_init": True, "dtype": "float32", "max_num_seqs": max(BATCHES),
@@ -169,9 +172,8 @@ def main() -> None:
         layers = median["layers"] if row["step"] != "decode" else 0.0
         row["added"] = median["plan"] - median["stock"] + layers
         print(f"{row['step']:20} {row['rows']:4} rows: {row['added']:6.1f} us added, {layers:6.1f} of them in layers")
-    report = {"machine": {"cpu": processor()[0], "cores": os.cpu_count()}, "unit": "microseconds", "rows": rows}
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
-    args.out.with_suffix(".md").write_text(table(report))
+    report = {"machine": utils.host(), "unit": "microseconds", "rows": rows}
+    utils.write(report, table(report), args.out)
 
 
 if __name__ == "__main__":

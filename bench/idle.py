@@ -4,152 +4,216 @@
 
 `bench/overhead.py` has one process an arm, and two processes of one kind differ by some per cent. Here:
 
-In one process. One engine answers as plain vLLM, idle and probing, in turns that are mirrored every other time. For
-plain vLLM all that headrift adds to its steps is taken out (attention layers, metadata builders, logits processor), and
-that no function of headrift's is called then is checked. Ratios as in overhead.py.
-
-In several. Plain vLLM, with no plugin loaded, and headrift's engine without a measured request each get several
-processes, which take turns. A process's pace is its median CPU time over the turns, on a log scale; kinds are compared
-by Welch's t over processes.
+- In one process: one engine answers as plain vLLM, idle and probing, in turns that are mirrored every other time. For
+  plain vLLM all that headrift adds to its steps is taken out (attention layers, metadata builders, logits processor),
+  and it is checked that no function of headrift's is called then. Ratios as in overhead.py.
+- In several: plain vLLM, with no plugin loaded, and headrift's engine without a measured request each get several
+  processes, which take turns. A process's pace is its median CPU time over the turns, on a log scale; kinds are
+  compared by Welch's t over processes.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import _measure
 import overhead
-from _children import Child
-from _model_math import Shapes
+import utils
+from overhead import PLAIN
+from utils import Child
 
-KINDS = (overhead.PLAIN, "idle")
-ARMS = ("idle", overhead.PLAIN, "probing")
+KINDS = (PLAIN, "idle")
+ARMS = ("idle", PLAIN, "probing")
 TIMES = ("seconds", "cpu_seconds")
 CASES = (overhead.BASE, next(case for case in overhead.CASES if case.batch == overhead.MOST_BATCH))
 
 
-def in_one_process(settings: dict[str, Any], model: Path, turns: int) -> list[dict[str, Any]]:
-    """The cases' samples of one engine's arms, and their ratios to plain."""
-    found = []
-    environment = overhead.environments()[1]
-    with Child("_one_process.py", environment=environment) as engine:
+# ------------------------------------------------------------------------------------------------- child process
+
+
+class Parts:
+    """What headrift adds to an engine's steps: its attention layers, its metadata builders, and its logits processor,
+    in the batch and where requests are checked."""
+
+    def __init__(self, llm_engine: Any):
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder
+        from vllm.v1.sample.logits_processor import validate_logits_processors_parameters as validate
+
+        runner = llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+        impls = [layer.impl for layer in runner.compilation_config.static_forward_context.values()]
+        builders = [builder for groups in runner.attn_groups for group in groups for builder in group.metadata_builders]
+        self._classes = [(impl, type(impl), CPUAttentionBackendImpl) for impl in impls]
+        self._classes += [(builder, type(builder), CPUAttentionMetadataBuilder) for builder in builders]
+        self._batch, self._front = runner.input_batch, llm_engine.input_processor
+        self._lists = [
+            (items, list(items), [each for each in items if not overhead.is_headrift(type(each).__module__)])
+            for items in (self._batch.logitsprocs.argmax_invariant, self._batch.logitsprocs.non_argmax_invariant)
+        ]
+        self._needs_ids = self._batch.logitsprocs_need_output_token_ids
+        self._checks = {name: of for name, of in vars(self._front).items() if getattr(of, "func", None) is validate}
+        unchanged = [part for part, ours, plain in self._classes if ours is plain]
+        if unchanged or not builders or all(ours == plain for _, ours, plain in self._lists) or not self._checks:
+            raise RuntimeError("headrift's parts of this engine are not where this script looks for them")
+
+    def put(self, present: bool) -> None:
+        """Put them into the engine or take them out."""
+        for part, ours, plain in self._classes:
+            part.__class__ = ours if present else plain
+        for items, ours, plain in self._lists:
+            items[:] = ours if present else plain
+        self._batch.logitsprocs_need_output_token_ids = self._needs_ids and present
+        for name, check in self._checks.items():
+            setattr(self._front, name, check if present else lambda params: None)
+
+
+class OneEngine(overhead.Engine):
+    """A child process whose engine answers with and without headrift's parts."""
+
+    def start(self, kind: str, settings: dict[str, Any], **options: Any) -> dict[str, Any]:
+        about = super().start(kind, settings, **options)
+        self._engines = {True: self.engine, False: overhead.PlainEngine.on(self.engine.llm_engine)}
+        self._parts = Parts(self.engine.llm_engine)
+        return about
+
+    def run_arm(self, arm: str, **case: Any) -> dict[str, Any]:
+        """Answer the case's prompts once, as this arm."""
+        self.engine = self._engines[arm != PLAIN]
+        self._parts.put(arm != PLAIN)
+        return self.run(**case, **overhead.ARMS[arm].measures)
+
+    def count_calls(self, arm: str, **case: Any) -> dict[str, Any]:
+        """Count the calls of headrift's functions in an answer."""
+        calls = 0
+
+        def count(frame: FrameType, event: str, _: Any) -> None:
+            nonlocal calls
+            calls += event == "call" and overhead.is_headrift(frame.f_globals.get("__name__", ""))
+
+        sys.setprofile(count)
+        try:
+            self.run_arm(arm, **case)
+        finally:
+            sys.setprofile(None)
+        return {"calls": calls}
+
+
+# ------------------------------------------------------------------------------------------------- the measurement
+
+
+def in_one_process(settings: dict[str, Any], turns: int) -> list[dict[str, Any]]:
+    """Return the cases' samples of one engine's arms, and their ratios to plain."""
+    results = []
+    with Child("idle.py", "engine", environment=overhead.environments()[1]) as engine:
         steps = max(case.steps for case in CASES)
-        engine.ask("start", kind="probing", settings=settings, attention="auto", regions=overhead.REGIONS, steps=steps)
+        engine.call("start", kind="probing", settings=settings, regions=overhead.REGIONS, steps=steps)
         for case in CASES:
-            prompts = case.prompts(Shapes.of(model).vocabulary)
-            engine.ask("prepare", case=case.name, prompts=prompts, steps=case.steps)
-            calls = {arm: engine.ask("calls", case=case.name, arm=arm)["calls"] for arm in ARMS}
-            if calls[overhead.PLAIN] or not all(calls[arm] for arm in ARMS if arm != overhead.PLAIN):
+            arms = {arm: lambda arm=arm, case=case: engine.call("run_arm", arm=arm, **case.request) for arm in ARMS}
+            arms["probing"](), arms["probing"]()  # the prompts into the prefix cache
+            calls = {arm: engine.call("count_calls", arm=arm, **case.request)["calls"] for arm in ARMS}
+            if calls[PLAIN] or not all(calls[arm] for arm in ARMS if arm != PLAIN):
                 raise SystemExit(f"{case.name}: calls of headrift's functions by arm: {calls}")
-            runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
-            for order in overhead.turns(list(ARMS), turns):
-                for arm in order:
-                    runs[arm].append(engine.ask("run", case=case.name, arm=arm))
-            work = {(run["tokens"], run["cached_tokens"]) for of in runs.values() for run in of}
-            if len(work) > 1:
-                raise SystemExit(f"{case.name}: the arms do not do the same work: {work}")
-            samples = {arm: {of: [run[of] for run in some] for of in TIMES} for arm, some in runs.items()}
-            plain = samples[overhead.PLAIN]
+            runs = utils.run_in_turns(arms, turns)
+            overhead.check_work(case.name, {f"{arm} {i}": run for arm in runs for i, run in enumerate(runs[arm])})
+            samples = utils.columns(runs, TIMES)
             over = {
-                arm: {of: _measure.median_ratio(plain[of], samples[arm][of]) for of in TIMES}
+                arm: {of: utils.median_ratio(samples[PLAIN][of], samples[arm][of]) for of in TIMES}
                 for arm in ARMS
-                if arm != overhead.PLAIN
+                if arm != PLAIN
             }
-            found.append({"name": case.name, "calls": calls, "over": over, "samples": samples})
-            for arm, of in over.items():
-                print(f"one process, {case.name}: {arm}: {_measure.figures(of['seconds'], 3)}", flush=True)
-    return found
+            results.append({"name": case.name, "calls": calls, "over": over, "samples": samples})
+            for arm, ratios in over.items():
+                print(f"one process, {case.name}: {arm}: {utils.cell(ratios['seconds'], 3)}", flush=True)
+    return results
 
 
-def compared(seconds: dict[str, list[list[float]]]) -> dict[str, Any]:
-    """By kind each process's seconds: paces over plain's mean, and idle's throughput over plain's with its interval."""
+def in_several(settings: dict[str, Any], n: int, turns: int) -> list[dict[str, Any]]:
+    """Return the cases' samples of `n` processes of each kind, and the kinds compared."""
+    results = []
+    with ExitStack() as processes:
+        names = [(kind, i) for i in range(n) for kind in KINDS]
+        steps = max(case.steps for case in CASES)
+        engines = {name: overhead.start(overhead.ARMS[name[0]], settings, steps, processes)[0] for name in names}
+        for case in CASES:
+            arms = {
+                name: lambda name=name, case=case: engines[name].call(
+                    "run", **case.request, **overhead.ARMS[name[0]].measures
+                )["cpu_seconds"]
+                for name in names
+            }
+            utils.run_in_turns(arms, 2)  # the prompts into the prefix cache
+            runs = utils.run_in_turns(arms, turns)
+            samples = {kind: [runs[kind, i] for i in range(n)] for kind in KINDS}
+            results.append({"name": case.name, "samples": samples, **compare(samples)})
+            print(f"{case.name}: {utils.cell(results[-1]['ratio'], 3)}", flush=True)
+    return results
+
+
+def compare(seconds: Mapping[str, list[list[float]]]) -> dict[str, Any]:
+    """Return each process's pace over plain's mean by kind, and idle's throughput over plain's with its interval."""
     from scipy.stats import ttest_ind
 
-    paces = {kind: np.log([np.median(of) for of in processes]) for kind, processes in seconds.items()}
+    paces = {kind: np.log([np.median(samples) for samples in processes]) for kind, processes in seconds.items()}
     plain, idle = (paces[kind] for kind in KINDS)
     interval = ttest_ind(plain, idle, equal_var=False).confidence_interval(0.95)
+    ratio = {"median": plain.mean() - idle.mean(), "low": interval.low, "high": interval.high}
     return {
-        "of_plain": {kind: np.exp(plain.mean() - of).tolist() for kind, of in paces.items()},
-        "ratio": {
-            "median": float(np.exp(plain.mean() - idle.mean())),
-            "low": float(np.exp(interval.low)),
-            "high": float(np.exp(interval.high)),
-        },
+        "of_plain": {kind: np.exp(plain.mean() - pace).tolist() for kind, pace in paces.items()},
+        "ratio": {name: float(np.exp(value)) for name, value in ratio.items()},
     }
 
 
-def table(report: dict[str, Any]) -> str:
-    machine = report["machine"]
-    lines = [
-        f"# An idle engine and plain vLLM: {machine['cpu']}, {machine['cores']} cores, {report['model']}",
+def table(report: Mapping[str, Any]) -> list[str]:
+    """Return the lines of the report's page."""
+    one = [
+        [case["name"], arm, *(utils.cell(over[of], 3) for of in TIMES)]
+        + [f"{case['calls'][arm]:,}; {case['calls'][PLAIN]}"]
+        for case in report["one_process"]
+        for arm, over in case["over"].items()
+    ]
+    several = [
+        [case["name"], *(", ".join(f"{pace:.3f}" for pace in case["of_plain"][kind]) for kind in KINDS)]
+        + [utils.cell(case["ratio"], 3)]
+        for case in report["cases"]
+    ]
+    calls = "calls of headrift's functions; without its parts"
+    return [
+        utils.title(report, "An idle engine and plain vLLM"),
         "",
         f"Made by `bench/idle.py`. In one process, {report['turns']} turns: throughput over that of the same engine",
         "with headrift's parts taken out; below 1 is slower. Medians with 95% bootstrap intervals over the turns.",
         "",
-        "| case | arm | wall time | CPU time | calls of headrift's functions; without its parts |",
-        "|---|---|---|---|---|",
-    ]
-    for case in report["one_process"]:
-        for arm, over in case["over"].items():
-            ratios = " | ".join(_measure.figures(over[of], 3) for of in TIMES)
-            lines.append(f"| {case['name']} | {arm} | {ratios} | {case['calls'][arm]:,}; {case['calls']['plain']} |")
-    lines += [
+        *utils.markdown(["case", "arm", "wall time", "CPU time", calls], one),
         "",
         f"{report['processes']} processes of each kind, {report['turns_of_processes']} turns: throughput over the mean",
         "of plain vLLM's processes, by CPU time. Idle / plain: 95% interval by Welch's t over processes.",
         "",
-        "| case | plain vLLM's processes | idle headrift's | idle / plain |",
-        "|---|---|---|---|",
+        *utils.markdown(["case", "plain vLLM's processes", "idle headrift's", "idle / plain"], several),
     ]
-    for case in report["cases"]:
-        cells = [", ".join(f"{pace:.3f}" for pace in case["of_plain"][kind]) for kind in KINDS]
-        lines.append(f"| {case['name']} | {cells[0]} | {cells[1]} | {_measure.figures(case['ratio'], 3)} |")
-    return "\n".join([*lines, ""])
 
 
 def main() -> None:
-    options = _measure.parser(__doc__, "idle")
+    options = utils.parser(__doc__, "idle")
     options.add_argument("--processes", type=int, help="of each kind (3; 2 with --short)")
     options.add_argument("--turns", type=int, help="in one process, of each case (150; 2 with --short)")
     args = options.parse_args()
     n, turns = args.processes or (2 if args.short else 3), args.turns or (2 if args.short else 150)
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     turns_of_processes = 2 if args.short else 8
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     settings = overhead.engine_settings(args.model, CASES)
-    report: dict[str, Any] = {
-        "machine": _measure.machine(),
-        "versions": _measure.versions(),
-        "model": args.model.name,
-        "processes": n,
-        "turns": turns,
-        "turns_of_processes": turns_of_processes,
-        "one_process": in_one_process(settings, args.model, turns),
-        "cases": [],
-    }
-    with ExitStack() as processes:
-        names = [(kind, i) for i in range(n) for kind in KINDS]
-        longest = max(case.steps for case in CASES)
-        engines = {name: overhead.start(overhead.CPU_ARMS[name[0]], settings, longest, processes)[0] for name in names}
-        for case in CASES:
-            prompts = case.prompts(Shapes.of(args.model).vocabulary)
-            for engine in engines.values():
-                engine.ask("prepare", case=case.name, prompts=prompts, steps=case.steps)
-            samples: dict[str, list[list[float]]] = {kind: [[] for _ in range(n)] for kind in KINDS}
-            for order in overhead.turns(names, turns_of_processes):
-                for kind, i in order:
-                    samples[kind][i].append(engines[kind, i].ask("run", case=case.name)["cpu_seconds"])
-            report["cases"].append({"name": case.name, "samples": samples, **compared(samples)})
-            print(f"{case.name}: {_measure.figures(report['cases'][-1]['ratio'], 3)}", flush=True)
-    _measure.write(report, table(report), _measure.out_of(args))
+    report = utils.new_report(args, processes=n, turns=turns, turns_of_processes=turns_of_processes)
+    report["one_process"] = in_one_process(settings, turns)
+    report["cases"] = in_several(settings, n, turns_of_processes)
+    utils.write(report, table(report), utils.out_path(args))
 
 
 if __name__ == "__main__":
-    main()
+    utils.run_script(main, engine=OneEngine)

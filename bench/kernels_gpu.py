@@ -17,8 +17,6 @@ after each case; the cases that it already has are kept.
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import os
 import statistics
@@ -33,9 +31,12 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import utils
+
 if "--dry-run" in sys.argv:  # also in the processes of `compile_ahead`, which get the same arguments
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-    import _cuda_on_cpu  # noqa: F401
+    import tools.cuda_on_cpu  # noqa: F401
 
 from headrift_kernels.triton.decode_mass import SplitScratch, decode_mass, splits_for
 
@@ -377,34 +378,28 @@ def plan(models: list[str], all_cases: list[Case], free: float) -> tuple[list[tu
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Lines of markdown."""
-    names = [*OURS, *PEERS]
-    lines = [
-        "| model | case | " + " | ".join(names) + " | mass / plain | GB/s | of copy |",
-        "|---" * (len(names) + 5) + "|",
-    ]
+    """Return the lines of the table."""
+    names, lines = [*OURS, *PEERS], []
     for row in rows:
-        us = row["microseconds"]
+        us, mass = row["microseconds"], row["GB_s"].get("mass")
         ratio = f"{us['mass'] / us['plain']:.3f}" if us.get("mass") and us.get("plain") else "-"
-        rate = (
-            f"{row['GB_s']['mass']:,.0f} | {row['of_copy_bandwidth']['mass']:.2f}" if "mass" in row["GB_s"] else "- | -"
-        )
+        rate = [f"{mass:,.0f}", f"{row['of_copy_bandwidth']['mass']:.2f}"] if mass else ["-", "-"]
         times = [f"{us[name]:.1f}" if us.get(name) else "-" for name in names]
-        lines.append(f"| {row['model']} | {row['case']} | {' | '.join(times)} | {ratio} | {rate} |")
-    return lines
+        lines.append([row["model"], row["case"], *times, ratio, *rate])
+    return utils.markdown(["model", "case", *names, "mass / plain", "GB/s", "of copy"], lines)
 
 
 def main() -> int:
     start = time.monotonic()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kernels_gpu.json")
+    parser = utils.parser(__doc__)
+    parser.add_argument("--out", type=Path, default=utils.RESULTS / "kernels_gpu.json")
     parser.add_argument("--seconds", type=float, default=600, help="cases that start later are left out")
     parser.add_argument("--models", default="Llama-3-8B,Qwen2.5-7B")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU; figures mean nothing")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("kernels_gpu: no CUDA device here (--dry-run runs it on a CPU)")
-    earlier = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+    earlier = utils.read_json(args.out) if args.out.exists() else {}
     rows = [row for row in earlier.get("rows", []) if not row["errors"]]
     done = {(row["case"], row["model"]) for row in rows}
     models, all_cases = (["tiny"], tiny_cases()) if args.dry_run else (args.models.split(","), cases())
@@ -416,18 +411,14 @@ def main() -> int:
     processes = 1 if args.dry_run else max(1, min(8, os.cpu_count() or 1, free // COMPILE_BYTES))
     compile_ahead([(*job, dtype) for job in todo[: 1 if args.dry_run else 12]], processes)
     bandwidth = copy_bandwidth(1 << 20 if args.dry_run else 2 << 30)
-    report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "unit": "microseconds",
-    }
+    report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    report["unit"] = "microseconds"
     report |= {"copy_GB_s": round(bandwidth, 1), "rows": rows, "too_large": too_large, "table": table(rows)}
     report["left_out"] = [f"{case.name} {model}" for case, model in todo]
 
     def write() -> None:
         report["required_left_out"] = [name for name in report["left_out"] if name in required]
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        utils.write_json(report, args.out)
 
     write()
     slowest = 0.0

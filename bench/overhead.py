@@ -3,42 +3,43 @@
     python bench/overhead.py [--pairs 20] [--short] [--model DIR]
     python bench/overhead.py --case "attention entropy" --out bench/results/entropy.json
 
-Each arm is an engine in a process of its own, with identical settings, stopped while another works. `plain`: vLLM
-with no plugin loaded. `idle`: headrift's engine, requests that are not measured. `probing`, `logits`, `entropy`:
-measured, the second with next-token statistics, the third with the entropy of each head's attention. `headrift as it
-comes`: probing, with the norms that headrift takes on a CPU, the one arm with another setting. All arms answer the same
-token ids with the same number of tokens (`ignore_eos`). The prompts are in the prefix cache, so that what is timed is
-decoding, the last tokens of each prompt and, where there are any, the drains: the case in which probing weighs most.
+Each arm is an engine in a process of its own, with identical settings, stopped while another works:
 
-Arms take turns (idle, plain, probing, logits), mirrored every other time, so that what drifts on the machine falls to
-all of them as ABBA does it, and plain lies beside those that matter most. A ratio is throughput over plain's in the
-same turn: above 1 the arm is the faster. Medians have 95% bootstrap intervals over the turns; two processes of one kind
-can differ by some per cent, which no interval has (see idle.py). Besides wall time the
-ratios are taken of CPU time of the whole process, which other processes disturb less, and of the steps that decode and
-do nothing else.
-On a GPU: overhead_gpu.py.
+- `plain`: vLLM with no plugin loaded;
+- `idle`: headrift's engine, requests that are not measured;
+- `probing`, `logits`, `entropy`: measured, with next-token statistics, with the entropy of each head's attention;
+- `headrift as it comes`: probing with headrift's default settings, the one arm with another setting (the norms).
+
+All arms answer the same token ids with the same number of tokens (`ignore_eos`). The prompts are in the prefix cache,
+so that what is timed is decoding, the last tokens of each prompt and the drains: the case in which probing weighs most.
+
+Arms take turns, mirrored every other time. A ratio is throughput over plain's in the same turn: above 1 the arm is
+faster. Medians have 95% bootstrap intervals over the turns; two processes of one kind can differ by some per cent,
+which no interval contains (see idle.py). Ratios are also taken of CPU time of the whole process, which other processes
+disturb less, and of the steps that only decode. On a GPU: overhead_gpu.py.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import _measure
-from _children import Child
-from _model_math import Shapes, recorded_bytes_bound
+import utils
+from utils import Child, Shapes, Stopwatch
 
-T = TypeVar("T")
 PLAIN = "plain"
 REGIONS = ("system", "user", "prompt")
 # A share needs the system prompt's mass and the prompt's: no engine records fewer.
@@ -46,23 +47,42 @@ FEWEST_REGIONS = ("system", "prompt")
 PAGE = 32
 MOST_BATCH = 64
 KV_ROOM = 1.25  # of what the cases' prompts and answers take
+TIMES = ("seconds", "cpu_seconds", "decode_seconds")
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """An engine to start. kind: plain, idle, probing, logits or entropy. attention: for plain vLLM's backend, else
-    ours. as_it_comes: with headrift's own settings where these are faster, and not with vLLM's."""
+    """An engine to start.
+
+    Args:
+        kind: plain, idle, probing, logits or entropy.
+        regions: Regions that the engine records.
+        as_it_comes: Take headrift's default settings if these are faster than vLLM's.
+    """
 
     kind: str
-    attention: str = "auto"
     regions: tuple[str, ...] = REGIONS
     as_it_comes: bool = False
+
+    @property
+    def measures(self) -> dict[str, bool]:
+        """What each request measures, see HeadriftEngine.answer."""
+        return {} if self.kind == PLAIN else {"probed": self.kind != "idle", "row_entropy": self.kind == "entropy"}
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A batch of prompts. shared: they have all but their last page in common. arms: of those that are started.
-    more: times the turns of the other cases."""
+    """A batch of prompts.
+
+    Args:
+        name: Its name in the results.
+        batch: Number of prompts, all in flight at once.
+        context: Tokens of each prompt.
+        steps: Recorded steps; each answer has one token more.
+        shared: Whether the prompts have all but their last page in common.
+        arms: Arms that run it.
+        more: How many times the turns of the other cases.
+    """
 
     name: str
     batch: int = 8
@@ -72,19 +92,16 @@ class Case:
     arms: tuple[str, ...] = (PLAIN, "probing")
     more: int = 1
 
-    def prompts(self, vocabulary: int) -> list[dict[str, Any]]:
-        """Token ids with regions: 40% of them the system prompt's, all but the last few of the rest the user's."""
-        random = np.random.default_rng([self.batch, self.context])
-        ids = random.integers(min(100, vocabulary - 1), vocabulary, (self.batch, self.context))
-        if self.shared:
-            ids[:, : (self.context - 1) // PAGE * PAGE] = ids[0, : (self.context - 1) // PAGE * PAGE]
-        system = self.context * 2 // 5
-        regions = {"system": (0, system), "user": (system, self.context - 4)}
-        return [{"ids": row, "regions": regions} for row in ids.tolist()]
+    @property
+    def request(self) -> dict[str, Any]:
+        """Arguments of Engine.run."""
+        shared = (self.context - 1) // PAGE * PAGE if self.shared else 0
+        prompts = {"prompts": self.batch, "context": self.context, "shared": shared, "tokens": self.steps + 1}
+        return {**prompts, "seed": [self.batch, self.context]}
 
     @property
-    def tokens(self) -> int:
-        """Tokens whose keys and values the engine holds."""
+    def kv_tokens(self) -> int:
+        """Tokens that the KV cache must hold."""
         own = self.steps + 1 + (PAGE if self.shared else self.context)
         return self.batch * (own + PAGE) + (self.context if self.shared else 0)
 
@@ -107,7 +124,7 @@ SHORT_CASES = (
     Case("2 regions, the fewest there are", 4, 200, 4, arms=(PLAIN, "probing, 2 regions")),
     Case("attention entropy", 4, 200, 4, arms=(PLAIN, "entropy")),
 )
-CPU_ARMS = {
+ARMS = {
     PLAIN: Arm(PLAIN),
     "probing": Arm("probing"),
     "logits": Arm("logits"),
@@ -118,17 +135,226 @@ CPU_ARMS = {
 }
 
 
-def turns(arms: list[T], n: int) -> Iterator[list[T]]:
-    """The orders in which the arms run, n times: mirrored every other time."""
-    for turn in range(n):
-        yield arms if turn % 2 == 0 else arms[::-1]
+# ------------------------------------------------------------------------------------------------- engines (children)
+
+
+@lru_cache(maxsize=4)
+def make_prompts(vocabulary: int, prompts: int, context: int, shared: int, seed: tuple[int, ...]) -> list[list[int]]:
+    """Return prompts of random token ids, with their first `shared` tokens in common; the same for the same seed."""
+    ids = np.random.default_rng(seed).integers(min(100, vocabulary - 1), vocabulary, (prompts, context))
+    ids[:, :shared] = ids[0, :shared]
+    token_ids: list[list[int]] = ids.tolist()
+    return token_ids
+
+
+class PlainEngine:
+    """vLLM without headrift, driven as headrift drives it."""
+
+    bytes_out = recorder_bytes = 0
+
+    def __init__(self, settings: dict[str, Any]):
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        self._use(LLMEngine.from_engine_args(EngineArgs(**settings)))
+
+    def _use(self, llm_engine: Any) -> None:
+        self.llm_engine, self._submitted = llm_engine, 0
+
+    @classmethod
+    def on(cls, llm_engine: Any) -> PlainEngine:
+        """Drive an engine that is there already."""
+        engine = cls.__new__(cls)
+        engine._use(llm_engine)
+        return engine
+
+    def answer(self, prompts: list[list[int]], tokens: int, at_once: int) -> list[tuple[list[int], int, None]]:
+        """Answer prompts with `tokens` tokens each: token ids and number of cached prompt tokens, in order."""
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        how = {"ignore_eos": True, "detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
+        first, outputs, running = self._submitted, {}, 0
+        queue = prompts[::-1]
+        while queue or running:
+            while queue and running < at_once:
+                params = SamplingParams(temperature=0.0, max_tokens=tokens, **how)
+                prompt = TokensPrompt(prompt_token_ids=queue.pop())
+                self.llm_engine.add_request(str(self._submitted), prompt, params)
+                self._submitted += 1
+                running += 1
+            finished = {output.request_id: output for output in self.llm_engine.step() if output.finished}
+            outputs |= finished
+            running -= len(finished)
+        done = [outputs[str(first + i)] for i in range(len(prompts))]
+        return [(list(output.outputs[0].token_ids), output.num_cached_tokens or 0, None) for output in done]
+
+
+class HeadriftEngine:
+    """headrift's engine; bytes_out: recordings that left the workers so far."""
+
+    def __init__(self, settings: dict[str, Any], **options: Any):
+        from headrift.probed_engine import ProbedEngine
+
+        settings = dict(settings)
+        self.engine = ProbedEngine(settings.pop("model"), engine_args=settings, **options)
+        self.llm_engine, self.recorder_bytes, self.bytes_out = self.engine.llm_engine, self.engine.recorder_bytes, 0
+        call_workers = self.llm_engine.collective_rpc
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            answers = call_workers(*args, **kwargs)
+            self.bytes_out += sum(len(answer) for answer in answers if isinstance(answer, bytes))
+            return answers
+
+        self.llm_engine.collective_rpc = counted
+
+    def answer(
+        self, prompts: list[list[int]], tokens: int, at_once: int, *, replay: bool = False, **measures: bool
+    ) -> list[tuple[list[int], int, np.ndarray | None]]:
+        """Answer prompts as PlainEngine does, with the recorded shares [steps, layers, heads] of each.
+
+        Args:
+            prompts: Token ids. 40% of them are the system prompt's, all but the last few of the rest the user's.
+            tokens: Tokens that each answers; steps 0 to tokens - 1 are recorded.
+            at_once: Most requests in flight.
+            replay: Whether the last `tokens` tokens of each prompt are a given answer, so that nothing is decoded.
+            measures: Fields of ProbeRequest.
+        """
+        from headrift.requests import ProbeRequest
+
+        def request(ids: list[int]) -> ProbeRequest:
+            prompt = ids[: len(ids) - tokens] if replay else ids
+            n, system = len(prompt), len(prompt) * 2 // 5
+            regions = {"system": (0, system), "user": (system, n - 4), "prompt": (0, n)}
+            regions = {name: span for name, span in regions.items() if name in self.engine.regions}
+            answer = ids[n:] if replay else None
+            return ProbeRequest(prompt, regions, tokens - 1, answer_ids=answer, ignore_eos=True, **measures)
+
+        runs = self.engine.run(((i, request(ids)) for i, ids in enumerate(prompts)), at_once=at_once)
+        done = {
+            i: (finished.answer_ids, finished.cached_tokens, None if recording is None else recording.share)
+            for i, finished, recording in runs
+        }
+        return [done[i] for i in range(len(prompts))]
+
+
+_SECTIONS = {
+    "model_config": ("dtype", "max_model_len", "enforce_eager", "seed"),
+    "cache_config": ("block_size", "kv_cache_memory_bytes", "enable_prefix_caching", "cache_dtype"),
+    "scheduler_config": ("max_num_seqs", "max_num_batched_tokens", "enable_chunked_prefill", "async_scheduling"),
+    "compilation_config": ("mode", "cudagraph_mode"),
+    "kernel_config": ("ir_op_priority",),
+}
+
+
+class Engine:
+    """A child process with one engine."""
+
+    _last_turn = 0.0  # CPU seconds of this process at its end
+
+    def start(self, kind: str, settings: dict[str, Any], **options: Any) -> dict[str, Any]:
+        """Start vLLM by itself (`plain`), where nothing of headrift may be loaded, or headrift's engine."""
+        with Stopwatch() as clock:
+            self.engine: Any = PlainEngine(settings) if kind == PLAIN else HeadriftEngine(settings, **options)
+        loaded = sorted(name for name in sys.modules if is_headrift(name))
+        if kind == PLAIN and loaded:
+            raise RuntimeError(f"vLLM without headrift was to run here, and {loaded[0]} is loaded")
+        config = self.engine.llm_engine.vllm_config
+        resolved = {name: str(getattr(getattr(config, part), name)) for part, of in _SECTIONS.items() for name in of}
+        gpu = {
+            "attention_backend": str(config.attention_config.backend),
+            "model_runner_v2": bool(config.use_v2_model_runner),
+        }
+        return {"seconds": clock.seconds, "resolved": resolved, "recorder_bytes": self.engine.recorder_bytes, **gpu}
+
+    def run(
+        self,
+        *,
+        prompts: int,
+        context: int,
+        tokens: int,
+        seed: list[int],
+        shared: int = 0,
+        at_once: int = 0,
+        **measures: Any,
+    ) -> dict[str, Any]:
+        """Answer random prompts once.
+
+        Args:
+            prompts: How many.
+            context: Tokens of each; with replay, tokens of prompt and answer.
+            tokens: Tokens that each answers.
+            seed: For the prompts' tokens.
+            shared: Number of first tokens that all prompts have in common.
+            at_once: Most requests in flight (default: all).
+            measures: See HeadriftEngine.answer.
+        """
+        vocabulary = self.engine.llm_engine.vllm_config.model_config.get_vocab_size()
+        idle = time.process_time() - self._last_turn
+        ids = make_prompts(vocabulary, prompts, context, shared, tuple(seed))
+        before, decode = self.engine.bytes_out, _DecodeClock(self.engine.llm_engine)
+        with Stopwatch() as clock, decode:
+            done = self.engine.answer(ids, tokens, at_once or prompts, **measures)
+        self._last_turn = time.process_time()
+        share = [np.asarray(share) for _, _, share in done if share is not None]
+        return {
+            "seconds": clock.seconds,
+            "cpu_seconds": clock.cpu_seconds,
+            "idle_cpu_seconds": idle,  # while the others had their turns
+            "steps": decode.all_steps,
+            "decode_seconds": decode.seconds,
+            "decode_steps": decode.steps,
+            "prompt_tokens": prompts * context,
+            "tokens": sum(len(answer) for answer, *_ in done),
+            "answers": [hashlib.sha256(repr(answer).encode()).hexdigest()[:12] for answer, *_ in done],
+            "cached_tokens": sum(cached for _, cached, _ in done),
+            "bytes_out": self.engine.bytes_out - before,
+            "values": sum(values.size for values in share),
+            # NaN fails both comparisons. A share is a quotient of float32 sums: 1e-3 is far above their rounding.
+            "bad_values": sum(int((~((values >= 0) & (values <= 1 + 1e-3))).sum()) for values in share),
+        }
+
+
+class _DecodeClock:
+    """Counts engine steps and times those after the first tokens of all requests, if all run at once."""
+
+    def __init__(self, llm_engine: Any) -> None:
+        self._engine, self.all_steps, self.steps, self.seconds = llm_engine, 0, 0, 0.0
+
+    def __enter__(self) -> None:
+        step, states = self._engine.step, self._engine.output_processor.request_states
+        prefilling = True
+
+        def timed() -> Any:
+            nonlocal prefilling
+            start = time.perf_counter()
+            outputs = step()
+            self.all_steps += 1
+            if not prefilling:
+                self.seconds += time.perf_counter() - start
+                self.steps += 1
+            prefilling = prefilling and any(state.is_prefilling for state in states.values())
+            return outputs
+
+        self._engine.step = timed
+
+    def __exit__(self, *exc: object) -> None:
+        del self._engine.step
+
+
+def is_headrift(module: str) -> bool:
+    return module.partition(".")[0] in ("headrift", "headrift_kernels")
+
+
+# ------------------------------------------------------------------------------------------------- the measurement
 
 
 def engine_settings(model: Path, cases: tuple[Case, ...]) -> dict[str, Any]:
-    """The same for every arm, and nothing that an arm could choose otherwise left open."""
+    """Return the settings of every arm, with nothing left open that an arm could choose differently."""
     from headrift.engine_setup import machine_defaults
 
-    tokens = sum(case.tokens for case in {(c.batch, c.context): c for c in cases}.values())
+    tokens = sum(case.kv_tokens for case in {(c.batch, c.context): c for c in cases}.values())
     room = int(KV_ROOM * Shapes.of(model).kv_bytes(tokens, 4))
     longest = max(case.context + case.steps + 1 for case in cases)
     return {
@@ -147,7 +373,7 @@ def engine_settings(model: Path, cases: tuple[Case, ...]) -> dict[str, Any]:
 
 
 def environments(gpu: bool = False) -> tuple[dict[str, str], dict[str, str]]:
-    """Of a process without headrift, and of one with it; but for that the same."""
+    """Return the variables of a process without headrift, and of one with it; otherwise the same."""
     from headrift.engine_setup import prepare_environment
     from headrift.vllm_plugin import plugin
 
@@ -158,155 +384,131 @@ def environments(gpu: bool = False) -> tuple[dict[str, str], dict[str, str]]:
     return plain | {"VLLM_PLUGINS": ""}, ours
 
 
-def start(arm: Arm, settings: dict[str, Any], steps: int, processes: ExitStack) -> tuple[Child, dict]:
-    """The arm's engine, and what it says of itself."""
+def start(arm: Arm, settings: dict[str, Any], steps: int, processes: ExitStack) -> tuple[Child, dict[str, Any]]:
+    """Start the arm's engine; the process and its description."""
     plain, ours = environments()
-    child = processes.enter_context(Child("_overhead_engine.py", environment=plain if arm.kind == PLAIN else ours))
+    child = processes.enter_context(Child("overhead.py", "engine", environment=plain if arm.kind == PLAIN else ours))
     if arm.kind == PLAIN:
-        backend = {} if arm.attention == "auto" else {"attention_backend": arm.attention}
-        return child, child.ask("start", kind=PLAIN, settings=settings | backend)
-    wanted = {"logit_stats": arm.kind == "logits", "row_entropy": arm.kind == "entropy"}
-    options = {"regions": arm.regions, "steps": steps, **wanted}
-    probed = arm.kind != "idle"
+        return child, child.call("start", kind=PLAIN, settings=settings)
+    options = {"logit_stats": arm.kind == "logits", "row_entropy": arm.kind == "entropy"}
     if arm.as_it_comes:
         settings = {name: value for name, value in settings.items() if name != "ir_op_priority"}
-    return child, child.ask(
-        "start", kind=arm.kind, settings=settings, probed=probed, attention=arm.attention, **options
-    )
+    return child, child.call("start", kind=arm.kind, settings=settings, regions=arm.regions, steps=steps, **options)
 
 
-def check_same(engines: dict[str, dict[str, Any]]) -> None:
-    """SystemExit where the arms do not run with the same settings."""
-    # Which graphs can be captured is the attention backend's affair. It is in the report.
-    resolved = {
-        name: {**about["resolved"], "cudagraph_mode": None}
-        for name, about in engines.items()
-        if not about["as_it_comes"]
-    }
-    if any(of != next(iter(resolved.values())) for of in resolved.values()):
+def check_same(engines: Mapping[str, Mapping[str, Any]]) -> None:
+    """SystemExit if the arms do not run with the same settings."""
+    # Which graphs can be captured depends on the attention backend. It is in the report.
+    resolved = [{**about["resolved"], "cudagraph_mode": None} for about in engines.values() if not about["as_it_comes"]]
+    if any(settings != resolved[0] for settings in resolved):
         raise SystemExit(f"the arms' settings differ: {json.dumps(resolved, indent=1)}")
 
 
-def measure(case: Case, engines: dict[str, Child], vocabulary: int, pairs: int) -> dict[str, Any]:
-    """The case's samples, by arm."""
-    prompts = case.prompts(vocabulary)
-    first = {
-        name: engines[name].ask("prepare", case=case.name, prompts=prompts, steps=case.steps) for name in case.arms
-    }
-    work = {(run["tokens"], run["cached_tokens"]) for run in first.values()}
+def check_work(case: str, runs: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
+    """Return the answer tokens and cached prompt tokens of a case; SystemExit if they are not those of every arm."""
+    work = {(run["tokens"], run["cached_tokens"]) for run in runs.values()}
     if len(work) > 1:
-        raise SystemExit(f"{case.name}: the arms do not do the same work: {first}")
-    samples: dict[str, list[dict]] = {name: [] for name in case.arms}
-    for order in turns(list(case.arms), pairs * case.more):
-        for name in order:
-            samples[name].append(engines[name].ask("run", case=case.name))
-    (tokens, cached) = work.pop()
-    expected = next(first[name]["answers"] for name in case.arms if name.startswith(PLAIN))
-    columns = ("seconds", "cpu_seconds", "decode_seconds", "idle_cpu_seconds", "bytes_out")
+        raise SystemExit(f"{case}: the arms do not do the same work: {runs}")
+    return work.pop()
+
+
+def measure(case: Case, engines: Mapping[str, Child], pairs: int) -> dict[str, Any]:
+    """Return the case's samples by arm."""
+    arms = {
+        name: lambda name=name: engines[name].call("run", **case.request, **ARMS[name].measures) for name in case.arms
+    }
+    for arm in arms.values():  # the prompts into the prefix cache
+        arm()
+    first = {name: arm() for name, arm in arms.items()}
+    tokens, cached = check_work(case.name, first)
+    runs = utils.run_in_turns(arms, pairs * case.more)
+    equal = {
+        name: float(np.mean([a == b for a, b in zip(run["answers"], first[PLAIN]["answers"])]))
+        for name, run in first.items()
+    }
     return {
         **asdict(case),
         "tokens": tokens,
         "prompt_tokens_computed": case.batch * case.context - cached,
-        "answers_equal": {
-            name: float(np.mean([a == b for a, b in zip(run["answers"], expected)])) for name, run in first.items()
-        },
-        "peak_bytes": {name: runs[-1]["peak_bytes"] for name, runs in samples.items()},
-        "samples": {name: {of: [run[of] for run in runs] for of in columns} for name, runs in samples.items()},
+        "answers_equal": equal,
+        "peak_bytes": {name: of_arm[-1]["peak_bytes"] for name, of_arm in runs.items()},
+        "samples": utils.columns(runs, (*TIMES, "idle_cpu_seconds", "bytes_out")),
     }
 
 
-def judged(case: dict[str, Any], plain_arms: list[str], shapes: Shapes) -> dict[str, Any]:
-    """What the samples say: for each arm rates, ratios to each plain arm, and bytes against their bound."""
-    found: dict[str, Any] = {}
+def evaluate(case: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
+    """Return rates, ratios to plain and bytes per prompt of each arm, and the bound on those bytes."""
+    arms: dict[str, Any] = {}
     for name, samples in case["samples"].items():
         seconds = float(np.median(samples["seconds"]))
-        bytes_per_prompt = max(samples["bytes_out"]) / case["batch"]
-        found[name] = {
+        plain = case["samples"][PLAIN]
+        ratios = {of: utils.median_ratio(plain[of], samples[of]) for of in TIMES} if name != PLAIN else None
+        arms[name] = {
             "tokens_per_second": case["tokens"] / seconds,
             "prompts_per_second": case["batch"] / seconds,
-            "bytes_per_prompt": bytes_per_prompt,
+            "bytes_per_prompt": max(samples["bytes_out"]) / case["batch"],
             "peak_bytes": case["peak_bytes"][name],
-            "over": {
-                plain: {
-                    of: _measure.median_ratio(case["samples"][plain][of], samples[of])
-                    for of in ("seconds", "cpu_seconds", "decode_seconds")
-                }
-                for plain in plain_arms
-                if plain != name and name not in plain_arms
-            },
+            "over": {PLAIN: ratios} if ratios else {},
         }
-    bound = recorded_bytes_bound(case["steps"], shapes.layers, shapes.heads, entropy="entropy" in found)
-    return {"arms": found, "bytes_bound": bound}
+    bound = utils.recorded_bytes_bound(case["steps"], shapes.layers, shapes.heads, entropy="entropy" in arms)
+    return {"arms": arms, "bytes_bound": bound}
 
 
-def table(report: dict[str, Any]) -> str:
-    machine = report["machine"]
-    lines = [
-        f"# What probing costs: {machine['cpu']}, {machine['cores']} cores, {report['model']}",
+def table(report: Mapping[str, Any]) -> list[str]:
+    """Return the lines of the report's page."""
+    rows = []
+    for case in report["cases"]:
+        for name, arm in case["arms"].items():
+            rates = [f"{arm['tokens_per_second']:,.0f}", f"{arm['prompts_per_second']:.1f}"]
+            rates.append(f"{arm['peak_bytes'] / 1e9:.2f}")
+            out = f"{arm['bytes_per_prompt']:,.0f}" + (f" (at most {case['bytes_bound']:,})" if arm["over"] else "")
+            for plain, ratios in arm["over"].items() or [("", None)]:
+                cells = [utils.cell(ratios[of], 3) if ratios else "" for of in TIMES]
+                rows.append([case["name"], name, plain, *cells, *rates, out])
+    head = ["case", "arm", "over", "wall", "CPU", "decode steps", "tokens/s", "prompts/s", "peak GB"]
+    worst = min(min(case["answers_equal"].values()) for case in report["cases"])
+    idle = max(max(of["idle_cpu_seconds"]) for case in report["cases"] for of in case["samples"].values())
+    return [
+        utils.title(report, "What probing costs"),
         "",
         "Made by `bench/overhead.py`. Ratios are throughput over plain vLLM's, above 1 is faster: medians with 95%",
         f"bootstrap intervals over at least {report['pairs']} ABBA turns. The prompts are in the prefix cache, so that",
         "decoding is timed. Wall time; CPU time of the process; wall time of the steps that only decode.",
         "",
-        "| case | arm | over | wall | CPU | decode steps | tokens/s | prompts/s | peak GB | bytes out a prompt |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        *utils.markdown([*head, "bytes out a prompt"], rows),
+        "",
+        f"Answers equal to plain vLLM's, token for token: {worst:.0%} of a case's prompts or more.",
+        f"CPU time that an engine took while the others had their turns: {1e3 * idle:.0f} ms at most.",
     ]
-    for case in report["cases"]:
-        for name, arm in case["arms"].items():
-            rates = f"{arm['tokens_per_second']:,.0f} | {arm['prompts_per_second']:.1f} | {arm['peak_bytes'] / 1e9:.2f}"
-            out = f"{arm['bytes_per_prompt']:,.0f}" + (f" (at most {case['bytes_bound']:,})" if arm["over"] else "")
-            for plain, of in arm["over"].items() or [("", None)]:
-                ratios = (
-                    " | ".join(_measure.figures(of[name], 3) for name in ("seconds", "cpu_seconds", "decode_seconds"))
-                    if of
-                    else " | | "
-                )
-                lines.append(f"| {case['name']} | {name} | {plain} | {ratios} | {rates} | {out} |")
-    worst = min(min(case["answers_equal"].values()) for case in report["cases"])
-    lines += ["", f"Answers equal to plain vLLM's, token for token: {worst:.0%} of a case's prompts or more."]
-    idle = max(max(of["idle_cpu_seconds"]) for case in report["cases"] for of in case["samples"].values())
-    lines += [f"CPU time that an engine took while the others had their turns: {1e3 * idle:.0f} ms at most."]
-    return "\n".join([*lines, ""])
 
 
 def main() -> None:
-    options = _measure.parser(__doc__, "overhead")
+    options = utils.parser(__doc__, "overhead")
     options.add_argument("--pairs", type=int, help="turns of each case (20; 4 with --short)")
     options.add_argument("--case", help="only the case of this name")
     args = options.parse_args()
-    cases, arms = [c for c in (SHORT_CASES if args.short else CASES) if args.case in (None, c.name)], CPU_ARMS
+    cases = tuple(c for c in (SHORT_CASES if args.short else CASES) if args.case in (None, c.name))
     if not cases:
         raise SystemExit(f"there is no case '{args.case}'; there are: {', '.join(c.name for c in CASES)}")
-    pairs = args.pairs or (4 if args.short else 20)
-    shapes = Shapes.of(args.model)
+    pairs, shapes = args.pairs or (4 if args.short else 20), Shapes.of(args.model)
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     settings = engine_settings(args.model, cases)
-    report: dict[str, Any] = {
-        "machine": _measure.machine(),
-        "versions": _measure.versions(),
-        "model": args.model.name,
-        "pairs": pairs,
-        "settings": settings | {"model": args.model.name},
-        "engines": {},
-        "cases": [],
-    }
+    report = utils.new_report(args, pairs=pairs, settings=settings | {"model": args.model.name}, engines={}, cases=[])
     with ExitStack() as processes:
         engines = {}
         for name in dict.fromkeys(name for case in cases for name in case.arms):
-            engines[name], about = start(arms[name], settings, max(case.steps for case in cases), processes)
-            report["engines"][name] = {**asdict(arms[name]), **about}
+            engines[name], about = start(ARMS[name], settings, max(case.steps for case in cases), processes)
+            report["engines"][name] = {**asdict(ARMS[name]), **about}
             print(f"{name}: started in {about['seconds']:.1f} s", flush=True)
         check_same(report["engines"])
-        plain_arms = [name for name in engines if arms[name].kind == PLAIN]
         for case in cases:
-            measured = measure(case, engines, shapes.vocabulary, pairs)
-            measured |= judged(measured, plain_arms, shapes)
-            report["cases"].append(measured)
-            for name, arm in measured["arms"].items():
-                for plain, of in arm["over"].items():
-                    print(f"{case.name}: {name} over {plain}: {_measure.figures(of['seconds'], 3)}", flush=True)
-    _measure.write(report, table(report), _measure.out_of(args))
+            measured = measure(case, engines, pairs)
+            report["cases"].append(measured | evaluate(measured, shapes))
+            for name, arm in report["cases"][-1]["arms"].items():
+                for plain, ratios in arm["over"].items():
+                    print(f"{case.name}: {name} over {plain}: {utils.cell(ratios['seconds'], 3)}", flush=True)
+    utils.write(report, table(report), utils.out_path(args))
 
 
 if __name__ == "__main__":
-    main()
+    utils.run_script(main, engine=Engine)

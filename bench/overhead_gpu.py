@@ -19,10 +19,10 @@ fits --seconds is listed as left out. --out is written after each case; the case
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -36,37 +36,26 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import overhead
-from _children import Child
-from _gpu_memory import GB, Memory, choose_layers, free_bytes
-from _model_math import Shapes
+import utils
+from utils import Child, Shapes
 
 ENGINE_OF = {"idle": "headrift", "plain": "plain", "probing": "headrift"}
-ARMS = tuple(ENGINE_OF)
+ARMS, REGIONS = tuple(ENGINE_OF), overhead.REGIONS
 PROFILED = "KV cache sized by memory profiling"
-LLAMA_3_8B = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 8192,
-}
-TINY = {
-    "hidden_size": 128,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 211,
-    "max_position_embeddings": 512,
-}
+_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+_KEYS += ("vocab_size", "max_position_embeddings")
+LLAMA_3_8B = dict(zip(_KEYS, (4096, 14336, 32, 32, 8, 128256, 8192)))
+TINY = dict(zip(_KEYS, (128, 96, 2, 4, 2, 211, 512)))
 LAYERS = {"overhead": (32, 16, 8), "step0_replay": (32, 16, 8), "profile": (8, 4)}
 PAGE = 16  # tokens of a block of the KV cache
 # KV cache of prompts that are never decoded: those of two steps of 8,192 tokens, with the prefixes that they share.
 PREFILL_TOKENS = 32768
 DRY_RUN_BYTES = 64e9
 CAPTURE_SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+# Of an engine besides weights and KV cache: CUDA context, activations of 8,192 tokens, logits, graphs and recorder.
+ENGINE_BYTES = 5 << 30
+USABLE = 0.95  # of what is free: allocators round up
+GB = 1e9
 
 
 @dataclass(frozen=True)
@@ -100,7 +89,7 @@ class Case:
         return max(self.shared + self.batch * own, PREFILL_TOKENS)
 
     def request(self, seed: int) -> dict[str, Any]:
-        """Arguments of Bench.run. The same seed gives the same prompts."""
+        """Arguments of Engine.run. The same seed gives the same prompts."""
         request: dict[str, Any] = {"prompts": self.prompts, "at_once": self.batch, "context": self.context}
         request |= {"tokens": self.tokens, "shared": self.shared}
         return request | {"seed": [self.batch, self.context, self.shared, seed]}
@@ -123,6 +112,97 @@ REQUIRED = {
     "profile": ("probed decode steps",),
 }
 TINY_CASES = (Case("decode", 2, 40, 4), Case("streaming", 2, 40, 4), Case("decode", 3, 80, 4, shared=64))
+
+
+# ------------------------------------------------------------------------------------------------- memory
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What fits a GPU.
+
+    Args:
+        engines: Engines that run at once.
+        kv_bytes: KV cache of each, enough for every case that fits.
+        too_large: The other cases, each with the reason.
+    """
+
+    engines: int
+    kv_bytes: int
+    too_large: dict[str, str]
+
+
+def share_memory(total: float, weights: int, cases: Mapping[str, int], engines: int = 1) -> Memory | None:
+    """Return what fits when each engine gets an equal share, with the most engines at once that hold any case.
+
+    Args:
+        total: Bytes that are free.
+        weights: Bytes of the weights of each engine.
+        cases: Bytes of KV cache that each case needs, by name.
+        engines: The most engines that are of use at once.
+
+    Returns:
+        None if one engine alone holds no case.
+    """
+    for at_once in range(engines, 0, -1):
+        room = USABLE * total / at_once - weights - ENGINE_BYTES
+        fitting = [need for need in cases.values() if need <= room]
+        if fitting:
+            reason = f"needs {{:.1f}} GB of KV cache, and {room / GB:.1f} GB are left"
+            too_large = {name: reason.format(need / GB) for name, need in cases.items() if need > room}
+            return Memory(at_once, max(fitting), too_large)
+    return None
+
+
+def choose_sizes(part: str, free: float, dry_run: bool) -> tuple[Shapes, Memory]:
+    """Return the model that a part runs on a GPU with this many free bytes, and the cases that fit.
+
+    The first of the part's numbers of layers with which any case fits.
+
+    Raises:
+        ValueError: If no case fits.
+    """
+    full, element = Shapes.from_config(TINY if dry_run else LLAMA_3_8B), 4 if dry_run else 2
+    for layers in (full.layers,) if dry_run else LAYERS[part]:
+        shape = replace(full, layers=layers)
+        needs = {name: shape.kv_bytes(n, element) for name, n in kv_tokens(part, dry_run).items()}
+        weights = element * shape.parameters
+        memory = share_memory(free, weights, needs, engines=2 if part == "overhead" else 1)
+        if memory is not None:
+            return shape, memory
+    need = (weights + ENGINE_BYTES + min(needs.values())) / USABLE / GB
+    raise ValueError(f"{free / GB:.1f} GB of GPU memory are free, and the smallest case needs {need:.1f} GB")
+
+
+def free_bytes() -> tuple[int, int]:
+    """Free and total bytes of the GPU. In a process of its own: this one's CUDA context would take some of them."""
+    program = "import json, torch; print(json.dumps(torch.cuda.mem_get_info()))"
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
+    free, total = json.loads(done.stdout.splitlines()[-1])
+    return free, total
+
+
+# ------------------------------------------------------------------------------------------------- engines
+
+
+class Engine(overhead.Engine):
+    """A child process with one engine."""
+
+    def profile(self, **case: Any) -> dict[str, Any]:
+        """Run as `run` does, under torch's profiler; the kernels by their time. The engine must be in this process."""
+        import torch
+        from torch.profiler import ProfilerActivity
+        from torch.profiler import profile as profiler
+
+        gpu = torch.cuda.is_available()
+        with profiler(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as profile:
+            result = self.run(**case)
+        events = [
+            (event.key, event.count, event.self_device_time_total if gpu else event.self_cpu_time_total)
+            for event in profile.key_averages()
+        ]
+        kernels = [{"kernel": key, "calls": n, "microseconds": round(us, 1)} for key, n, us in events if us > 0]
+        return result | {"kernels": sorted(kernels, key=lambda kernel: -kernel["microseconds"])[:60]}
 
 
 class Setup:
@@ -171,14 +251,15 @@ class Setup:
     def child(self, kind: str, processes: ExitStack, **environment: str) -> Child:
         """A process for an engine: plain vLLM's without headrift's variables."""
         variables = self.plain if kind == "plain" else self.ours
-        return processes.enter_context(Child("_gpu_engine.py", environment={**variables, **environment}))
+        return processes.enter_context(Child("overhead_gpu.py", "engine", environment={**variables, **environment}))
 
     def start(self, child: Child, kind: str, steps: int, **settings: Any) -> dict[str, Any]:
         """Start an engine in a process; its description."""
-        engine = {**self.settings, **settings}
-        return child.ask("start", kind=kind, settings=engine, attention=self.attention, steps=steps)
+        options = {} if kind == "plain" else {"steps": steps, "attention_backend": self.attention, "regions": REGIONS}
+        return child.call("start", kind=kind, settings={**self.settings, **settings}, **options)
 
 
+@dataclass
 class Report:
     """Results of one part, written to a file after each case. Cases of an earlier run are kept.
 
@@ -191,20 +272,18 @@ class Report:
         about: Sizes of model and memory.
     """
 
-    def __init__(
-        self,
-        out: Path,
-        seconds: float,
-        names: Sequence[str],
-        required: Sequence[str],
-        too_large: Mapping[str, str],
-        about: Mapping[str, Any],
-    ):
-        self.out, self.stop = out, time.monotonic() + seconds
-        earlier = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    out: Path
+    seconds: float
+    names: Sequence[str]
+    required: Sequence[str]
+    too_large: Mapping[str, str]
+    about: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        self.stop = time.monotonic() + self.seconds
+        earlier = utils.read_json(self.out) if self.out.exists() else {}
         self.cases: dict[str, Any] = earlier.get("cases", {})
-        self.todo = [name for name in names if name not in self.cases and name not in too_large]
-        self.required, self.too_large, self.about = required, dict(too_large), dict(about)
+        self.todo = [name for name in self.names if name not in self.cases and name not in self.too_large]
         self.engines: dict[str, Any] = earlier.get("engines", {})
         self.table: list[str] = earlier.get("table", [])
 
@@ -221,8 +300,7 @@ class Report:
         content = {"sizes": self.about, "engines": self.engines, "cases": self.cases, "table": self.table}
         content |= {"too_large": self.too_large, "left_out": self.todo}
         content["required_left_out"] = [name for name in self.todo if name in self.required]
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        utils.write_json(content, self.out)
 
 
 def require_shares(name: str, run: Mapping[str, Any], probed: bool) -> None:
@@ -292,7 +370,7 @@ def sample(
 
     def run(arm: str, seed: int) -> dict[str, Any]:
         more = {} if arm == "plain" else {"probed": arm == "probing"}
-        result = children[ENGINE_OF[arm]].ask("run", **case.request(seed), **more)
+        result = children[ENGINE_OF[arm]].call("run", **case.request(seed), **more)
         require_shares(f"{case.name}, {arm}", result, arm == "probing")
         return result
 
@@ -303,7 +381,7 @@ def sample(
     # Streaming computes its prompts: each turn of each arm has new ones, which no prefix cache holds.
     fresh = case.kind == "streaming"
     slowest = first = time.monotonic() - begin
-    for turn, order in enumerate(overhead.turns(arms, 2 if fresh else turns)):
+    for turn, order in enumerate(utils.orders(arms, 2 if fresh else turns)):
         begin = time.monotonic()
         if stop - begin < slowest:
             break
@@ -325,28 +403,27 @@ def summary(case: Case, runs: list[dict[str, Any]], plain: list[dict[str, Any]])
         return float(run["decode_seconds"]) / max(run["decode_steps"], 1)
 
     def tokens(run: Mapping[str, Any]) -> float:
-        return float(run["answer_tokens"]) + (run["prompt_tokens"] if streaming else 0.0)
+        return float(run["tokens"]) + (run["prompt_tokens"] if streaming else 0.0)
 
     ratios = [other["seconds"] / own["seconds"] for own, other in zip(runs, plain)]
     steps = [seconds(other) / seconds(own) for own, other in zip(runs, plain)]
     return {
         "ms_per_step": 1e3 * statistics.median(map(seconds, runs)),
         "tokens_per_second": statistics.median(tokens(run) / run["seconds"] for run in runs),
-        "speed_over_plain": {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)},
-        "steps_over_plain": {"median": statistics.median(steps), "low": min(steps), "high": max(steps)},
-        "runs": runs,
+        "speed_over_plain": utils.spread(ratios),
+        "steps_over_plain": utils.spread(steps),
+        "runs": [{name: value for name, value in run.items() if name != "answers"} for run in runs],
     }
 
 
 def overhead_table(cases: Mapping[str, Any]) -> list[str]:
-    lines = ["| case | arm | ms/step | tokens/s | speed over plain | of its steps |", "|---|---|---|---|---|---|"]
-    for name, case in cases.items():
-        for arm, of in case.get("arms", {}).items():
-            ratios = (of["speed_over_plain"], of["steps_over_plain"])
-            speeds = [f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})" for ratio in ratios]
-            rates = f"{of['ms_per_step']:.2f} | {of['tokens_per_second']:,.0f}"
-            lines.append(f"| {name} | {arm} | {rates} | {' | '.join(speeds)} |")
-    return lines
+    rows = [
+        [name, arm, f"{result['ms_per_step']:.2f}", f"{result['tokens_per_second']:,.0f}"]
+        + [utils.cell(result[of], 3) for of in ("speed_over_plain", "steps_over_plain")]
+        for name, case in cases.items()
+        for arm, result in case.get("arms", {}).items()
+    ]
+    return utils.markdown(["case", "arm", "ms/step", "tokens/s", "speed over plain", "of its steps"], rows)
 
 
 def profiled_engine(setup: Setup) -> dict[str, Any]:
@@ -362,7 +439,7 @@ def profiled_engine(setup: Setup) -> dict[str, Any]:
     with ExitStack() as processes:
         child = setup.child("headrift", processes)
         about = setup.start(child, "headrift", tokens - 1, **settings)
-        result = child.ask("run", **case.request(0), probed=True)
+        result = child.call("run", **case.request(0), probed=True)
     require_shares(PROFILED, result, True)
     return {"engine": about, **result}
 
@@ -371,7 +448,7 @@ def profiled_engine(setup: Setup) -> dict[str, Any]:
 
 
 def rates_cases(dry_run: bool) -> dict[str, dict[str, Any]]:
-    """Arguments of Bench.run by name. Prompts share their first 40%, as behind one system prompt."""
+    """Return the arguments of Engine.run by name. Prompts share their first 40%, as behind one system prompt."""
     prompts, context, answer, at_once = (4, 48, 4, 4) if dry_run else (256, 1024, 64, 256)
     common = {"prompts": prompts, "at_once": at_once, "context": context, "shared": context * 2 // 5}
     step0, replay = {**common, "tokens": 1}, {**common, "tokens": answer, "replay": True}
@@ -392,7 +469,7 @@ def measure_rates(setup: Setup, report: Report) -> None:
         child = setup.child("headrift", processes)
         report.engines["headrift"] = setup.start(child, "headrift", max(case["tokens"] for case in cases.values()) - 1)
         for i, case in enumerate(cases.values()):  # warm, with few prompts
-            child.ask("run", **{**case, "prompts": 2, "seed": [9, i]})
+            child.call("run", **{**case, "prompts": 2, "seed": [9, i]})
         slowest = 0.0
         for name in list(report.todo):
             number, case, runs = list(cases).index(name), cases[name], []
@@ -400,7 +477,7 @@ def measure_rates(setup: Setup, report: Report) -> None:
                 begin = time.monotonic()
                 if report.stop - begin < slowest:
                     break
-                runs.append(child.ask("run", **case, seed=[turn, number]))
+                runs.append(child.call("run", **case, seed=[turn, number]))
                 require_shares(name, runs[-1], case.get("probed", False))
                 slowest = max(slowest, time.monotonic() - begin)
             if not runs:
@@ -426,8 +503,8 @@ def measure_profile(setup: Setup, report: Report) -> None:
         report.engines["headrift"] = setup.start(child, "headrift", case.tokens - 1)
         request = {**case.request(0), "probed": True}
         for _ in range(2):
-            child.ask("run", **request)
-        profile = child.ask("profile", **request)
+            child.call("run", **request)
+        profile = child.call("profile", **request)
     require_shares("profile", profile, True)
     total = sum(kernel["microseconds"] for kernel in profile["kernels"])
     for kernel in profile["kernels"][:25]:
@@ -452,19 +529,6 @@ def kv_tokens(part: str, dry_run: bool) -> dict[str, int]:
     return needs
 
 
-def choose_sizes(part: str, free: float, dry_run: bool) -> tuple[Shapes, Memory]:
-    """Return the model that a part runs on a GPU with this many free bytes, and the cases that fit.
-
-    Raises:
-        ValueError: If no case fits.
-    """
-    full = Shapes.from_config(TINY if dry_run else LLAMA_3_8B)
-    layers = (full.layers,) if dry_run else LAYERS[part]
-    shapes = [replace(full, layers=n) for n in layers]
-    engines = 2 if part == "overhead" else 1
-    return choose_layers(free, shapes, kv_tokens(part, dry_run), engines, element=4 if dry_run else 2)
-
-
 PARTS: dict[str, Callable[[Setup, Report], None]] = {
     "overhead": measure_overhead,
     "step0_replay": measure_rates,
@@ -473,7 +537,7 @@ PARTS: dict[str, Callable[[Setup, Report], None]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = utils.parser(__doc__)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--attention", default="auto", help="headrift's attention backend")
@@ -487,7 +551,7 @@ def main() -> None:
         if not has_gpu():
             raise SystemExit("overhead_gpu: this torch is not a build for GPUs (--dry-run runs it on a CPU)")
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    out = args.out or Path(__file__).parent / "results" / f"{args.part}_gpu.json"
+    out = args.out or utils.RESULTS / f"{args.part}_gpu.json"
     free, total = (DRY_RUN_BYTES, DRY_RUN_BYTES) if args.dry_run else free_bytes()
     free = min(free, args.memory * GB) if args.memory else free
     try:
@@ -509,4 +573,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    utils.run_script(main, engine=Engine)

@@ -2,227 +2,194 @@
 
     python bench/readme_table.py
 
-Results that are not there have no rows. A test fails where the README and the committed results differ.
+Results that do not exist have no rows. A test fails if the README and the committed results differ.
 """
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from _generated import filled
-from _measure import figures
+import utils
+from peers import BATCHED, COMPILED, EAGER, GENERATE, NNSIGHT, REPLAY
+from utils import cell
 
-ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
-RESULTS = ROOT / "bench/results"
-EAGER, GENERATE, REPLAY = "transformers, one at a time", "generate", "replay"
-COMPILED = "generate, compiled"
-COLUMNS = {GENERATE: "headrift", COMPILED: "with --compile", EAGER: "transformers one at a time"}
-Row = tuple[str, str, str]
+README = utils.ROOT / "README.md"
+Report = Mapping[str, Any]
+Rows = list[tuple[str, str]]  # what was measured, and the result
 
 
-def of_peers(report: dict[str, Any]) -> list[Row]:
-    ways, peak, prompts = report["ways"], report["peak"], report["prompts"]
-    page = "[peers](bench/results/peers.md)"
-    rows = [
-        (f"{shown}, prompts/s", figures(ways[name]["prompts_per_second"], 2), page)
-        for name, shown in (
-            (GENERATE, "headrift, generating"),
-            (COMPILED, "headrift, generating, with --compile"),
-            (REPLAY, "headrift, replaying logged answers"),
-            (EAGER, "transformers, eager attention, one prompt at a time"),
-            ("transformers, batched", "transformers, eager attention, in batches"),
-            ("nnsight", "nnsight, one prompt at a time"),
-        )
-        if name in ways
-    ]
+def peers(report: Report) -> Rows:
+    ways = report["ways"]
+    shown = {
+        GENERATE: "headrift, generating",
+        COMPILED: "headrift, generating, with --compile",
+        REPLAY: "headrift, replaying logged answers",
+        EAGER: "transformers, eager attention, one prompt at a time",
+        BATCHED: "transformers, eager attention, in batches",
+        NNSIGHT: "nnsight, one prompt at a time",
+    }
+    rows = [(f"{shown[n]}, prompts/s", cell(ways[n]["prompts_per_second"], 2)) for n in shown if n in ways]
     rows += [
-        (f"headrift {name} / transformers one at a time, warm", figures(ways[name]["ratio"]), page)
+        (f"headrift {name} / transformers one at a time, warm", cell(ways[name]["ratio"]))
         for name in (GENERATE, COMPILED, REPLAY)
         if name in ways
     ]
-    cold = {name: f"{way['cold']['seconds']:.1f}" for name, way in ways.items()}
-    starts = {name: f"{way['cold']['start_s']:.1f}" for name, way in ways.items()}
-    memory = {name: f"{way['peak_bytes'] / 1e9:.1f}" for name, way in ways.items()}
-    shown = [name for name in (GENERATE, COMPILED, EAGER) if name in ways]
-    rows += [
-        (f"{what}: {'; '.join(COLUMNS[name] for name in shown)}", "; ".join(of[name] for name in shown), page)
-        for what, of in (
-            (f"cold, start-up and {prompts['cold']} prompts, seconds", cold),
-            ("start-up alone, seconds", starts),
-            ("peak memory with a KV cache of 1 GiB, GB", memory),
-        )
-    ]
+    columns = {GENERATE: "headrift", COMPILED: "with --compile", EAGER: "transformers one at a time"}
+    columns = {name: shown for name, shown in columns.items() if name in ways}
+    for what, value in (
+        (f"cold, start-up and {report['prompts']['cold']} prompts, seconds", lambda way: way["cold"]["seconds"]),
+        ("start-up alone, seconds", lambda way: way["cold"]["start_s"]),
+        ("peak memory with a KV cache of 1 GiB, GB", lambda way: way["peak_bytes"] / 1e9),
+    ):
+        rows.append((f"{what}: {'; '.join(columns.values())}", "; ".join(f"{value(ways[n]):.1f}" for n in columns)))
     same = report["agreement"][GENERATE]
-    cells = f"{same['masses_compared']:,}"
-    rows += [
-        (f"difference of a mass, of {cells}: largest; mean", _powers(same), page),
-        ("rank correlation of their scores", f"{same['spearman_of_scores']:.4f}", page),
-        (
-            "AUROC on these prompts: headrift; transformers",
-            f"{same['auroc']:.3f}; {same['auroc_expected']:.3f}",
-            page,
-        ),
-        ("share of the best measured matrix product, generating", figures(peak["share"][GENERATE], 2), page),
+    differences = f"{same['largest_difference']:.1e}; {same['mean_difference']:.1e}"
+    return [
+        *rows,
+        (f"difference of a mass, of {same['masses_compared']:,}: largest; mean", differences),
+        ("rank correlation of their scores", f"{same['spearman_of_scores']:.4f}"),
+        ("AUROC on these prompts: headrift; transformers", f"{same['auroc']:.3f}; {same['auroc_expected']:.3f}"),
+        ("share of the best measured matrix product, generating", cell(report["peak"]["share"][GENERATE], 2)),
     ]
-    return rows
 
 
-def _powers(found: dict[str, float]) -> str:
-    return f"{found['largest_difference']:.1e}; {found['mean_difference']:.1e}"
-
-
-def of_overhead(report: dict[str, Any], name: str = "overhead") -> list[Row]:
-    page = f"[{name}](bench/results/{name}.md)"
-    rows = []
-    for case in report["cases"]:
-        # Idle engines are told from plain vLLM by idle.py: processes differ by more.
-        for name, arm in ((name, arm) for name, arm in case["arms"].items() if name != "idle"):
-            for plain, over in arm["over"].items():
-                wall, cpu = figures(over["seconds"], 3), figures(over["cpu_seconds"], 3)
-                rows.append((f"{name} / {plain} vLLM, {case['name']}: wall; CPU time", f"{wall}; {cpu}", page))
+def overhead(report: Report) -> Rows:
+    rows = [
+        (f"{arm} / {plain} vLLM, {case['name']}: wall; CPU time", wall_and_cpu(over))
+        for case in report["cases"]
+        # Idle engines are compared with plain vLLM by idle.py: processes differ by more.
+        for arm, result in case["arms"].items()
+        if arm != "idle"
+        for plain, over in result["over"].items()
+    ]
     case = report["cases"][0]
     if "probing" in case["arms"]:
-        held = f"{case['arms']['probing']['bytes_per_prompt']:,.0f}; {case['bytes_bound']:,}"
-        rows.append((f"bytes that leave the engine a prompt, {case['steps']} steps; at most", held, page))
+        out = f"{case['arms']['probing']['bytes_per_prompt']:,.0f}; {case['bytes_bound']:,}"
+        rows.append((f"bytes that leave the engine a prompt, {case['steps']} steps; at most", out))
     return rows
 
 
-def of_idle(report: dict[str, Any]) -> list[Row]:
-    page, n = "[idle](bench/results/idle.md)", report["processes"]
-    rows = []
-    for case in report["one_process"]:
-        for arm, over in case["over"].items():
-            ratios = f"{figures(over['seconds'], 3)}; {figures(over['cpu_seconds'], 3)}"
-            what = f"{arm} / the same engine without headrift's parts, in one process, {case['name']}: wall; CPU time"
-            rows.append((what, ratios, page))
-    for case in report["cases"]:
-        ratio = figures(case["ratio"], 3)
-        rows.append((f"idle / plain vLLM, {n} processes of each, {case['name']}: CPU time", ratio, page))
-    return rows
+def wall_and_cpu(over: Mapping[str, Any]) -> str:
+    return f"{cell(over['seconds'], 3)}; {cell(over['cpu_seconds'], 3)}"
 
 
-def of_kernels(report: dict[str, Any], name: str) -> list[Row]:
-    page, means = f"[kernels](bench/results/{name}.md)", report["geometric_means"]
-    machine = report["machine"]["instructions"]
-    what = f"{len(report['cases'])} shapes of decode rows, geometric mean"
+def idle(report: Report) -> Rows:
+    same = "the same engine without headrift's parts, in one process"
     return [
-        (f"vLLM's CPU attention / ours with masses, {machine}, {what}", f"{means['speedup']:.2f}", page),
-        (f"our kernel with masses / without, {machine}", f"{means['mass_over_plain']:.3f}", page),
-    ]
-
-
-def of_host(report: dict[str, Any]) -> list[Row]:
-    rows: list[Row] = []
-    for step in ("decode", "streaming"):
-        of_step = [row for row in report["rows"] if row["step"] == step]
-        added = [row["added"] for row in of_step]
-        batches = f"{of_step[0]['rows']} to {of_step[-1]['rows']} rows"
-        what = (
-            f"host cost of probing on a GPU's backend, microseconds a {step} step, {batches}, 32 layers (CPU tensors)"
-        )
-        rows.append((what, f"{min(added):.0f} to {max(added):.0f}", "[host cost](bench/results/host_cost.md)"))
-    return rows
-
-
-def of_ships(report: dict[str, Any]) -> list[Row]:
-    s, page = report["settings"], "[safety heads](bench/results/safety_heads.md)"
-    return [
-        (
-            f"transformers, a pass a head / headrift, SHIPS of {s['heads']} heads, {s['queries']} queries",
-            figures(report["loop_over_headrift"]),
-            page,
+        *(
+            (f"{arm} / {same}, {case['name']}: wall; CPU time", wall_and_cpu(over))
+            for case in report["one_process"]
+            for arm, over in case["over"].items()
         ),
-        ("rank correlation of their heads", f"{report['spearman_of_the_means']:.6f}", page),
+        *(
+            (
+                f"idle / plain vLLM, {report['processes']} processes of each, {case['name']}: CPU time",
+                cell(case["ratio"], 3),
+            )
+            for case in report["cases"]
+        ),
     ]
 
 
-def of_sahara(report: dict[str, Any]) -> list[Row]:
-    s, page = report["settings"], "[Sahara](bench/results/sahara.md)"
-    what = f"transformers, a pass a row / headrift, Sahara, {s['steps']} steps, {s['queries']} queries"
-    return [(what, figures(report["loop_over_headrift"]), page)]
+def kernels(report: Report) -> Rows:
+    means, wide = report["geometric_means"], report["machine"]["instructions"]
+    shapes = f"{len(report['cases'])} shapes of decode rows, geometric mean"
+    return [
+        (f"vLLM's CPU attention / ours with masses, {wide}, {shapes}", f"{means['speedup']:.2f}"),
+        (f"our kernel with masses / without, {wide}", f"{means['mass_over_plain']:.3f}"),
+    ]
 
 
-def elsewhere(rows: list[Row], report: dict[str, Any], machine: dict[str, Any]) -> list[Row]:
-    """Rows of another machine than most, which is named."""
-    cpu = report["machine"]["cpu"]
-    return rows if cpu == machine["cpu"] else [(f"{what} [{cpu}]", figure, page) for what, figure, page in rows]
+def host_cost(report: Report) -> Rows:
+    rows = []
+    for step in ("decode", "streaming"):
+        steps = [row for row in report["rows"] if row["step"] == step]
+        batches, added = f"{steps[0]['rows']} to {steps[-1]['rows']} rows", [row["added"] for row in steps]
+        what = f"microseconds a {step} step, {batches}, 32 layers (CPU tensors)"
+        rows.append((f"host cost of probing on a GPU's backend, {what}", f"{min(added):.0f} to {max(added):.0f}"))
+    return rows
 
 
-def measured(reports: dict[str, Any]) -> str:
-    """The main table, with what was measured on what."""
-    rows: list[Row] = []
-    lines: list[str] = []
-    machine = next(iter(reports.values()))["machine"]
+def safety_heads(report: Report) -> Rows:
+    s = report["settings"]
+    passes = f"transformers, a pass a head / headrift, SHIPS of {s['heads']} heads, {s['queries']} queries"
+    return [
+        (passes, cell(report["loop_over_headrift"])),
+        ("rank correlation of their heads", f"{report['spearman_of_the_means']:.6f}"),
+    ]
+
+
+def sahara(report: Report) -> Rows:
+    s = report["settings"]
+    passes = f"transformers, a pass a row / headrift, Sahara, {s['steps']} steps, {s['queries']} queries"
+    return [(passes, cell(report["loop_over_headrift"]))]
+
+
+# Result file: its rows, and the name of its page in the table.
+TABLES: dict[str, tuple[Callable[[Report], Rows], str]] = {
+    "peers": (peers, "peers"),
+    "overhead": (overhead, "overhead"),
+    "entropy": (overhead, "entropy"),
+    "idle": (idle, "idle"),
+    "kernels_cpu": (kernels, "kernels"),
+    "kernels_cpu_avx2": (kernels, "kernels"),
+    "host_cost": (host_cost, "host cost"),
+    "safety_heads": (safety_heads, "safety heads"),
+    "sahara": (sahara, "Sahara"),
+}
+
+
+def measured(reports: Mapping[str, Report]) -> str:
+    """Return the main table, with what was measured on which machine."""
+    host, rows, lines = next(iter(reports.values()))["machine"], [], []
     if "peers" in reports:
-        peers = reports["peers"]
-        prompts = peers["prompts"]
+        prompts, turns = reports["peers"]["prompts"], len(reports["peers"]["turns"])
         lines += [
-            f"One machine: {machine['cpu']}, {machine['cores']} cores, float32, the demonstration model.",
+            f"One machine: {host['cpu']}, {host['cores']} cores, float32, the demonstration model.",
             f"Against other ways: {prompts['n']} prompts, a system prompt of {prompts['system_tokens']:.0f} tokens,",
-            f"{prompts['steps']} steps, over all of {len(peers['turns'])} turns (least to most).",
+            f"{prompts['steps']} steps, over all of {turns} turns (least to most).",
         ]
-        rows += of_peers(peers)
     if "overhead" in reports:
-        pairs = reports["overhead"]["pairs"]
         lines += [
-            f"Against plain vLLM, above 1 is faster: medians, 95% intervals, at least {pairs} ABBA turns each, prompts",
+            f"Against plain vLLM, above 1 is faster: medians, 95% intervals, at least {reports['overhead']['pairs']} "
+            "ABBA turns each, prompts",
             "in the prefix cache: decoding is timed, where probing weighs most and a faster kernel pays most.",
         ]
-        rows += of_overhead(reports["overhead"])
-    if "entropy" in reports:
-        rows += elsewhere(of_overhead(reports["entropy"], "entropy"), reports["entropy"], machine)
-    if "idle" in reports:
-        rows += of_idle(reports["idle"])
-    for name in ("kernels_cpu", "kernels_cpu_avx2"):
+    for name, (rows_of, page) in TABLES.items():
         if name in reports:
-            rows += of_kernels(reports[name], name)
-    for name, rows_of in (("host_cost", of_host), ("safety_heads", of_ships), ("sahara", of_sahara)):
-        if name in reports:
-            rows += elsewhere(rows_of(reports[name]), reports[name], machine)
-    lines += ["", "| | measured | all of it |", "|---|---|---|"]
-    lines += [f"| {what} | {figure} | {where} |" for what, figure, where in rows]
+            cpu = reports[name]["machine"]["cpu"]
+            elsewhere = "" if cpu == host["cpu"] or name in ("idle", "kernels_cpu", "kernels_cpu_avx2") else f" [{cpu}]"
+            link = f"[{page}](bench/results/{name}.md)"
+            rows += [(what + elsewhere, result, link) for what, result in rows_of(reports[name])]
+    lines += ["", *utils.markdown(["", "measured", "all of it"], rows)]
     if "scaling" in reports:
-        lines += ["", "![Prompts/s by what is asked, and where the time goes](bench/results/scaling.png)"]
+        lines += ["", "![Prompts/s by work and settings, and where the time goes](bench/results/scaling.png)"]
     return "\n".join(lines)
 
 
-def separation(sets: list[dict[str, Any]]) -> str:
-    """What the score and prompt length separate, by prompt set."""
-    lines = ["| set | score | prompt length |", "|---|---|---|"]
-    for of in sets:
-        measures = of["comparisons"][0]["measures"]
-        cells = []
+def separation(sets: Sequence[Report]) -> str:
+    """Return the table of what the score and prompt length separate, by prompt set."""
+    rows = []
+    for result in sets:
+        measures, cells = result["comparisons"][0]["measures"], []
         for name in ("score (no score: lowest)", "prompt length"):
             low, high = measures[name]["auroc_interval"]
             cells.append(f"{measures[name]['auroc']:.3f} ({low:.3f} to {high:.3f})")
-        lines.append(f"| {of['set']} | {cells[0]} | {cells[1]} |")
-    return "\n".join(lines)
+        rows.append([result["set"], *cells])
+    return "\n".join(utils.markdown(["set", "score", "prompt length"], rows))
 
 
-def page(text: str, results: Path = RESULTS) -> str:
-    """The README with its tables as the results have them."""
-    names = (
-        "peers",
-        "overhead",
-        "entropy",
-        "idle",
-        "scaling",
-        "kernels_cpu",
-        "kernels_cpu_avx2",
-        "host_cost",
-        "safety_heads",
-        "sahara",
-    )
-    paths = {name: results / f"{name}.json" for name in names}
-    reports = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
-    sets = json.loads((results / "sets.json").read_text(encoding="utf-8"))
-    return filled(text, "bench/readme_table.py", {"measured": measured(reports), "separation": separation(sets)})
+def page(text: str, results: Path = utils.RESULTS) -> str:
+    """Return the README with its tables made of the results."""
+    paths = {name: results / f"{name}.json" for name in (*TABLES, "scaling")}
+    reports = {name: utils.read_json(path) for name, path in paths.items() if path.exists()}
+    parts = {"measured": measured(reports), "separation": separation(utils.read_json(results / "sets.json"))}
+    return utils.fill(text, "bench/readme_table.py", parts)
 
 
 def main() -> None:

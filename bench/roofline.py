@@ -8,19 +8,18 @@ aot.json and host_cost.json in bench/results say of headrift's kernels.
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from _generated import filled
-from _model_math import Shapes, keys_attended, recorded_bytes_bound
+import utils
+from utils import Shapes, keys_attended, recorded_bytes_bound
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs/performance.md"
+PAGE = utils.ROOT / "docs/performance.md"
 ITEM = 2  # bytes of a bfloat16
 REGIONS = 3
 WITH_MASS = 5  # regions of an engine for `--save mass`
@@ -129,51 +128,42 @@ def size(n: float) -> str:
     return f"{n:,.0f} B"
 
 
-def rows_of(lines: list[list[str]], head: list[str]) -> str:
-    body = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in body)
-
-
-def decode_table() -> str:
-    lines = []
+def cases() -> Iterator[tuple[str, Shapes, str, Device]]:
+    """Yield each model on each device, with their names."""
     for model, shapes in MODELS.items():
         for name, device in DEVICES.items():
-            for batch in BATCHES:
-                work = forward(shapes, batch, CONTEXT - 1, 1)
-                n = devices_needed(shapes, device, batch, CONTEXT)
-                ms = 1e3 * work.seconds(device, n)
-                kv = batch * shapes.kv_bytes(CONTEXT, ITEM) / work.bytes
-                lines.append(
-                    [model, f"{n} x {name}", str(batch), f"{work.bytes / 1e9:.1f}", f"{kv:.0%}"]
-                    + [f"{work.flops / 1e9:,.0f}", f"{ms:.2f}", work.bound(device), f"{1e3 * batch / ms:,.0f}"]
-                )
-    head = ["model", "devices", "batch", "GB", "of it K, V", "GFLOP", "ms", "bound by", "tokens/s"]
-    return rows_of(lines, head)
+            yield model, shapes, name, device
 
 
-def added_table(traffic: dict[str, Any], aot: dict[str, Any], host_cost: dict[str, Any]) -> str:
+def decode_tables(traffic: dict[str, Any], aot: dict[str, Any], host_cost: dict[str, Any]) -> tuple[list[str], ...]:
+    """Return what a decode step moves and computes, and what masses add to it."""
     per_head, instructions = extra_attention_bytes(traffic), extra_instructions(aot)
     host = host_seconds(host_cost, "decode")
-    lines = []
-    for model, shapes in MODELS.items():
-        for name, device in DEVICES.items():
-            for batch in BATCHES:
-                work = forward(shapes, batch, CONTEXT - 1, 1)
-                n = devices_needed(shapes, device, batch, CONTEXT)
-                step = work.seconds(device, n)
-                extra = batch * shapes.layers * shapes.heads * per_head
-                attention = batch * shapes.kv_bytes(CONTEXT, ITEM) / device.bandwidth / n
-                by_bytes = extra / device.bandwidth / n / step
-                by_instructions = attention * (instructions - 1) / step
-                lines.append(
-                    [model, f"{n} x {name}", str(batch), size(extra), f"{by_bytes:.3%}"]
-                    + [f"{by_instructions:.2%}", f"{by_instructions + host / step:.2%}"]
-                )
-    head = ["model", "devices", "batch", "bytes added", "by bytes", "by instructions", "and the host's time"]
-    return rows_of(lines, head)
+    steps, added = [], []
+    for model, shapes, name, device in cases():
+        for batch in BATCHES:
+            work, n = forward(shapes, batch, CONTEXT - 1, 1), devices_needed(shapes, device, batch, CONTEXT)
+            step, keys = work.seconds(device, n), batch * shapes.kv_bytes(CONTEXT, ITEM)
+            first = [model, f"{n} x {name}", batch]
+            steps.append(
+                [*first, f"{work.bytes / 1e9:.1f}", f"{keys / work.bytes:.0%}", f"{work.flops / 1e9:,.0f}"]
+                + [f"{1e3 * step:.2f}", work.bound(device), f"{batch / step:,.0f}"]
+            )
+            extra = batch * shapes.layers * shapes.heads * per_head
+            by_bytes = extra / device.bandwidth / n / step
+            by_instructions = keys / device.bandwidth / n * (instructions - 1) / step
+            added.append(
+                [*first, size(extra), f"{by_bytes:.3%}", f"{by_instructions:.2%}"]
+                + [f"{by_instructions + host / step:.2%}"]
+            )
+    head = ["model", "devices", "batch"]
+    return (
+        utils.markdown([*head, "GB", "of it K, V", "GFLOP", "ms", "bound by", "tokens/s"], steps),
+        utils.markdown([*head, "bytes added", "by bytes", "by instructions", "and the host's time"], added),
+    )
 
 
-def streaming_table(traffic: dict[str, Any], aot: dict[str, Any], host_cost: dict[str, Any]) -> str:
+def streaming_table(traffic: dict[str, Any], aot: dict[str, Any], host_cost: dict[str, Any]) -> list[str]:
     """What measuring adds to the steps of a job that streams prompts through a Llama-3-8B on an H200."""
     shapes, device = MODELS["Llama-3-8B"], H200
     per_head, instructions = extra_attention_bytes(traffic), extra_instructions(aot)
@@ -194,24 +184,16 @@ def streaming_table(traffic: dict[str, Any], aot: dict[str, Any], host_cost: dic
             host = host_seconds(host_cost, "streaming" if prompt <= UNSPLIT_KEYS else "streaming, long rows")
             hidden.append((by_bytes + by_instructions) / step)
             unhidden.append(hidden[-1] + host / step)
-            lines.append(
-                [
-                    str(batch),
-                    f"{prompt:,}",
-                    str(cached),
-                    f"{prompts:.1f}",
-                    f"{1e3 * step:.1f}",
-                    f"{by_bytes / step:.2%}",
-                ]
-                + [f"{by_instructions / step:.2%}", f"{hidden[-1]:.2%}", f"{unhidden[-1]:.2%}"]
-            )
+            parts = (by_bytes / step, by_instructions / step, hidden[-1], unhidden[-1])
+            row = [batch, f"{prompt:,}", cached, f"{prompts:.1f}", f"{1e3 * step:.1f}"]
+            lines.append([*row, *(f"{part:.2%}" for part in parts)])
     head = ["rows", "prompt tokens", "of them cached", "prompts a step", "step, ms", "last tokens and parts, by bytes"]
-    table = rows_of(lines, [*head, "masses, by instructions", "both", "and the host, if nothing hid it"])
+    table = utils.markdown([*head, "masses, by instructions", "both", "and the host, if nothing hid it"], lines)
     figures = f"{max(hidden):.2%} while the host is hidden (the bar is 1%), and {max(unhidden):.1%} if nothing hid it"
-    return f"{table}\n\nAt most {figures}."
+    return [*table, "", f"At most {figures}."]
 
 
-def leaving_table() -> str:
+def leaving_table() -> list[str]:
     lines = []
     for model, shapes in MODELS.items():
         heads, rows = shapes.layers * shapes.heads, STEPS + 1
@@ -228,75 +210,71 @@ def leaving_table() -> str:
             "whole maps of the prompt, float16": heads * CONTEXT**2 * 2,
         }
         lines += [[model, way, size(n), f"{n / ours:,.1f}", f"{1e3 * n / PCIE:,.3f}"] for way, n in ways.items()]
-    table = rows_of(
-        lines, ["model", f"for a prompt of {CONTEXT:,} tokens", "bytes", "times headrift's", "ms over PCIe"]
-    )
+    head = ["model", f"for a prompt of {CONTEXT:,} tokens", "bytes", "times headrift's", "ms over PCIe"]
     shapes = MODELS["Llama-3-8B"]
     shares, keys = (1e3 * n for n in (recorded_bytes(shapes, STEPS), shapes.kv_bytes(CONTEXT, ITEM) // 2))
-    return (
-        f"{table}\n\nAt 1,000 prompts/s those of an 8B model are {shares / 1e6:.0f} MB/s; its K alone would be "
-        f"{keys / 1e9:.0f} GB/s, {keys / PCIE:.1f} times what the bus carries."
-    )
+    return [
+        *utils.markdown(head, lines),
+        "",
+        f"At 1,000 prompts/s those of an 8B model are {shares / 1e6:.0f} MB/s; its K alone would be "
+        f"{keys / 1e9:.0f} GB/s, {keys / PCIE:.1f} times what the bus carries.",
+    ]
 
 
-def replay_table() -> str:
+def replay_table() -> list[str]:
     prompt, cached, batch = 300, 100, 64
     lines = []
-    for model, shapes in MODELS.items():
-        for name, device in DEVICES.items():
-            n = devices_needed(shapes, device, batch, prompt + 160)
-            for answer in (12, 160):
-                prefill = forward(shapes, batch, cached, prompt - cached).seconds(device, n)
-                decoding = sum(forward(shapes, batch, prompt + t, 1).seconds(device, n) for t in range(answer))
-                replay = forward(shapes, batch, cached, prompt - cached + answer).seconds(device, n)
-                times = prefill + decoding
-                lines.append(
-                    [model, f"{n} x {name}", str(answer), f"{1e3 * times:,.0f}", f"{1e3 * replay:,.0f}"]
-                    + [f"{times / replay:.1f}"]
-                )
+    for model, shapes, name, device in cases():
+        n = devices_needed(shapes, device, batch, prompt + 160)
+        for answer in (12, 160):
+            prefill = forward(shapes, batch, cached, prompt - cached).seconds(device, n)
+            decoding = sum(forward(shapes, batch, prompt + t, 1).seconds(device, n) for t in range(answer))
+            replay = forward(shapes, batch, cached, prompt - cached + answer).seconds(device, n)
+            times = prefill + decoding
+            lines.append(
+                [model, f"{n} x {name}", str(answer), f"{1e3 * times:,.0f}", f"{1e3 * replay:,.0f}"]
+                + [f"{times / replay:.1f}"]
+            )
     head = ["model", "devices", "answer tokens", "generate, ms", "replay, ms", "times"]
-    return rows_of(lines, head)
+    return utils.markdown(head, lines)
 
 
-def ships_table() -> str:
+def ships_table() -> list[str]:
     """All heads of a query ablated in turn, one clean pass beside them: one at a time, and as rows of batches."""
     lines = []
-    for model, shapes in MODELS.items():
-        for name, device in DEVICES.items():
-            for prompt in (40, 200):
-                passes, rows = shapes.layers * shapes.heads + 1, STEP_TOKENS // prompt
-                n = devices_needed(shapes, device, rows, prompt)
-                loop = passes * forward(shapes, 1, 0, prompt).seconds(device, n)
-                full, left = divmod(passes, rows)
-                batched = sum(forward(shapes, of, 0, prompt).seconds(device, n) for of in [rows] * full + [left] if of)
-                lines.append(
-                    [model, f"{n} x {name}", str(prompt), f"{passes:,}", f"{loop:.2f}", f"{batched:.2f}"]
-                    + [f"{loop / batched:.1f}"]
-                )
+    for model, shapes, name, device in cases():
+        for prompt in (40, 200):
+            passes, rows = shapes.layers * shapes.heads + 1, STEP_TOKENS // prompt
+            n = devices_needed(shapes, device, rows, prompt)
+            loop = passes * forward(shapes, 1, 0, prompt).seconds(device, n)
+            full, left = divmod(passes, rows)
+            batched = sum(forward(shapes, of, 0, prompt).seconds(device, n) for of in [rows] * full + [left] if of)
+            lines.append(
+                [model, f"{n} x {name}", str(prompt), f"{passes:,}", f"{loop:.2f}", f"{batched:.2f}"]
+                + [f"{loop / batched:.1f}"]
+            )
     head = ["model", "devices", "prompt tokens", "passes", "one at a time, s", "as rows of batches, s", "times"]
-    return rows_of(lines, head)
+    return utils.markdown(head, lines)
 
 
 def page(text: str) -> str:
-    """docs/performance.md with its tables as they are to be."""
-    read = {
-        name: json.loads((ROOT / f"bench/results/{name}.json").read_text(encoding="utf-8"))
-        for name in ("traffic", "aot", "host_cost")
-    }
+    """Return docs/performance.md with its tables."""
+    results = {name: utils.read_json(utils.RESULTS / f"{name}.json") for name in ("traffic", "aot", "host_cost")}
+    decode, added = decode_tables(**results)
     parts = {
-        "decode": decode_table(),
-        "added": added_table(**read),
-        "streaming": streaming_table(**read),
+        "decode": decode,
+        "added": added,
+        "streaming": streaming_table(**results),
         "leaving": leaving_table(),
         "replay": replay_table(),
         "ships": ships_table(),
     }
-    return filled(text, "bench/roofline.py", parts)
+    return utils.fill(text, "bench/roofline.py", {name: "\n".join(lines) for name, lines in parts.items()})
 
 
 def main() -> None:
     PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    print(f"{PAGE.relative_to(ROOT)} written")
+    print(f"{PAGE.relative_to(utils.ROOT)} written")
 
 
 if __name__ == "__main__":

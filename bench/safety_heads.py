@@ -20,10 +20,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from _measure import KV_BYTES, ROOT, figures, machine, median_ratio, out_of, parser, spread, versions, write
-from _model_math import Shapes, keys_attended
+import utils
+from utils import Shapes, cell, keys_attended, median_ratio, spread
 
-QUERIES = ROOT / "datasets/safety_topics.jsonl"
+QUERIES = utils.ROOT / "datasets/safety_topics.jsonl"
 EPSILON = 1e-5
 SHORT_HEADS = 12
 
@@ -41,7 +41,7 @@ class Loop:
 
     @contextmanager
     def ablated(self, layer: int, head: int):
-        """The query of one head all but nothing: its rotary embedding, which comes after, turns it and no more."""
+        """Ablate the query of one head: its rotary embedding, which comes after, only rotates it."""
         own = slice(head * self.dim, (head + 1) * self.dim)
 
         def scale(module, args, output):
@@ -55,13 +55,13 @@ class Loop:
             handle.remove()
 
     def log_p(self, ids: list[int], lean: bool):
-        """The next-token distribution at the last prompt token."""
+        """Return the next-token log-probabilities at the last prompt token."""
         with self.torch.no_grad():
             logits = self.model(self.torch.tensor([ids]), logits_to_keep=int(lean), use_cache=False).logits
         return self.torch.log_softmax(logits[0, -1].double(), -1)
 
     def ships(self, ids: list[int], heads: list[tuple[int, int]], lean: bool) -> np.ndarray:
-        """The scores of the heads, in nats."""
+        """Return the scores of the heads, in nats."""
         clean, scores = self.log_p(ids, lean), []
         for head in heads:
             with self.ablated(*head):
@@ -69,8 +69,8 @@ class Loop:
         return np.array(scores)
 
 
-def turns(args, engine, loop: Loop, queries: list[list[int]], heads: list[tuple[int, int]]) -> dict:
-    """Seconds of each way for each block of queries, and the scores of both [queries, heads]."""
+def race(args, engine, loop: Loop, queries: list[list[int]], heads: list[tuple[int, int]]) -> dict:
+    """Return the seconds of each way for each block of queries, and the scores of both [queries, heads]."""
     from headrift.safety_heads.ships import ships
 
     at = tuple(np.transpose(heads))
@@ -79,31 +79,30 @@ def turns(args, engine, loop: Loop, queries: list[list[int]], heads: list[tuple[
         "loop": lambda block: [loop.ships(ids, heads, lean=False) for ids in block],
         "lean": lambda block: [loop.ships(ids, heads, lean=True) for ids in block],
     }
-    for way in ways.values():  # compiled kernels, memory and threads are there before anything is timed
+    for way in ways.values():  # compiled kernels, memory and threads exist before anything is timed
         way([queries[0][:8]])
-    found: dict = {"seconds": {name: [] for name in ways}, "scores": {name: [] for name in ways}}
+    results: dict = {"seconds": {name: [] for name in ways}, "scores": {name: [] for name in ways}}
     for i, start in enumerate(range(0, len(queries), args.block)):
-        block = queries[start : start + args.block]
-        names = list(ways)
+        block, names = queries[start : start + args.block], list(ways)
         for name in names[i % 3 :] + names[: i % 3]:
-            begun = time.perf_counter()
-            found["scores"][name] += ways[name](block)
-            found["seconds"][name].append(time.perf_counter() - begun)
-        print({name: round(seconds[-1], 1) for name, seconds in found["seconds"].items()}, flush=True)
-    return found
+            begin = time.perf_counter()
+            results["scores"][name] += ways[name](block)
+            results["seconds"][name].append(time.perf_counter() - begin)
+        print({name: round(seconds[-1], 1) for name, seconds in results["seconds"].items()}, flush=True)
+    return results
 
 
-def report_of(args, found: dict, queries: list[list[int]], n_heads: int, dtype: str) -> dict:
+def make_report(args, results: dict, queries: list[list[int]], n_heads: int, dtype: str) -> dict:
     from scipy.stats import spearmanr
 
-    ours, loop = (np.array(found["scores"][name]) for name in ("headrift", "loop"))
+    ours, loop = (np.array(results["scores"][name]) for name in ("headrift", "loop"))
     shapes = Shapes.of(args.model)
     rows = n_heads + 1
     flops = sum(rows * shapes.flops(len(ids), keys_attended(0, len(ids)), 1) for ids in queries)
-    seconds = found["seconds"]
+    seconds = results["seconds"]
     return {
-        "machine": machine(),
-        "versions": versions(),
+        "machine": utils.host(),
+        "versions": utils.versions(),
         "settings": {"model": args.model.name, "queries": len(queries), "block": args.block, "heads": n_heads,
                      "epsilon": EPSILON, "dtype": dtype, "prompt_tokens": spread([len(ids) for ids in queries])},
         "seconds_of_a_block": seconds,
@@ -119,29 +118,29 @@ def report_of(args, found: dict, queries: list[list[int]], n_heads: int, dtype: 
     }  # fmt: skip
 
 
-def table(report: dict) -> str:
+def table(report: dict) -> list[str]:
+    """Return the lines of the report's page."""
     s, per = report["settings"], report["seconds_of_a_block"]
     rows = [
-        f"SHIPS of {s['heads']} heads of {s['model']}, {s['queries']} queries of "
-        f"{figures(s['prompt_tokens'], 0)} tokens, blocks of {s['block']} in turns, {s['dtype']}, "
-        f"{report['machine']['cores']} cores.",
+        *([f"{name}, s a block", cell(spread(per[name]))] for name in per),
+        ["loop / headrift", cell(report["loop_over_headrift"], 2)],
+        ["lean loop / headrift", cell(report["lean_over_headrift"], 2)],
+        ["headrift, GFLOP/s", f"{report['headrift_gflops_a_second']:.0f}"],
+        ["Spearman of the mean scores", f"{report['spearman_of_the_means']:.6f}"],
+        ["Spearman of a query's scores", cell(report["spearman_of_a_query"], 6)],
+        ["largest difference, nats", "{:.1e} (scores reach {:.2f})".format(
+            report["largest_difference_nats"], report["largest_score_nats"])],
+    ]  # fmt: skip
+    return [
+        f"SHIPS of {s['heads']} heads of {s['model']}, {s['queries']} queries of {cell(s['prompt_tokens'], 0)} tokens, "
+        f"blocks of {s['block']} in turns, {s['dtype']}, {report['machine']['cores']} cores.",
         "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name}, s a block | {figures(spread(per[name]))} |" for name in per),
-        f"| loop / headrift | {figures(report['loop_over_headrift'], 2)} |",
-        f"| lean loop / headrift | {figures(report['lean_over_headrift'], 2)} |",
-        f"| headrift, GFLOP/s | {report['headrift_gflops_a_second']:.0f} |",
-        f"| Spearman of the mean scores | {report['spearman_of_the_means']:.6f} |",
-        f"| Spearman of a query's scores | {figures(report['spearman_of_a_query'], 6)} |",
-        f"| largest difference, nats | {report['largest_difference_nats']:.1e} (scores reach "
-        f"{report['largest_score_nats']:.2f}) |",
+        *utils.markdown(["", ""], rows),
     ]
-    return "\n".join(rows) + "\n"
 
 
 def main() -> None:
-    made = parser(__doc__, "safety_heads")
+    made = utils.parser(__doc__, "safety_heads")
     made.add_argument("--queries", type=int, default=10)
     made.add_argument("--block", type=int, default=2, help="queries that a way has in its turn")
     args = made.parse_args()
@@ -152,15 +151,15 @@ def main() -> None:
 
     rows = read_rows([str(QUERIES)], limit=4 if args.short else args.queries)
     queries = [query.token_ids for query in prepare(rows, load_tokenizer(str(args.model), False))]
-    options = {"kv_cache_memory_bytes": KV_BYTES, "dtype": "float32"}
+    options = {"kv_cache_memory_bytes": utils.KV_BYTES, "dtype": "float32"}
     with ProbedEngine(
         args.model, steps=0, regions=("system", "prompt"), ablation=True, references=IN_FLIGHT, engine_args=options
     ) as engine:
         shape = engine.layers, engine.heads
         heads = sampled_heads(*shape, SHORT_HEADS) if args.short else all_heads(*shape)
-        found = turns(args, engine, Loop(str(args.model)), queries, heads)
-        report = report_of(args, found, queries, len(heads), engine.dtype)
-    write(report, table(report), out_of(args))
+        results = race(args, engine, Loop(str(args.model)), queries, heads)
+        report = make_report(args, results, queries, len(heads), engine.dtype)
+    utils.write(report, table(report), utils.out_path(args))
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from _measure import KV_BYTES, figures, machine, median_ratio, out_of, parser, spread, versions, write
+import utils
 from safety_heads import EPSILON, QUERIES, SHORT_HEADS, Loop
+from utils import cell, median_ratio, spread
 
 
 class Subspaces(Loop):
@@ -61,22 +62,22 @@ class Race:
     def on_rows(self, rows: int) -> None:
         self._rows += rows
 
-    def on_block(self, step: int, found: dict) -> None:
+    def on_block(self, step: int, block: dict) -> None:
         from headrift.safety_heads.sahara import Step
 
         seconds = {"headrift": (time.perf_counter() - self._begun) / self._rows}
         if step > len(self.angles):
             self.angles.append({})
-        self.angles[-1] |= found
+        self.angles[-1] |= block
         chosen = [Step.of(angles).chosen for angles in self.angles[: step - 1]]
-        heads = list(found)
+        heads = list(block)
         some = [heads[i] for i in np.linspace(0, len(heads) - 1, min(self.sample, len(heads))).astype(int)]
         for way in ("loop", "lean") if len(self.blocks) % 2 else ("lean", "loop"):
             begun = time.perf_counter()
             expected = [self._angles([*chosen, head], way) for head in some]
             seconds[way] = (time.perf_counter() - begun) / (len(some) * len(self.queries))
         for head, angles in zip(some, expected, strict=True):
-            both = {"headrift": found[head].tolist(), "transformers": angles.tolist()}
+            both = {"headrift": block[head].tolist(), "transformers": angles.tolist()}
             self.compared.append({"step": step, "head": list(head), **both})
         self.blocks.append({"step": step, "rows": self._rows, "seconds_a_row": seconds})
         print({"step": step, "rows": self._rows} | {way: round(s, 4) for way, s in seconds.items()}, flush=True)
@@ -89,26 +90,26 @@ class Race:
         return np.rad2deg(subspace_angles(self.clean, ablated)[::-1])
 
 
-def report_of(args, race: Race, steps: list, queries: list[list[int]], dtype: str) -> dict:
+def make_report(args, race: Race, steps: list, queries: list[list[int]], dtype: str) -> dict:
     from scipy.stats import spearmanr
 
     seconds = {way: [block["seconds_a_row"][way] for block in race.blocks] for way in race.blocks[0]["seconds_a_row"]}
     ours, slow = (np.array([one[way] for one in race.compared]) for way in ("headrift", "transformers"))
     of_step = np.array([one["step"] for one in race.compared])
-    found = []
+    by_step = []
     for number, step in enumerate(steps, 1):
         blocks = [block for block in race.blocks if block["step"] == number]
         rows, taken = sum(b["rows"] for b in blocks), sum(b["rows"] * b["seconds_a_row"]["headrift"] for b in blocks)
         own = of_step == number
-        found.append({
+        by_step.append({
             "chosen": list(step.chosen), "rows": rows, "seconds": taken, "rows_a_second": rows / taken,
             "compared_heads": int(own.sum()),
             "spearman": float(spearmanr(ours[own].sum(1), slow[own].sum(1)).statistic),
             "ranking": [{"head": list(head), "angles": step.angles[head].tolist()} for head in step.ranking],
         })  # fmt: skip
     return {
-        "machine": machine(),
-        "versions": versions(),
+        "machine": utils.host(),
+        "versions": utils.versions(),
         "settings": {"model": args.model.name, "queries": len(queries), "steps": len(steps), "r_main": race.r_main,
                      "heads": len(steps[0].angles), "epsilon": EPSILON, "dtype": dtype,
                      "prompt_tokens": spread([len(ids) for ids in queries])},
@@ -117,38 +118,39 @@ def report_of(args, race: Race, steps: list, queries: list[list[int]], dtype: st
         "lean_over_headrift": median_ratio(seconds["lean"], seconds["headrift"]),
         "largest_difference_degrees": float(np.abs(ours - slow).max()),
         "compared": race.compared,
-        "steps": found,
+        "steps": by_step,
     }  # fmt: skip
 
 
-def table(report: dict) -> str:
+def table(report: dict) -> list[str]:
+    """Return the lines of the report's page."""
     s, per = report["settings"], [block["seconds_a_row"] for block in report["blocks"]]
-    rows = [
-        f"Sahara, {s['steps']} steps over {s['queries']} queries of {figures(s['prompt_tokens'], 0)} tokens, "
+    steps = [
+        [i, f"{step['chosen'][0]}:{step['chosen'][1]}", f"{sum(step['ranking'][0]['angles']):.3f}"]
+        + [f"{step['rows']:,}", f"{step['seconds']:.0f}", f"{step['rows_a_second']:.1f}", step["compared_heads"]]
+        + [f"{step['spearman']:.6f}"]
+        for i, step in enumerate(report["steps"], 1)
+    ]
+    ratios = [
+        *([f"{way}, ms a row", cell(spread([1e3 * one[way] for one in per]))] for way in per[0]),
+        ["loop / headrift", cell(report["loop_over_headrift"], 2)],
+        ["lean loop / headrift", cell(report["lean_over_headrift"], 2)],
+        ["largest difference, degrees", f"{report['largest_difference_degrees']:.1e}"],
+    ]
+    head = ["step", "chosen", "degrees", "rows", "seconds", "rows/s", "heads compared", "Spearman of these"]
+    return [
+        f"Sahara, {s['steps']} steps over {s['queries']} queries of {cell(s['prompt_tokens'], 0)} tokens, "
         f"{s['heads']} heads of {s['model']}, r_main {s['r_main']}, {s['dtype']}, {report['machine']['cores']} cores. "
         "The slow ways took their turns after each block of heads.",
         "",
-        "| step | chosen | degrees | rows | seconds | rows/s | heads compared | Spearman of these |",
-        "|---|---|---|---|---|---|---|---|",
-        *(
-            f"| {i} | {found['chosen'][0]}:{found['chosen'][1]} | {sum(found['ranking'][0]['angles']):.3f} | "
-            f"{found['rows']:,} | {found['seconds']:.0f} | {found['rows_a_second']:.1f} | {found['compared_heads']} | "
-            f"{found['spearman']:.6f} |"
-            for i, found in enumerate(report["steps"], 1)
-        ),
+        *utils.markdown(head, steps),
         "",
-        "| | |",
-        "|---|---|",
-        *(f"| {way}, ms a row | {figures(spread([1e3 * one[way] for one in per]))} |" for way in per[0]),
-        f"| loop / headrift | {figures(report['loop_over_headrift'], 2)} |",
-        f"| lean loop / headrift | {figures(report['lean_over_headrift'], 2)} |",
-        f"| largest difference, degrees | {report['largest_difference_degrees']:.1e} |",
+        *utils.markdown(["", ""], ratios),
     ]
-    return "\n".join(rows) + "\n"
 
 
 def main() -> None:
-    made = parser(__doc__, "sahara")
+    made = utils.parser(__doc__, "sahara")
     made.add_argument("--queries", type=int, default=20)
     made.add_argument("--steps", type=int, default=2)
     made.add_argument("--r-main", type=int, default=1)
@@ -162,7 +164,7 @@ def main() -> None:
 
     rows = read_rows([str(QUERIES)], limit=4 if args.short else args.queries)
     queries = [query.token_ids for query in prepare(rows, load_tokenizer(str(args.model), False))]
-    settings = {"kv_cache_memory_bytes": KV_BYTES, "dtype": "float32"}
+    settings = {"kv_cache_memory_bytes": utils.KV_BYTES, "dtype": "float32"}
     options = {"ablation": True, "hidden_states": hidden_states_of(len(queries)), "engine_args": settings}
     with ProbedEngine(args.model, steps=0, regions=("system", "prompt"), **options) as engine:
         shape = engine.layers, engine.heads
@@ -172,8 +174,8 @@ def main() -> None:
         race = Race(Subspaces(str(args.model)), queries, args.r_main, args.sample)
         turning = Turning(engine, queries, args.r_main, on_rows=race.on_rows)
         steps = sahara(turning, heads, args.steps, on_block=race.on_block)
-        report = report_of(args, race, steps, queries, engine.dtype)
-    write(report, table(report), out_of(args))
+        report = make_report(args, race, steps, queries, engine.dtype)
+    utils.write(report, table(report), utils.out_path(args))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 
 Against the number of prompts, the length of prompts and of their system prompt, and the requests in flight
 (`max_num_seqs`), with the demonstration model; against depth and width with tiny random models made on the way; and the
-parts of the time of a whole job (see _phases: wall clock, one process). Each engine is a process of its own, alone at
-its time. Every run begins with an empty prefix cache and scores prompts that are all different.
+parts of a whole job's time (wall clock, one process, see `Job`). Each engine is a process of its own, alone at its
+time. Every run begins with an empty prefix cache and scores prompts that are all different.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
@@ -22,11 +24,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import _measure
-from _children import Child
-from _corpus_rows import WORDS
-from _phases import PHASES
-from corpus import make_tiny_model
+import utils
+from corpus import WORDS, make_tiny_model
+from peers import forget
+from utils import Child, Stopwatch
 
 STEPS = 12
 SERIES = {
@@ -37,6 +38,7 @@ SERIES = {
     "layers": "layers, random, 256 wide (32 prompts)",
     "hidden": "width of 4 random layers (32 prompts)",
 }
+# The values of each series, in full and with --short.
 FULL = {
     "prompts": (1, 8, 64, 256),
     "prompt_tokens": (16, 64, 256, 512),
@@ -45,23 +47,127 @@ FULL = {
     "layers": (2, 4, 8, 16),
     "hidden": (128, 256, 512, 1024),
 }
-SHORT = {
-    "prompts": (1, 8),
-    "prompt_tokens": (16, 64),
-    "system_tokens": (32, 128),
-    "in_flight": (2, 8),
-    "layers": (2, 4),
-    "hidden": (128, 256),
-}
+SHORT = {series: values[:2] for series, values in FULL.items()} | {"in_flight": (2, 8)}
+PREFILL, DECODE = "steps with prefill", "steps of decoding"
+ATTENTION, MASS = "decode attention with masses", "masses of prompts' last tokens"
+TOKENISING, READING, WRITING, DRAIN, SCORES = "tokenising", "reading", "writing", "drain", "scores"
+REST = "the rest"
+PHASES = (READING, TOKENISING, PREFILL, DECODE, ATTENTION, MASS, DRAIN, SCORES, WRITING, REST)
+
+
+# ------------------------------------------------------------------------------------------------- child process
+
+
+class Clock:
+    """Seconds by phase, each without the phases that ran inside it."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self._inside = [0.0]
+
+    @contextmanager
+    def phase(self, name: Callable[[], str]) -> Iterator[None]:
+        """Time a phase; `name` is called at its end."""
+        self._inside.append(0.0)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            took = time.perf_counter() - start
+            self.seconds[name()] += took - self._inside.pop()
+            self._inside[-1] += took
+
+    def wrap(self, owner: Any, method: str, name: str | Callable[..., str]) -> None:
+        """Have calls of a method counted as a phase; `name`: its name, or a function of the call's arguments."""
+        called = getattr(owner, method)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.phase(lambda: name if isinstance(name, str) else name(*args, **kwargs)):
+                return called(*args, **kwargs)
+
+        setattr(owner, method, timed)
+
+
+class Job:
+    """Where the time of a job goes: reading, scoring and writing in this one process, each part timed on its own.
+
+    The wall clock runs on a part's way in and out, and what is inside another part counts once. What the engine does
+    in a step, less the kernel's calls in it, is PREFILL's if the step computed tokens of a prompt (it may decode for
+    others too), otherwise DECODE's.
+    """
+
+    def start(self, model: str, **options: Any) -> dict[str, Any]:
+        from headrift import Scorer
+        from headrift_kernels.cpu.paged_attention import PagedAttention
+
+        self._clock = clock = Clock()
+        self._scorer = scorer = Scorer(model, repeat_bytes=0, prepare_workers=0, **options)
+        self._prefilling = False
+        clock.wrap(scorer.preparer, "prepare", TOKENISING)
+        clock.wrap(scorer.engine, "step", lambda: PREFILL if self._prefilling else DECODE)
+        clock.wrap(scorer.engine, "collect", DRAIN)
+        clock.wrap(scorer.engine, "recordings", DRAIN)
+        clock.wrap(scorer, "_result", SCORES)
+        clock.wrap(PagedAttention, "attend", lambda *args, output=None, **more: MASS if output is None else ATTENTION)
+        scheduler = scorer.engine.llm_engine.engine_core.engine_core.scheduler
+        schedule = scheduler.schedule
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            planned = schedule(*args, **kwargs)
+            most = max(planned.num_scheduled_tokens.values(), default=0)
+            self._prefilling = bool(planned.scheduled_new_reqs) or most > 1
+            return planned
+
+        scheduler.schedule = noted
+        return {}
+
+    def run(self, file: str) -> dict[str, Any]:
+        """Score a file of rows into a part; seconds by phase."""
+        forget(self._scorer)
+        self._clock.seconds.clear()
+        with tempfile.TemporaryDirectory() as folder, Stopwatch() as clock:
+            n = self._through(file, Path(folder))
+        phases = dict(self._clock.seconds)
+        phases[REST] = clock.seconds - sum(phases.values())
+        return {"seconds": clock.seconds, "prompts": n, "phases": {name: phases.get(name, 0.0) for name in PHASES}}
+
+    def _through(self, file: str, folder: Path) -> int:
+        from headrift.corpus import readers, sources
+        from headrift.runs import parts
+
+        clock, engine = self._clock, self._scorer.engine
+        schema = parts.part_schema((), layers=engine.layers, heads=engine.heads, regions=engine.regions)
+        files = parts.ShardFiles(folder, 0, schema)
+        taken: list[Any] = []
+
+        def prompts() -> Iterator[Any]:
+            rows = readers.Reader(sources.find([file])).rows()
+            while True:
+                with clock.phase(lambda: READING):
+                    row = next(rows, None)
+                if row is None:
+                    return
+                taken.append(row)
+                yield row.prompt
+
+        for result in self._scorer.score(prompts()):
+            with clock.phase(lambda: WRITING):
+                files.add(parts.record(taken[result.index].columns(), result))
+        with clock.phase(lambda: WRITING):
+            files.publish()
+        return len(taken)
+
+
+# ------------------------------------------------------------------------------------------------- the measurement
 
 
 def words(n: int, random: Random) -> str:
-    """A text of about so many tokens."""
+    """Return a text of about n tokens."""
     return " ".join(random.choices(WORDS.split(), k=n))
 
 
 def rows(n: int, user: int = 20, system: int = 100, seed: int = 0) -> list[dict[str, str]]:
-    """n prompts of about so many tokens, with one system prompt."""
+    """Return n prompts with one system prompt; `user` and `system` are words, about as many tokens."""
     random = Random(seed)
     same = words(system, random)
     return [{"prompt": f"{i}: {words(user, random)}", "system": same} for i in range(n)]
@@ -70,100 +176,92 @@ def rows(n: int, user: int = 20, system: int = 100, seed: int = 0) -> list[dict[
 @contextmanager
 def scorer(model: Path, **engine_args: Any) -> Iterator[tuple[Child, dict[str, Any]]]:
     """A Scorer's process, warm; and how it started."""
-    settings = {"kv_cache_memory_bytes": _measure.KV_BYTES, "max_model_len": 4096, **engine_args}
-    with Child("_peer_headrift.py") as child:
-        about = child.ask("start", model=str(model), steps=STEPS, engine_args=settings)
+    settings = {"kv_cache_memory_bytes": utils.KV_BYTES, "max_model_len": 4096, **engine_args}
+    with Child("peers.py", "headrift") as child:
+        about = child.call("start", model=str(model), steps=STEPS, engine_args=settings)
         about["start_s"] = child.seconds_since_start
-        child.ask("run", rows=rows(8, seed=1))
+        child.call("run", rows=rows(8, seed=1))
         yield child, about
 
 
-def point(child: Child, at: int, given: list[dict[str, str]], repeats: int) -> dict[str, Any]:
-    """Prompts/s of these rows, a few times over."""
-    runs = [child.ask("run", rows=given) for _ in range(repeats)]
+def point(child: Child, at: int, prompts: list[dict[str, str]], repeats: int) -> dict[str, Any]:
+    """Measure prompts/s of these prompts, a few times over."""
+    runs = [child.call("run", rows=prompts) for _ in range(repeats)]
     return {
         "at": at,
-        "prompts": len(given),
+        "prompts": len(prompts),
         "prompt_tokens": runs[0]["prompt_tokens"],
         "system_tokens": runs[0]["system_tokens"],
-        "prompts_per_second": _measure.spread([len(given) / run["seconds"] for run in runs]),
+        "prompts_per_second": utils.spread([len(prompts) / run["seconds"] for run in runs]),
         "peak_bytes": runs[-1]["peak_bytes"],
-        "samples": {of: [run[of] for run in runs] for of in ("seconds", "cpu_seconds", "flops")},
+        "samples": utils.columns({"": runs}, ("seconds", "cpu_seconds", "flops"))[""],
     }
 
 
-def of_the_work(model: Path, sizes: dict[str, tuple[int, ...]], repeats: int) -> dict[str, list[dict[str, Any]]]:
-    """The series that one engine runs."""
+def measure_series(model: Path, sizes: Mapping[str, tuple[int, ...]], repeats: int) -> dict[str, list[dict[str, Any]]]:
+    """Return the points of all series."""
+    series: dict[str, list[dict[str, Any]]] = {}
+    prompts = {
+        "prompts": rows,
+        "prompt_tokens": lambda n: rows(8, user=n),
+        "system_tokens": lambda n: rows(16, system=n),
+    }
     with scorer(model) as (child, about):
         print(f"{model.name}: started in {about['start_s']:.1f} s", flush=True)
-        return {
-            "prompts": [point(child, n, rows(n), repeats) for n in sizes["prompts"]],
-            "prompt_tokens": [point(child, n, rows(8, user=n), repeats) for n in sizes["prompt_tokens"]],
-            "system_tokens": [point(child, n, rows(16, system=n), repeats) for n in sizes["system_tokens"]],
-        }
+        for name, make in prompts.items():
+            series[name] = [point(child, n, make(n), repeats) for n in sizes[name]]
 
+    def alone(name: str, n: int, folder: Path, **engine_args: Any) -> None:
+        with scorer(folder, **engine_args) as (child, about):
+            series.setdefault(name, []).append(point(child, n, rows(32), repeats) | {"start_s": about["start_s"]})
 
-def of_the_model(model: Path, sizes: dict[str, tuple[int, ...]], repeats: int) -> dict[str, list[dict[str, Any]]]:
-    """Depth and width, each model made for it and thrown away."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    found: dict[str, list[dict[str, Any]]] = {"layers": [], "hidden": []}
+    for n in sizes["in_flight"]:
+        alone("in_flight", n, model, max_num_seqs=n)
     shapes = [("layers", n, {"layers": n, "hidden": 256}) for n in sizes["layers"]]
     shapes += [("hidden", n, {"layers": 4, "hidden": n}) for n in sizes["hidden"]]
-    for series, at, shape in shapes:
+    for name, n, shape in shapes:
         with tempfile.TemporaryDirectory() as folder:
-            tiny = make_tiny_model(Path(folder), model, **shape)
-            with scorer(tiny) as (child, about):
-                found[series].append(point(child, at, rows(32), repeats) | {"start_s": about["start_s"]})
-    return found
-
-
-def of_the_settings(model: Path, sizes: dict[str, tuple[int, ...]], repeats: int) -> dict[str, list[dict[str, Any]]]:
-    """The most requests that run at once."""
-    found = []
-    for n in sizes["in_flight"]:
-        with scorer(model, max_num_seqs=n) as (child, about):
-            found.append(point(child, n, rows(32), repeats) | {"start_s": about["start_s"]})
-    return {"in_flight": found}
+            alone(name, n, make_tiny_model(Path(folder), model, **shape))
+    return series
 
 
 def phases(model: Path, prompts: Path, system: str, limit: int | None, repeats: int) -> list[dict[str, Any]]:
-    """Seconds of a job, by what it did."""
+    """Measure the seconds of a job by phase."""
     with tempfile.TemporaryDirectory() as folder:
-        given = Path(folder) / "rows.jsonl"
+        file = Path(folder) / "rows.jsonl"
         lines = prompts.read_text(encoding="utf-8").splitlines()[:limit]
-        given.write_text("".join(json.dumps({**json.loads(line), "system": system}) + "\n" for line in lines))
-        with Child("_phases.py") as child:
-            settings = {"kv_cache_memory_bytes": _measure.KV_BYTES}
-            child.ask("start", model=str(model), steps=STEPS, engine_args=settings)
-            child.ask("run", file=str(given))
-            return [child.ask("run", file=str(given)) for _ in range(repeats)]
+        file.write_text("".join(json.dumps({**json.loads(line), "system": system}) + "\n" for line in lines))
+        with Child("scaling.py", "job") as child:
+            settings = {"kv_cache_memory_bytes": utils.KV_BYTES}
+            child.call("start", model=str(model), steps=STEPS, engine_args=settings)
+            child.call("run", file=str(file))
+            return [child.call("run", file=str(file)) for _ in range(repeats)]
 
 
-def table(report: dict[str, Any]) -> str:
-    machine = report["machine"]
-    lines = [
-        f"# Prompts/s by what is asked: {machine['cpu']}, {machine['cores']} cores, {report['model']}",
-        "",
-        f"Made by `bench/scaling.py`, {STEPS} steps; medians of {report['repeats']} runs (least to most). Where not",
-        "said otherwise a prompt has 20 words and a system prompt of 100 words, shared by all.",
-        "",
-        "| what grows | | prompt tokens | of them system | prompts/s | start-up, s | peak GB |",
-        "|---|---|---|---|---|---|---|",
+def table(report: Mapping[str, Any]) -> list[str]:
+    """Return the lines of the report's page."""
+    points = [
+        [SERIES[series], f"{p['at']:,}", f"{p['prompt_tokens']:.0f}", f"{p['system_tokens']:.0f}"]
+        + [utils.cell(p["prompts_per_second"], 2), f"{p['start_s']:.1f}" if "start_s" in p else ""]
+        + [f"{p['peak_bytes'] / 1e9:.2f}"]
+        for series, points in report["series"].items()
+        for p in points
     ]
-    for series, points in report["series"].items():
-        for p in points:
-            start = f"{p['start_s']:.1f}" if "start_s" in p else ""
-            lines.append(
-                f"| {SERIES[series]} | {p['at']:,} | {p['prompt_tokens']:.0f} | {p['system_tokens']:.0f} "
-                f"| {_measure.figures(p['prompts_per_second'], 2)} | {start} | {p['peak_bytes'] / 1e9:.2f} |"
-            )
     run = middle(report["phases"])
-    lines += ["", f"Where the {run['seconds']:.1f} s of a job of {run['prompts']} prompts go:", ""]
-    lines += ["| | s | |", "|---|---|---|"]
-    lines += [f"| {name} | {run['phases'][name]:.2f} | {run['phases'][name] / run['seconds']:.1%} |" for name in PHASES]
-    return "\n".join([*lines, ""])
+    parts = [[name, f"{run['phases'][name]:.2f}", f"{run['phases'][name] / run['seconds']:.1%}"] for name in PHASES]
+    head = ["what grows", "", "prompt tokens", "of them system", "prompts/s", "start-up, s", "peak GB"]
+    return [
+        utils.title(report, "Prompts/s by work and settings"),
+        "",
+        f"Made by `bench/scaling.py`, {STEPS} steps; medians of {report['repeats']} runs (least to most). If nothing",
+        "else is said, a prompt has 20 words and a system prompt of 100 words, shared by all.",
+        "",
+        *utils.markdown(head, points),
+        "",
+        f"Where the {run['seconds']:.1f} s of a job of {run['prompts']} prompts go:",
+        "",
+        *utils.markdown(["", "s", ""], parts),
+    ]
 
 
 def middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -171,59 +269,45 @@ def middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return sorted(runs, key=lambda run: run["seconds"])[len(runs) // 2]
 
 
-def plot(report: dict[str, Any], path: Path) -> None:
-    import matplotlib
+def plot(report: Mapping[str, Any], path: Path) -> None:
+    from headrift.figures import new_figure, save
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure = plt.figure(figsize=(14, 6.5), layout="constrained")
+    figure = new_figure(14, 6.5)
     places = figure.add_gridspec(2, 4, width_ratios=(1, 1, 1, 0.45))
     for i, (series, points) in enumerate(report["series"].items()):
-        axis = figure.add_subplot(places[i // 3, i % 3])
-        rates = [p["prompts_per_second"] for p in points]
-        median, low, high = ([rate[name] for rate in rates] for name in ("median", "low", "high"))
-        at = [p["at"] for p in points]
-        axis.plot(at, median, marker="o", color="tab:blue")
-        axis.fill_between(at, low, high, color="tab:blue", alpha=0.2, linewidth=0)
-        axis.set(xscale="log", xlabel=SERIES[series], ylabel="prompts/s", ylim=(0, None), xticks=at)
-        axis.set_xticklabels([f"{n:,}" for n in at])
+        axis, at = figure.add_subplot(places[i // 3, i % 3]), [p["at"] for p in points]
+        rates = {name: [p["prompts_per_second"][name] for p in points] for name in ("median", "low", "high")}
+        axis.plot(at, rates["median"], marker="o", color="tab:blue")
+        axis.fill_between(at, rates["low"], rates["high"], color="tab:blue", alpha=0.2, linewidth=0)
+        axis.set(xscale="log", xlabel=SERIES[series], ylabel="prompts/s", ylim=(0, None))
+        axis.set_xticks(at, [f"{n:,}" for n in at])
         axis.minorticks_off()
     bar, run, bottom = figure.add_subplot(places[:, 3]), middle(report["phases"]), 0.0
-    for name, colour in zip(PHASES, plt.get_cmap("tab10").colors):
+    for i, name in enumerate(PHASES):
         share = 100 * run["phases"][name] / run["seconds"]
-        bar.bar(0, share, bottom=bottom, color=colour, label=f"{name} {share:.1f}%")
+        bar.bar(0, share, bottom=bottom, color=f"C{i}", label=f"{name} {share:.1f}%")
         bottom += share
     bar.set(xticks=[], ylabel="% of the time", ylim=(0, 100), title=f"a job of {run['prompts']} prompts")
-    handles, labels = bar.get_legend_handles_labels()
-    bar.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=9)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    bar.legend(reverse=True, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=9)
+    save(figure, path)
 
 
 def main() -> None:
-    options = _measure.parser(__doc__, "scaling")
+    options = utils.parser(__doc__, "scaling")
     options.add_argument("--repeats", type=int, help="runs of each point (3; 2 with --short)")
-    options.add_argument("--prompts", type=Path, default=_measure.ROOT / "datasets/obfuscated_word.jsonl")
-    options.add_argument("--system", type=Path, default=_measure.ROOT / "system_prompts/obfuscated_word.txt")
+    options.add_argument("--prompts", type=Path, default=utils.ROOT / "datasets/obfuscated_word.jsonl")
+    options.add_argument("--system", type=Path, default=utils.ROOT / "system_prompts/obfuscated_word.txt")
     args = options.parse_args()
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     sizes, repeats = (SHORT if args.short else FULL), args.repeats or (2 if args.short else 3)
-    report: dict[str, Any] = {
-        "machine": _measure.machine(),
-        "versions": _measure.versions(),
-        "model": args.model.name,
-        "repeats": repeats,
-    }
+    report = utils.new_report(args, repeats=repeats)
     system = args.system.read_text(encoding="utf-8").strip()
     report["phases"] = phases(args.model, args.prompts, system, 12 if args.short else None, repeats)
-    report["series"] = of_the_work(args.model, sizes, repeats)
-    report["series"] |= of_the_settings(args.model, sizes, repeats)
-    report["series"] |= of_the_model(args.model, sizes, repeats)
-    out = _measure.out_of(args)
-    _measure.write(report, table(report), out)
+    report["series"] = measure_series(args.model, sizes, repeats)
+    out = utils.out_path(args)
+    utils.write(report, table(report), out)
     plot(report, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
-    main()
+    utils.run_script(main, job=Job)

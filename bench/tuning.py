@@ -2,9 +2,10 @@
 
     python bench/tuning.py [--turns 8] [--short] [--model DIR]
 
-Throughput: two engines score the same prompts in turns (ABBA), one as headrift comes and one with a single thing
-changed; each is stopped while the other works and begins with an empty prefix cache. A ratio is prompts/s with the
-change over prompts/s without, in the same turn: below 1 the setting pays. Medians with 95% bootstrap intervals.
+Throughput: two engines score the same prompts in turns (ABBA), one with headrift's default settings and one with a
+single thing changed; each is stopped while the other works and begins with an empty prefix cache. A ratio is prompts/s
+with the change over prompts/s without, in the same turn: below 1 the setting pays. Medians with 95% bootstrap
+intervals.
 
 Start-up: from the start of a process until an engine is there, of plain vLLM, of headrift, and of headrift without what
 it does about it; and until the modules that vLLM needs are imported, which is the floor. One process at a time, in
@@ -19,16 +20,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import _measure
-import overhead
-from _children import Child
+import utils
+from utils import Child
 
 STEPS = 12
 PROMPTS = 48
@@ -58,7 +58,7 @@ CHANGES = (
     Change("steps of at most 8,192 tokens (2,048, vLLM's default)", {"max_num_batched_tokens": 8192}),
     Change("at most 32 requests in flight (128)", {"max_num_seqs": 32}),
 )
-# How an engine is started: code, told the model's folder as the first argument.
+# How an engine is started: code that gets the model's folder as the first argument.
 _PLAIN = """
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.engine.llm_engine import LLMEngine
@@ -84,7 +84,7 @@ import vllm.engine.arg_utils, vllm.v1.engine.llm_engine, vllm.v1.worker.cpu_work
 """,
     "plain vLLM": _PLAIN,
     "headrift": _HEADRIFT,
-    "headrift, compiled, where the compiled model is on disk": _COMPILED,
+    "headrift, compiled, with the compiled model on disk": _COMPILED,
     COMPILING: _COMPILED,
     "headrift, garbage collected on the way": f"import gc; gc.disable = lambda: None\n{_HEADRIFT}",
     "headrift, KV cache filled with zeros": """
@@ -97,106 +97,96 @@ headrift.probed_engine.memory_taken_on_use = contextlib.nullcontext
 
 
 def rows(n: int) -> list[dict[str, str]]:
-    """Prompts of a set, each with its system prompt."""
-    sets = _measure.ROOT
-    system = (sets / "system_prompts/banned_word.txt").read_text(encoding="utf-8").strip()
-    lines = (sets / "datasets/banned_word.jsonl").read_text(encoding="utf-8").splitlines()[:n]
+    """Return prompts of a set, each with its system prompt."""
+    system = (utils.ROOT / "system_prompts/banned_word.txt").read_text(encoding="utf-8").strip()
+    lines = (utils.ROOT / "datasets/banned_word.jsonl").read_text(encoding="utf-8").splitlines()[:n]
     return [{"prompt": json.loads(line)["prompt"], "system": system} for line in lines]
 
 
-def started(model: Path, change: Change | None) -> Child:
-    """An engine's process, as headrift has it but for the change."""
-    child = Child("_peer_headrift.py", environment={**os.environ, **(change.environment if change else {})})
-    settings = {"kv_cache_memory_bytes": _measure.KV_BYTES, **(change.engine_args if change else {})}
-    child.ask("start", model=str(model), steps=STEPS, engine_args=settings)
+def start(model: Path, change: Change | None) -> Child:
+    """Start an engine's process with default settings but for the change."""
+    child = Child("peers.py", "headrift", environment={**os.environ, **(change.environment if change else {})})
+    settings = {"kv_cache_memory_bytes": utils.KV_BYTES, **(change.engine_args if change else {})}
+    child.call("start", model=str(model), steps=STEPS, engine_args=settings)
     return child
 
 
-def compared(model: Path, changes: Sequence[Change], given: list[dict[str, str]], turns: int) -> list[dict[str, Any]]:
-    """Each change against headrift as it comes."""
-    found = []
-    with started(model, None) as as_it_comes:
-        as_it_comes.ask("run", rows=given)
+def compare(model: Path, changes: Sequence[Change], prompts: list[dict[str, str]], turns: int) -> list[dict[str, Any]]:
+    """Measure each change against the default settings."""
+    results = []
+    with start(model, None) as default:
+        default.call("run", rows=prompts)
         for change in changes:
-            with started(model, change) as changed:
-                changed.ask("run", rows=given)
-                runs: dict[str, list[dict[str, Any]]] = {"without": [], "with": []}
-                engines = {"without": as_it_comes, "with": changed}
-                for order in overhead.turns(list(engines), turns):
-                    for name in order:
-                        runs[name].append(engines[name].ask("run", rows=given))
-            samples = {name: {of: [run[of] for run in some] for of in TIMES} for name, some in runs.items()}
-            ratios = {of: _measure.median_ratio(samples["without"][of], samples["with"][of]) for of in TIMES}
-            found.append({"change": change.name, "ratios": ratios, "samples": samples})
-            print(f"{change.name}: {_measure.figures(ratios['seconds'], 3)}", flush=True)
-    return found
+            with start(model, change) as changed:
+                changed.call("run", rows=prompts)
+                engines = {"without": default, "with": changed}
+                arms = {name: lambda child=child: child.call("run", rows=prompts) for name, child in engines.items()}
+                samples = utils.columns(utils.run_in_turns(arms, turns), TIMES)
+            ratios = {of: utils.median_ratio(samples["without"][of], samples["with"][of]) for of in TIMES}
+            results.append({"change": change.name, "ratios": ratios, "samples": samples})
+            print(f"{change.name}: {utils.cell(ratios['seconds'], 3)}", flush=True)
+    return results
 
 
 def starts(model: Path, turns: int, short: bool) -> dict[str, list[float]]:
-    """Seconds of whole processes that start an engine and end at once."""
+    """Time whole processes that start an engine and end at once."""
     kinds = [name for name, code in STARTS.items() if code is not _COMPILED or not short]  # compiling takes a minute
-    found: dict[str, list[float]] = {name: [] for name in kinds}
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
     environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     with tempfile.TemporaryDirectory() as folder:
         compiled = {"VLLM_CACHE_ROOT": str(Path(folder, "compiled"))}
-        # What vLLM keeps of a model after its first start is there in all starts but those of COMPILING.
+        # What vLLM caches of a model in its first start is on disk in all starts but those of COMPILING.
         _seconds_of(_HEADRIFT if short else _COMPILED, model, environment | compiled)
-        for turn, order in enumerate(overhead.turns(kinds, turns)):
+        for turn, order in enumerate(utils.orders(kinds, turns)):
             for name in order:
                 more = {"VLLM_PLUGINS": ""} if STARTS[name] is _PLAIN else compiled
                 if name == COMPILING:
                     more = {"VLLM_CACHE_ROOT": str(Path(folder, str(turn)))}
-                found[name].append(_seconds_of(STARTS[name], model, environment | more))
-            print(f"starts, turn {turn}: " + ", ".join(f"{of[-1]:.1f}" for of in found.values()), flush=True)
-    return found
+                seconds[name].append(_seconds_of(STARTS[name], model, environment | more))
+            print(f"starts, turn {turn}: " + ", ".join(f"{of[-1]:.1f}" for of in seconds.values()), flush=True)
+    return seconds
 
 
 def _seconds_of(code: str, model: Path, environment: dict[str, str]) -> float:
-    """From the start of a process until it has run this and ends."""
+    """Time a process that runs this code and ends."""
     command = [sys.executable, "-P", "-c", f"import os, sys\n{code}\nos._exit(0)", str(model)]
     begun = time.perf_counter()
     subprocess.run(command, env=environment, check=True, capture_output=True)
     return time.perf_counter() - begun
 
 
-def table(report: dict[str, Any]) -> str:
-    machine = report["machine"]
-    lines = [
-        f"# What settings are worth: {machine['cpu']}, {machine['cores']} cores, {report['model']}",
+def table(report: Mapping[str, Any]) -> list[str]:
+    """Return the lines of the report's page."""
+    changes = [[row["change"], *(utils.cell(row["ratios"][of], 3) for of in TIMES)] for row in report["changes"]]
+    starts = [[name, utils.cell(utils.spread(seconds))] for name, seconds in report["starts"].items()]
+    return [
+        utils.title(report, "What settings are worth"),
         "",
         f"Made by `bench/tuning.py`: {report['prompts']} prompts, {STEPS} steps; throughput with a change over that",
         f"without it, medians of {report['turns']} ABBA turns with 95% bootstrap intervals. Below 1, what headrift has",
         "(in brackets) is the faster.",
         "",
-        "| change | wall time | CPU time |",
-        "|---|---|---|",
+        *utils.markdown(["change", "wall time", "CPU time"], changes),
+        "",
+        "From the start of a process until its engine is ready, seconds (least to most):",
+        "",
+        *utils.markdown(["", "seconds"], starts),
     ]
-    for of in report["changes"]:
-        lines.append(f"| {of['change']} | {' | '.join(_measure.figures(of['ratios'][name], 3) for name in TIMES)} |")
-    lines += ["", "From the start of a process until its engine is there, seconds (least to most):", ""]
-    lines += ["| | seconds |", "|---|---|"]
-    lines += [f"| {name} | {_measure.figures(_measure.spread(of))} |" for name, of in report["starts"].items()]
-    return "\n".join([*lines, ""])
 
 
 def main() -> None:
-    options = _measure.parser(__doc__, "tuning")
+    options = utils.parser(__doc__, "tuning")
     options.add_argument("--turns", type=int, help="turns of each change (8; 2 with --short)")
     args = options.parse_args()
     turns, n = args.turns or (2 if args.short else 8), 8 if args.short else PROMPTS
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    report: dict[str, Any] = {
-        "machine": _measure.machine(),
-        "versions": _measure.versions(),
-        "model": args.model.name,
-        "turns": turns,
-        "prompts": n,
-        "starts": starts(args.model, 1 if args.short else 4, args.short),
-        # torch.compile alone takes a minute to start.
-        "changes": compared(args.model, CHANGES[:1] if args.short else CHANGES, rows(n), turns),
-    }
-    _measure.write(report, table(report), _measure.out_of(args))
+    report = utils.new_report(
+        args, turns=turns, prompts=n, starts=starts(args.model, 1 if args.short else 4, args.short)
+    )
+    # torch.compile alone takes a minute to start.
+    report["changes"] = compare(args.model, CHANGES[:1] if args.short else CHANGES, rows(n), turns)
+    utils.write(report, table(report), utils.out_path(args))
 
 
 if __name__ == "__main__":

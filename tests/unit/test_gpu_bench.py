@@ -1,6 +1,5 @@
 """bench/overhead_gpu.py and bench/kernels_gpu.py: which cases fit a GPU, what is required, what fails a run."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -9,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
-sys.path.insert(0, str(BENCH))
+from helpers.scripts import load
 
-kernels_gpu = importlib.import_module("kernels_gpu")
-memory = importlib.import_module("_gpu_memory")
-overhead_gpu = importlib.import_module("overhead_gpu")
-Shapes = importlib.import_module("_model_math").Shapes
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+
+kernels_gpu = load("bench/kernels_gpu")
+overhead_gpu = load("bench/overhead_gpu")
+Shapes = load("bench/utils").Shapes
 
 GB = 1e9
 LLAMA = Shapes.from_config(overhead_gpu.LLAMA_3_8B)
@@ -31,12 +30,12 @@ def test_engines_share_the_memory_while_each_holds_a_case():
     weights = 16 * 10**9
 
     def share(total, engines):
-        return memory.share_memory(total, weights, cases, engines)
+        return overhead_gpu.share_memory(total, weights, cases, engines)
 
-    assert share(141 * GB, 2) == memory.Memory(2, 30 << 30, {})
+    assert share(141 * GB, 2) == overhead_gpu.Memory(2, 30 << 30, {})
     both = share(80 * GB, 2)
     assert (both.engines, both.kv_bytes, set(both.too_large)) == (2, 10, {"large"})
-    assert share(80 * GB, 1) == memory.Memory(1, 30 << 30, {})
+    assert share(80 * GB, 1) == overhead_gpu.Memory(1, 30 << 30, {})
     assert share(40 * GB, 2).engines == 1
     assert share(20 * GB, 2) is None
 
@@ -55,7 +54,7 @@ def test_overhead_sizes(gigabytes, layers, engines, fitting):
     assert (shape.layers, sizes.engines) == (layers, engines)
     assert ALL - set(sizes.too_large) == fitting
     # 16 GB of weights and 128 KiB of K and V a token, with all 32 layers.
-    used = engines * (2 * shape.parameters + sizes.kv_bytes + memory.ENGINE_BYTES)
+    used = engines * (2 * shape.parameters + sizes.kv_bytes + overhead_gpu.ENGINE_BYTES)
     assert used <= gigabytes * GB
     for case in overhead_gpu.CASES:
         held = (case.shared + case.batch * (case.context - case.shared + case.tokens)) * shape.layers * 4096

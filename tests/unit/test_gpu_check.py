@@ -1,6 +1,5 @@
 """scripts/gpu_check.py: its clock, what it skips, keeps and reports. Stages here are processes that sleep or fail."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from helpers.scripts import load
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts/gpu_check.py"
-spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
-gpu_check = importlib.util.module_from_spec(spec)
-sys.modules["gpu_check"] = gpu_check
-spec.loader.exec_module(gpu_check)
+gpu_check = load("scripts/gpu_check")
 
 ABOUT = {"device": "a GPU", "code": "0123"}
 

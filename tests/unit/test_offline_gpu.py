@@ -1,6 +1,5 @@
 """scripts/offline_gpu: slimming a CUDA library, and installing a small bundle that is built as the large one is."""
 
-import importlib.util
 import lzma
 import os
 import shutil
@@ -12,20 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from helpers.scripts import load
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "scripts/offline_gpu"
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-slim_cuda_library = load("slim_cuda_library")
-build = load("build")
+slim_cuda_library = load("scripts/offline_gpu/slim_cuda_library")
+build = load("scripts/offline_gpu/build")
 PTX, CODE = slim_cuda_library.PTX, slim_cuda_library.MACHINE_CODE
 
 

@@ -1,20 +1,24 @@
 """Pages that scripts write are as the committed results make them."""
 
-import importlib
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
+from helpers.scripts import load
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench/results"
-sys.path.insert(0, str(ROOT / "bench"))
 
-readme_table = importlib.import_module("readme_table")
-roofline = importlib.import_module("roofline")
-generated = importlib.import_module("_generated")
+readme_table = load("bench/readme_table")
+roofline = load("bench/roofline")
+utils = load("bench/utils")
+
+# Each page of results, and the script whose table it is.
+TABLES = {name: name for name in ("calibration", "consistency", "host_cost", "idle", "overhead", "peers")}
+TABLES |= {name: name for name in ("safety_heads", "sahara", "scaling", "tuning")}
+TABLES |= {"entropy": "overhead", "kernels_cpu": "kernels", "kernels_cpu_avx2": "kernels"}
 
 
 def test_the_readme_has_what_the_results_have():
@@ -27,10 +31,17 @@ def test_the_page_on_performance_is_what_the_arithmetic_gives():
     assert roofline.page(text) == text, "docs/performance.md is out of date: run bench/roofline.py"
 
 
-@pytest.mark.parametrize("name", ["consistency", "overhead", "idle", "peers", "scaling", "tuning"])
+@pytest.mark.parametrize("name", TABLES)
 def test_the_tables_of_results_are_of_the_results(name):
-    made = importlib.import_module(name).table(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
-    assert (RESULTS / f"{name}.md").read_text(encoding="utf-8") == made
+    lines = load(f"bench/{TABLES[name]}").table(utils.read_json(RESULTS / f"{name}.json"))
+    assert (RESULTS / f"{name}.md").read_text(encoding="utf-8") == "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize(("name", "page"), [("sets", "first-look"), ("evidence", "evidence")])
+def test_the_pages_on_prompt_sets_are_of_the_results(name, page):
+    text = (ROOT / f"docs/results/{page}.md").read_text(encoding="utf-8")
+    made = load(f"bench/{name}").page(text, utils.read_json(RESULTS / f"{name}.json"))
+    assert made == text, f"docs/results/{page}.md is out of date: run bench/{name}.py --from-results"
 
 
 def test_what_was_measured_is_exact_and_within_its_bounds():
@@ -71,8 +82,8 @@ def test_another_result_makes_another_readme(tmp_path):
 
 def test_parts_go_where_they_belong_and_nowhere_else():
     text = "before\n<!-- a: made by s.py -->\nold\n<!-- end of a -->\nafter\n"
-    assert generated.filled(text, "s.py", {"a": r"new \1"}) == text.replace("old", r"new \1")
+    assert utils.fill(text, "s.py", {"a": r"new \1"}) == text.replace("old", r"new \1")
     with pytest.raises(ValueError, match="one place for b"):
-        generated.filled(text, "s.py", {"b": "new"})
+        utils.fill(text, "s.py", {"b": "new"})
     with pytest.raises(ValueError, match="one place for a"):
-        generated.filled(text + text, "s.py", {"a": "new"})
+        utils.fill(text + text, "s.py", {"a": "new"})

