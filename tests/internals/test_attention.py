@@ -8,11 +8,9 @@ from scipy.special import entr
 
 from headrift import signal
 from headrift.internals import attention
-from headrift.internals.attention import REGIONS
-from headrift.internals.entropies import entropies
-from headrift.internals.estimates import Prompts
-from headrift.internals.job import ATTENTION, INSTABILITY, Asked, InternalsJob
-from headrift.internals.regions import regions
+from headrift.internals.attention import REGIONS, summarise_entropy, summarise_regions
+from headrift.internals.estimates import PromptBootstrap
+from headrift.internals.job import ATTENTION, INSTABILITY, InternalsConfig, InternalsJob
 from headrift.signal import Window
 
 STEPS = 3
@@ -26,19 +24,19 @@ def looked(tiny_model, tmp_path_factory):
     (folder / "systems" / "kind.txt").write_text("Be kind to everybody you meet, and say so. Never be rude.")
     (folder / "prompts.txt").write_text("Where do puffins nest?\nWhy is the sea salty?\n")
     prompts = (str(folder / "prompts.txt"),)
-    asked = Asked(tiny_model, folder / "systems", prompts, folder / "out", steps=STEPS, drop_sentences=2)
+    config = InternalsConfig(tiny_model, folder / "systems", prompts, folder / "out", steps=STEPS, drop_sentences=2)
     kept = []
     with pytest.MonkeyPatch.context() as patch:
-        plain = attention.masses
+        plain = attention.region_masses
 
         def keep(result):
             kept.append((result, plain(result)))
             return kept[-1][1]
 
-        patch.setattr(attention, "masses", keep)
-        job = InternalsJob(asked)
-        found = job.run()
-    return job, found, kept
+        patch.setattr(attention, "region_masses", keep)
+        job = InternalsJob(config)
+        results = job.run()
+    return job, results, kept
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +52,7 @@ def eager(tiny_model):
     def attentions(prompt: list[int], fed: list[int]) -> np.ndarray:
         with torch.inference_mode():
             rows = model(torch.tensor([[*prompt, *fed]]), output_attentions=True).attentions
-        return torch.stack([of[0, :, len(prompt) - 1 :] for of in rows]).permute(2, 0, 1, 3).double().numpy()
+        return torch.stack([layer[0, :, len(prompt) - 1 :] for layer in rows]).permute(2, 0, 1, 3).double().numpy()
 
     return attentions
 
@@ -82,7 +80,7 @@ def test_regions_and_entropies_are_those_of_eager_attention(looked, eager):
 
 
 def test_sentences_instability_is_that_of_eager_attention_along_one_answer(looked, eager):
-    job, found, kept = looked
+    job, results, kept = looked
     part = job._parts[0]
     answers = {case.question.number: result.answer_ids for case, (result, _) in zip(part.cases, kept)}
     rows = job.table(INSTABILITY).to_pylist()
@@ -98,56 +96,56 @@ def test_sentences_instability_is_that_of_eager_attention_along_one_answer(looke
             assert row[name] == pytest.approx(score.value, abs=2e-5)
         assert row["effect"] == pytest.approx(row["whole"] - row["neutral"])
         assert row["effect_dropped"] == pytest.approx(row["whole"] - row["dropped"])
-    about = found["numbers"]["instability"]
-    assert about["effect"]["value"] == pytest.approx(np.mean([row["effect"] for row in rows]))
-    assert (about["effect"]["rows"], about["effect"]["prompts"]) == (4, 2)
-    assert {row["sentence"] for row in about["sentences"]} == {0, 1}
-    assert any("Inter-head instability" in said for said in found["findings"]["Which phrases matter?"])
+    instability = results["numbers"]["instability"]
+    assert instability["effect"]["value"] == pytest.approx(np.mean([row["effect"] for row in rows]))
+    assert (instability["effect"]["rows"], instability["effect"]["prompts"]) == (4, 2)
+    assert {row["sentence"] for row in instability["sentences"]} == {0, 1}
+    assert any("instability" in one["measure"] for one in results["findings"]["Which phrases matter?"])
 
 
-def test_what_is_stored_and_said_of_regions(looked):
-    job, found, kept = looked
+def test_regions_as_stored_and_summarised(looked):
+    job, results, kept = looked
     table = job.table(ATTENTION)
     assert table.num_rows == 8
     first = np.array(table["mass"][0].as_py()).reshape(-1, 2, 4, len(REGIONS))
     np.testing.assert_allclose(first, kept[0][1], atol=5e-4)  # float16: eleven bits
-    of = regions(table, 2, Prompts(2))
+    summary = summarise_regions(table, PromptBootstrap(2))
     own = [mass for _, mass in kept[:2]]
     np.testing.assert_allclose(
-        of.mass["none_to_system"].value, np.mean([mass.mean((0, 2)) for mass in own], axis=0), atol=5e-4
+        summary.mass["none_to_system"].value, np.mean([mass.mean((0, 2)) for mass in own], axis=0), atol=5e-4
     )
     lengths, n = table["region_tokens"][0].as_py(), table["prompt_tokens"][0].as_py()
     assert sum(lengths[:3]) == n
     assert lengths[3] == 5
     # Over all tokens of the prompt, what a token gets is the average, but for what the answer gets.
-    per_token, mass = of.per_token["none_to_system"].value, of.mass["none_to_system"].value
+    per_token, mass = summary.per_token["none_to_system"].value, summary.mass["none_to_system"].value
     assert np.all((per_token[:, :3] > 0) & np.isfinite(per_token[:, :3]))
     np.testing.assert_allclose(mass[:, [0, 1, 2, 4]].sum(-1), 1, atol=2e-3)
-    assert any("Attention to the system prompt" in said for said in found["findings"]["Where does the model look?"])
-    assert (job.asked.out / "report-files" / "regions_by_head.png").exists()
+    assert "attention to system prompt" in results["findings"]["Where does the model look?"][0]["measure"]
+    assert (job.config.out / "report-files" / "regions_by_head.png").exists()
 
 
-def test_what_is_stored_and_said_of_entropies(looked):
-    job, found, kept = looked
+def test_entropies_as_stored_and_summarised(looked):
+    job, results, kept = looked
     table = job.table(ATTENTION)
     results = [result for result, _ in kept]
     first = np.array(table["entropy"][0].as_py()).reshape(-1, 2, 4)
     np.testing.assert_allclose(first, results[0].attention_entropy, rtol=1e-3)  # float16: eleven bits
-    of = entropies(table, 2, Prompts(2))
-    assert of.rows == 4
+    summary = summarise_entropy(table, PromptBootstrap(2))
+    assert summary.rows == 4
     for kind, own in (("none_to_system", results[:2]), ("none_to_neutral", results[2:4])):
         nats = [[each.attention_entropy[0].mean(1), each.attention_entropy[1:].mean((0, 2))] for each in own]
-        np.testing.assert_allclose(of.nats[kind].value, np.mean(nats, axis=0).T, rtol=1e-3)
+        np.testing.assert_allclose(summary.nats[kind].value, np.mean(nats, axis=0).T, rtol=1e-3)
         keys = [np.log(each.prompt_tokens + np.arange(len(each.shares)))[:, None, None] for each in own]
         over = [each.attention_entropy / of_steps for each, of_steps in zip(own, keys)]
         relative = [[each[0].mean(1), each[1:].mean((0, 2))] for each in over]
-        np.testing.assert_allclose(of.relative[kind].value, np.mean(relative, axis=0).T, rtol=1e-3)
-        assert np.all((of.relative[kind].value > 0) & (of.relative[kind].value <= 1))
-    system, neutral = (of.relative[kind].value.mean(0) for kind in attention.KINDS)
-    np.testing.assert_allclose(of.difference.value, system - neutral)
-    np.testing.assert_allclose(of.by_system.value[0], of.difference.value)  # there is one system prompt
-    assert any("Entropy of attention" in said for said in found["findings"]["Where does the model look?"])
-    assert (job.asked.out / "report-files" / "entropy.png").exists()
+        np.testing.assert_allclose(summary.relative[kind].value, np.mean(relative, axis=0).T, rtol=1e-3)
+        assert np.all((summary.relative[kind].value > 0) & (summary.relative[kind].value <= 1))
+    system, neutral = (summary.relative[kind].value.mean(0) for kind in attention.KINDS)
+    np.testing.assert_allclose(summary.difference.value, system - neutral)
+    np.testing.assert_allclose(summary.by_system.value[0], summary.difference.value)  # there is one system prompt
+    assert any("entropy" in one["measure"] for one in results["findings"]["Where does the model look?"])
+    assert (job.config.out / "report-files" / "entropy.png").exists()
 
 
 def test_a_sliding_window_is_all_that_a_layer_may_see():
@@ -159,6 +157,6 @@ def test_a_sliding_window_is_all_that_a_layer_may_see():
     record = {"system": "a", "prompt": 0, "id": "0", "prompt_tokens": 20, "region_tokens": [], "steps": 3, "mass": []}
     entropy = np.repeat(np.log(seen)[..., None], 2, -1).astype(np.float16).ravel()
     rows = [record | {"kind": kind, "entropy": entropy} for kind in attention.KINDS]
-    of = entropies(pa.Table.from_pylist(rows, schema=attention.schema(2, 2, windows)), 1, Prompts(1))
-    np.testing.assert_allclose(of.relative["none_to_system"].value, 1, rtol=1e-3)  # float16
-    np.testing.assert_allclose(of.nats["none_to_system"].value[:, 0], np.log([20, 8]), rtol=1e-3)
+    summary = summarise_entropy(pa.Table.from_pylist(rows, schema=attention.schema(2, 2, windows)), PromptBootstrap(1))
+    np.testing.assert_allclose(summary.relative["none_to_system"].value, 1, rtol=1e-3)  # float16
+    np.testing.assert_allclose(summary.nats["none_to_system"].value[:, 0], np.log([20, 8]), rtol=1e-3)

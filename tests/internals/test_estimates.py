@@ -1,4 +1,4 @@
-"""Figures over prompts: what an interval covers, and what is too little for one."""
+"""Estimates over prompts: what an interval covers, and what is too little for one."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from headrift.internals.estimates import Prompts, pearson, spearman, student
-from headrift.internals.length import correlations, mixed_model
-from headrift.internals.measures import cka_by_chance, cosine, gram, kl, linear_cka, relative_l2
+from headrift.internals.analysis import length_correlations, mixed_model
+from headrift.internals.comparing import cka_by_chance, cosine, gram, kl, linear_cka, relative_l2
+from headrift.internals.estimates import PromptBootstrap, pearson, spearman, student
 
 
 def test_intervals_are_over_prompts_not_rows():
     """A hundred rows of each of 20 prompts, all alike within a prompt, are 20 numbers and not 2,000."""
     random = np.random.default_rng(0)
     one = random.normal(1.0, 1.0, 20)
-    prompts = Prompts(20)
-    few, many = prompts.mean(one).at(), prompts.mean(np.repeat(one[:, None], 100, 1).mean(1)).at()
+    bootstrap = PromptBootstrap(20)
+    few, many = bootstrap.mean(one).at(), bootstrap.mean(np.repeat(one[:, None], 100, 1).mean(1)).at()
     assert (few.prompts, few.rows) == (many.prompts, many.rows) == (20, 20)
     assert many.interval == pytest.approx(few.interval)
     # The bootstrap's standard error is the textbook's to within the noise of 1,000 draws, some 10%.
@@ -28,16 +28,16 @@ def test_intervals_cover_as_often_as_they_say():
     """95% intervals of 40 prompts miss the mean in 5% of cases (Student), or 6% (percentiles, for so few); of 1,000
     such intervals that is to within 3%, four standard errors."""
     values = np.random.default_rng(2).normal(0.0, 1.0, (40, 1000))
-    figures = Prompts(40).mean(values)
-    assert ((figures.low > 0) | (figures.high < 0)).mean() == pytest.approx(0.06, abs=0.03)
+    estimates = PromptBootstrap(40).mean(values)
+    assert ((estimates.low > 0) | (estimates.high < 0)).mean() == pytest.approx(0.06, abs=0.03)
     assert np.mean([student(column)[0].shown for column in values.T]) == pytest.approx(0.05, abs=0.03)
 
 
 def test_missing_prompts_are_left_out_and_few_have_no_interval():
     values = np.array([1.0, 3.0, np.nan, np.nan])
-    figure = Prompts(4).mean(values).at()
-    assert (figure.value, figure.interval, figure.prompts) == (2.0, None, 2)
-    assert not figure.shown
+    estimate = PromptBootstrap(4).mean(values).at()
+    assert (estimate.value, estimate.interval, estimate.prompts) == (2.0, None, 2)
+    assert not estimate.shown
     alike, p = student([2.0, 2.0, 2.0])
     assert (alike.value, alike.interval) == (2.0, None)
     assert np.isnan(p)
@@ -45,9 +45,9 @@ def test_missing_prompts_are_left_out_and_few_have_no_interval():
 
 def test_student_is_scipys():
     values = np.random.default_rng(2).normal(0.4, 1, 9)
-    figure, p = student(values)
+    estimate, p = student(values)
     expected = stats.ttest_1samp(values, 0)
-    assert figure.interval == pytest.approx(tuple(expected.confidence_interval()))
+    assert estimate.interval == pytest.approx(tuple(expected.confidence_interval()))
     assert p == pytest.approx(expected.pvalue)
 
 
@@ -73,23 +73,23 @@ def planted(slope_neutral: float, slope_beyond: float, noise: float = 0.05):
 
 def test_the_mixed_model_finds_planted_slopes():
     system, neutral, tokens = planted(0.2, 0.3)
-    found = mixed_model(system, neutral, tokens)
-    assert found["converged"]
-    assert found["rows"] == 360
+    results = mixed_model(system, neutral, tokens)
+    assert results["converged"]
+    assert results["rows"] == 360
     for name, slope in (("per_100_neutral", 0.2), ("per_100_beyond", 0.3)):
         # Wald's standard error is about 0.004 here; 0.02 is five of them.
-        assert found[name].value == pytest.approx(slope, abs=0.02)
-        assert found[name].shown
+        assert results[name].value == pytest.approx(slope, abs=0.02)
+        assert results[name].shown
     # The levels were drawn with 0.5; of 30 prompts their spread is that to within about a quarter.
-    assert found["random_effect_sd"] == pytest.approx(0.5, rel=0.4)
+    assert results["random_effect_sd"] == pytest.approx(0.5, rel=0.4)
 
 
 def test_no_slope_beyond_neutral_text_is_none_shown():
     system, neutral, tokens = planted(0.2, 0.0)
     assert not mixed_model(system, neutral, tokens)["per_100_beyond"].shown
-    beyond = correlations(system - neutral, tokens, Prompts(30))
+    beyond = length_correlations(system - neutral, tokens, PromptBootstrap(30))
     assert not beyond["spearman"].shown
-    assert correlations(system, tokens, Prompts(30))["spearman"].shown
+    assert length_correlations(system, tokens, PromptBootstrap(30))["spearman"].shown
 
 
 def test_too_little_for_a_mixed_model_says_why():

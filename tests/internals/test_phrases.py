@@ -8,10 +8,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from headrift.internals.estimates import Figure
-from headrift.internals.findings import verdict
-from headrift.internals.phrases import RulesError, effect_of_features, features_of, ranked, read_rules
-from headrift.internals.sentences import SCHEMA
+from headrift.internals.sentences import (
+    KL_SCHEMA,
+    RulesError,
+    effect_of_features,
+    find_features,
+    rank_sentences,
+    read_rules,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 RULES = read_rules()
@@ -31,17 +35,17 @@ RULES = read_rules()
     ],
 )
 def test_features_are_told_by_words(text, features):
-    assert set(features_of(text, RULES)) == features
+    assert set(find_features(text, RULES)) == features
 
 
 def test_users_rules_are_added_or_stand_in(tmp_path):
     own = tmp_path / "own.toml"
     own.write_text("[politeness]\npatterns = ['\\bplease\\b']\n[brevity]\npatterns = ['\\bcurt\\b']\n")
     rules = read_rules(own)
-    assert set(features_of("Please be brief and curt, step by step.", rules)) == {
+    assert set(find_features("Please be brief and curt, step by step.", rules)) == {
         "politeness", "brevity", "step_by_step"
     }  # fmt: skip
-    assert features_of("Be brief.", rules) == []
+    assert find_features("Be brief.", rules) == []
     with pytest.raises(RulesError, match="cannot be read"):
         read_rules(tmp_path / "nowhere.toml")
 
@@ -56,13 +60,13 @@ def table_of(effects: dict[str, np.ndarray]) -> pa.Table:
         for i, (text, values) in enumerate(effects.items())
         for j, value in enumerate(values)
     ]  # fmt: skip
-    return pa.Table.from_pylist(rows, schema=SCHEMA)
+    return pa.Table.from_pylist(rows, schema=KL_SCHEMA)
 
 
 def test_a_sentence_that_does_something_is_shown_and_those_that_do_not_are_not():
     random = np.random.default_rng(0)
     nothing = {f"Idle sentence number {i}.": random.normal(0, 0.1, 8) for i in range(40)}
-    rows = ranked(table_of({**nothing, "You must answer in JSON.": random.normal(0.6, 0.1, 8)}), RULES)
+    rows = rank_sentences(table_of({**nothing, "You must answer in JSON.": random.normal(0.6, 0.1, 8)}), RULES)
     assert rows[0]["text"] == "You must answer in JSON."
     assert rows[0]["features"] == ["format", "constraint"]
     assert rows[0]["shown"]
@@ -78,35 +82,26 @@ def test_a_sentence_that_does_something_is_shown_and_those_that_do_not_are_not()
 def test_features_of_sentences_are_put_together_by_prompt():
     random = np.random.default_rng(1)
     effects = {"Be brief.": random.normal(0.5, 0.1, 8), "Be short.": random.normal(0.3, 0.1, 8)}
-    found = effect_of_features(table_of({**effects, "Tea is hot.": random.normal(0, 0.1, 8)}), RULES)
-    assert found["brevity"]["sentences"] == 2
-    assert found["brevity"]["effect"].value == pytest.approx(np.mean(list(effects.values())))
-    assert found["brevity"]["effect"].prompts == 8
-    assert found["brevity"]["effect"].shown
-    assert found["none of them"]["sentences"] == 1
-    assert not found["none of them"]["effect"].shown
-    assert found["persona"]["sentences"] == 0
-
-
-@pytest.mark.parametrize(
-    ("interval", "said"),
-    [((0.1, 0.3), "more"), ((-0.3, -0.1), "less"), ((-0.1, 0.5), "no effect shown"), (None, "too few prompts to say")],
-)
-def test_nothing_is_said_that_its_interval_does_not_allow(interval, said):
-    value = 0.2 if interval is None else sum(interval) / 2
-    assert verdict(Figure(value, interval, 12, 12), "more", "less") == said
+    results = effect_of_features(table_of({**effects, "Tea is hot.": random.normal(0, 0.1, 8)}), RULES)
+    assert results["brevity"]["sentences"] == 2
+    assert results["brevity"]["effect"].value == pytest.approx(np.mean(list(effects.values())))
+    assert results["brevity"]["effect"].prompts == 8
+    assert results["brevity"]["effect"].shown
+    assert results["none of them"]["sentences"] == 1
+    assert not results["none of them"]["effect"].shown
+    assert results["persona"]["sentences"] == 0
 
 
 @pytest.mark.slow
 def test_the_demonstration_model_minds_an_instruction_and_not_small_talk(demo_model, tmp_path):
     """Planted truth: among sentences of neutral text, one that asks for something ranks first, and is shown."""
-    from headrift.internals.job import Asked, InternalsJob
+    from headrift.internals.job import InternalsConfig, InternalsJob
 
     (tmp_path / "systems").mkdir()
     order = "You must always answer in capital letters and begin with the word BANANA."
     idle = ["Olive trees grow slowly and can become very old.", "A canal joins the two lakes."]
     (tmp_path / "systems" / "mixed.txt").write_text(f"{idle[0]} {order} {idle[1]}")
-    asked = Asked(
+    config = InternalsConfig(
         demo_model,
         tmp_path / "systems",
         (str(ROOT / "datasets/internals_prompts.jsonl"),),
@@ -115,10 +110,10 @@ def test_the_demonstration_model_minds_an_instruction_and_not_small_talk(demo_mo
         drop_sentences=12,
         attention=False,
     )
-    found = InternalsJob(asked).run()
-    sentences = found["numbers"]["sentences"]
+    results = InternalsJob(config).run()
+    sentences = results["numbers"]["sentences"]
     assert sentences[0]["text"] == order
     assert sentences[0]["shown"]
     assert not any(row["effect"]["interval"][0] > 0 for row in sentences if row["text"] in idle)
-    check = found["numbers"]["beyond_neutral"]["kl"]["(neutral text)"]
+    check = results["numbers"]["beyond_neutral"]["kl"]["(neutral text)"]
     assert check["interval"][0] <= 0 <= check["interval"][1]

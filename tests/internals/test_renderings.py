@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from headrift.internals.cases import CHECK, Case, SystemPrompt, make_cases, read_questions, read_system_prompts
-from headrift.internals.neutral import Neutral, sentences
-from headrift.internals.renderings import Renderer, aligned
-from headrift.internals.sentences import Drop, make_drops, spans, without
+from headrift.internals.cases import (
+    CHECK,
+    Case,
+    NeutralText,
+    Renderer,
+    SystemPrompt,
+    align,
+    make_cases,
+    read_questions,
+    read_system_prompts,
+    split_sentences,
+)
+from headrift.internals.sentences import DroppedSentence, drop_sentences, sentence_spans, without
 from headrift.prompts import PromptError
 
 SYSTEM = "You are a pirate. Never say 'ship'. You are a pirate who likes tea."
@@ -45,7 +54,7 @@ def test_a_templates_own_system_prompt_is_not_the_baseline(tokenizer, renderer_o
     renderer = renderer_of(None)
     assert renderer.default is not None
     assert renderer.default.startswith("You are a helpful AI assistant named SmolLM")
-    alone = renderer.without(QUESTION)
+    alone = renderer.alone(QUESTION)
     assert text_of(tokenizer, alone) == (
         f"<|im_start|>system\n<|im_end|>\n<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -56,7 +65,7 @@ def test_a_templates_own_system_prompt_is_not_the_baseline(tokenizer, renderer_o
 def test_without_a_default_the_baseline_is_the_question_alone(tokenizer, renderer_of, template):
     renderer = renderer_of(template)
     assert renderer.default is None
-    assert text_of(tokenizer, renderer.without(QUESTION)) == (
+    assert text_of(tokenizer, renderer.alone(QUESTION)) == (
         f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
     )
 
@@ -64,15 +73,15 @@ def test_without_a_default_the_baseline_is_the_question_alone(tokenizer, rendere
 @pytest.mark.parametrize("template", [None, PLAIN, NO_SYSTEM])
 def test_questions_are_lined_up_by_token_id(tokenizer, renderer_of, template):
     renderer = renderer_of(template)
-    base = renderer.without(QUESTION)
-    ways = (renderer.with_system, renderer.before_question, renderer.behind_question)
+    base = renderer.alone(QUESTION)
+    ways = (renderer.with_system, renderer.before_question, renderer.after_question)
     for way in ways:
         other = way(QUESTION, SYSTEM)
-        run = aligned(base, other)
-        ours = base.token_ids[run.ours : run.ours + run.length]
-        assert ours == other.token_ids[run.theirs : run.theirs + run.length]
+        alignment = align(base, other)
+        shared = base.token_ids[alignment.base : alignment.base + alignment.length]
+        assert shared == other.token_ids[alignment.other : alignment.other + alignment.length]
         # At most the first token comes out otherwise, where something else stands before it.
-        assert run.length >= base.question[1] - base.question[0] - 1
+        assert alignment.length >= base.question[1] - base.question[0] - 1
         assert SYSTEM in text_of(tokenizer, other)
 
 
@@ -81,12 +90,12 @@ def test_a_question_that_is_quoted_in_the_system_prompt_is_found_in_the_users_tu
     system = f"If somebody asks '{QUESTION}', say that you are {QUESTION}"
     rendered = renderer.with_system(QUESTION, system)
     assert rendered.system is not None
-    run = aligned(renderer.without(QUESTION), rendered)
-    assert run.theirs >= rendered.system[1]
+    alignment = align(renderer.alone(QUESTION), rendered)
+    assert alignment.other >= rendered.system[1]
 
 
 def test_neutral_text_has_exactly_as_many_tokens(tokenizer, renderer_of):
-    renderer, neutral = renderer_of(None), Neutral(tokenizer)
+    renderer, neutral = renderer_of(None), NeutralText(tokenizer)
     rendered = renderer.with_system(QUESTION, SYSTEM)
     assert rendered.system is not None
     n = rendered.system[1] - rendered.system[0]
@@ -98,7 +107,7 @@ def test_neutral_text_has_exactly_as_many_tokens(tokenizer, renderer_of):
 
 
 def test_excerpts_start_at_sentences_and_go_round(tokenizer):
-    neutral = Neutral(tokenizer)
+    neutral = NeutralText(tokenizer)
     for n in (1, 7, 400, 3000):
         for start in (0, 3, neutral.starts + 3):
             assert len(neutral.excerpt(n, start)) == n
@@ -110,8 +119,10 @@ def test_excerpts_start_at_sentences_and_go_round(tokenizer):
 
 def test_sentences_are_cut_and_dropped_whole():
     text = "One thing. Another thing!\nA third? Yes."
-    parts = spans(text)
-    assert [text[a:b] for a, b in parts] == sentences(text) == ["One thing.", "Another thing!", "A third?", "Yes."]
+    parts = sentence_spans(text)
+    assert (
+        [text[a:b] for a, b in parts] == split_sentences(text) == ["One thing.", "Another thing!", "A third?", "Yes."]
+    )
     assert [without(text, part) for part in parts] == [
         "Another thing!\nA third? Yes.",
         "One thing. A third? Yes.",
@@ -122,20 +133,20 @@ def test_sentences_are_cut_and_dropped_whole():
 
 def test_a_drop_replaces_the_sentences_own_tokens(tokenizer, renderer_of, tmp_path):
     """Two sentences that begin alike: what is replaced is the one that is meant, whatever the tokens around it."""
-    renderer, neutral = renderer_of(None), Neutral(tokenizer)
+    renderer, neutral = renderer_of(None), NeutralText(tokenizer)
     file = tmp_path / "q.txt"
     file.write_text(f"{QUESTION}\n")
     questions, _ = read_questions((str(file),), renderer)
-    drops = make_drops(questions, SystemPrompt("pirate", SYSTEM), renderer, neutral)
+    drops = drop_sentences(questions, SystemPrompt("pirate", SYSTEM), renderer, neutral)
     assert len(drops) == 3
     for drop, left in zip(
         drops, ("Never say 'ship'. You are a pirate who", "You are a pirate. You are", "'ship'.<|im_end|>")
     ):
-        assert isinstance(drop, Drop)
+        assert isinstance(drop, DroppedSentence)
         assert left in tokenizer.decode(drop.dropped.token_ids)
         assert drop.text not in tokenizer.decode(drop.neutral.token_ids)
         assert len(drop.neutral.token_ids) == len(drop.whole.token_ids)
-        others = [other for other in sentences(SYSTEM) if other != drop.text]
+        others = [other for other in split_sentences(SYSTEM) if other != drop.text]
         assert all(other in tokenizer.decode(drop.neutral.token_ids) for other in others)
 
 
@@ -153,7 +164,7 @@ def test_prompts_that_cannot_be_used_are_rejected_with_their_reason(renderer_of,
 def test_a_long_prompt_is_rejected_under_a_long_system_prompt_only(tokenizer, tmp_path):
     file = tmp_path / "q.txt"
     file.write_text(f"{QUESTION}\n")
-    renderer, neutral = Renderer(tokenizer, 60), Neutral(tokenizer)
+    renderer, neutral = Renderer(tokenizer, 60), NeutralText(tokenizer)
     questions, rejected = read_questions((str(file),), renderer)
     assert not rejected
     (short,) = make_cases(questions, SystemPrompt("short", "Be kind."), 0, renderer, neutral)
@@ -165,7 +176,7 @@ def test_a_long_prompt_is_rejected_under_a_long_system_prompt_only(tokenizer, tm
 def test_the_checks_two_neutral_texts_differ(tokenizer, tmp_path):
     file = tmp_path / "q.txt"
     file.write_text("\n".join(f"{QUESTION} {i}" for i in range(40)) + "\n")
-    renderer, neutral = Renderer(tokenizer), Neutral(tokenizer)
+    renderer, neutral = Renderer(tokenizer), NeutralText(tokenizer)
     questions, _ = read_questions((str(file),), renderer)
     for case in make_cases(questions, None, 16, renderer, neutral):
         assert isinstance(case, Case), CHECK
@@ -179,12 +190,12 @@ def test_the_projects_own_system_prompts_and_questions():
     from pathlib import Path
 
     root = Path(__file__).resolve().parents[2]
-    from headrift.internals.phrases import features_of, read_rules
+    from headrift.internals.sentences import find_features, read_rules
 
     systems, rules = read_system_prompts(root / "system_prompts/internals"), read_rules()
     assert len(systems) >= 16
     for feature in rules:
-        assert sum(feature in features_of(system.text, rules) for system in systems) >= 3, feature
+        assert sum(feature in find_features(system.text, rules) for system in systems) >= 3, feature
     rows = [json.loads(line) for line in (root / "datasets/internals_prompts.jsonl").read_text().splitlines()]
     assert Counter(row["category"] for row in rows) == dict.fromkeys(
         ("fact", "explanation", "writing", "reasoning", "advice"), 8
@@ -194,4 +205,4 @@ def test_the_projects_own_system_prompts_and_questions():
 
 def test_an_empty_prompt_is_refused(renderer_of):
     with pytest.raises(PromptError, match="nothing to answer"):
-        renderer_of(None).without("  ")
+        renderer_of(None).alone("  ")

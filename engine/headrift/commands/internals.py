@@ -21,50 +21,51 @@ def internals(
     ],
     out: options.Out,
     limit: options.Limit = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A look: 4 system prompts, the first 6 prompts.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Quick: 4 system prompts, the first 6 prompts.")] = False,
     drop_sentences: Annotated[
         int,
         typer.Option(
             metavar="N",
             min=0,
-            help="For the first N prompts, drop each sentence in turn, and put the system text elsewhere; 0: neither.",
+            help="Number of prompts for which each sentence is dropped in turn and the system prompt is put elsewhere.",
         ),
     ] = 8,
     attention: Annotated[
         bool,
         typer.Option(
             "--attention/--no-attention",
-            help="Measure where the model looks, and what the sentences do to the instability; vLLM starts for that.",
+            help="Measure attention, and what sentences do to the instability, which starts vLLM.",
         ),
     ] = True,
-    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of the answer that are compared.")] = 8,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Number of answer tokens to compare.")] = 8,
     features: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A TOML file with further features of phrases.")
+        Path | None,
+        typer.Option(metavar="FILE", help="A TOML file with more features of sentences."),
     ] = None,
     dtype: options.DType = "auto",
     seed: options.Seed = 0,
     resume: options.Resume = False,
     messages: options.Messages,
 ) -> None:
-    """What do system prompts change inside a model, and in what it says? Which of their sentences do it?
+    """Measure what system prompts change inside a model and in its answers, and which of their sentences do it.
 
     Every prompt runs without a system prompt, under each, and under neutral text of exactly as many tokens. Compared
-    are residual stream, attention output and MLP output of every layer, at the prompt's own tokens and at the last
+    are the residual stream and the attention and MLP outputs of every layer, at the question's tokens and at the last
     token before the answer, and the answer's first tokens: in transformers, in float32 unless --dtype says otherwise.
-    Where the model looks meanwhile, and how evenly (entropy), is measured by the engine of `headrift score`, and so is
-    what dropped sentences do to the inter-head instability, of the first 4 prompts.
+    The engine of `headrift score` measures where the model looks, how evenly (entropy), and what dropped sentences do
+    to the inter-head instability, of the first 4 prompts.
 
     \b
-    Into the folder: components/, cka/, placements/, sentences/, attention/,
-    instability/ (Parquet, a file a system prompt), rejects.parquet, internals.json
-    (settings, all figures), report.html and its figures.
+    Writes components/, cka/, placements/, sentences/, attention/, instability/
+    (Parquet, a file for each system prompt), rejects.parquet, internals.json
+    (settings, all numbers), report.html and its figures.
     """
     reporter = messages.reporter()
     with reporter.errors(2):
-        from headrift.internals.job import Asked, InternalsJob
+        from headrift.internals.job import InternalsConfig, InternalsJob
 
         job = InternalsJob(
-            Asked(
+            InternalsConfig(
                 model=model,
                 system_prompts=system_prompts,
                 prompts=tuple(prompts),
@@ -83,19 +84,13 @@ def internals(
     rows = job.rows
     reporter.say(f"{len(job.questions)} prompts, {len(job.systems)} system prompts: {rows:,} rows to run")
     reporter.say(f"Without a system prompt means: {job.renderer.baseline}")
-    if job.rejected:
-        first = job.rejected[0]
-        reporter.say(f"{len(job.rejected)} rejected, the first: {first.id}: {first.detail}")
+    if job.rejects:
+        first = job.rejects[0]
+        reporter.say(f"{len(job.rejects)} rejected, the first: {first.id}: {first.detail}")
+    with reporter.errors(1, job.progress), reporter.progress_bar("rows", rows, unit="rows/s") as on_rows:
+        results = job.run(on_rows, messages.verbose)
 
-    with (
-        reporter.errors(1, lambda: f"{job.done}; rerun with --resume"),
-        reporter.progress_bar("rows", rows, unit="rows/s") as on_rows,
-    ):
-        found = job.run(on_rows, messages.verbose)
-    for sentence in found["summary"]:
-        typer.echo(sentence)
-    for question, statements in found["findings"].items():
-        typer.echo(f"\n{question}")
-        for statement in statements:
-            typer.echo(f"- {statement}")
-    reporter.say(f"\n{found['seconds']:.1f} s; results: {out}, the page: {out / 'report.html'}")
+    from headrift.internals.page import print_findings
+
+    print_findings({"In short": results["summary"], **results["findings"]})
+    reporter.say(f"\n{results['seconds']:.1f} s; results: {out}, the page: {out / 'report.html'}")

@@ -1,210 +1,319 @@
-"""What the measurements say together: every figure with its interval and the rows that it rests on."""
+"""What all measurements say together: every number with its interval, and the prompts and rows it is made from."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from headrift.internals.comparing import BEYOND, COMPARISONS, NEUTRAL, PLACES, SYSTEM
-from headrift.internals.entropies import Entropies, entropies
-from headrift.internals.estimates import Figure, Figures, Floats, Prompts, spearman, student
-from headrift.internals.length import length
-from headrift.internals.phrases import Rules, by_feature, effect_of_features, ranked
-from headrift.internals.placements import PLACEMENTS
-from headrift.internals.regions import Regions, regions
-from headrift.internals.tables import MEASURES, Compared, column, grid
+from headrift.internals.attention import summarise_entropy, summarise_regions
+from headrift.internals.cases import CHECK, SystemPrompt
+from headrift.internals.comparing import BEYOND, COMPARISONS, NEUTRAL, PLACEMENTS, PLACES, SYSTEM
+from headrift.internals.components import COMPONENTS, RESIDUAL
+from headrift.internals.estimates import (
+    Estimate,
+    Estimates,
+    PromptBootstrap,
+    column,
+    nan_mean,
+    pearson,
+    prompt_means,
+    spearman,
+    student,
+)
+from headrift.internals.sentences import Rules, effect_of_features, find_features, rank_sentences
+from headrift.stats import Floats, Ints
 
-# Draws for the rank correlations of every layer and component, each of which ranks all rows anew.
-_DRAWS_OF_RANKS = 200
-INSTABILITIES = ("whole", "dropped", "neutral")
+# How much a system prompt changes, three ways; changes of the residual stream are relative, mean over layers.
+MEASURES = {
+    "kl": "next-token KL (nats)",
+    "residual_last": "change of residual at the last prompt token",
+    "residual_question": "change of residual at the question's tokens",
+}
+SCORES = ("whole", "dropped", "neutral")
+_RANK_RESAMPLES = 200  # of rank correlations, each of which ranks all rows again
+_NUMBERS = ("kl", "top1_changed", "same_steps", "steps", "system_tokens")
+_NO_STATSMODELS = "statsmodels is not installed: pip install 'headrift[internals]'"
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """The records of comparing.compare as arrays, NaN for a prompt without a record."""
+
+    systems: list[str]  # names of the system prompts, CHECK last
+    prompts: int
+    layers: int
+    numbers: dict[tuple[str, str], Floats]  # by comparison and column [prompts, systems]
+    states: dict[tuple[str, str], Floats]  # by comparison and column [prompts, systems, layers, components]
+
+    @classmethod
+    def from_table(cls, table: pa.Table, n_prompts: int) -> Changes:
+        """Make the arrays from the records of all parts."""
+        metadata = json.loads(table.schema.metadata[b"headrift"])
+        names, comparisons = column(table, "system").tolist(), column(table, "comparison")
+        systems = list(dict.fromkeys(names))
+        place = column(table, "prompt"), np.array([systems.index(name) for name in names])
+        shape, cells = (n_prompts, len(systems)), (metadata["layers"], len(COMPONENTS))
+        numbers, states = {}, {}
+        for comparison in COMPARISONS:
+            rows = comparisons == comparison
+            index = tuple(axis[rows] for axis in place)
+            for name in _NUMBERS:
+                numbers[comparison, name] = np.full(shape, np.nan)
+                numbers[comparison, name][index] = column(table, name).astype(float)[rows]
+            for name in metadata["shapes"]:
+                lists = table[name].combine_chunks().values.to_numpy().reshape(-1, *cells)
+                states[comparison, name] = np.full((*shape, *cells), np.nan)
+                states[comparison, name][index] = lists[rows]
+        return cls(systems, n_prompts, metadata["layers"], numbers, states)
+
+    @property
+    def own(self) -> list[int]:
+        """The numbers of the system prompts without CHECK."""
+        return [i for i, name in enumerate(self.systems) if name != CHECK]
+
+    @property
+    def rows(self) -> int:
+        """Prompts under system prompts, without CHECK."""
+        return int(np.isfinite(self.numbers[COMPARISONS[0], "kl"][:, self.own]).sum())
+
+    def effect(self, measure: str, comparison: str) -> Floats:
+        """One of MEASURES [prompts, systems]."""
+        if measure == "kl":
+            return self.numbers[comparison, "kl"]
+        place = measure.removeprefix("residual_")
+        return self.states[comparison, f"{place}_l2"][..., COMPONENTS.index(RESIDUAL)].mean(-1)
 
 
 @dataclass(frozen=True, slots=True)
 class Analysis:
-    """What was found.
+    """All results, under their keys in internals.json and figures.json; None for what was not measured."""
 
-    by_layer: by (comparison, column of comparing.schema) means over prompts and system prompts, [layers, components].
-    by_system: by comparison the mean cosine at the last token over layers, [systems, components]. output: by comparison
-    the means of `kl`, `top1_changed` and `same` (part of the steps that the greedy answers have in common). beyond: by
-    measure and system prompt, the effect less that of its neutral control. predicting: by place Spearman's correlation
-    over rows of a layer's relative change with the next token's KL, [layers, components]; within: the same in each
-    system prompt, mean over these. cka: by (comparison, place) [layers, components], mean over system prompts, and by
-    chance. instability: of sentences, see _instability. The rest: see length, phrases, placements, regions and
-    entropies; None where it was not measured.
-    """
-
-    compared: Compared
-    by_layer: dict[tuple[str, str], Figures]
-    by_system: dict[str, Figures]
-    output: dict[str, dict[str, Figure]]
-    beyond: dict[str, dict[str, Figure]]
-    predicting: dict[str, Figures]
-    within: dict[str, Figures]
-    cka: dict[tuple[str, str], tuple[Floats, Floats]]
-    length: dict[str, Any]
-    features: dict[str, dict[str, Any]]
-    sentences: list[dict[str, Any]] | None = None
-    sentence_features: dict[str, dict[str, Any]] | None = None
-    placements: dict[str, dict[str, Figure]] | None = None
-    sentence_rows: int = 0
-    instability: dict[str, Any] | None = None
-    regions: Regions | None = None
-    entropies: Entropies | None = None
+    changes: Changes
+    results: dict[str, Any]
 
 
-def analysed(
-    tables: Mapping[str, pa.Table | None], n_prompts: int, texts: Mapping[str, str], rules: Rules, seed: int = 0
+def analyse(
+    tables: Mapping[str, pa.Table | None], n_prompts: int, systems: Sequence[SystemPrompt], rules: Rules, seed: int = 0
 ) -> Analysis:
-    """tables: of `components`, `cka`, `sentences`, `placements`, `attention`, `instability`. texts: of the system
-    prompts, by name."""
-    components = tables["components"]
+    """Analyse measured tables.
+
+    Args:
+        tables: components, cka, sentences, placements, attention, instability; None for what was not measured.
+        seed: Of the intervals.
+    """
+    components, sentences, placements = tables["components"], tables["sentences"], tables["placements"]
+    attention, scores = tables["attention"], tables["instability"]
     assert components is not None
-    of, prompts = Compared.of(components, n_prompts), Prompts(n_prompts, seed)
-    sentences, placed, attended = tables["sentences"], tables["placements"], tables["attention"]
-    scored = tables["instability"]
-    return Analysis(
-        compared=of,
-        by_layer={key: prompts.mean(_over(states[:, of.own]), of.rows) for key, states in of.states.items()},
-        by_system={which: prompts.mean(_over(of.states[which, "last_cosine"], 2)) for which in COMPARISONS},
-        output={which: _output(of, which, prompts) for which in COMPARISONS},
-        beyond={measure: _beyond(of, measure, prompts) for measure in MEASURES},
-        predicting={place: _predicting(of, place, prompts, within=False) for place in PLACES},
-        within={place: _predicting(of, place, prompts, within=True) for place in PLACES},
-        cka=_cka(tables["cka"], of.layers),
-        length=length(of, prompts),
-        features=by_feature(of, texts, rules, prompts),
-        sentences=None if sentences is None else ranked(sentences, rules),
-        sentence_features=None if sentences is None else effect_of_features(sentences, rules),
-        placements=None if placed is None else _placements(placed),
-        instability=None if scored is None else _instability(scored, rules),
-        regions=None if attended is None else regions(attended, n_prompts, prompts),
-        entropies=None if attended is None else entropies(attended, n_prompts, prompts),
-        sentence_rows=0 if sentences is None else sentences.num_rows,
-    )
+    changes, bootstrap = Changes.from_table(components, n_prompts), PromptBootstrap(n_prompts, seed)
+    texts = {system.name: system.text for system in systems}
+    cosine = {one: bootstrap.mean(nan_mean(changes.states[one, "last_cosine"], 2)) for one in COMPARISONS}
+    results = {
+        "prompts": n_prompts,
+        "system_prompts": [changes.systems[i] for i in changes.own],
+        "by_layer": {comparison: _by_layer(changes, comparison, bootstrap) for comparison in COMPARISONS},
+        "by_system": {"systems": changes.systems, "cosine_at_last_token": cosine},
+        "output": {comparison: _output(changes, comparison, bootstrap) for comparison in COMPARISONS},
+        "beyond_neutral": {measure: _beyond(changes, measure, bootstrap) for measure in MEASURES},
+        "predicting_kl": {
+            "over_rows": {place: _predicting(changes, place, bootstrap, within=False) for place in PLACES},
+            "within_system_prompts": {place: _predicting(changes, place, bootstrap, within=True) for place in PLACES},
+        },
+        "cka": _cka(tables["cka"], changes.layers),
+        "length": _length(changes, bootstrap),
+        "features": _features(changes, texts, rules, bootstrap),
+        "sentences": None if sentences is None else rank_sentences(sentences, rules),
+        "sentence_features": None if sentences is None else effect_of_features(sentences, rules),
+        "placements": None if placements is None else _placements(placements),
+        "instability": None if scores is None else _instability(scores, rules),
+        "attention": None if attention is None else summarise_regions(attention, bootstrap),
+        "attention_entropy": None if attention is None else summarise_entropy(attention, bootstrap),
+        "comparisons": {
+            SYSTEM: "without and with the system prompt",
+            NEUTRAL: "without and with neutral text of its length",
+            BEYOND: "with neutral text and with the system prompt",
+        },
+    }
+    return Analysis(changes, results)
 
 
-def _over(values: Floats, axis: int = 1) -> Floats:
-    """Means over an axis, NaN left out."""
-    there = np.isfinite(values)
-    n = there.sum(axis)
-    return np.divide(np.where(there, values, 0.0).sum(axis), n, out=np.full(n.shape, np.nan), where=n > 0)
+def _by_layer(changes: Changes, comparison: str, bootstrap: PromptBootstrap) -> dict[str, Estimates]:
+    """By column of comparing.schema, the mean over prompts and system prompts [layers, components]."""
+    states = {name: values for (one, name), values in changes.states.items() if one == comparison}
+    return {name: bootstrap.mean(nan_mean(values[:, changes.own]), changes.rows) for name, values in states.items()}
 
 
-def _output(of: Compared, which: str, prompts: Prompts) -> dict[str, Figure]:
-    same = of.numbers[which, "same_steps"] / of.numbers[which, "steps"]
-    columns = {"kl": of.numbers[which, "kl"], "top1_changed": of.numbers[which, "top1_changed"], "same": same}
-    return {name: prompts.mean(_over(values[:, of.own]), of.rows).at() for name, values in columns.items()}
+def _output(changes: Changes, comparison: str, bootstrap: PromptBootstrap) -> dict[str, Estimate]:
+    """Mean KL, how often the most likely first token changes, and the fraction of the answer's steps in common."""
+    numbers = {name: changes.numbers[comparison, name] for name in ("kl", "top1_changed", "same_steps", "steps")}
+    columns = {
+        "kl": numbers["kl"],
+        "top1_changed": numbers["top1_changed"],
+        "same": numbers["same_steps"] / numbers["steps"],
+    }
+    return {
+        name: bootstrap.mean(nan_mean(values[:, changes.own]), changes.rows).at() for name, values in columns.items()
+    }
 
 
-def _beyond(of: Compared, measure: str, prompts: Prompts) -> dict[str, Figure]:
-    """Of each system prompt, CHECK too, and of all but that together (""): with the system prompt less with neutral."""
-    values = of.effect(measure, SYSTEM) - of.effect(measure, NEUTRAL)
-    together = prompts.mean(_over(values[:, of.own]), of.rows).at()
-    return {"": together} | {name: prompts.mean(values[:, i]).at() for i, name in enumerate(of.systems)}
+def _beyond(changes: Changes, measure: str, bootstrap: PromptBootstrap) -> dict[str, Estimate]:
+    """Mean effect less that of neutral text, by system prompt; "": of all but CHECK."""
+    values = changes.effect(measure, SYSTEM) - changes.effect(measure, NEUTRAL)
+    together = bootstrap.mean(nan_mean(values[:, changes.own]), changes.rows).at()
+    return {"": together} | {name: bootstrap.mean(values[:, i]).at() for i, name in enumerate(changes.systems)}
 
 
-def _predicting(of: Compared, place: str, prompts: Prompts, *, within: bool) -> Figures:
-    """Spearman's correlation of relative change and next-token KL, [layers, components]."""
-    change, kl = of.states[SYSTEM, f"{place}_l2"][:, of.own], of.numbers[SYSTEM, "kl"][:, of.own]
-    shape, there = change.shape[2:], np.isfinite(kl) & np.isfinite(change).all((2, 3))
+def _predicting(changes: Changes, place: str, bootstrap: PromptBootstrap, *, within: bool) -> Estimates:
+    """Spearman's correlation of a layer's change and the KL [layers, components], over rows or within systems."""
+    change = changes.states[SYSTEM, f"{place}_l2"][:, changes.own]
+    kl = changes.numbers[SYSTEM, "kl"][:, changes.own]
+    valid = np.isfinite(kl) & np.isfinite(change).all((2, 3))
 
-    def over_rows(drawn: Any) -> Floats:
-        keep = there[drawn]
-        x, y = change[drawn][keep].reshape(keep.sum(), -1), kl[drawn][keep]
-        return spearman(x, np.broadcast_to(y[:, None], x.shape)).reshape(shape)
+    def correlate(x: Floats, y: Floats) -> Floats:
+        x = x.reshape(len(y), -1)
+        return spearman(x, np.broadcast_to(y[:, None], x.shape)).reshape(change.shape[2:])
 
-    def in_each(drawn: Any) -> Floats:
-        found = []
-        for i in range(kl.shape[1]):
-            keep = drawn[there[drawn, i]]
-            x, y = change[keep, i].reshape(len(keep), -1), kl[keep, i]
-            found.append(spearman(x, np.broadcast_to(y[:, None], x.shape)).reshape(shape))
-        return _over(np.stack(found), 0)
+    def over_rows(drawn: Ints) -> Floats:
+        keep = valid[drawn]
+        return correlate(change[drawn][keep], kl[drawn][keep])
 
-    return prompts.of(in_each if within else over_rows, int(there.sum()), _DRAWS_OF_RANKS)
+    def within_systems(drawn: Ints) -> Floats:
+        kept = [drawn[valid[drawn, i]] for i in range(kl.shape[1])]
+        return nan_mean(np.stack([correlate(change[rows, i], kl[rows, i]) for i, rows in enumerate(kept)]), 0)
+
+    return bootstrap.statistic(within_systems if within else over_rows, int(valid.sum()), _RANK_RESAMPLES)
 
 
-def _cka(table: pa.Table | None, layers: int) -> dict[tuple[str, str], tuple[Floats, Floats]]:
+def _cka(table: pa.Table | None, layers: int) -> dict[str, dict[str, Floats]]:
+    """By comparison and place, mean CKA over system prompts [layers, components], and by chance."""
     if table is None or not table.num_rows:
         return {}
     rows = table.to_pylist()
     names = list(dict.fromkeys(row["component"] for row in rows))
-    found = {}
+    results = {}
     for key in dict.fromkeys((row["comparison"], row["place"]) for row in rows):
-        sums = np.zeros((2, layers, len(names)))
-        counts = np.zeros((layers, len(names)))
+        sums, counts = np.zeros((2, layers, len(names))), np.zeros((layers, len(names)))
         for row in rows:
             if (row["comparison"], row["place"]) == key and row["system"] and np.isfinite(row["cka"]):
-                at = row["layer"], names.index(row["component"])
-                sums[(0, *at)] += row["cka"]
-                sums[(1, *at)] += row["by_chance"]
-                counts[at] += 1
+                index = row["layer"], names.index(row["component"])
+                sums[(slice(None), *index)] += row["cka"], row["by_chance"]
+                counts[index] += 1
         means = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
-        found[key] = means[0], means[1]
-    return found
+        results[" / ".join(key)] = {"cka": means[0], "by_chance": means[1]}
+    return results
 
 
-def _placements(table: pa.Table) -> dict[str, dict[str, Figure]]:
-    """By place the mean effects, and, but for the first place, each less that of the system prompt (`.._less`)."""
-    prompts = sorted(set(column(table, "prompt")))
-    found: dict[str, dict[str, Figure]] = {}
+def _length(changes: Changes, bootstrap: PromptBootstrap) -> dict[str, Any]:
+    """By measure, the correlation of length and effect of system prompts, of neutral texts and of their difference."""
+    tokens = changes.numbers[SYSTEM, "system_tokens"][:, changes.own]
+    results: dict[str, Any] = {}
     for measure in MEASURES:
-        values = {where: grid(table, measure, prompts, placement=where) for where in PLACEMENTS}
-        for where, of in values.items():
-            rows = sum(1 for each in column(table, "placement") if each == where)
-            about = found.setdefault(where, {})
-            about[measure] = student(of, rows)[0]
-            if where != PLACEMENTS[0]:
-                about[f"{measure}_less"] = student(of - values[PLACEMENTS[0]], rows)[0]
-    return found
+        system, neutral = (changes.effect(measure, comparison)[:, changes.own] for comparison in (SYSTEM, NEUTRAL))
+        results[measure] = {"mixed": mixed_model(system, neutral, tokens)}
+        for name, values in (("system", system), ("neutral", neutral), ("beyond", system - neutral)):
+            results[measure][name] = length_correlations(values, tokens, bootstrap)
+    return results
+
+
+def length_correlations(values: Floats, tokens: Floats, bootstrap: PromptBootstrap) -> dict[str, Estimate]:
+    """Pearson's and Spearman's correlation of values and lengths over all rows [prompts, systems]."""
+    valid = np.isfinite(values)
+
+    def both(drawn: Ints) -> Floats:
+        keep = valid[drawn]
+        x, y = tokens[drawn][keep], values[drawn][keep]
+        return np.array([pearson(x, y), spearman(x, y)])
+
+    estimates = bootstrap.statistic(both, int(valid.sum()), _RANK_RESAMPLES)
+    return {"pearson": estimates.at(0), "spearman": estimates.at(1)}
+
+
+def mixed_model(system: Floats, neutral: Floats, tokens: Floats) -> dict[str, Any]:
+    """Fit effect ~ length * (neutral text or system prompt) with the prompt as random effect.
+
+    Args:
+        system, neutral: Effects [prompts, systems].
+        tokens: Lengths [prompts, systems].
+
+    Returns:
+        With Wald intervals, per 100 tokens: the slope of neutral texts, and by how much that of system prompts is
+        larger. Or the reason why there is none.
+    """
+    valid = np.isfinite(system) & np.isfinite(neutral)
+    prompts = np.broadcast_to(np.arange(len(system))[:, None], system.shape)[valid]
+    rows, n_prompts = 2 * int(valid.sum()), len(np.unique(prompts))
+    counts = {"rows": rows, "prompts": n_prompts}
+    if n_prompts < 3 or len(np.unique(tokens[valid])) < 3:
+        return {"reason": "fewer than three prompts, or three lengths", **counts}
+    try:
+        from statsmodels.regression.mixed_linear_model import MixedLM
+    except ImportError:
+        return {"reason": _NO_STATSMODELS, **counts}
+    length, is_system = np.tile(tokens[valid] / 100, 2), np.repeat([1.0, 0.0], rows // 2)
+    effect = np.concatenate([system[valid], neutral[valid]])
+    design = np.column_stack([np.ones(rows), length, is_system, length * is_system])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `converged` says the same
+        try:
+            fit = MixedLM(effect, design, np.tile(prompts, 2)).fit(reml=True)
+        except (np.linalg.LinAlgError, ValueError) as error:
+            return {"reason": f"the model could not be fitted: {error}", **counts}
+        intervals = fit.conf_int()
+    results: dict[str, Any] = {"converged": bool(fit.converged), **counts}
+    results["random_effect_sd"] = float(np.sqrt(max(0.0, np.asarray(fit.cov_re)[0, 0])))
+    for name, i in (("per_100_neutral", 1), ("per_100_beyond", 3)):
+        low, high = map(float, intervals[i])
+        interval = (low, high) if np.isfinite([low, high]).all() else None
+        results[name] = Estimate(float(fit.fe_params[i]), interval, n_prompts, rows)
+    return results
+
+
+def _features(
+    changes: Changes, texts: Mapping[str, str], rules: Rules, bootstrap: PromptBootstrap
+) -> dict[str, dict[str, Any]]:
+    """By feature, the KL beyond neutral text of the system prompts that have it, less that of the others."""
+    beyond = (changes.effect("kl", SYSTEM) - changes.effect("kl", NEUTRAL))[:, changes.own]
+    results: dict[str, dict[str, Any]] = {}
+    for feature in rules:
+        has = np.array([feature in find_features(texts[changes.systems[i]], rules) for i in changes.own])
+        results[feature] = {"with": int(has.sum()), "without": int((~has).sum()), "difference": None}
+        if has.any() and not has.all():
+            difference = bootstrap.mean(nan_mean(beyond[:, has]) - nan_mean(beyond[:, ~has]))
+            results[feature]["difference"] = difference.at()
+    return results
+
+
+def _placements(table: pa.Table) -> dict[str, dict[str, Estimate]]:
+    """By placement the mean effects and, but for the first, each less that as system prompt (`.._less`)."""
+    prompts = sorted(set(column(table, "prompt").tolist()))
+    results: dict[str, dict[str, Estimate]] = {placement: {} for placement in PLACEMENTS}
+    for measure in MEASURES:
+        values = {one: prompt_means(table, measure, prompts, placement=one) for one in PLACEMENTS}
+        for placement, means in values.items():
+            rows = int((column(table, "placement") == placement).sum())
+            results[placement][measure] = student(means, rows)[0]
+            if placement != PLACEMENTS[0]:
+                results[placement][f"{measure}_less"] = student(means - values[PLACEMENTS[0]], rows)[0]
+    return results
 
 
 def _instability(table: pa.Table, rules: Rules) -> dict[str, Any]:
-    """What sentences do to the instability score, see instability: `scores`, the three means; `effect` and
-    `effect_dropped`, means over sentences; `sentences` and `features` as of the KL. Rows without a score left out."""
+    """What sentences do to the instability score; rows without a score are left out."""
     table = table.drop_null()
-    prompts = sorted(set(column(table, "prompt")))
+    prompts = sorted(set(column(table, "prompt").tolist()))
     means = {
-        name: student(grid(table, name, prompts), table.num_rows)[0]
-        for name in (*INSTABILITIES, "effect", "effect_dropped")
+        name: student(prompt_means(table, name, prompts), table.num_rows)[0]
+        for name in (*SCORES, "effect", "effect_dropped")
     }
     return {
-        "scores": {name: means[name] for name in INSTABILITIES},
+        "scores": {name: means[name] for name in SCORES},
         "effect": means["effect"],
         "effect_dropped": means["effect_dropped"],
-        "sentences": ranked(table, rules, (*INSTABILITIES, "effect_dropped")),
+        "sentences": rank_sentences(table, rules, (*SCORES, "effect_dropped")),
         "features": effect_of_features(table, rules),
     }
-
-
-def numbers(of: Analysis) -> dict[str, Any]:
-    """All of it as plain values, for internals.json and figures.json."""
-    return {
-        "prompts": of.compared.prompts,
-        "system_prompts": [of.compared.systems[i] for i in of.compared.own],
-        "by_layer": {
-            which: {name: figures for (one, name), figures in of.by_layer.items() if one == which}
-            for which in COMPARISONS
-        },
-        "by_system": {"systems": of.compared.systems, "cosine_at_last_token": of.by_system},
-        "output": of.output,
-        "beyond_neutral": of.beyond,
-        "predicting_kl": {"over_rows": of.predicting, "within_system_prompts": of.within},
-        "cka": {
-            " / ".join(key): {"cka": value, "by_chance": chance} for key, (value, chance) in of.cka.items()
-        },
-        "length": of.length,
-        "features": of.features,
-        "sentences": of.sentences,
-        "sentence_features": of.sentence_features,
-        "placements": of.placements,
-        "instability": of.instability,
-        "attention": of.regions,
-        "attention_entropy": of.entropies,
-        "comparisons": {SYSTEM: "without and with the system prompt", NEUTRAL: "without and with neutral text of its "
-                        "length", BEYOND: "with neutral text and with the system prompt"},
-    }  # fmt: skip

@@ -1,31 +1,240 @@
-"""What is compared with what: prompts and system prompts read, rendered and lined up, before a model is loaded."""
+"""The prompts to compare: a question alone, under a system prompt, and under neutral text of as many tokens.
+
+Everything here happens before the model is loaded. Some chat templates add a system prompt of their own if none is
+given (SmolLM2 and Qwen2.5 do). With such a model "without a system prompt" is an empty system message, so that the
+model's default is not what everything is compared with.
+"""
 
 from __future__ import annotations
 
+import re
+import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from headrift.corpus import sources
 from headrift.corpus.readers import Reader
 from headrift.corpus.rows import BadRow
 from headrift.corpus.sources import InputError
-from headrift.internals.neutral import Neutral
-from headrift.internals.renderings import Aligned, Rendered, Renderer, aligned
-from headrift.prompts import PromptError
+from headrift.prompts import ChatRenderer, PromptError, Span, chat_messages
 
-# A system prompt of neutral text, in every run: against the neutral control it must show no effect.
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# The name of a system prompt of neutral text, which every run has: beyond the neutral control it must show no effect.
 CHECK = "(neutral text)"
 _CHECK_TEXT = (
     "The tides follow the moon. Its pull lifts the sea a little, so that most coasts see high water twice a day."
 )
-# Neutral texts of a prompt's system prompts begin so many sentences apart.
-_STRIDE = 7
+_STRIDE = 7  # sentences between the neutral texts of a prompt's system prompts
+_GAP = "\n\n"
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """A prompt as the model gets it. Spans are of tokens, [start, end)."""
+
+    token_ids: list[int] = field(repr=False)
+    question: Span
+    system: Span | None = None  # None without a system prompt
+
+    def with_system_ids(self, ids: Sequence[int]) -> Rendering:
+        """Replace the system prompt's tokens by as many others."""
+        assert self.system is not None
+        start, end = self.system
+        assert len(ids) == end - start
+        return Rendering([*self.token_ids[:start], *ids, *self.token_ids[end:]], self.question, self.system)
+
+
+class Renderer:
+    """Renders questions with a model's chat template.
+
+    Args:
+        max_tokens: The longest prompt, None for any.
+
+    Attributes:
+        default: The system prompt that the template adds if none is given, None if it adds none.
+        baseline: How a prompt without a system prompt is rendered, in words.
+
+    Raises:
+        TokenizerError: If the chat template cannot be used.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, max_tokens: int | None = None) -> None:
+        self._tokenizer, self._max_tokens = tokenizer, max_tokens
+        self._chats = ChatRenderer(tokenizer, max_prompt_tokens=max_tokens)
+        self._mark = f"headrift{secrets.token_hex(8)}"
+        self._before: list[dict[str, str]] = []
+        self.default = self._find_default()
+        self.baseline = "no system message"
+        if self.default is not None:
+            empty = {"role": "system", "content": ""}
+            if self.default in self._apply([empty, _user("x")]):
+                self.baseline = "the template's own system prompt, which it adds even for an empty one"
+            else:
+                self._before = [empty]
+                self.baseline = "an empty system message, since the template would add a system prompt of its own"
+
+    def alone(self, question: str) -> Rendering:
+        """Render the question without a system prompt. PromptError as from ChatRenderer, here and below."""
+        return self._in_user_turn("", question, "")
+
+    def with_system(self, question: str, system: str) -> Rendering:
+        """Render the question under a system prompt."""
+        chat = self._chats.render(chat_messages(question, system))
+        return Rendering(chat.token_ids, chat.regions["user"], chat.regions["system"])
+
+    def with_parts(self, question: str, system: str, parts: Sequence[Span]) -> tuple[Rendering, list[Span]]:
+        """Render the question under a system prompt, and find the tokens of its parts.
+
+        Args:
+            parts: Characters [start, end) of the system prompt.
+
+        Returns:
+            The rendering, and the tokens [start, end) of each part.
+
+        Raises:
+            PromptError: Also if the template has trimmed a part away.
+        """
+        chat = self._chats.render(chat_messages(question, system))
+        text, trimmed = chat.text or "", system.strip()
+        offsets = self._tokenize(text)[1]
+        blanks = len(system) - len(system.lstrip())
+        # The text begins within the first token that overlaps it.
+        begin = text.index(trimmed, offsets[chat.regions["system"][0]][0]) - blanks
+        spans = [_overlapping(offsets, begin + start, begin + end) for start, end in parts]
+        return Rendering(chat.token_ids, chat.regions["user"], chat.regions["system"]), spans
+
+    def before_question(self, question: str, system: str) -> Rendering:
+        """Render the system prompt's text in the user's turn, before the question."""
+        return self._in_user_turn(system + _GAP, question, "")
+
+    def after_question(self, question: str, system: str) -> Rendering:
+        """Render the system prompt's text in the user's turn, after the question."""
+        return self._in_user_turn("", question, _GAP + system)
+
+    def _in_user_turn(self, before: str, question: str, after: str) -> Rendering:
+        question = question.strip()
+        if not question:
+            raise PromptError("no_user_message", "the prompt is empty: there is nothing to answer")
+        content = before + question + after
+        text = self._apply([*self._before, _user(content)])
+        head, *tails = self._apply([*self._before, _user(self._mark)]).split(self._mark)
+        if len(tails) != 1 or text != head + content + tails[0]:
+            detail = "the model's chat template changes the user's text: which tokens are the question's?"
+            raise PromptError("span_not_found", detail)
+        ids, offsets = self._tokenize(text)
+        if self._max_tokens is not None and len(ids) > self._max_tokens:
+            detail = f"the prompt has {len(ids)} tokens and at most {self._max_tokens} fit; shorten it"
+            raise PromptError("prompt_too_long", detail)
+        start = len(head) + len(before)
+        return Rendering(ids, _overlapping(offsets, start, start + len(question)))
+
+    def _tokenize(self, text: str) -> tuple[list[int], list[Span]]:
+        """Token ids, and the characters of each."""
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return encoded["input_ids"], encoded["offset_mapping"]
+
+    def _apply(self, messages: list[dict[str, str]]) -> str:
+        try:
+            text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise PromptError("invalid_text", f"not valid Unicode text: {error}; repair its encoding") from error
+        except Exception as error:  # a template is a program: it can raise anything
+            raise PromptError("template_rejected", f"the model's chat template rejects it: {error}"[:300]) from error
+        return text
+
+    def _find_default(self) -> str | None:
+        alone = self._apply([_user("x")])
+        try:
+            around = self._apply([{"role": "system", "content": self._mark}, _user("x")]).split(self._mark)
+        except PromptError:  # it takes no system message
+            return None
+        if len(around) != 2 or not (alone.startswith(around[0]) and alone.endswith(around[1])):
+            return None
+        return alone[len(around[0]) : len(alone) - len(around[1])] or None
+
+
+def _overlapping(offsets: Sequence[Span], start: int, end: int) -> Span:
+    """The tokens whose characters overlap [start, end). PromptError if none do."""
+    inside = [i for i, (first, last) in enumerate(offsets) if first < end and last > start and last > first]
+    if not inside:
+        raise PromptError("span_not_found", "the tokenizer makes no token of a text that is to be compared")
+    return inside[0], inside[-1] + 1
+
+
+def _user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """Tokens of the question that two renderings share: [base, base + length) of one, [other, ...) of the other."""
+
+    base: int
+    other: int
+    length: int
+
+
+def align(base: Rendering, other: Rendering) -> Alignment:
+    """Find the longest run of the question's tokens that both renderings have. PromptError if there is none."""
+    base_ids, other_ids = (rendering.token_ids[slice(*rendering.question)] for rendering in (base, other))
+    match = SequenceMatcher(None, base_ids, other_ids, autojunk=False).find_longest_match()
+    if not match.size:
+        detail = "the question has other tokens in each rendering: nothing can be compared"
+        raise PromptError("no_common_tokens", detail)
+    return Alignment(base.question[0] + match.a, other.question[0] + match.b, match.size)
+
+
+class NeutralText:
+    """Excerpts of exactly n tokens of a text without instructions (safety_heads/neutral.txt: tea, tides and the like).
+
+    Attributes:
+        starts: How many different excerpts there are of a length.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        text = (files("headrift.safety_heads") / "neutral.txt").read_text(encoding="utf-8")
+        parts = split_sentences(text)
+        self._first, self._inner = ([_ids(tokenizer, blank + part) for part in parts] for blank in ("", " "))
+        self._stop = _ids(tokenizer, "end.")[-1]
+        self.starts = len(parts)
+
+    def excerpt(self, n_tokens: int, start: int, inner: bool = False) -> list[int]:
+        """Return the token ids of an excerpt, which ends with a full stop.
+
+        Args:
+            start: The sentence to begin with; after the last one the text starts again.
+            inner: The excerpt continues a text, so it begins with a blank.
+        """
+        index = start % self.starts
+        ids = list((self._inner if inner else self._first)[index])
+        while len(ids) < n_tokens:
+            index = (index + 1) % self.starts
+            ids += self._inner[index]
+        return [*ids[: n_tokens - 1], self._stop]
+
+
+def split_sentences(text: str) -> list[str]:
+    """Split a text into sentences, without the blanks between them; a line break ends one too."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return [part for line in lines for part in _SENTENCE_END.split(line)]
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt: its number, its id and category as the file has them, its text, and it alone in the chat template."""
+    """A prompt: its number, id and category, and its rendering without a system prompt."""
 
     number: int
     id: str
@@ -33,12 +242,16 @@ class Question:
     text: str = field(repr=False)
     source: str = ""
     row: int = 0
-    base: Rendered = field(default_factory=lambda: Rendered([], (0, 0)), repr=False)
+    base: Rendering = field(default_factory=lambda: Rendering([], (0, 0)), repr=False)
+
+    def reject(self, system: str | None, error: PromptError) -> Reject:
+        """The reject of this question under a system prompt."""
+        return Reject(self.source, self.row, self.id, system, error.reason, str(error))
 
 
 @dataclass(frozen=True, slots=True)
 class SystemPrompt:
-    """A system prompt by its file's name."""
+    """A system prompt, named after its file."""
 
     name: str
     text: str = field(repr=False)
@@ -46,24 +259,24 @@ class SystemPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A question under a system prompt, and under neutral text of as many tokens. in_system, in_neutral: the question's
-    tokens in common with the question alone (`ours`)."""
+    """A question under a system prompt, and under neutral text of as many tokens, both aligned with it alone."""
 
     question: Question
-    system: Rendered
-    neutral: Rendered
-    in_system: Aligned
-    in_neutral: Aligned
+    system: Rendering
+    neutral: Rendering
+    system_alignment: Alignment
+    neutral_alignment: Alignment
 
     @property
     def system_tokens(self) -> int:
+        """The length of the system prompt."""
         assert self.system.system is not None
         return self.system.system[1] - self.system.system[0]
 
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """A prompt, or a prompt under one system prompt, that nothing is said of: a code, and what to do."""
+    """An input row, or a question under one system prompt, that cannot be compared; a row of rejects.parquet."""
 
     source: str
     row: int
@@ -74,10 +287,10 @@ class Reject:
 
 
 def read_system_prompts(folder: Path) -> list[SystemPrompt]:
-    """The texts of a folder's .txt files, one each, by name. InputError where there is none or one is no text."""
+    """Read a folder's .txt files, one system prompt each, sorted by name. InputError if one cannot be used."""
     if not folder.is_dir():
-        raise InputError(f"--system-prompts {folder} is no folder: name one with a .txt file for each system prompt")
-    found = []
+        raise InputError(f"--system-prompts {folder} is not a folder: name one with a .txt file for each system prompt")
+    prompts = []
     for path in sorted(folder.glob("*.txt")):
         try:
             text = path.read_text(encoding="utf-8-sig").strip()
@@ -85,18 +298,18 @@ def read_system_prompts(folder: Path) -> list[SystemPrompt]:
             raise InputError(f"{path} is not UTF-8 text: convert it to UTF-8") from error
         if not text:
             raise InputError(f"{path} is empty: write a system prompt into it, or remove it")
-        found.append(SystemPrompt(path.stem, text))
-    if not found:
-        raise InputError(f"--system-prompts {folder} has no .txt file: put each system prompt into one of its own")
-    return found
+        prompts.append(SystemPrompt(path.stem, text))
+    if not prompts:
+        raise InputError(f"--system-prompts {folder} has no .txt file: write each system prompt into its own")
+    return prompts
 
 
 def read_questions(
     inputs: Sequence[str], renderer: Renderer, limit: int | None = None
 ) -> tuple[list[Question], list[Reject]]:
-    """The first `limit` prompts that can be used, and the rows before that cannot. InputError as Reader has it."""
-    found: list[Question] = []
-    rejected: list[Reject] = []
+    """Read the first `limit` usable prompts, and the rows before that are not usable. InputError as from Reader."""
+    questions: list[Question] = []
+    rejects: list[Reject] = []
     ids: set[str] = set()
 
     def take_id(name: str) -> bool:
@@ -105,40 +318,43 @@ def read_questions(
         return new
 
     for row in Reader(sources.find(inputs)).rows(take_id=take_id):
-        if limit is not None and len(found) == limit:
+        if limit is not None and len(questions) == limit:
             break
         if isinstance(row, BadRow):
-            rejected.append(Reject(row.source, row.row, row.id, None, row.reason, row.detail))
+            rejects.append(Reject(row.source, row.row, row.id, None, row.reason, row.detail))
             continue
         try:
             text = row.prompt.prompt
             if text is None:
-                raise PromptError("no_prompt", "the row has no `prompt`: only single user messages are compared here")
-            base = renderer.without(text)
+                raise PromptError("no_prompt", "the row has no `prompt`: only single user messages are compared")
+            base = renderer.alone(text)
         except PromptError as error:
-            rejected.append(Reject(row.source, row.row, row.id, None, error.reason, str(error)))
+            rejects.append(Reject(row.source, row.row, row.id, None, error.reason, str(error)))
             continue
-        found.append(Question(len(found), row.id, row.category or "", text, row.source, row.row, base))
-    return found, rejected
+        questions.append(Question(len(questions), row.id, row.category or "", text, row.source, row.row, base))
+    return questions, rejects
 
 
 def make_cases(
-    questions: Sequence[Question], system: SystemPrompt | None, number: int, renderer: Renderer, neutral: Neutral
+    questions: Sequence[Question], system: SystemPrompt | None, number: int, renderer: Renderer, neutral: NeutralText
 ) -> Iterator[Case | Reject]:
-    """Each question under a system prompt, or why not. system: None for CHECK. number: the system prompt's own."""
+    """Render each question under a system prompt.
+
+    Args:
+        system: None for CHECK.
+        number: The system prompt's number, by which neutral texts are chosen.
+    """
     for question in questions:
         try:
-            text = _CHECK_TEXT if system is None else system.text
-            rendered = renderer.with_system(question.text, text)
-            assert rendered.system is not None
-            n_tokens = rendered.system[1] - rendered.system[0]
+            rendering = renderer.with_system(question.text, _CHECK_TEXT if system is None else system.text)
+            assert rendering.system is not None
+            n_tokens = rendering.system[1] - rendering.system[0]
             start = question.number + _STRIDE * number
-            control = rendered.with_system_ids(neutral.excerpt(n_tokens, start))
+            control = rendering.with_system_ids(neutral.excerpt(n_tokens, start))
             if system is None:
-                rendered = rendered.with_system_ids(neutral.excerpt(n_tokens, start + neutral.starts // 2))
-            in_system, in_neutral = (aligned(question.base, other) for other in (rendered, control))
+                rendering = rendering.with_system_ids(neutral.excerpt(n_tokens, start + neutral.starts // 2))
+            alignments = (align(question.base, rendering), align(question.base, control))
         except PromptError as error:
-            name = CHECK if system is None else system.name
-            yield Reject(question.source, question.row, question.id, name, error.reason, str(error))
+            yield question.reject(CHECK if system is None else system.name, error)
             continue
-        yield Case(question, rendered, control, in_system, in_neutral)
+        yield Case(question, rendering, control, *alignments)

@@ -1,8 +1,9 @@
-"""What a model's layers compute at chosen tokens: residual stream, attention output, MLP output; and what it says next.
+"""States of a model's layers at chosen tokens (residual stream, attention output, MLP output), and next-token
+distributions.
 
-Read with forward hooks on the modules of a transformers model, so the numbers are what the model's own code hands on.
-Tokens that all rows begin with run once; the rest is padded on the right, where by causality nothing can look at it,
-and positions are each token's own: neither padding nor the size of a batch changes a number beyond rounding.
+Read with forward hooks on the modules of a transformers model, so the numbers are the model's own. Tokens that all rows
+start with run once; the rest is padded on the right, where by causality nothing attends to it, and positions are each
+token's own: neither padding nor batch size changes a number beyond rounding.
 """
 
 from __future__ import annotations
@@ -22,38 +23,42 @@ if TYPE_CHECKING:
 RESIDUAL, ATTENTION, MLP = COMPONENTS = ("residual", "attention", "mlp")
 _ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 _MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")
-# Tokens of a batch, padding included; below so many in common, rows are not worth a pass of their own.
-_BATCH_TOKENS, _LEAST_PREFIX = 2048, 8
+_BATCH_TOKENS = 2048  # padding included
+_LEAST_PREFIX = 8  # with fewer tokens in common, a pass of their own is not worth it
 
-Floats = NDArray[np.float32]
+States = NDArray[np.float32]
 
 
 class UnsupportedModelError(ValueError):
-    """The model's layers, or their parts, are not where this looks for them; the message names what is there."""
+    """The model's layers, or their parts, are not found. The message names what the model has."""
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """What goes in: token ids; points: at which of them states are wanted; said: at which the next token's
-    distribution is."""
+class ForwardRow:
+    """What goes in."""
 
     token_ids: Sequence[int] = field(repr=False)
-    said: Sequence[int]
-    points: Sequence[int] = ()
+    predict_at: Sequence[int]  # tokens at which the next token's distribution is read
+    points: Sequence[int] = ()  # tokens at which states are read
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What comes out. states: [points, layers, COMPONENTS, hidden]; log_probs: [said, vocabulary], in nats."""
+    """What comes out."""
 
-    states: Floats = field(repr=False)
-    log_probs: Floats = field(repr=False)
+    states: States = field(repr=False)  # [points, layers, COMPONENTS, hidden]
+    log_probs: States = field(repr=False)  # nats [predict_at, vocabulary]
 
 
-class Model:
-    """A causal language model of transformers, on a GPU where there is one. dtype: auto is float32, which is what the
-    numbers' last digits need. UnsupportedModelError where its layers are not found. A context manager, whose end gives
-    the memory back."""
+class StateReader:
+    """A causal language model of transformers, on a GPU if there is one. As a context manager it frees its memory.
+
+    Args:
+        dtype: auto is float32, which the numbers' last digits need.
+
+    Raises:
+        UnsupportedModelError: If the model's layers are not found.
+    """
 
     def __init__(self, folder: Any, dtype: str = "auto") -> None:
         import torch
@@ -70,9 +75,9 @@ class Model:
                 transformers.utils.logging.enable_progress_bar()
         if torch.cuda.is_available():
             self.model.to("cuda")
-        self._modules = parts_of(self.model)
+        self._modules = find_components(self.model)
 
-    def __enter__(self) -> Model:
+    def __enter__(self) -> StateReader:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -80,79 +85,85 @@ class Model:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Layers, and components of each."""
+        """Number of layers, and of components of each."""
         return len(self._modules), len(COMPONENTS)
 
     def read(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[ForwardRow],
         on_rows: Callable[[int], None] | None = None,
         batch_tokens: int = _BATCH_TOKENS,
         share: bool = True,
     ) -> list[Reading]:
-        """A reading of each row, in order. on_rows: told how many more are done. share: let tokens that all rows begin
-        with run once."""
+        """Read rows.
+
+        Args:
+            on_rows: Called with the number of rows that are done since the last call.
+            share: Run tokens that all rows start with once.
+
+        Returns:
+            A reading of each row, in order.
+        """
         import torch
 
-        found: dict[int, Reading] = {}
+        readings: dict[int, Reading] = {}
         with torch.inference_mode():
             n_shared = _n_shared(rows) if share and len(rows) > 1 else 0
-            shared = self._prefix(rows[0].token_ids[:n_shared]) if n_shared >= _LEAST_PREFIX else None
+            shared = self._run_prefix(rows[0].token_ids[:n_shared]) if n_shared >= _LEAST_PREFIX else None
             n_shared = n_shared if shared is not None else 0
             for batch in _batches([len(row.token_ids) - n_shared for row in rows], batch_tokens):
-                readings = self._batch([rows[i] for i in batch], shared, n_shared)
-                found.update(zip(batch, readings))
+                readings.update(zip(batch, self._read_batch([rows[i] for i in batch], shared, n_shared)))
                 if on_rows:
                     on_rows(len(batch))
-        return [found[i] for i in range(len(rows))]
+        return [readings[i] for i in range(len(rows))]
 
-    def _prefix(self, ids: Sequence[int]) -> Any:
+    def _run_prefix(self, ids: Sequence[int]) -> Any:
         from transformers import DynamicCache
 
-        # Without the model's config every layer keeps all its keys: which of them a query sees is the mask's business.
+        # Without the model's config every layer keeps all its keys; the mask decides which a query sees.
         cache = DynamicCache()
-        tokens = torch_tensor([list(ids)], self.model.device)
+        tokens = _tensor([list(ids)], self.model.device)
         self.model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return cache
 
-    def _batch(self, rows: Sequence[Row], shared: Any, n_shared: int) -> list[Reading]:
+    def _read_batch(self, rows: Sequence[ForwardRow], shared: Any, n_shared: int) -> list[Reading]:
         import torch
 
         device = self.model.device
         lengths = [len(row.token_ids) - n_shared for row in rows]
         longest = max(lengths)
-        ids = torch_tensor([[*row.token_ids[n_shared:], *[0] * (longest - n)] for row, n in zip(rows, lengths)], device)
-        mask = torch_tensor([[1] * (n_shared + n) + [0] * (longest - n) for n in lengths], device)
+        ids = _tensor([[*row.token_ids[n_shared:], *[0] * (longest - n)] for row, n in zip(rows, lengths)], device)
+        mask = _tensor([[1] * (n_shared + n) + [0] * (longest - n) for n in lengths], device)
         positions = torch.arange(n_shared, n_shared + longest, device=device).expand(len(rows), -1)
         cache = None
         if shared is not None:
             cache = copy.deepcopy(shared)
             cache.batch_repeat_interleave(len(rows))
         at = [(i, point - n_shared) for i, row in enumerate(rows) for point in row.points]
-        kept = sorted({place - n_shared for row in rows for place in row.said})
-        with self._hooked(torch_tensor(at, device).reshape(-1, 2)) as states:
+        kept = sorted({place - n_shared for row in rows for place in row.predict_at})
+        with self._hooked(_tensor(at, device).reshape(-1, 2)) as states:
             logits = self.model(
                 ids,
                 attention_mask=mask,
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=cache is not None,
-                logits_to_keep=torch_tensor(kept, device),
+                logits_to_keep=_tensor(kept, device),
             ).logits
-        every = torch.stack([torch.stack(parts) for parts in states]) if at else None
-        found, first = [], 0
+        stacked = torch.stack([torch.stack(parts) for parts in states]) if at else None
+        readings, first = [], 0
         for i, row in enumerate(rows):
-            said = logits[i, [kept.index(place - n_shared) for place in row.said]].float()
-            mine = np.zeros((0, *self.shape, 0), np.float32)
-            if every is not None:
-                mine = every[:, :, first : first + len(row.points)].permute(2, 0, 1, 3).cpu().numpy()
-            found.append(Reading(mine, torch.log_softmax(said, -1).cpu().numpy()))
+            own_logits = logits[i, [kept.index(place - n_shared) for place in row.predict_at]].float()
+            own_states = np.zeros((0, *self.shape, 0), np.float32)
+            if stacked is not None:
+                own_states = stacked[:, :, first : first + len(row.points)].permute(2, 0, 1, 3).cpu().numpy()
+            readings.append(Reading(own_states, torch.log_softmax(own_logits, -1).cpu().numpy()))
             first += len(row.points)
-        return found
+        return readings
 
     @contextmanager
     def _hooked(self, at: torch.Tensor) -> Iterator[list[list[torch.Tensor]]]:
-        """What the modules hand on at these (row, place) [n, 2]: by layer and component [n, hidden], float32."""
+        """The modules' outputs at (row, place) pairs [n, 2]: by layer and component [n, hidden], float32."""
         states: list[list[Any]] = [[None] * len(COMPONENTS) for _ in self._modules]
 
         def keeper(layer: int, component: int) -> Callable[..., None]:
@@ -173,29 +184,32 @@ class Model:
                 hook.remove()
 
 
-def parts_of(model: Any) -> list[tuple[Any, Any, Any]]:
-    """The modules whose outputs are COMPONENTS, by layer: the layer itself (the residual stream behind it), its
-    attention and its MLP. UnsupportedModelError where they are not found."""
+def find_components(model: Any) -> list[tuple[Any, Any, Any]]:
+    """Find each layer's modules whose outputs are COMPONENTS: the layer itself (residual stream), attention and MLP.
+
+    Raises:
+        UnsupportedModelError: If they are not found.
+    """
     n = model.config.get_text_config().num_hidden_layers
     lists = [m for m in model.modules() if type(m).__name__ == "ModuleList" and len(m) == n]
     layers = next((each for each in lists if _child(each[0], _ATTENTION_NAMES) is not None), None)
     if layers is None:
         raise UnsupportedModelError(
-            f"the model ({type(model).__name__}) has no list of {n} layers with an attention module called "
-            f"{', '.join(_ATTENTION_NAMES)}: it is no decoder of attention layers that can be read here"
+            f"the model ({type(model).__name__}) has no list of {n} layers with an attention module named "
+            f"{', '.join(_ATTENTION_NAMES)}: it is not a decoder whose layers can be read"
         )
-    found = []
+    components = []
     for i, layer in enumerate(layers):
         attention, mlp = _child(layer, _ATTENTION_NAMES), _child(layer, _MLP_NAMES)
         if attention is None or mlp is None:
             names = ", ".join(name for name, _ in layer.named_children())
-            raise UnsupportedModelError(f"layer {i} has no attention or no MLP that is known here; it has: {names}")
-        found.append((layer, attention, mlp))
-    return found
+            raise UnsupportedModelError(f"layer {i} has no attention or MLP with a known name; it has: {names}")
+        components.append((layer, attention, mlp))
+    return components
 
 
-def torch_tensor(values: Any, device: Any) -> torch.Tensor:
-    """Whole numbers as a tensor."""
+def _tensor(values: Any, device: Any) -> torch.Tensor:
+    """Integers as a tensor."""
     import torch
 
     return torch.tensor(values, dtype=torch.long, device=device)
@@ -206,15 +220,15 @@ def _child(module: Any, names: Sequence[str]) -> Any:
     return next((children[name] for name in names if name in children), None)
 
 
-def _n_shared(rows: Sequence[Row]) -> int:
-    """How many tokens all rows begin with, up to the first that something is wanted of."""
-    most = min(min((*row.points, *row.said)) for row in rows)
+def _n_shared(rows: Sequence[ForwardRow]) -> int:
+    """How many tokens all rows start with, up to the first at which anything is read."""
+    most = min(min((*row.points, *row.predict_at)) for row in rows)
     columns = zip(*(row.token_ids[:most] for row in rows))
     return next((i for i, column in enumerate(columns) if len(set(column)) > 1), most)
 
 
 def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Which rows run together, rows of like length so that there is little padding."""
+    """Group rows of similar length, so that there is little padding."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if batch and (len(batch) + 1) * lengths[i] > batch_tokens:

@@ -1,30 +1,28 @@
-"""Figures over prompts with their intervals: what other prompts of the same kind might have given.
+"""Estimates over prompts, with 95% intervals, and the columns of measured tables that they are made from.
 
-Prompts are drawn with replacement, each with all its rows (system prompts, layers), so rows of one prompt do not count
-as if they were so many prompts. 95% percentile intervals; for a handful of prompts Student's t instead.
+An interval says what other prompts of the same kind might have given. Prompts are resampled with all their rows, so
+rows of one prompt (system prompts, layers) do not count as independent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from headrift.stats import MIN_FOR_INTERVAL, RESAMPLES, ClusterBootstrap
-
-Floats = NDArray[np.float64]
-_TAILS = (2.5, 97.5)
+from headrift.stats import MIN_FOR_INTERVAL, RESAMPLES, Bounds, ClusterBootstrap, Floats, Ints, percentile_bands
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
-    """A number, its 95% interval (None: too few prompts for one), and the prompts and rows that it rests on."""
+class Estimate:
+    """A number with its 95% interval (None with too few prompts), and how many prompts and rows it is made from."""
 
     value: float
-    interval: tuple[float, float] | None
+    interval: Bounds | None
     prompts: int
     rows: int
 
@@ -35,8 +33,8 @@ class Figure:
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
-    """Numbers of one shape with their intervals, NaN where there are too few prompts."""
+class Estimates:
+    """Numbers of one shape with their 95% intervals, NaN with too few prompts."""
 
     value: Floats
     low: Floats
@@ -44,50 +42,59 @@ class Figures:
     prompts: int
     rows: int
 
-    def at(self, *index: int) -> Figure:
+    def at(self, *index: int) -> Estimate:
+        """One of the numbers."""
         low, high = float(self.low[index]), float(self.high[index])
         interval = None if np.isnan(low) or np.isnan(high) else (low, high)
-        return Figure(float(self.value[index]), interval, self.prompts, self.rows)
+        return Estimate(float(self.value[index]), interval, self.prompts, self.rows)
 
 
-class Prompts:
-    """Draws of n prompts, the same for all figures, so that differences are paired."""
+class PromptBootstrap:
+    """Resamples of n prompts, the same for all estimates, so that differences are paired."""
 
     def __init__(self, n: int, seed: int = 0, resamples: int = RESAMPLES) -> None:
         self.n = n
-        self._times = ClusterBootstrap(np.arange(n), resamples, seed=seed).times
+        self._bootstrap = ClusterBootstrap(np.arange(n), resamples, seed=seed)
 
-    def mean(self, values: Any, rows: int | None = None) -> Figures:
-        """Means over the prompts [n, ...], NaN left out; of several rows a prompt, take their mean first and say how
-        many `rows` there are."""
+    def mean(self, values: Any, rows: int | None = None) -> Estimates:
+        """Mean over the prompts.
+
+        Args:
+            values: [n, ...], NaN is left out; with several rows per prompt, their mean.
+            rows: How many rows there are, if not one per prompt.
+        """
         values = np.asarray(values, np.float64)
         flat = values.reshape(self.n, -1)
-        there = np.isfinite(flat)
-        times = self._times.astype(np.float64)
-        counts = times @ there
-        drawn = np.divide(
-            times @ np.where(there, flat, 0.0), counts, out=np.full(counts.shape, np.nan), where=counts > 0
-        )
-        n = int(there.any(1).sum())
-        return self._figures(drawn.reshape(-1, *values.shape[1:]), n if rows is None else rows, n)
+        draws = self._bootstrap.column_means(flat)
+        prompts = int(np.isfinite(flat).any(1).sum())
+        return _estimates(draws.reshape(-1, *values.shape[1:]), prompts, prompts if rows is None else rows)
 
-    def of(self, statistic: Callable[[NDArray[np.int64]], Any], rows: int, most: int | None = None) -> Figures:
-        """What a function makes of prompts' numbers, as they are drawn. most: so many draws at most, for slow ones."""
-        draws = self._times if most is None else self._times[: most + 1]
-        drawn = np.stack([np.asarray(statistic(np.repeat(np.arange(self.n), times)), np.float64) for times in draws])
-        return self._figures(drawn, rows, self.n)
+    def statistic(self, function: Callable[[Ints], Any], rows: int, resamples: int) -> Estimates:
+        """Any statistic of the prompts.
 
-    def _figures(self, drawn: Floats, rows: int, prompts: int) -> Figures:
-        value, low, high = drawn[0], *(np.full(drawn.shape[1:], np.nan) for _ in _TAILS)
-        if prompts >= MIN_FOR_INTERVAL:
-            with np.errstate(invalid="ignore"):
-                low, high = np.nanpercentile(drawn[1:], _TAILS, axis=0) if np.isfinite(drawn).any() else (low, high)
-        return Figures(value, np.asarray(low), np.asarray(high), prompts, rows)
+        Args:
+            function: Computes it from the numbers of the drawn prompts, repeated as often as they were drawn.
+            rows: How many rows it is made from.
+            resamples: How many of the resamples to use, for slow functions.
+        """
+        times = self._bootstrap.times[: resamples + 1]
+        draws = [np.asarray(function(np.repeat(np.arange(self.n), row)), np.float64) for row in times]
+        return _estimates(np.stack(draws), self.n, rows)
 
 
-def student(values: Any, rows: int | None = None) -> tuple[Figure, float]:
-    """The mean of one number a prompt with Student's t interval, and the two-sided p-value against 0; NaN for that,
-    and no interval, for fewer than three prompts or where all are the same."""
+def _estimates(draws: Floats, prompts: int, rows: int) -> Estimates:
+    missing = np.full(draws.shape[1:], np.nan)
+    low, high = percentile_bands(draws[1:]) if prompts >= MIN_FOR_INTERVAL else (missing, missing)
+    return Estimates(draws[0], np.asarray(low), np.asarray(high), prompts, rows)
+
+
+def student(values: Any, rows: int | None = None) -> tuple[Estimate, float]:
+    """Mean of one number per prompt with Student's t interval, for few prompts.
+
+    Returns:
+        The mean, and the two-sided p-value against 0; without interval and p-value (NaN) with fewer than three prompts,
+        or if all are equal.
+    """
     from scipy import stats
 
     values = np.asarray(values, np.float64)
@@ -96,20 +103,52 @@ def student(values: Any, rows: int | None = None) -> tuple[Figure, float]:
     value = float(values.mean()) if n else float("nan")
     rows = n if rows is None else rows
     if n < 3 or np.ptp(values) == 0:
-        return Figure(value, None, n, rows), float("nan")
+        return Estimate(value, None, n, rows), float("nan")
     half = float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n))
-    return Figure(value, (value - half, value + half), n, rows), float(stats.ttest_1samp(values, 0.0).pvalue)
+    return Estimate(value, (value - half, value + half), n, rows), float(stats.ttest_1samp(values, 0.0).pvalue)
 
 
 def spearman(x: Floats, y: Floats) -> Floats:
-    """Spearman's rank correlation of columns [n, ...] with each other; NaN where one is constant."""
+    """Spearman's rank correlation of the columns of x and y [n, ...]; NaN if one is constant."""
     from scipy.stats import rankdata
 
     return pearson(rankdata(x, axis=0), rankdata(y, axis=0))
 
 
 def pearson(x: Floats, y: Floats) -> Floats:
-    """Pearson's correlation of columns [n, ...] with each other; NaN where one is constant."""
+    """Pearson's correlation of the columns of x and y [n, ...]; NaN if one is constant."""
     x, y = x - x.mean(0), y - y.mean(0)
     norms = np.sqrt((x * x).sum(0) * (y * y).sum(0))
     return np.divide((x * y).sum(0), norms, out=np.full(norms.shape, np.nan), where=norms > 0)
+
+
+def nan_mean(values: Floats, axis: int = 1) -> Floats:
+    """Mean over an axis, leaving out NaN; NaN if nothing is left."""
+    valid = np.isfinite(values)
+    n = valid.sum(axis)
+    return np.divide(np.where(valid, values, 0.0).sum(axis), n, out=np.full(n.shape, np.nan), where=n > 0)
+
+
+def column(table: pa.Table, name: str) -> NDArray[Any]:
+    """A column's values; numbers have NaN for null."""
+    return np.array(table[name].to_pylist())
+
+
+def list_column(table: pa.Table, name: str) -> list[NDArray[Any]]:
+    """A column of lists, one array for each row."""
+    return [chunk[i].values.to_numpy() for chunk in table[name].chunks for i in range(len(chunk))]
+
+
+def prompt_means(table: pa.Table, value: str, prompts: Sequence[int], **only: str) -> Floats:
+    """Each prompt's mean of a column [prompts], NaN if it has no row.
+
+    Args:
+        prompts: Their numbers.
+        only: Use only rows that have these values, by column.
+    """
+    selected = np.ones(table.num_rows, bool)
+    for name, expected in only.items():
+        selected &= column(table, name) == expected
+    values, number = column(table, value).astype(float), column(table, "prompt")
+    masks = [selected & (number == prompt) for prompt in prompts]
+    return np.array([values[mask].mean() if mask.any() else np.nan for mask in masks])

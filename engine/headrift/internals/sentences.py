@@ -1,47 +1,84 @@
-"""What each sentence of a system prompt does: it is dropped, and the next token is looked at.
+"""What the sentences of a system prompt do: each is dropped in turn, and replaced by neutral text of as many tokens.
 
-Dropping any text changes something. So the sentence is held against neutral text of as many tokens in its place:
+Dropping any text changes something, so a sentence is compared with the neutral text in its place. On the next token:
 
-    effect = KL(whole || dropped) - KL(whole with neutral text for the sentence || dropped)     nats, next token
+    effect = KL(whole || dropped) - KL(whole with neutral text for the sentence || dropped)     nats
 
-Above 0, the sentence moves the answer's first token more than any words would. The neutral text is another one for
-every prompt, so that its own differences are part of the spread over prompts.
+Above 0, the sentence changes the next token more than other words would. On inter-head instability, the score of
+`headrift score` (the question is answered once, under the whole system prompt, and this answer is replayed):
+
+    effect = score(whole) - score(whole with neutral text for the sentence)
+    effect_dropped = score(whole) - score(dropped)
+
+Above 0, the heads disagree more with the sentence. Neutral text differs from prompt to prompt, so that what it does is
+part of the spread over prompts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
-from headrift.internals.cases import Question, Reject, SystemPrompt
-from headrift.internals.components import Model, Row
-from headrift.internals.measures import kl
-from headrift.internals.neutral import Neutral, sentences
-from headrift.internals.renderings import Rendered, Renderer
+from headrift.internals.cases import NeutralText, Question, Reject, Renderer, Rendering, SystemPrompt, split_sentences
+from headrift.internals.comparing import kl
+from headrift.internals.components import ForwardRow, StateReader
+from headrift.internals.estimates import column, prompt_means, student
+from headrift.preparing import Prompt
 from headrift.prompts import PromptError, Span
+from headrift.results import ScoreResult
+from headrift.scorer import Scorer
 
-# Neutral texts of a prompt's sentences begin so many sentences apart.
-_STRIDE = 3
+ALPHA = 0.05  # false discovery rate at which a sentence's effect is shown
+# Scores need neutral text of its own for every prompt, so they are measured for the first few prompts only.
+MOST_SCORED_PROMPTS = 4
+_STRIDE = 3  # sentences between the neutral texts of a prompt's sentences
+
+Rules = Mapping[str, re.Pattern[str]]
+OnRows = Callable[[int], None]
+
+_COLUMNS = (
+    ("system", pa.string()),
+    ("sentence", pa.int16()),
+    ("text", pa.string()),
+    ("sentence_tokens", pa.int32()),
+    ("prompt", pa.int32()),
+    ("id", pa.string()),
+)
+KL_SCHEMA = pa.schema(
+    [
+        *_COLUMNS,
+        *((name, pa.float64()) for name in ("kl", "kl_neutral", "effect")),
+        ("top1_changed", pa.bool_()),
+    ]
+)
+INSTABILITY_SCHEMA = pa.schema(
+    [*_COLUMNS, *((name, pa.float64()) for name in ("whole", "dropped", "neutral", "effect", "effect_dropped"))]
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Drop:
-    """A sentence of a system prompt, dropped for one question: its number, and three prompts: the whole one, without
-    the sentence, and with neutral text in its place."""
+class DroppedSentence:
+    """A sentence of a system prompt for one question: the prompt with it, without it, and with neutral text for it."""
 
     sentence: int
     text: str = field(repr=False)
     tokens: int
     question: Question
-    whole: Rendered
-    dropped: Rendered
-    neutral: Rendered
+    whole: Rendering
+    dropped: Rendering
+    neutral: Rendering
 
-    def about(self, system: str) -> dict[str, Any]:
-        """What a record of it says first, whatever was measured (see ABOUT). system: the system prompt's name."""
+    def columns(self, system: str) -> dict[str, Any]:
+        """The columns that every record of it has. system: the system prompt's name."""
         return {
             "system": system,
             "sentence": self.sentence,
@@ -52,98 +89,233 @@ class Drop:
         }
 
 
-def spans(text: str) -> list[Span]:
-    """Where the sentences of a text are: characters [start, end) of each."""
-    found, at = [], 0
-    for sentence in sentences(text):
-        start = text.index(sentence, at)
-        at = start + len(sentence)
-        found.append((start, at))
-    return found
+def sentence_spans(text: str) -> list[Span]:
+    """Characters [start, end) of each sentence of a text."""
+    spans, end = [], 0
+    for sentence in split_sentences(text):
+        start = text.index(sentence, end)
+        end = start + len(sentence)
+        spans.append((start, end))
+    return spans
 
 
 def without(text: str, part: Span) -> str:
-    """The text without this part of it, and without the blank that is then too much."""
+    """Return the text without this part, and without the blank that is then too much."""
     return (text[: part[0]].rstrip() + (" " if part[0] else "") + text[part[1] :].lstrip()).strip()
 
 
-def make_drops(
-    questions: Sequence[Question], system: SystemPrompt, renderer: Renderer, neutral: Neutral
-) -> list[Drop | Reject]:
-    """Each sentence dropped for each question, or why not; nothing for a system prompt of one sentence."""
-    parts = spans(system.text)
-    found: list[Drop | Reject] = []
+def drop_sentences(
+    questions: Sequence[Question], system: SystemPrompt, renderer: Renderer, neutral: NeutralText
+) -> list[DroppedSentence | Reject]:
+    """Drop each sentence for each question; nothing for a system prompt of one sentence."""
+    parts = sentence_spans(system.text)
+    drops: list[DroppedSentence | Reject] = []
     for question in questions if len(parts) > 1 else ():
         try:
-            whole, places = renderer.with_parts(question.text, system.text, parts)
+            whole, spans = renderer.with_parts(question.text, system.text, parts)
             dropped = [renderer.with_system(question.text, without(system.text, part)) for part in parts]
         except PromptError as error:
-            found.append(Reject(question.source, question.row, question.id, system.name, error.reason, str(error)))
+            drops.append(question.reject(system.name, error))
             continue
-        for number, ((start, end), part, left) in enumerate(zip(places, parts, dropped)):
+        for number, ((start, end), part, shorter) in enumerate(zip(spans, parts, dropped)):
             words = neutral.excerpt(end - start, question.number + _STRIDE * number, inner=number > 0)
             ids = [*whole.token_ids[:start], *words, *whole.token_ids[end:]]
             text, replaced = system.text[slice(*part)], replace(whole, token_ids=ids)
-            found.append(Drop(number, text, end - start, question, whole, left, replaced))
-    return found
+            drops.append(DroppedSentence(number, text, end - start, question, whole, shorter, replaced))
+    return drops
 
 
-def measure(
-    model: Model, name: str, drops: Sequence[Drop], on_rows: Callable[[int], None] | None = None
+def whole_prompts(drops: Sequence[DroppedSentence]) -> dict[int, Rendering]:
+    """The prompts with the whole system prompt, by the question's number."""
+    return {drop.question.number: drop.whole for drop in drops}
+
+
+def count_rows(drops: Sequence[DroppedSentence]) -> int:
+    """How many rows are run to measure them: two each, and the whole ones."""
+    return 2 * len(drops) + len(whole_prompts(drops))
+
+
+def measure_kl(
+    reader: StateReader, name: str, drops: Sequence[DroppedSentence], on_rows: OnRows | None = None
 ) -> list[dict[str, Any]]:
-    """A record (see SCHEMA) of each drop. A sentence's rows run together: what they begin with runs once."""
-    whole_ones = wholes(drops)
-    said = dict(zip(whole_ones, model.read([_row(whole) for whole in whole_ones.values()], on_rows)))
-    found = []
+    """A record (see KL_SCHEMA) of each. Rows of one sentence run together, so that what they start with runs once."""
+
+    def read(renderings: Sequence[Rendering]) -> list[Any]:
+        rows = [ForwardRow(one.token_ids, predict_at=(len(one.token_ids) - 1,)) for one in renderings]
+        return [reading.log_probs for reading in reader.read(rows, on_rows)]
+
+    wholes = whole_prompts(drops)
+    whole_log_probs = dict(zip(wholes, read(list(wholes.values()))))
+    records = []
     for number in dict.fromkeys(drop.sentence for drop in drops):
-        of = [drop for drop in drops if drop.sentence == number]
-        dropped, neutral = (
-            [reading.log_probs for reading in model.read(rows, on_rows)]
-            for rows in ([_row(drop.dropped) for drop in of], [_row(drop.neutral) for drop in of])
-        )
-        for drop, without_it, with_neutral in zip(of, dropped, neutral):
-            whole = said[drop.question.number].log_probs
-            own, control = (float(kl(ours, without_it)[0]) for ours in (whole, with_neutral))
-            found.append(
+        same = [drop for drop in drops if drop.sentence == number]
+        dropped, neutral = read([drop.dropped for drop in same]), read([drop.neutral for drop in same])
+        for drop, without_it, with_neutral in zip(same, dropped, neutral):
+            whole = whole_log_probs[drop.question.number]
+            own, control = (float(kl(before, without_it)[0]) for before in (whole, with_neutral))
+            records.append(
                 {
-                    **drop.about(name),
+                    **drop.columns(name),
                     "kl": own,
                     "kl_neutral": control,
                     "effect": own - control,
                     "top1_changed": bool(whole[0].argmax() != without_it[0].argmax()),
                 }
             )
-    return found
+    return records
 
 
-def wholes(drops: Sequence[Drop]) -> dict[int, Rendered]:
-    """By question's number, the prompt with the whole system prompt."""
-    return {drop.question.number: drop.whole for drop in drops}
+def scored_drops(drops: Sequence[DroppedSentence]) -> list[DroppedSentence]:
+    """Those whose instability is measured: of the first MOST_SCORED_PROMPTS prompts."""
+    numbers = sorted({drop.question.number for drop in drops})[:MOST_SCORED_PROMPTS]
+    return [drop for drop in drops if drop.question.number in numbers]
 
 
-def n_rows(drops: Sequence[Drop]) -> int:
-    """How many rows run to measure them: each twice, and the whole ones."""
-    return 2 * len(drops) + len(wholes(drops))
+def measure_instability(
+    scorer: Scorer, name: str, drops: Sequence[DroppedSentence], on_rows: OnRows | None = None
+) -> list[dict[str, Any]]:
+    """A record (see INSTABILITY_SCHEMA) of each; none if the engine rejected one of its prompts.
+
+    A score is null if the answer ended before its first step.
+    """
+    wholes = whole_prompts(drops)
+    results = dict(zip(wholes, _score(scorer, [_prompt(one) for one in wholes.values()], False, on_rows)))
+    answered = [(drop, whole) for drop in drops if (whole := results[drop.question.number]) is not None]
+    prompts = [_prompt(one, whole.answer_ids) for drop, whole in answered for one in (drop.dropped, drop.neutral)]
+    replayed = list(_score(scorer, prompts, True, on_rows))
+    records = []
+    for (drop, whole), dropped, neutral in zip(answered, replayed[::2], replayed[1::2]):
+        if dropped is None or neutral is None:
+            continue
+        records.append(
+            {
+                **drop.columns(name),
+                "whole": whole.score,
+                "dropped": dropped.score,
+                "neutral": neutral.score,
+                "effect": _minus(whole.score, neutral.score),
+                "effect_dropped": _minus(whole.score, dropped.score),
+            }
+        )
+    return records
 
 
-def _row(rendered: Rendered) -> Row:
-    return Row(rendered.token_ids, said=(len(rendered.token_ids) - 1,))
+def _score(
+    scorer: Scorer, prompts: Sequence[Prompt], replay: bool, on_rows: OnRows | None
+) -> Iterator[ScoreResult | None]:
+    """Results in order, None for what the engine rejected."""
+    with closing(scorer.score(iter(prompts), replay=replay)) as results:
+        for result in results:
+            if on_rows:
+                on_rows(1)
+            yield result if isinstance(result, ScoreResult) else None
 
 
-ABOUT = (
-    ("system", pa.string()),
-    ("sentence", pa.int16()),
-    ("text", pa.string()),
-    ("sentence_tokens", pa.int32()),
-    ("prompt", pa.int32()),
-    ("id", pa.string()),
-)
-SCHEMA = pa.schema(
-    [
-        *ABOUT,
-        ("kl", pa.float64()),
-        ("kl_neutral", pa.float64()),
-        ("effect", pa.float64()),
-        ("top1_changed", pa.bool_()),
-    ]
-)
+def _prompt(rendering: Rendering, answer_ids: Sequence[int] | None = None) -> Prompt:
+    assert rendering.system is not None
+    regions = {"system": rendering.system, "user": rendering.question}
+    return Prompt(token_ids=rendering.token_ids, regions=regions, response_ids=answer_ids)
+
+
+def _minus(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
+
+
+# Features of sentences
+
+
+class RulesError(ValueError):
+    """A file of features cannot be used. The message says why and what to do."""
+
+
+def read_rules(extra: Path | None = None) -> Rules:
+    """Read the features that headrift has, and those of another file in the same format. RulesError if it is bad."""
+    own = (files("headrift.internals") / "features.toml").read_text(encoding="utf-8")
+    rules = _parse_rules(own, "features.toml")
+    if extra is not None:
+        try:
+            rules |= _parse_rules(extra.read_text(encoding="utf-8"), str(extra))
+        except OSError as error:
+            raise RulesError(f"--features {extra} cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise RulesError(f"--features {extra} is not UTF-8 text: convert it to UTF-8") from error
+    return rules
+
+
+def _parse_rules(text: str, name: str) -> dict[str, re.Pattern[str]]:
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RulesError(f"--features {name} is not a TOML file: {error}") from error
+    rules = {}
+    for feature, rule in tables.items():
+        patterns = rule.get("patterns") if isinstance(rule, dict) else None
+        if not isinstance(patterns, list) or not patterns or not all(isinstance(one, str) for one in patterns):
+            raise RulesError(
+                f"--features {name}: [{feature}] needs `patterns`, a list of regular expressions, as in "
+                "patterns = ['\\bplease\\b']"
+            )
+        try:
+            rules[feature] = re.compile("|".join(f"(?:{one})" for one in patterns), re.IGNORECASE)
+        except re.error as error:
+            raise RulesError(f"--features {name}: a pattern of [{feature}] is not valid: {error}") from error
+    return rules
+
+
+def find_features(text: str, rules: Rules) -> list[str]:
+    """Return the features that a text has."""
+    return [name for name, pattern in rules.items() if pattern.search(text)]
+
+
+def rank_sentences(
+    table: pa.Table, rules: Rules, means: Sequence[str] = ("kl", "top1_changed")
+) -> list[dict[str, Any]]:
+    """The sentences by their mean `effect`, the largest first.
+
+    Args:
+        means: Columns whose means are given too.
+
+    Returns:
+        For each its `effect` with Student's interval over prompts, its p-value, that corrected for the number of
+        sentences (Benjamini and Hochberg), and whether the effect is `shown`: below ALPHA.
+    """
+    from scipy.stats import false_discovery_control
+
+    number, names, texts = (column(table, name) for name in ("sentence", "system", "text"))
+    values = {name: column(table, name).astype(float) for name in ("effect", *means)}
+    rows: list[dict[str, Any]] = []
+    for system, sentence in dict.fromkeys(zip(names.tolist(), number.tolist())):
+        own = (names == system) & (number == sentence)
+        effect, p = student(values["effect"][own])
+        text = str(texts[int(np.argmax(own))])
+        rows.append(
+            {
+                "system": system,
+                "sentence": sentence,
+                "text": text,
+                "features": find_features(text, rules),
+                "effect": effect,
+                **{name: float(values[name][own].mean()) for name in means},
+                "p": p,
+                "p_corrected": None,
+                "shown": False,
+            }
+        )
+    tested = [row for row in rows if np.isfinite(row["p"])]
+    for row, p in zip(tested, false_discovery_control([row["p"] for row in tested]) if tested else []):
+        row |= {"p_corrected": float(p), "shown": bool(p < ALPHA)}
+    return sorted(rows, key=lambda row: -row["effect"].value)
+
+
+def effect_of_features(table: pa.Table, rules: Rules) -> dict[str, dict[str, Any]]:
+    """By feature the mean effect of the sentences that have it, with its interval over prompts, and of the others."""
+    texts, prompts = column(table, "text"), sorted(set(column(table, "prompt")))
+    has = {feature: [feature in find_features(text, rules) for text in texts] for feature in rules}
+    has["none of them"] = [not any(flags) for flags in zip(*has.values())]
+    features = {}
+    for feature, flags in has.items():
+        some = table.filter(pa.array(flags))
+        sentences = len(set(zip(column(some, "system"), column(some, "sentence"))))
+        effect, p = student(prompt_means(some, "effect", prompts), some.num_rows)
+        features[feature] = {"sentences": sentences, "effect": effect, "p": p}
+    return features

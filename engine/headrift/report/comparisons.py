@@ -255,7 +255,7 @@ def _onset(result: SideBySide, output: html.Output) -> html.Section | None:
             (
                 one.label,
                 "none" if one.first is None else f"{one.first}",
-                "" if one.first_interval is None else html.show_interval(one.first_interval, 0),
+                "" if one.first_interval is None else html.show_interval(one.first_interval, 0, "f"),
                 "" if one.found_in is None else f"{one.found_in:.0%}",
             )
             for one in curves
@@ -322,7 +322,7 @@ def _estimate(estimate: Estimate | None, digits: int = 3) -> str:
     if estimate is None or estimate.value is None:
         return "" if estimate is None else estimate.reason or "not known"
     interval = f" ({html.show_interval(estimate.interval, digits)})" if estimate.interval else ""
-    return f"{estimate.value:.{digits}f}{interval}"
+    return html.show_number(estimate.value, digits) + interval
 
 
 def _correlation(signal: Signal, among: str) -> str:

@@ -119,13 +119,14 @@ class Section:
 
 
 def show_number(value: float | None, digits: int = 3) -> str:
-    """Format a number for a table; empty for None."""
-    return "" if value is None else f"{value:.{digits}f}"
+    """Format a number for a table, to so many significant digits; empty for None and NaN."""
+    return "" if value is None or np.isnan(value) else f"{value:#.{digits}g}"
 
 
-def show_interval(interval: Bounds | None, digits: int = 3, kind: str = "f") -> str:
-    """Format a 95% interval for a table. kind: "f" or "%"."""
-    return "too few" if interval is None else f"{interval[0]:.{digits}{kind}} to {interval[1]:.{digits}{kind}}"
+def show_interval(interval: Bounds | None, digits: int = 3, kind: str = "g") -> str:
+    """Format a 95% interval for a table. kind: as in format specifications, "g", "f" or "%"."""
+    form = f"#.{digits}{kind}" if kind == "g" else f".{digits}{kind}"
+    return "too few" if interval is None else f"{interval[0]:{form}} to {interval[1]:{form}}"
 
 
 def verdict(interval: Bounds | None, above: str, below: str, null: float = 0.0) -> str:

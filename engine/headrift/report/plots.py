@@ -123,7 +123,7 @@ def forest(
         colour = colours[0] if low > null else colours[1] if high < null else "#777777"
         axes.plot(value, place, "o", color=colour, markerfacecolor=colour if interval else "white", markersize=7)
         text: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "center", "annotation_clip": False}
-        axes.annotate(f"{value:.2f}", (1.01, place), fontsize="small", **text)
+        axes.annotate(f"{value:#.2g}", (1.01, place), fontsize="small", **text)
     axes.axvline(null, **_GREY)
     axes.set_yticks(range(len(rows)), [short(name, 30) for name, *_ in rows], parse_math=False)
     axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel=xlabel)
