@@ -27,11 +27,11 @@ SHOWN = {
     "instability": (("scored, of which", "less head agreement", "AUROC on the other prompts", "benign, held out"), ()),
     "model_internals": (
         (
-            "neutral text of the same length",
-            "changes most",
-            "goes most with",
-            "Mixed model",
-            "As system prompt",
+            "check: neutral text",
+            "largest relative change of",
+            "Spearman over all rows:",
+            "95% interval",
+            "less that as system prompt",
         ),
         ("internals",),
     ),

@@ -126,7 +126,7 @@ def test_regions_as_stored_and_summarised(looked):
 
 
 def test_entropies_as_stored_and_summarised(looked):
-    job, results, kept = looked
+    job, written, kept = looked
     table = job.table(ATTENTION)
     results = [result for result, _ in kept]
     first = np.array(table["entropy"][0].as_py()).reshape(-1, 2, 4)
@@ -144,7 +144,7 @@ def test_entropies_as_stored_and_summarised(looked):
     system, neutral = (summary.relative[kind].value.mean(0) for kind in attention.KINDS)
     np.testing.assert_allclose(summary.difference.value, system - neutral)
     np.testing.assert_allclose(summary.by_system.value[0], summary.difference.value)  # there is one system prompt
-    assert any("entropy" in one["measure"] for one in results["findings"]["Where does the model look?"])
+    assert any("entropy" in one["measure"] for one in written["findings"]["Where does the model look?"])
     assert (job.config.out / "report-files" / "entropy.png").exists()
 
 
