@@ -53,15 +53,15 @@ class Pace:
 
     def time(self, model: str, questions: str, methods: Sequence[str], rounds: int) -> dict[str, Any]:
         """Return the seconds of training steps by method."""
+        from headrift.consistency.data import DataConfig
         from headrift.consistency.pairs import SYSTEM_PROMPT
-        from headrift.consistency.trainer import ANSWERS, Asked, Trainer, TrainingJob
-        from headrift.consistency.training_data import DataAsked
+        from headrift.consistency.trainer import ANSWERS, TrainConfig, Trainer, TrainingJob
 
         with tempfile.TemporaryDirectory() as folder:
-            data = DataAsked((questions,), Path(model), SYSTEM_PROMPT, limit=30)
+            data = DataConfig((questions,), Path(model), SYSTEM_PROMPT, limit=30)
             trainers = {}
             for method in methods:
-                job = TrainingJob(Asked(data=data, out=Path(folder) / method, weights={method: 1.0}))
+                job = TrainingJob(TrainConfig(data=data, out=Path(folder) / method, weights={method: 1.0}))
                 trainers[method] = Trainer(job.asked, job.layers, job.pairs, job.data.renderer.tokenizer)
                 trainers[method].prepare(job.asked.out / ANSWERS)
                 trainers[method].train_step()
@@ -87,16 +87,16 @@ class Step:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from headrift.consistency import hooks, lora
+        from headrift.consistency.model import attach_lora, install, recompute_long_prompts
 
         pairs = [make_pair(AutoTokenizer.from_pretrained(model), n) for n in (140, tokens)]
         implementation = "sdpa" if way == "headrift" else "eager"
         base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation=implementation)
         if way == "headrift":
-            hooks.install(base)
-        adapted = lora.attach(base, 8, 16, 0)
+            install(base)
+        adapted = attach_lora(base, 8, 16, 0)
         if way == "headrift":
-            hooks.recompute_long(base)
+            recompute_long_prompts(base)
         adapted.eval()
         # Everything is loaded and every library warm: what comes now is the step's.
         step_loss(way, adapted, pairs[0]).backward()
@@ -128,15 +128,16 @@ def step_loss(way: str, model: Any, pair: Any) -> Any:
     """Return the AttCT loss of a pair."""
     import torch
 
-    from headrift.consistency import hooks, losses
+    from headrift.consistency import losses
+    from headrift.consistency.model import forward
 
     clean_at, wrapped_at = torch.from_numpy(pair.clean_positions), torch.from_numpy(pair.wrapped_positions)
     first, decoder = pair.first_query, model.get_base_model().base_model
     if way == "headrift":
         layers = frozenset(range(decoder.config.num_hidden_layers))
         with torch.no_grad(), model.disable_adapter():
-            clean = hooks.run(decoder, pair.clean_ids, clean_at[first:].tolist(), layers)
-        wrapped = hooks.run(decoder, pair.wrapped_ids, wrapped_at[first:].tolist(), layers)
+            clean = forward(decoder, pair.clean_ids, clean_at[first:].tolist(), layers)
+        wrapped = forward(decoder, pair.wrapped_ids, wrapped_at[first:].tolist(), layers)
         return losses.attct(wrapped.rows, clean.rows, wrapped_at, clean_at)
 
     def rows(ids: Sequence[int], at: Any) -> dict[int, Any]:

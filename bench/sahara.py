@@ -69,7 +69,7 @@ class Race:
         if step > len(self.angles):
             self.angles.append({})
         self.angles[-1] |= block
-        chosen = [Step.of(angles).chosen for angles in self.angles[: step - 1]]
+        chosen = [Step.from_angles(angles).chosen for angles in self.angles[: step - 1]]
         heads = list(block)
         some = [heads[i] for i in np.linspace(0, len(heads) - 1, min(self.sample, len(heads))).astype(int)]
         for way in ("loop", "lean") if len(self.blocks) % 2 else ("lean", "loop"):
@@ -159,21 +159,21 @@ def main() -> None:
     from headrift.preparing import load_tokenizer
     from headrift.probed_engine import ProbedEngine
     from headrift.safety_heads.queries import prepare, read_rows
-    from headrift.safety_heads.sahara import Turning, hidden_states_of, sahara
+    from headrift.safety_heads.sahara import SubspaceProbe, hidden_states_for, sahara
     from headrift.safety_heads.ships import all_heads, sampled_heads
 
     rows = read_rows([str(QUERIES)], limit=4 if args.short else args.queries)
     queries = [query.token_ids for query in prepare(rows, load_tokenizer(str(args.model), False))]
     settings = {"kv_cache_memory_bytes": utils.KV_BYTES, "dtype": "float32"}
-    options = {"ablation": True, "hidden_states": hidden_states_of(len(queries)), "engine_args": settings}
+    options = {"ablation": True, "hidden_states": hidden_states_for(len(queries)), "engine_args": settings}
     with ProbedEngine(args.model, steps=0, regions=("system", "prompt"), **options) as engine:
         shape = engine.layers, engine.heads
         heads = sampled_heads(*shape, SHORT_HEADS) if args.short else all_heads(*shape)
         # Compiled kernels, memory and threads are there before anything is timed.
-        sahara(Turning(engine, queries[:1]), heads[:2], 1)
+        sahara(SubspaceProbe(engine, queries[:1]), heads[:2], 1)
         race = Race(Subspaces(str(args.model)), queries, args.r_main, args.sample)
-        turning = Turning(engine, queries, args.r_main, on_rows=race.on_rows)
-        steps = sahara(turning, heads, args.steps, on_block=race.on_block)
+        probe = SubspaceProbe(engine, queries, args.r_main, on_rows=race.on_rows)
+        steps = sahara(probe, heads, args.steps, on_block=race.on_block)
         report = make_report(args, race, steps, queries, engine.dtype)
     utils.write(report, table(report), utils.out_path(args))
 

@@ -8,7 +8,7 @@ import typer
 
 from headrift._version import __version__
 from headrift.commands.calibrate import calibrate
-from headrift.commands.consistency import consistency
+from headrift.commands.consistency import consistency, evaluate_consistency, train_consistency
 from headrift.commands.demo_model import demo_model
 from headrift.commands.doctor import doctor
 from headrift.commands.explain import explain
@@ -19,7 +19,6 @@ from headrift.commands.options import NOT_RESUMABLE, RESUMABLE, add_commands
 from headrift.commands.report import report
 from headrift.commands.score import score
 from headrift.commands.selftest import selftest
-from headrift.commands.train_consistency import evaluate_consistency, train_consistency
 
 app = typer.Typer(
     name="headrift",

@@ -8,7 +8,7 @@ import pytest
 @pytest.fixture
 def tokenizer_once(monkeypatch, tokenizer):
     """Trainings and evaluations get the tokenizer that is loaded already: every tiny model has the same."""
-    monkeypatch.setattr("headrift.consistency.training_data.load_tokenizer", lambda name, trust: tokenizer)
+    monkeypatch.setattr("headrift.consistency.data.load_tokenizer", lambda name, trust: tokenizer)
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def make_pair():
     """A Pair of random token ids: a head of 5 tokens, wrapper, core of 6, wrapper, a tail of 3."""
     import numpy as np
 
-    from headrift.consistency.pairs import Pair, Run
+    from headrift.consistency.pairs import CommonRun, Pair
 
     def make(seed: int, before: int = 7, after: int = 4, vocab: int = 211) -> Pair:
         random = np.random.default_rng(seed)
@@ -26,7 +26,7 @@ def make_pair():
         return Pair(
             id=str(seed), question=str(seed), family=None, wrapper_name=None,
             clean_ids=head + core + tail, wrapped_ids=head + wraps[0] + core + wraps[1] + tail,
-            head=Run(0, 0, 5), core=Run(5, starts[0], 6), tail=Run(11, starts[1], 3),
+            head=CommonRun(0, 0, 5), core=CommonRun(5, starts[0], 6), tail=CommonRun(11, starts[1], 3),
             clean_system=(1, 4), wrapped_system=(1, 4),
             wrapper=tuple(s for s in ((5, starts[0]), (starts[0] + 6, starts[1])) if s[1] > s[0]),
         )  # fmt: skip

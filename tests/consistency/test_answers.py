@@ -2,7 +2,7 @@
 
 import pytest
 
-from headrift.consistency.answers import Key, flipped, given, is_hinted, is_right
+from headrift.consistency.answers import Key, flipped, is_hinted, is_right, parse_answer
 
 SUM = Key("number", "43", wrong="45")
 CITY = Key("text", "Paris", wrong="Lyon")
@@ -89,4 +89,4 @@ def test_flips():
 
 
 def test_a_number_in_a_later_sentence_is_not_the_answer():
-    assert given("It has 8 legs. Insects have 6.", LEGS) == "8"
+    assert parse_answer("It has 8 legs. Insects have 6.", LEGS) == "8"

@@ -57,12 +57,12 @@ def questions_of(run: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--method", "attct=much"], "'much' is no number"),
-        (["--method", "sft"], "no loss 'sft'"),
-        (["--layers", "3-1"], "no layer and no range"),
+        (["--method", "attct=much"], "'much' is not a number"),
+        (["--method", "sft"], "--method sft"),
+        (["--layers", "3-1"], "not a layer or a range"),
         (["--layers", "0-7"], "layers are 0 to 1"),
         (["--lora", "nowhere"], "adapter_config.json"),
-        (["--held-out-family", "poetry"], "families there are"),
+        (["--held-out-family", "poetry"], "choose from"),
         (["--column", "clean"], "is not KEY=NAME"),
     ],
 )

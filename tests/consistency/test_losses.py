@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from headrift.consistency import hooks, losses
+from headrift.consistency import losses
+from headrift.consistency.model import (
+    RECOMPUTED_FROM,
+    UnsupportedModelError,
+    batch_by_length,
+    forward,
+    forward_batch,
+    install,
+    recompute_long_prompts,
+)
 
 KINDS = ("llama-3to1", "qwen3", "gemma3")
 
@@ -17,7 +26,7 @@ def load(folder, implementation, dtype=torch.float32):
 
 def ours(folder, dtype=torch.float32):
     model = load(folder, "sdpa", dtype)
-    hooks.install(model)
+    install(model)
     return model
 
 
@@ -34,8 +43,8 @@ def our_loss(model, pair, clean_model=None):
     at, to, first = torch.from_numpy(pair.clean_positions), torch.from_numpy(pair.wrapped_positions), pair.first_query
     layers = frozenset(range(3))
     with torch.no_grad():
-        clean = hooks.run((clean_model or model).base_model, pair.clean_ids, at[first:].tolist(), layers)
-    wrapped = hooks.run(model.base_model, pair.wrapped_ids, to[first:].tolist(), layers)
+        clean = forward((clean_model or model).base_model, pair.clean_ids, at[first:].tolist(), layers)
+    wrapped = forward(model.base_model, pair.wrapped_ids, to[first:].tolist(), layers)
     return losses.attct(wrapped.rows, clean.rows, to, at)
 
 
@@ -46,12 +55,12 @@ def eager_loss(model, pair):
     wrapped = model(torch.tensor([pair.wrapped_ids]), output_attentions=True).attentions
     aligned = list(zip(pair.clean_positions, pair.wrapped_positions))
     total = []
-    for theirs, mine in zip(clean, wrapped, strict=True):
+    for clean_map, own in zip(clean, wrapped, strict=True):
         for at, to in aligned[pair.first_query :]:
-            target = torch.zeros(mine.shape[1], mine.shape[3], dtype=mine.dtype)
+            target = torch.zeros(own.shape[1], own.shape[3], dtype=own.dtype)
             for clean_key, wrapped_key in aligned:
-                target[:, wrapped_key] = theirs[0, :, at, clean_key]
-            total.append((mine[0, :, to] - target).square().sum(-1))
+                target[:, wrapped_key] = clean_map[0, :, at, clean_key]
+            total.append((own[0, :, to] - target).square().sum(-1))
     return torch.stack(total).mean()
 
 
@@ -66,19 +75,19 @@ def test_rows_are_those_of_eager_attention_and_the_model_is_as_before(kind, rand
     ids, queries = pair.wrapped_ids, [3, 17, 40, len(pair.wrapped_ids) - 1]
     with torch.no_grad():
         expected = eager(torch.tensor([ids]), output_attentions=True)
-        found = hooks.run(model.base_model, ids, queries, frozenset({0, 2}), states=True, content=True)
-        assert set(found.rows) == {0, 2}
-        for layer, rows in found.rows.items():
+        result = forward(model.base_model, ids, queries, frozenset({0, 2}), states=True, content=True)
+        assert set(result.rows) == {0, 2}
+        for layer, rows in result.rows.items():
             # Probabilities of two float32 computations: some 1e-7 relative in q and k, of scores of up to about 10.
             torch.testing.assert_close(rows, expected.attentions[layer][0][:, queries], rtol=0, atol=1e-5)
             assert rows.sum(-1).allclose(torch.ones(()), atol=1e-5)
         tokens = torch.tensor([ids])
         torch.testing.assert_close(model(tokens).logits, plain(tokens).logits, rtol=0, atol=0)
         hidden = plain(tokens, output_hidden_states=True).hidden_states
-        for layer, states in found.states.items():
+        for layer, states in result.states.items():
             torch.testing.assert_close(states, hidden[layer + 1][0, queries], rtol=0, atol=0)
-    assert {layer: content.shape[:2] for layer, content in found.contents.items()} == {
-        layer: rows.shape[:2] for layer, rows in found.rows.items()
+    assert {layer: content.shape[:2] for layer, content in result.contents.items()} == {
+        layer: rows.shape[:2] for layer, rows in result.rows.items()
     }
 
 
@@ -89,27 +98,27 @@ def test_prompts_in_one_pass_are_as_each_alone(kind, random_models, make_pair, a
     assert len({len(ids) for ids in prompts}) == 3
     queries = [[len(ids) // 2, len(ids) - 1] for ids in prompts]
     with torch.no_grad():
-        together = hooks.run_together(model.base_model, prompts, queries, frozenset({0, 1}), states=True, content=True)
-        for found, ids, of in zip(together, prompts, queries, strict=True):
-            alone = hooks.run(model.base_model, ids, of, frozenset({0, 1}), states=True, content=True)
-            assert found.last.shape == (len(ids), model.config.hidden_size)
+        together = forward_batch(model.base_model, prompts, queries, frozenset({0, 1}), states=True, content=True)
+        for result, ids, own_queries in zip(together, prompts, queries, strict=True):
+            alone = forward(model.base_model, ids, own_queries, frozenset({0, 1}), states=True, content=True)
+            assert result.last.shape == (len(ids), model.config.hidden_size)
             # The same sums in another order, by matrix products of another height. Each is off by some units, and the
             # layers add up theirs: up to 20 units on processors with AVX2 or AVX-512.
-            assert_within_units(found.last, alone.last, 64)
-            for mine, theirs in (
-                (found.rows, alone.rows),
-                (found.states, alone.states),
-                (found.contents, alone.contents),
+            assert_within_units(result.last, alone.last, 64)
+            for own, target in (
+                (result.rows, alone.rows),
+                (result.states, alone.states),
+                (result.contents, alone.contents),
             ):
-                assert set(mine) == set(theirs) == {0, 1}
-                for layer in mine:
-                    assert_within_units(mine[layer], theirs[layer], 64)
+                assert set(own) == set(target) == {0, 1}
+                for layer in own:
+                    assert_within_units(own[layer], target[layer], 64)
 
 
 def test_which_prompts_run_together():
-    assert hooks.in_one_pass([]) == []
-    assert hooks.in_one_pass([100, 90, 110, 95]) == [[1, 3, 0, 2]]
-    assert hooks.in_one_pass([300, 600, 200, 260]) == [[2], [3], [0], [1]]  # two of 260 are more than 512 tokens
+    assert batch_by_length([]) == []
+    assert batch_by_length([100, 90, 110, 95]) == [[1, 3, 0, 2]]
+    assert batch_by_length([300, 600, 200, 260]) == [[2], [3], [0], [1]]  # two of 260 are more than 512 tokens
 
 
 def test_keep_is_the_divergence_of_what_was_from_what_is():
@@ -126,41 +135,41 @@ def test_content_is_what_the_rows_gather(kind, random_models, make_pair, assert_
     pair, model, seen = make_pair(1), ours(random_models[kind]), []
     model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad():
-        found = hooks.run(model.base_model, pair.wrapped_ids, [4, 20], frozenset({1}), content=True)
+        result = forward(model.base_model, pair.wrapped_ids, [4, 20], frozenset({1}), content=True)
     heads = seen[0][0, [4, 20]].unflatten(-1, (model.config.num_attention_heads, -1)).transpose(0, 1)
-    assert_within_units(found.contents[1], heads, 64)  # sums of some 30 products in another order, as above
+    assert_within_units(result.contents[1], heads, 64)  # sums of some 30 products in another order, as above
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_attct_and_its_gradient_are_those_of_the_eager_implementation(kind, random_models, make_pair):
     pair = long_pair(make_pair)
     eager, model = load(random_models[kind], "eager"), ours(random_models[kind])
-    mine, theirs = our_loss(model, pair), eager_loss(eager, pair)
-    assert float(mine.detach()) > 1e-3
-    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
-    for loss in (mine, theirs):
+    own, target = our_loss(model, pair), eager_loss(eager, pair)
+    assert float(own.detach()) > 1e-3
+    torch.testing.assert_close(own, target, rtol=1e-5, atol=1e-7)
+    for loss in (own, target):
         loss.backward()
-    for found, expected in zip(query_weights(model), query_weights(eager), strict=True):
+    for result, expected in zip(query_weights(model), query_weights(eager), strict=True):
         scale = float(expected.grad.abs().max())
         assert scale > 0
-        torch.testing.assert_close(found.grad, expected.grad, rtol=0, atol=1e-5 * max(1.0, scale))
+        torch.testing.assert_close(result.grad, expected.grad, rtol=0, atol=1e-5 * max(1.0, scale))
 
 
 @pytest.mark.parametrize("kind", ["llama-3to1", "gemma3"])
 def test_long_prompts_are_computed_again_in_the_backward_pass(kind, random_models, make_pair):
     pair, gradients, passes = make_pair(4, before=220, after=40), [], []
-    assert len(pair.wrapped_ids) > hooks.RECOMPUTED_FROM
+    assert len(pair.wrapped_ids) > RECOMPUTED_FROM
     for again in (False, True):
         model, seen = ours(random_models[kind]), []
         if again:
-            hooks.recompute_long(model)
+            recompute_long_prompts(model)
         model.model.layers[1].self_attn.register_forward_hook(lambda *args, seen=seen: seen.append(1))
         our_loss(model, pair).backward()
         gradients.append([weight.grad for weight in query_weights(model)])
         passes.append(len(seen))
     assert passes == [2, 3]  # clean, wrapped, and wrapped again
-    for found, expected in zip(*gradients, strict=True):
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    for result, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(result, expected, rtol=0, atol=0)
 
 
 class InFloat64(torch.overrides.TorchFunctionMode):
@@ -232,5 +241,5 @@ def test_attention_that_is_more_than_softmax_is_refused():
         vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
         intermediate_size=16,
     )  # fmt: skip
-    with pytest.raises(hooks.UnsupportedModelError, match="softcap"):
-        hooks.install(Gemma2ForCausalLM(config))
+    with pytest.raises(UnsupportedModelError, match="softcap"):
+        install(Gemma2ForCausalLM(config))

@@ -8,10 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from headrift.consistency.data import library, read_pairs, sample_wrappers, split, wrap
 from headrift.consistency.pairs import Pair, PairRenderer, PairText, RejectedPair
-from headrift.consistency.reading import read
-from headrift.consistency.split import drawn, split
-from headrift.consistency.wrappers import families, library, wrap
 from headrift.corpus.sources import InputError
 
 
@@ -24,14 +22,14 @@ def renderer(tokenizer):
 def questions():
     from pathlib import Path
 
-    found = read([str(Path(__file__).parents[2] / "datasets" / "consistency_questions.jsonl")])
-    assert not found.rejected
-    return found.questions
+    result = read_pairs([str(Path(__file__).parents[2] / "datasets" / "consistency_questions.jsonl")])
+    assert not result.rejected
+    return result.questions
 
 
 def one(renderer, text):
-    (found,) = renderer.render_all([text])
-    return found
+    (result,) = renderer.render_all([text])
+    return result
 
 
 def check(pair, tokenizer):
@@ -75,10 +73,10 @@ def test_every_pair_of_the_library_lines_up(renderer, tokenizer, questions):
         assert isinstance(pair, Pair), pair
         check(pair, tokenizer)
         # All of the question but for its edges: its first and last token may come out otherwise beside the wrapper.
-        core = tokenizer.decode(pair.wrapped_ids[slice(*pair.wrapped_core)])
+        core = tokenizer.decode(pair.wrapped_ids[slice(*pair.core.wrapped_span)])
         assert core.strip() in text.clean
-        asked = tokenizer(text.clean, add_special_tokens=False)["input_ids"]
-        assert pair.core.length >= len(asked) - 2
+        ids = tokenizer(text.clean, add_special_tokens=False)["input_ids"]
+        assert pair.core.length >= len(ids) - 2
 
 
 def test_edges_that_tokenise_otherwise_are_left_out(renderer, tokenizer):
@@ -86,7 +84,7 @@ def test_edges_that_tokenise_otherwise_are_left_out(renderer, tokenizer):
     pair = one(renderer, text)
     check(pair, tokenizer)
     # `?"` and `"What` (or the like) are tokens of their own there, and `What` and `?` are not.
-    core = tokenizer.decode(pair.clean_ids[slice(*pair.clean_core)])
+    core = tokenizer.decode(pair.clean_ids[slice(*pair.core.clean_span)])
     assert core in "What is 17 + 26?"
     assert len(core) < len("What is 17 + 26?")
 
@@ -103,7 +101,7 @@ def test_the_core_is_where_it_was_said_to_be(renderer, tokenizer):
 def test_without_a_core_it_is_the_longest_common_run(renderer, tokenizer):
     pair = one(renderer, PairText("1", "q", "Tell me: who wrote Oliver Twist?", "Quick! Who wrote Oliver Twist? Now!"))
     check(pair, tokenizer)
-    assert tokenizer.decode(pair.wrapped_ids[slice(*pair.wrapped_core)]).strip() == "wrote Oliver Twist?"
+    assert tokenizer.decode(pair.wrapped_ids[slice(*pair.core.wrapped_span)]).strip() == "wrote Oliver Twist?"
 
 
 @pytest.mark.parametrize(
@@ -119,17 +117,17 @@ def test_without_a_core_it_is_the_longest_common_run(renderer, tokenizer):
     ],
 )
 def test_a_pair_that_is_none_is_rejected_with_the_reason(renderer, clean, wrapped, core, reason):
-    found = one(renderer, PairText("1", "q", clean, wrapped, core=core, source="pairs.jsonl", row=7))
-    assert isinstance(found, RejectedPair)
-    assert (found.reason, found.source, found.row) == (reason, "pairs.jsonl", 7)
-    assert len(found.detail) > 20
+    result = one(renderer, PairText("1", "q", clean, wrapped, core=core, source="pairs.jsonl", row=7))
+    assert isinstance(result, RejectedPair)
+    assert (result.reason, result.source, result.row) == (reason, "pairs.jsonl", 7)
+    assert len(result.detail) > 20
 
 
 def test_a_pair_too_long_for_the_context_is_rejected(tokenizer):
-    found = one(
+    result = one(
         PairRenderer(tokenizer, max_tokens=60), PairText("1", "q", "What is 2 + 2?", "What is 2 + 2? " + "a b " * 99)
     )
-    assert found.reason == "prompt_too_long"
+    assert result.reason == "prompt_too_long"
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -163,9 +161,9 @@ PAIRS = [
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_pairs_from_every_kind_of_file(tmp_path, kind):
     rows = [{"choices": [], **row} for row in PAIRS]
-    found = read([rows_of(tmp_path, f"pairs.{kind}", rows)])
-    assert not found.rejected
-    first, second = found.pairs
+    result = read_pairs([rows_of(tmp_path, f"pairs.{kind}", rows)])
+    assert not result.rejected
+    first, second = result.pairs
     assert (first.id, first.clean, first.wrapped, first.family) == ("a", *list(PAIRS[0].values())[1:3], "hint")
     assert (first.key.kind, first.key.answer, first.key.wrong, first.hints) == ("number", "4", "5", True)
     assert second.key.choices == ("cod", "cow")
@@ -174,10 +172,10 @@ def test_pairs_from_every_kind_of_file(tmp_path, kind):
 
 def test_columns_may_have_other_names(tmp_path):
     path = rows_of(tmp_path, "p.csv", [{"plain": "What is it?", "dressed": "Ha! What is it?"}])
-    (pair,) = read([path], {"clean": "plain", "wrapped": "dressed"}).pairs
+    (pair,) = read_pairs([path], {"clean": "plain", "wrapped": "dressed"}).pairs
     assert (pair.clean, pair.key, pair.hints) == ("What is it?", None, False)
-    with pytest.raises(InputError, match="no key 'tidy'"):
-        read([path], {"tidy": "plain"})
+    with pytest.raises(InputError, match="no such key"):
+        read_pairs([path], {"tidy": "plain"})
 
 
 @pytest.mark.parametrize(
@@ -199,24 +197,24 @@ def test_columns_may_have_other_names(tmp_path):
 )
 def test_a_bad_row_is_rejected_with_its_number(tmp_path, row, reason):
     good = {"id": "good", "clean": "a b c", "wrapped": "x a b c"}
-    found = read([rows_of(tmp_path, "p.jsonl", [good, row])])
-    assert len(found.pairs) == 1
-    (bad,) = found.rejected
+    result = read_pairs([rows_of(tmp_path, "p.jsonl", [good, row])])
+    assert len(result.pairs) == 1
+    (bad,) = result.rejected
     assert (bad.reason, bad.row) == (reason, 2)
 
 
 def test_broken_lines_and_unusable_files(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text(json.dumps(PAIRS[0]) + '\n{"clean": \n')
-    assert [bad.reason for bad in read([str(path)]).rejected] == ["bad_json"]
+    assert [bad.reason for bad in read_pairs([str(path)]).rejected] == ["bad_json"]
     path.write_text('{"clean": \n')
-    with pytest.raises(InputError, match=r"no pair and no question .* not valid JSON"):
-        read([str(path)])
+    with pytest.raises(InputError, match=r"no pair and no question.* not valid JSON"):
+        read_pairs([str(path)])
     with pytest.raises(InputError, match="does not exist"):
-        read([str(tmp_path / "none.jsonl")])
+        read_pairs([str(tmp_path / "none.jsonl")])
     (tmp_path / "p.txt").write_text("What is it?\n")
     with pytest.raises(InputError, match="plain text"):
-        read([str(tmp_path / "p.txt")])
+        read_pairs([str(tmp_path / "p.txt")])
 
 
 # ------------------------------------------------------------------------------------------- the library and its split
@@ -225,7 +223,8 @@ def test_broken_lines_and_unusable_files(tmp_path):
 def test_the_library_has_what_was_promised(questions):
     wrappers = library()
     assert len(wrappers) >= 12
-    assert families(wrappers) == ("opinion_hint", "role_play", "authority_urgency", "irrelevant_context")
+    families = ("opinion_hint", "role_play", "authority_urgency", "irrelevant_context")
+    assert tuple(dict.fromkeys(w.family for w in wrappers)) == families
     assert len({w.name for w in wrappers}) == len({w.text for w in wrappers}) == len(wrappers)
     for wrapper in wrappers:
         assert wrapper.text.count("{question}") == 1
@@ -240,7 +239,7 @@ def test_the_library_has_what_was_promised(questions):
 def test_no_question_comes_twice_and_every_key_is_consistent(questions):
     from headrift.consistency.answers import is_hinted, is_right
 
-    assert len({question.asked.casefold() for question in questions}) == len(questions)
+    assert len({question.prompt.casefold() for question in questions}) == len(questions)
     for question in questions:
         key = question.key
         for right in (key.answer, *key.also):
@@ -284,7 +283,7 @@ def test_a_wrapped_question_holds_the_question_where_it_says(questions):
 
 def test_one_wrapper_of_each_family_is_drawn_by_the_seed(questions):
     some = questions[:40]
-    one_each, again, other = (drawn(wrap(some), 1, seed) for seed in (0, 0, 1))
+    one_each, again, other = (sample_wrappers(wrap(some), 1, seed) for seed in (0, 0, 1))
     assert one_each == again != other
     assert len(one_each) == 4 * len(some)
     assert {text.wrapper for text in one_each} == {wrapper.name for wrapper in library()}
@@ -292,29 +291,29 @@ def test_one_wrapper_of_each_family_is_drawn_by_the_seed(questions):
 
 def test_what_is_held_out_is_never_trained_on(questions):
     texts = wrap(questions)
-    found = split(texts)
-    assert found == split(texts)
-    assert found != split(texts, seed=1)
-    trained, held = ([text for text in texts if some(text)] for some in (found.is_trained, found.is_held_out))
-    assert len(found.questions) == round(0.2 * len(questions))
-    assert len(found.families) == 1
+    result = split(texts)
+    assert result == split(texts)
+    assert result != split(texts, seed=1)
+    trained, held = ([text for text in texts if some(text)] for some in (result.is_trained, result.is_held_out))
+    assert len(result.questions) == round(0.2 * len(questions))
+    assert len(result.families) == 1
     assert not {t.question for t in trained} & {h.question for h in held}
     assert not {t.family for t in trained} & {h.family for h in held}
     assert not {t.clean for t in trained} & {h.clean for h in held}
-    assert {h.question for h in held} == found.questions
-    named = split(texts, families=["role_play"])
+    assert {h.question for h in held} == result.questions
+    named = split(texts, held_out=["role_play"])
     assert named.families == {"role_play"}
-    with pytest.raises(ValueError, match="families there are: authority_urgency"):
-        split(texts, families=["poetry"])
+    with pytest.raises(ValueError, match="choose from authority_urgency"):
+        split(texts, held_out=["poetry"])
     with pytest.raises(ValueError, match="nothing is left to train on"):
-        split(texts, families=list(families(library())))
-    with pytest.raises(ValueError, match="no part between"):
+        split(texts, held_out=sorted({w.family for w in library()}))
+    with pytest.raises(ValueError, match="not between 0 and 1"):
         split(texts, question_part=1.0)
 
 
 def test_pairs_without_a_family_are_held_out_by_question():
     texts = [PairText(str(i), str(i // 2), f"clean {i // 2}", f"wrapped {i}") for i in range(20)]
-    found = split(texts)
-    assert found.families == frozenset()
-    assert sum(map(found.is_held_out, texts)) == 4
-    assert sum(map(found.is_trained, texts)) == 16
+    result = split(texts)
+    assert result.families == frozenset()
+    assert sum(map(result.is_held_out, texts)) == 4
+    assert sum(map(result.is_trained, texts)) == 16

@@ -8,7 +8,7 @@ import torch
 from headrift.ablation import SIDES
 from headrift.probed_engine import ProbedEngine
 from headrift.requests import ProbeRequest
-from headrift.safety_heads.answering import answers, log_likelihoods
+from headrift.safety_heads.evaluate import answers, log_likelihoods
 from headrift.vllm_plugin.recorder import Recorder
 
 # Next-token probabilities of two float32 computations of the same model: logits of size 10 differ by some 1e-5.

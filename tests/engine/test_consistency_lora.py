@@ -8,7 +8,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from headrift.consistency import lora
+from headrift.consistency.model import LoraError, check_lora
 from headrift.engine_setup import lora_args
 from headrift.errors import EngineError
 from headrift.probed_engine import ProbedEngine
@@ -51,7 +51,7 @@ def adapted(tiny_model, oracle, tmp_path_factory):
 def test_numbers_agree_with_transformers(adapted, oracle, settings_of_tests, random_requests, run, assert_agrees):
     """Masses of mixed, chunked, cached batches, and distances between two requests that both have the adapter."""
     base, adapter, merged = adapted
-    lora.check(adapter, base)
+    check_lora(adapter, base)
     settings = {**settings_of_tests, "skip_tokenizer_init": True, "max_num_seqs": 8, "max_model_len": 256}
     rows = {"row_references": 1, "row_keys": 160}
     with ProbedEngine(base, steps=4, slots=12, lora=adapter, **rows, engine_args=settings) as engine:
@@ -78,16 +78,16 @@ def test_peft_reads_the_adapter_as_the_engine_does(adapted, assert_within_units)
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
     ids = torch.arange(3, 60)[None]
     with torch.no_grad():
-        found = peft.PeftModel.from_pretrained(model, str(adapter)).eval()(ids).logits
+        logits = peft.PeftModel.from_pretrained(model, str(adapter)).eval()(ids).logits
         # Weights that are added up before or after the product, in each of three layers.
-        assert_within_units(found, merged.model(ids).logits, 256)
+        assert_within_units(logits, merged.model(ids).logits, 256)
 
 
 @pytest.mark.parametrize("model", ["llama-4to1", "gemma3"])
 def test_an_adapter_of_another_model_is_told_before_anything_loads(adapted, tiny_model, model):
     _, adapter, _ = adapted
-    with pytest.raises(lora.LoraError, match=r"of another model: its model\.layers\.0\..* has 192 inputs, and that of"):
-        lora.check(adapter, tiny_model(model))
+    with pytest.raises(LoraError, match=r"of another model: its model\.layers\.0\..* has 192 inputs, and that of"):
+        check_lora(adapter, tiny_model(model))
 
 
 @pytest.mark.parametrize(

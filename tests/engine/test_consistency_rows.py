@@ -85,7 +85,7 @@ def test_distances_agree_with_eager_attention_in_mixed_batches(tiny, run, random
         assert np.isnan(theirs.recording.distance).all()
         seen.append(expected)
     assert all(np.isnan(i.recording.distance).all() for i in items if i.recording and i not in wrapped)
-    every = np.concatenate([found.reshape(-1, 2) for found in seen])
+    every = np.concatenate([result.reshape(-1, 2) for result in seen])
     assert np.ptp(every, axis=0).min() > 0.1, "the rows are about as far apart everywhere: a weak test"
 
 
@@ -94,9 +94,9 @@ def test_entropies_agree_with_eager_attention_in_mixed_batches(tiny, run, random
     """Of prompts in chunks, some in a cached prefix, beside requests that ask for nothing."""
     engine, oracle = tiny
     logged = {"answer_ids": list(range(20, 20 + STEPS)), "skip_prefix_cache": True} if replay else {"ignore_eos": True}
-    asked = random_requests(23, 6, unprobed=0.0, steps=STEPS, row_entropy=True, **logged)
+    measured = random_requests(23, 6, unprobed=0.0, steps=STEPS, row_entropy=True, **logged)
     others = random_requests(24, 6, steps=STEPS, **logged)
-    items = run(engine, [request for both in zip(asked, others) for request in both])
+    items = run(engine, [request for both in zip(measured, others) for request in both])
     assert assert_agrees(oracle, items) > 0
     every = []
     for item in items[::2]:
@@ -140,9 +140,9 @@ def test_what_was_never_computed_is_no_number(tiny, run, run_once):
     assert np.isfinite(first.recording.distance).all()
     assert second.recording.missing_steps == list(range(holes))
     for name, tolerance in (("distance", TOLERANCE), ("row_entropy", NATS)):
-        found, expected = getattr(second.recording, name), getattr(first.recording, name)
-        assert np.isnan(found[:holes]).all()
-        np.testing.assert_allclose(found[holes:], expected[holes:], rtol=0, atol=tolerance)
+        result, expected = getattr(second.recording, name), getattr(first.recording, name)
+        assert np.isnan(result[:holes]).all()
+        np.testing.assert_allclose(result[holes:], expected[holes:], rtol=0, atol=tolerance)
     # The reference has a new owner, whose prompt takes two steps: after the first nothing of the old one is left.
     engine.submit(ProbeRequest([*ids[::-1], *ids], regions, 0, rows_as=1))
     assert engine.step() == []
@@ -157,9 +157,9 @@ def test_taking_rows_changes_no_other_number(tiny, run):
     engine, _ = tiny
     prompts = np.random.default_rng(15).integers(3, 200, (4, 45)).tolist()
 
-    def requests(**asked):
+    def requests(**fields):
         others = [ProbeRequest(ids, regions_of(ids), 4, ignore_eos=True, skip_prefix_cache=True) for ids in prompts[2:]]
-        first = ProbeRequest(prompts[0], regions_of(prompts[0]), 4, ignore_eos=True, skip_prefix_cache=True, **asked)
+        first = ProbeRequest(prompts[0], regions_of(prompts[0]), 4, ignore_eos=True, skip_prefix_cache=True, **fields)
         return [first, *others]
 
     run(engine, [ProbeRequest(prompts[1], regions_of(prompts[1]), 4, ignore_eos=True, rows_as=2)])
@@ -168,8 +168,8 @@ def test_taking_rows_changes_no_other_number(tiny, run):
     entropies = run(engine, requests(row_entropy=True))
     assert np.isfinite(distances[0].recording.distance).all()
     assert np.isfinite(entropies[0].recording.row_entropy).all()
-    for asked in (distances, entropies):
-        for one, other in zip(clean, asked, strict=True):
+    for measured in (distances, entropies):
+        for one, other in zip(clean, measured, strict=True):
             assert one.done.answer_ids == other.done.answer_ids
             np.testing.assert_array_equal(one.recording.mass, other.recording.mass)
 
@@ -182,17 +182,17 @@ def test_a_step_in_which_nobody_asks_plans_nothing(tiny, run, random_requests):
         return Recorder.required(worker.vllm_config).row_queries
 
     ids = np.random.default_rng(2).integers(3, 200, 90).tolist()
-    found = []
+    result = []
     for requests in (random_requests(4, 2, unprobed=0.0, steps=2), [ProbeRequest(ids, regions_of(ids), 0, rows_as=0)]):
         for request in requests:
             engine.submit(request)
         while engine.running:
             finished = engine.step()
-            found.append(engine.llm_engine.collective_rpc(planned)[0])
+            result.append(engine.llm_engine.collective_rpc(planned)[0])
             engine.drain(finished)
     # Only the second of the two steps that the last prompt takes has its last token.
-    assert [step is not None for step in found] == [False] * (len(found) - 1) + [True]
-    assert found[-1][0].kept.shape[1] == 1
+    assert [step is not None for step in result] == [False] * (len(result) - 1) + [True]
+    assert result[-1][0].kept.shape[1] == 1
 
 
 @one_model

@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 from headrift import signal
 from headrift.aligned_keys import L2, TV
 from headrift.cli import app
-from headrift.consistency import lora, scoring_job
+from headrift.consistency import scoring_job
+from headrift.consistency.model import attach_lora, trainable_weights
 from headrift.consistency.pairs import SYSTEM_PROMPT
 from headrift.consistency.scoring import ANSWERS, REGIONS, keys_needed, references_for, score_pairs
-from headrift.consistency.scoring_job import Asked, JobError, ScoringJob
+from headrift.consistency.scoring_job import ConsistencyConfig, JobError, ScoringJob
 from headrift.errors import EngineError
 from headrift.probed_engine import ProbedEngine
 
@@ -51,13 +52,13 @@ def hold_to(oracle, scores, replay: bool) -> None:
         expected = oracle.row_distances((pair.clean_ids, clean), (pair.wrapped_ids, own), runs)
         np.testing.assert_allclose(score.distance, expected, rtol=0, atol=TOLERANCE)
         for side, ids, core in (
-            (score.clean, pair.clean_ids, pair.clean_core),
-            (score.wrapped, pair.wrapped_ids, pair.wrapped_core),
+            (score.clean, pair.clean_ids, pair.core.clean_span),
+            (score.wrapped, pair.wrapped_ids, pair.core.wrapped_span),
         ):
             steps = len(side.mass) - 1
             spans = [core, *(pair.wrapper if ids is pair.wrapped_ids else ()), pair.clean_system]
-            found = oracle.masses(ids, side.answer_ids, steps, spans)
-            whole = np.stack([found[..., 0], found[..., 1:-1].sum(-1), found[..., -1]], -1)
+            result = oracle.masses(ids, side.answer_ids, steps, spans)
+            whole = np.stack([result[..., 0], result[..., 1:-1].sum(-1), result[..., -1]], -1)
             np.testing.assert_allclose(side.mass, whole, rtol=0, atol=2 * TOLERANCE)
             # The user's text is what stands between the template's beginning and its end.
             user = (pair.head.length, len(ids) - pair.tail.length)
@@ -79,9 +80,9 @@ def hold_to(oracle, scores, replay: bool) -> None:
 def adapted(chatty, tmp_path):
     """An adapter as a training writes it, with weights that matter; and the model with it merged into its weights."""
     base = transformers.AutoModelForCausalLM.from_pretrained(chatty, dtype=torch.float32)
-    model = lora.attach(base, rank=4, alpha=8.0, seed=0)
+    model = attach_lora(base, rank=4, alpha=8.0, seed=0)
     torch.manual_seed(3)
-    for name, weight in lora.trained(model).items():
+    for name, weight in trainable_weights(model).items():
         if "lora_B" in name:
             weight.data.normal_(0, 0.2)
     model.save_pretrained(tmp_path / "adapter")
@@ -95,11 +96,11 @@ def test_a_job_with_an_adapter_is_broken_off_taken_up_again_and_agrees(chatty, a
     out = tmp_path / "out"
     monkeypatch.setattr(scoring_job, "PART", 5)
     adapter, merged = adapted
-    asked = {"inputs": (str(questions),), "model": chatty, "out": out, "system_prompt": SYSTEM_PROMPT, "steps": STEPS}
-    asked["lora"] = adapter
-    job = ScoringJob(Asked(**asked, per_family=3))
+    config = {"inputs": (str(questions),), "model": chatty, "out": out, "system_prompt": SYSTEM_PROMPT, "steps": STEPS}
+    config["lora"] = adapter
+    job = ScoringJob(ConsistencyConfig(**config, per_family=3))
     assert len(job.pairs) == 2 * 3 * 4
-    clean = [(*pair.clean_ids, pair.clean_core) for pair in job.pairs]
+    clean = [(*pair.clean_ids, pair.core.clean_span) for pair in job.pairs]
     assert len(set(clean)) == 1 + sum(a != b for a, b in pairwise(clean))  # each run of a clean prompt once
     assert [(each.reason, each.row) for each in job.rejected] == [("no_answer_key", 3)]
 
@@ -112,13 +113,13 @@ def test_a_job_with_an_adapter_is_broken_off_taken_up_again_and_agrees(chatty, a
     first = {path.name: path.read_bytes() for path in out.glob("part-*.parquet")}
     assert 1 <= len(first) < 5
     with pytest.raises(JobError, match="--resume"):
-        ScoringJob(Asked(**asked, per_family=3))
+        ScoringJob(ConsistencyConfig(**config, per_family=3))
     with pytest.raises(JobError, match="another answers"):
-        ScoringJob(Asked(**asked, per_family=3, answers="own", resume=True))
+        ScoringJob(ConsistencyConfig(**config, per_family=3, answers="own", resume=True))
     config = (adapter / "adapter_config.json").read_text(encoding="utf-8")
     (adapter / "adapter_config.json").write_text(config.replace('"lora_alpha": 8.0', '"lora_alpha": 9.0'))
     with pytest.raises(JobError, match="another lora"):
-        ScoringJob(Asked(**asked, per_family=3, resume=True))
+        ScoringJob(ConsistencyConfig(**config, per_family=3, resume=True))
     (adapter / "adapter_config.json").write_text(config)
     command = [
         "consistency",
@@ -141,9 +142,9 @@ def test_a_job_with_an_adapter_is_broken_off_taken_up_again_and_agrees(chatty, a
     table = pq.read_table(sorted(out.glob("part-*.parquet")))
     assert table["id"].to_pylist() == [pair.id for pair in job.pairs]
     assert set(pq.read_table(out / "rejects.parquet")["reason"].to_pylist()) == {"no_answer_key"}
-    found = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    assert (found["pairs"], found["questions"], found["rejected"]) == (24, 2, 1)
-    assert found["all"]["distance"]["value"] == pytest.approx(np.mean(table["distance"].to_pylist()))
+    result = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    assert (result["pairs"], result["questions"], result["rejected"]) == (24, 2, 1)
+    assert result["all"]["distance"]["value"] == pytest.approx(np.mean(table["distance"].to_pylist()))
     assert "answers that flip" in done.output
     # What the parts hold, against transformers, of a row of the first run and one of the second.
     about = json.loads(table.schema.metadata[b"headrift"])
@@ -164,29 +165,31 @@ def test_a_job_with_an_adapter_is_broken_off_taken_up_again_and_agrees(chatty, a
         assert row["distance"] == pytest.approx(expected[..., TV].mean(), abs=TOLERANCE)
         assert row["wrapper_tokens"] + row["core_tokens"] < row["wrapped_tokens"]
         lost = np.reshape(row["clean_mass"], (-1, 2, 4, 3))[0, ..., 0].sum()
-        assert lost == pytest.approx(model.masses(pair.clean_ids, [], 0, [pair.clean_core]).sum(), abs=1e-4)
+        assert lost == pytest.approx(model.masses(pair.clean_ids, [], 0, [pair.core.clean_span]).sum(), abs=1e-4)
 
 
 @pytest.mark.slow
 def test_the_demonstration_model(demo_model, oracle, settings_of_tests, tmp_path):
     """Prefixes in the cache, prompts in chunks, batches of clean, wrapped and replayed requests; and instability."""
     questions = write(tmp_path / "questions.jsonl", QUESTIONS)
-    asked = Asked((str(questions),), demo_model, tmp_path / "out", SYSTEM_PROMPT, steps=STEPS, per_family=1)
-    pairs = ScoringJob(asked).pairs
+    config = ConsistencyConfig(
+        (str(questions),), demo_model, tmp_path / "out", SYSTEM_PROMPT, steps=STEPS, per_family=1
+    )
+    pairs = ScoringJob(config).pairs
     keys = keys_needed(pairs, STEPS)
     room = {"max_num_seqs": 8, "max_model_len": 512, "kv_cache_memory_bytes": 256 << 20}
     options = {"steps": STEPS, "regions": REGIONS, "row_references": 2, "row_keys": keys, "slots": 12}
     with ProbedEngine(demo_model, **options, engine_args={**settings_of_tests, **room}) as engine:
-        found = {
+        result = {
             answers: list(score_pairs(engine, pairs, steps=STEPS, answer_tokens=8, answers=answers))
             for answers in ANSWERS
         }
         assert engine.free_slots == engine.slots
-    for answers, scores in found.items():
+    for answers, scores in result.items():
         assert [score.pair for score in scores] == pairs
         hold_to(oracle("demo"), scores, replay=answers == "clean")
         assert np.ptp([score.distance[..., TV].mean() for score in scores]) > 0.02
-    assert {score.clean.instability is not None for score in found["clean"]} == {True}
+    assert {score.clean.instability is not None for score in result["clean"]} == {True}
 
 
 @pytest.mark.parametrize(
@@ -195,7 +198,7 @@ def test_the_demonstration_model(demo_model, oracle, settings_of_tests, tmp_path
         (PAIRS[3:4], {}, "identical_pair|same text"),
         (PAIRS[4:5], {}, "no question in common"),
         (QUESTIONS[2:], {}, "no `answer`"),
-        (PAIRS[:3], {"families": ("hint",)}, "--family hint is not among the pairs; families there are: role, talk"),
+        (PAIRS[:3], {"families": ("hint",)}, "--family hint is not a family of the pairs: choose from role, talk"),
         (PAIRS[:3], {"lora": "nowhere"}, "has no adapter_config.json"),
     ],
 )
@@ -203,19 +206,19 @@ def test_what_cannot_be_scored_is_said_before_the_model_loads(chatty, tmp_path, 
     given = write(tmp_path / "pairs.jsonl", rows)
     more = {key: tmp_path / value if key == "lora" else value for key, value in more.items()}
     with pytest.raises(ValueError, match=message):
-        ScoringJob(Asked((str(given),), chatty, tmp_path / "out", SYSTEM_PROMPT, **more))
+        ScoringJob(ConsistencyConfig((str(given),), chatty, tmp_path / "out", SYSTEM_PROMPT, **more))
     assert not (tmp_path / "out").exists()
 
 
 def test_pairs_that_cannot_be_used_are_left_out_with_row_and_reason(chatty, tmp_path):
     given = write(tmp_path / "pairs.jsonl", PAIRS)
-    asked = Asked((str(given),), chatty, tmp_path / "out", SYSTEM_PROMPT)
-    job = ScoringJob(asked)
+    config = ConsistencyConfig((str(given),), chatty, tmp_path / "out", SYSTEM_PROMPT)
+    job = ScoringJob(config)
     assert len(job.pairs) == 3
     # Another answer is another verdict, though the tokens are the same.
     write(given, [{**PAIRS[0], "answer": "pear"}, *PAIRS[1:]])
     with pytest.raises(JobError, match="another set of pairs"):
-        ScoringJob(replace(asked, resume=True))
+        ScoringJob(replace(config, resume=True))
     left_out = pq.read_table(tmp_path / "out" / "rejects.parquet").to_pylist()
     assert {(row["row"], row["reason"]) for row in left_out} == {
         (4, "identical_pair"),
@@ -228,8 +231,8 @@ def test_so_many_of_a_family_are_drawn_from_files_too(chatty, tmp_path):
     rows = [{"clean": "Name a fruit.", "wrapped": f"{say} Name a fruit.", "family": "talk"} for say in ("Oh!", "Ah!")]
     given = write(tmp_path / "pairs.jsonl", rows)
     for i, (per_family, n) in enumerate(((None, 2), (1, 1), (2, 2))):
-        asked = Asked((str(given),), chatty, tmp_path / str(i), SYSTEM_PROMPT, per_family=per_family)
-        assert len(ScoringJob(asked).pairs) == n
+        config = ConsistencyConfig((str(given),), chatty, tmp_path / str(i), SYSTEM_PROMPT, per_family=per_family)
+        assert len(ScoringJob(config).pairs) == n
 
 
 def test_an_adapter_that_vllm_cannot_load_is_refused_before_anything_is_begun(chatty, adapted, tmp_path):
@@ -238,7 +241,7 @@ def test_an_adapter_that_vllm_cannot_load_is_refused_before_anything_is_begun(ch
     path.write_text(json.dumps({**json.loads(path.read_text()), "use_dora": True}))
     given = write(tmp_path / "pairs.jsonl", PAIRS[:1])
     with pytest.raises(EngineError, match="DoRA"):
-        ScoringJob(Asked((str(given),), chatty, tmp_path / "out", SYSTEM_PROMPT, lora=adapter))
+        ScoringJob(ConsistencyConfig((str(given),), chatty, tmp_path / "out", SYSTEM_PROMPT, lora=adapter))
     assert not (tmp_path / "out").exists()
 
 

@@ -17,10 +17,8 @@ from headrift.probed_engine import ProbedEngine
 from headrift.requests import ProbeRequest
 from headrift.runs.folder import JobError
 from headrift.safety_heads import sahara as search
-from headrift.safety_heads import sahara_job
-from headrift.safety_heads.base import Asked
-from headrift.safety_heads.job import ShipsJob
-from headrift.safety_heads.sahara import Turning, hidden_states_of, sahara
+from headrift.safety_heads.jobs import HeadsConfig, SaharaJob, ShipsJob
+from headrift.safety_heads.sahara import SubspaceProbe, hidden_states_for, sahara
 from headrift.safety_heads.ships import IN_FLIGHT, all_heads, sampled_heads, ships
 
 # Where the planted head sits, and the two tokens that it decides between.
@@ -53,7 +51,7 @@ def plant(model):
 
 def engine_of(model, settings_of_tests, **more):
     settings = {**settings_of_tests, "max_num_seqs": 8, "max_model_len": 256, **more}
-    kept = {"references": IN_FLIGHT, "hidden_states": hidden_states_of(QUERIES)}
+    kept = {"references": IN_FLIGHT, "hidden_states": hidden_states_for(QUERIES)}
     return ProbedEngine(model, steps=0, ablation=True, **kept, engine_args=settings)
 
 
@@ -81,11 +79,11 @@ def one_pass_a_group(oracle, queries, groups, r_main, kind=ablation.UNDIFFERENTI
     def basis():
         return np.linalg.svd(last_hidden_states(oracle, queries), full_matrices=False)[0][:, :r_main]
 
-    clean, found = basis(), []
+    clean, result = basis(), []
     for group in groups:
         with oracle.ablated([(*head, kind) for head in group]):
-            found.append(np.rad2deg(subspace_angles(clean, basis())[::-1]))
-    return np.array(found)
+            result.append(np.rad2deg(subspace_angles(clean, basis())[::-1]))
+    return np.array(result)
 
 
 def _recorder(worker):
@@ -113,9 +111,9 @@ def test_the_demonstration_model(demo_model, oracle, settings_of_tests):
     with engine_of(demo_model, settings_of_tests, kv_cache_memory_bytes=256 << 20) as engine:
         for kind in ablation.SIDES:
             some = ids if kind == ablation.UNDIFFERENTIATED else ids[:1]
-            for prompt, found in zip(some, ships(engine, some, heads=heads, kind=kind), strict=True):
+            for prompt, result in zip(some, ships(engine, some, heads=heads, kind=kind), strict=True):
                 expected = one_pass_a_head(oracle("demo"), prompt, heads, kind)
-                np.testing.assert_allclose(found[tuple(np.transpose(heads))], expected, rtol=2e-3, atol=1e-8)
+                np.testing.assert_allclose(result[tuple(np.transpose(heads))], expected, rtol=2e-3, atol=1e-8)
         group = [(*head, ablation.SCALING) for head in heads]
         engine.submit(ProbeRequest(ids[0], {"prompt": (0, len(ids[0]))}, 0, ablate=group, keep_as=0))
         (done,) = engine.step()
@@ -141,15 +139,15 @@ def test_a_job_is_broken_off_and_taken_up_again(demo_model, tmp_path):
         if list((out / "scores").glob("query-*.parquet")):
             raise KeyboardInterrupt
 
-    job = ShipsJob(Asked(**options))
+    job = ShipsJob(HeadsConfig(**options))
     with pytest.raises(KeyboardInterrupt):
         job.run(interrupt)
     first = {path.name: path.read_bytes() for path in (out / "scores").glob("query-*.parquet")}
     assert 1 <= len(first) < n
     with pytest.raises(JobError, match="--resume"):
-        ShipsJob(Asked(**options))
+        ShipsJob(HeadsConfig(**options))
     with pytest.raises(JobError, match="another epsilon"):
-        ShipsJob(Asked(**options, epsilon=0.5, resume=True))
+        ShipsJob(HeadsConfig(**options, epsilon=0.5, resume=True))
     command = ["heads", "ships", queries, "--model", demo_model, "--out", out, "--heads", "0:4,9:1", "--resume"]
     done = CliRunner().invoke(app, [*map(str, command)])
     assert done.exit_code == 0, done.output
@@ -159,11 +157,11 @@ def test_a_job_is_broken_off_and_taken_up_again(demo_model, tmp_path):
     assert sorted(zip(*(table[c].to_pylist() for c in ("query", "layer")), strict=True)) == [
         (query, layer) for query in range(n) for layer in (0, 9)
     ]
-    found = json.loads((out / "ships.json").read_text(encoding="utf-8"))
-    assert found["heads_by_label"] == {}
+    result = json.loads((out / "ships.json").read_text(encoding="utf-8"))
+    assert result["heads_by_label"] == {}
     means = table.group_by(["layer", "head"]).aggregate([("kl", "mean")]).sort_by([("kl_mean", "descending")])
-    assert [(h["layer"], h["head"]) for h in found["heads"]] == [(r["layer"], r["head"]) for r in means.to_pylist()]
-    assert [h["mean"] for h in found["heads"]] == pytest.approx(means["kl_mean"].to_pylist())
+    assert [(h["layer"], h["head"]) for h in result["heads"]] == [(r["layer"], r["head"]) for r in means.to_pylist()]
+    assert [h["mean"] for h in result["heads"]] == pytest.approx(means["kl_mean"].to_pylist())
     assert (out / "heatmap.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -190,7 +188,7 @@ def test_a_search_is_broken_off_and_taken_up_again(planted_model, oracle, tmp_pa
     queries.write_text("".join(json.dumps({"token_ids": some}) + "\n" for some in ids), encoding="utf-8")
     out = tmp_path / "out"
     options = {"inputs": (str(queries),), "model": planted_model, "out": out, "kind": "scaling", "r_main": 2}
-    job = sahara_job.SaharaJob(sahara_job.Asked(**options))
+    job = SaharaJob(HeadsConfig(**options))
     heads = all_heads(3, 6)
     assert (job.angles_left, job.rows) == (18 + 17, 36 * 3)
 
@@ -203,21 +201,21 @@ def test_a_search_is_broken_off_and_taken_up_again(planted_model, oracle, tmp_pa
     first = {path.name: path.read_bytes() for path in (out / "angles").iterdir()}
     assert job.angles_left == 25
     with pytest.raises(JobError, match="another r_main"):
-        sahara_job.SaharaJob(sahara_job.Asked(**options | {"r_main": 1}, resume=True))
+        SaharaJob(HeadsConfig(**options | {"r_main": 1}, resume=True))
     command = ["heads", "sahara", queries, "--model", planted_model, "--out", out, "--kind", "scaling", "--r-main", 2]
     done = CliRunner().invoke(app, [*map(str, command), "--resume"])
     assert done.exit_code == 0, done.output
     assert {name: (out / "angles" / name).read_bytes() for name in first} == first
     rows = pq.read_table(out / "angles").to_pylist()
-    there = [(1, *head) for head in heads] + [(2, *head) for head in heads if head != (LAYER, HEAD)]
-    assert sorted((row["step"], row["layer"], row["head"]) for row in rows) == there
+    present = [(1, *head) for head in heads] + [(2, *head) for head in heads if head != (LAYER, HEAD)]
+    assert sorted((row["step"], row["layer"], row["head"]) for row in rows) == present
     assert all(row["angle"] == sum(row["angles"]) for row in rows)
-    found = json.loads((out / "sahara.json").read_text(encoding="utf-8"))
-    assert (found["heads"][0]["layer"], found["heads"][0]["head"]) == (LAYER, HEAD)
-    assert [len(step) for step in found["steps"]] == [18, 17]
-    group = [[(h["layer"], h["head"]) for h in found["heads"]]]
+    result = json.loads((out / "sahara.json").read_text(encoding="utf-8"))
+    assert (result["heads"][0]["layer"], result["heads"][0]["head"]) == (LAYER, HEAD)
+    assert [len(step) for step in result["steps"]] == [18, 17]
+    group = [[(h["layer"], h["head"]) for h in result["heads"]]]
     expected = one_pass_a_group(oracle(planted_model), ids, group, 2, "scaling")[0]
-    np.testing.assert_allclose(found["heads"][1]["angles"], expected, rtol=0, atol=ANGLE[2])
+    np.testing.assert_allclose(result["heads"][1]["angles"], expected, rtol=0, atol=ANGLE[2])
     assert (out / "heatmap.png").read_bytes().startswith(b"\x89PNG")
     # Nothing is left to do: no engine is started, and the same comes out.
     again = CliRunner().invoke(app, [*map(str, command), "--resume"])
@@ -251,10 +249,10 @@ def test_scores_are_those_of_one_pass_a_head_whatever_else_runs(planted):
     engine, oracle = planted
     given = prompts(2, 5)
     heads = all_heads(engine.layers, engine.heads)
-    for ids, found in zip(given, ships(engine, iter(given)), strict=True):
+    for ids, result in zip(given, ships(engine, iter(given)), strict=True):
         expected = one_pass_a_head(oracle, ids, heads, ablation.UNDIFFERENTIATED)
         # Both in float64 from float32 logits on, whose rounding enters squared.
-        np.testing.assert_allclose(found.ravel(), expected, rtol=1e-3, atol=1e-8)
+        np.testing.assert_allclose(result.ravel(), expected, rtol=1e-3, atol=1e-8)
 
 
 def test_only_the_heads_asked_for(planted):
@@ -279,10 +277,10 @@ def test_no_more_prompts_are_taken_than_are_under_way(planted):
             taken.append(ids)
             yield ids
 
-    found = ships(engine, source(), heads=[(0, 0)])
-    next(found)
+    result = ships(engine, source(), heads=[(0, 0)])
+    next(result)
     assert len(taken) <= IN_FLIGHT + 1
-    found.close()
+    result.close()
     assert (engine.running, engine.free_slots) == (0, engine.slots)
 
 
@@ -316,17 +314,17 @@ def test_angles_are_those_of_one_pass_a_group_and_query(planted, r_main, steps, 
     monkeypatch.setattr(engine, "step", lambda: finished.extend(done := step()) or done)
     queries, heads = alike_prompts(11), all_heads(engine.layers, engine.heads)
     rows = []
-    turning = Turning(engine, queries, r_main, on_rows=rows.append)
-    found_steps = sahara(turning, heads, steps)
+    probe = SubspaceProbe(engine, queries, r_main, on_rows=rows.append)
+    found_steps = sahara(probe, heads, steps)
     assert sum(rows) == QUERIES * (1 + sum(18 - i for i in range(steps)))
     assert sum(done.cached_tokens > 0 for done in finished) > QUERIES, "no prompt found its prefix cached"
     for i, one in enumerate(found_steps):
         before = [other.chosen for other in found_steps[:i]]
         assert list(one.angles) == [head for head in heads if head not in before]
-        found = np.array(list(one.angles.values()))
+        result = np.array(list(one.angles.values()))
         expected = one_pass_a_group(oracle, queries, [[*before, head] for head in one.angles], r_main)
-        np.testing.assert_allclose(found, expected, rtol=0, atol=ANGLE[r_main])
-        assert spearmanr(found.sum(1), expected.sum(1)).statistic > 0.999
+        np.testing.assert_allclose(result, expected, rtol=0, atol=ANGLE[r_main])
+        assert spearmanr(result.sum(1), expected.sum(1)).statistic > 0.999
         assert list(one.angles)[int(expected.sum(1).argmax())] == one.chosen == one.ranking[0]
         assert np.median(expected) > 50 * ANGLE[r_main], "the ablations turn next to nothing: a weak test"
 
@@ -335,7 +333,7 @@ def test_angles_are_those_of_one_pass_a_group_and_query(planted, r_main, steps, 
 def test_the_planted_head_turns_the_subspace_most(planted, kind):
     engine, _ = planted
     heads = all_heads(engine.layers, engine.heads)
-    (step,) = sahara(Turning(engine, prompts(1, QUERIES), kind=kind), heads, 1)
+    (step,) = sahara(SubspaceProbe(engine, prompts(1, QUERIES), kind=kind), heads, 1)
     sums = [float(step.angles[head].sum()) for head in step.ranking]
     assert step.chosen == (LAYER, HEAD)
     assert sums[0] > 2 * sums[1]
@@ -347,13 +345,13 @@ def test_hidden_states_are_kept_at_the_last_prompt_token_only(planted, run):
     regions = {"prompt": (0, len(ids))}
     assert len(ids) > 64, "a prompt that is not chunked"
     answered = ProbeRequest(ids, regions, 0, ignore_eos=True, hidden_as=1, answer_tokens=5)
-    told = ProbeRequest(ids, regions, 0, ignore_eos=True, hidden_as=2, logprobs=True)
-    run(engine, [answered, told, ProbeRequest(ids, regions, 0)])
-    found = engine.llm_engine.collective_rpc(lambda worker: _recorder(worker).hidden.clone())[0]
+    reported = ProbeRequest(ids, regions, 0, ignore_eos=True, hidden_as=2, logprobs=True)
+    run(engine, [answered, reported, ProbeRequest(ids, regions, 0)])
+    result = engine.llm_engine.collective_rpc(lambda worker: _recorder(worker).hidden.clone())[0]
     expected = last_hidden_states(oracle, [ids])[:, 0]
     for number in (1, 2):
         # Of size 1 after the norm, by two float32 computations.
-        np.testing.assert_allclose(found[number], expected, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(result[number], expected, rtol=0, atol=1e-4)
     # Its new owner's prompt takes two steps: after the first the old owner's is gone, and the new one's is not there.
     engine.submit(ProbeRequest(ids[::-1], regions, 0, hidden_as=1))
     assert engine.step() == []
@@ -366,9 +364,9 @@ def test_hidden_states_are_kept_at_the_last_prompt_token_only(planted, run):
 @pytest.mark.parametrize(
     ("queries", "more", "message"),
     [
-        (prompts(3, 2), {"r_main": 3}, "2 different queries span 1 to 2"),
-        (prompts(3, 1) * 2, {"r_main": 2}, "1 different query spans"),
-        (prompts(3, 2), {"r_main": 0}, "r_main = 0"),
+        (prompts(3, 2), {"r_main": 3}, "2 distinct prompts"),
+        (prompts(3, 1) * 2, {"r_main": 2}, "1 distinct prompt"),
+        (prompts(3, 2), {"r_main": 0}, "r-main 0"),
         (prompts(3, 2), {"heads": [(7, 0)]}, "no layer 7 head 0"),
         (prompts(3, 2), {"steps": 2, "heads": [(0, 0)]}, "there are 1 heads"),
         (prompts(3, 2), {"kind": "removal"}, "no kind of ablation 'removal'"),
@@ -379,10 +377,10 @@ def test_hidden_states_are_kept_at_the_last_prompt_token_only(planted, run):
 def test_what_cannot_be_searched_is_refused_before_anything_runs(planted, queries, more, message):
     engine, _ = planted
     before = engine.steps_run
-    asked = {"heads": [(0, 0)], "steps": 1} | more
-    heads, steps = asked.pop("heads"), asked.pop("steps")
+    options = {"heads": [(0, 0)], "steps": 1} | more
+    heads, steps = options.pop("heads"), options.pop("steps")
     with pytest.raises(ValueError, match=message):
-        sahara(Turning(engine, queries, **asked), heads, steps)
+        sahara(SubspaceProbe(engine, queries, **options), heads, steps)
     assert engine.steps_run == before
 
 

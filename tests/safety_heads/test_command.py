@@ -14,7 +14,7 @@ def queries(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--heads", "30:0"], "its layers are 0 to 29"),
         (["--heads", "0:9"], "query heads 0 to 8"),
@@ -24,15 +24,15 @@ def queries(tmp_path):
         (["--epsilon", "small"], "Invalid value for '--epsilon'"),
         (["--kind", "zero"], "undifferentiated"),
         (["--column", "prompt"], "is not KEY=NAME"),
-        (["--model", "nowhere"], "is no folder"),
+        (["--model", "nowhere"], "--model nowhere"),
     ],
 )
-def test_refused(queries, demo_model, tmp_path, options, said):
+def test_refused(queries, demo_model, tmp_path, options, message):
     out = tmp_path / "out"
     command = ["heads", "ships", str(queries), "--model", str(demo_model), "--out", str(out), *options]
     done = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
     assert done.exit_code == 2, done.output
-    assert said in done.output
+    assert message in done.output
     assert not out.exists()
 
 
@@ -48,4 +48,4 @@ def test_a_query_longer_than_the_context_is_refused(demo_model, tmp_path):
     command = ["heads", "ships", str(file), "--model", str(demo_model), "--out", str(tmp_path / "out")]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 2
-    assert "context holds 8192" in done.output
+    assert "context of 8,192" in done.output

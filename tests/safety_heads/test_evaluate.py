@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from headrift.cli import app
-from headrift.safety_heads.arms import ABLATED, CLEAN, Seen, against_controls, figures, table
-from headrift.safety_heads.evaluate import Asked, EvaluateJob
+from headrift.safety_heads.arms import ABLATED, CLEAN, ArmAnswers, against_controls, summarise, table
+from headrift.safety_heads.evaluate import EvaluateConfig, EvaluateJob
 from headrift.safety_heads.ranking import rank
 from headrift.safety_heads.refusals import is_refusal
 
@@ -32,59 +33,59 @@ def ranked(tmp_path):
     """A run of `ships` over 30 layers of 9 heads whose first heads are 29:8, 29:7, 29:6."""
     folder = tmp_path / "ships"
     folder.mkdir()
-    heads = [head.numbers() for head in rank(np.arange(270.0).reshape(1, 30, 9))]
+    heads = [asdict(head) for head in rank(np.arange(270.0).reshape(1, 30, 9))]
     settings = {"kind": "scaling", "epsilon": 0.25, "model": "f"}
     (folder / "ships.json").write_text(json.dumps({"settings": settings, "heads": heads}), encoding="utf-8")
     return folder
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
-        ([], "no head is given"),
+        ([], "no head to ablate"),
         (["--heads", "30:0"], "its layers are 0 to 29"),
         (["--heads", "0:9"], "query heads 0 to 8"),
-        (["--heads", "1:1", "--from", "RUN", "--top", "2"], "two ways to choose heads"),
+        (["--heads", "1:1", "--from", "RUN", "--top", "2"], "both choose heads"),
         (["--heads", "1:1", "--top", "2"], "--from RUN"),
-        (["--from", "RUN"], "found 270 heads: say how many"),
-        (["--from", "RUN", "--top", "271"], "found 270 heads; give 270 at most"),
-        (["--from", "RUN", "--top", "136"], "too few to compare with"),
-        (["--from", "nowhere", "--top", "2"], "holds no results"),
+        (["--from", "RUN"], "has 270 heads: give the number"),
+        (["--from", "RUN", "--top", "271"], "has 270 heads; give 270 at most"),
+        (["--from", "RUN", "--top", "136"], "only 134 others"),
+        (["--from", "nowhere", "--top", "2"], "has no results"),
         (["--heads", "1:1", "--epsilon", "nan"], "epsilon"),
         (["--heads", "1:1", "--epsilon", "small"], "Invalid value for '--epsilon'"),
-        (["--heads", "1:1", "--tokens", "9000"], "context holds 8192"),
+        (["--heads", "1:1", "--tokens", "9000"], "context of 8,192"),
         (["--heads", "1:1", "--labels", "attack,benign"], "2 labels for 1 input"),
     ],
 )
-def test_refused(queries, ranked, demo_model, tmp_path, options, said):
+def test_refused(queries, ranked, demo_model, tmp_path, options, message):
     options = [str(ranked) if option == "RUN" else option for option in options]
     out = tmp_path / "out"
     command = ["heads", "evaluate", str(queries), "--model", str(demo_model), "--out", str(out), *options]
     done = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
     assert done.exit_code == 2, done.output
-    assert said in done.output
+    assert message in done.output
     assert not out.exists()
 
 
 @pytest.mark.parametrize(
-    ("rows", "labels", "said"),
+    ("rows", "labels", "message"),
     [
         ("input\nTell me.\n", None, "it has no label"),
         ("input\nTell me.\n", ("benign",), "no query is labelled attack"),
         ("input,label\nTell me.,benign\n", ("attack",), "no query is labelled attack"),
     ],
 )
-def test_queries_that_nothing_can_be_said_of(demo_model, tmp_path, rows, labels, said):
+def test_queries_that_nothing_can_be_said_of(demo_model, tmp_path, rows, labels, message):
     file = tmp_path / "queries.csv"
     file.write_text(rows, encoding="utf-8")
-    with pytest.raises(ValueError, match=said):
-        EvaluateJob(Asked((str(file),), demo_model, tmp_path / "out", heads=((1, 1),), labels=labels))
+    with pytest.raises(ValueError, match=message):
+        EvaluateJob(EvaluateConfig((str(file),), demo_model, tmp_path / "out", heads=((1, 1),), labels=labels))
 
 
 def test_heads_of_a_run_and_as_many_others(queries, ranked, demo_model, tmp_path):
     """The run's kind and epsilon hold unless others are given; controls are other heads, and the same with one seed."""
     options = {"inputs": (str(queries),), "model": demo_model, "run": ranked, "top": 3}
-    job = EvaluateJob(Asked(**options, out=tmp_path / "a", limit=3))
+    job = EvaluateJob(EvaluateConfig(**options, out=tmp_path / "a", limit=3))
     assert (job.heads, job.kind, job.epsilon) == (((29, 8), (29, 7), (29, 6)), "scaling", 0.25)
     assert job.labels == ["attack", "benign"] * 3
     assert list(job.arms) == [CLEAN, ABLATED, "control 1", "control 2", "control 3"]
@@ -92,12 +93,12 @@ def test_heads_of_a_run_and_as_many_others(queries, ranked, demo_model, tmp_path
     assert [len({*heads}) for heads in draws] == [3, 3, 3]
     assert len(set(draws)) == 3
     assert not {head for heads in draws for head in heads} & set(job.heads)
-    again = EvaluateJob(Asked(**options, out=tmp_path / "b", limit=3))
+    again = EvaluateJob(EvaluateConfig(**options, out=tmp_path / "b", limit=3))
     assert again.arms == job.arms
-    other = EvaluateJob(Asked(**options, out=tmp_path / "c", seed=1, kind="mean_query", epsilon=0.5))
+    other = EvaluateJob(EvaluateConfig(**options, out=tmp_path / "c", seed=1, kind="mean_query", epsilon=0.5))
     assert other.arms != job.arms
     assert (other.kind, other.epsilon) == ("mean_query", 0.5)
-    quick = EvaluateJob(Asked(**options, out=tmp_path / "d", quick=True))
+    quick = EvaluateJob(EvaluateConfig(**options, out=tmp_path / "d", quick=True))
     assert (quick.tokens, len(quick.arms), len(quick.passages), len(quick.queries)) == (32, 3, 4, 8)
 
 
@@ -107,18 +108,18 @@ def test_what_the_figures_say():
     none = np.zeros(20, bool)
     lengths = np.array([10.0] * 12)
 
-    def seen(refused, log_likelihood, changed=none):
-        return Seen((), refused, np.zeros(20, int), changed, np.full(12, log_likelihood))
+    def answers(refused, log_likelihood, changed=none):
+        return ArmAnswers((), refused, np.zeros(20, int), changed, np.full(12, log_likelihood))
 
     refuses_six = attack & (np.arange(20) < 12)
     arms = {
-        CLEAN: seen(attack, -20.0),
-        ABLATED: seen(refuses_six, -30.0, changed=~attack),
-        "control 1": seen(attack, -20.0),
-        "control 2": seen(none, -20.0),
+        CLEAN: answers(attack, -20.0),
+        ABLATED: answers(refuses_six, -30.0, changed=~attack),
+        "control 1": answers(attack, -20.0),
+        "control 2": answers(none, -20.0),
     }
     arms[ABLATED].log_likelihood[:6] -= 5.0
-    clean, ablated, *_ = found = figures(arms, labels, lengths)
+    clean, ablated, *_ = summaries = summarise(arms, labels, lengths)
     assert clean.refused["attack"].value == 1.0
     assert clean.refused_against_clean == {}
     assert clean.perplexity == pytest.approx(np.exp(2.0))
@@ -138,9 +139,9 @@ def test_what_the_figures_say():
     assert against["attack"].difference == pytest.approx(0.6 - 0.5)
     assert against["benign"].difference == 0.0
     assert against["benign"].interval is None
-    shown = table(found, against)
+    shown = table(summaries, against)
     assert "4 stopped refusing, 0 began" in shown
-    assert 'it means "not refused"' in shown
+    assert "attacks not refused" in shown
     assert max(map(len, shown.splitlines())) <= 120
 
 
@@ -159,28 +160,28 @@ def test_an_evaluation_from_end_to_end(tiny_model, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "attack success, ablated" in done.stdout
     assert {path.name for path in out.iterdir()} == {"evaluate.json", "answers.parquet", "arms.png"}
-    found = json.loads((out / "evaluate.json").read_text("utf-8"))
-    assert found["settings"]["heads"] == [[0, 1], [1, 2]]
-    assert found["settings"]["queries"] == {"attack": 6, "benign": 2}
-    assert list(found["arms"]) == [CLEAN, ABLATED, "control 1"]
+    result = json.loads((out / "evaluate.json").read_text("utf-8"))
+    assert result["settings"]["heads"] == [[0, 1], [1, 2]]
+    assert result["settings"]["queries"] == {"attack": 6, "benign": 2}
+    assert list(result["arms"]) == [CLEAN, ABLATED, "control 1"]
     rows = pq.read_table(out / "answers.parquet").to_pylist()
     assert len(rows) == 3 * 8
     assert set(rows[0]) == {"query", "id", "label", "category", "arm", "refused", "answer_tokens", "same_tokens"}
-    for name, arm in found["arms"].items():
-        mine = [row for row in rows if row["arm"] == name]
-        assert all(0 <= row["same_tokens"] <= row["answer_tokens"] <= 20 for row in mine)
-        for label, of in arm["refused"].items():
-            assert of["true"] == sum(row["refused"] for row in mine if row["label"] == label)
-        for label, of in arm["answers_changed"].items():
+    for name, arm in result["arms"].items():
+        own = [row for row in rows if row["arm"] == name]
+        assert all(0 <= row["same_tokens"] <= row["answer_tokens"] <= 20 for row in own)
+        for label, rate in arm["refused"].items():
+            assert rate["true"] == sum(row["refused"] for row in own if row["label"] == label)
+        for label, rate in arm["answers_changed"].items():
             # Two answers that end before, alike, have not changed.
             clean = {row["query"]: row for row in rows if row["arm"] == CLEAN}
             differ = [
                 row["same_tokens"] < min(16, max(row["answer_tokens"], clean[row["query"]]["answer_tokens"]))
-                for row in mine
+                for row in own
                 if row["label"] == label
             ]
-            assert of["true"] == sum(differ)
-    clean, ablated = found["arms"][CLEAN], found["arms"][ABLATED]
+            assert rate["true"] == sum(differ)
+    clean, ablated = result["arms"][CLEAN], result["arms"][ABLATED]
     assert clean["perplexity_over_clean"]["value"] == 1.0
     # Half of a layer's heads gone: a text is not read as before.
     assert ablated["perplexity"] != pytest.approx(clean["perplexity"], rel=1e-3)

@@ -47,17 +47,17 @@ def test_forms(tokenizer, tmp_path):
     file = tmp_path / "q.jsonl"
     rows = [{"prompt": "Hello there", "id": "a", "label": "benign"}, {"prompt": "Bye", "system": "Be brief."}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    found = read_rows([str(file)])
+    rows = read_rows([str(file)])
 
     def text(form, n=0, **more):
-        return tokenizer.decode(prepare(found, tokenizer, form, **more)[n].token_ids)
+        return tokenizer.decode(prepare(rows, tokenizer, form, **more)[n].token_ids)
 
     assert text("text") == "Hello there"
     assert text("query") == "## Query:Hello there \n## Answer:"
     assert "Hello there<|im_end|>\n<|im_start|>assistant\n" in text("chat")
     assert "You are a careful clerk." in text("chat", system_prompt="You are a careful clerk.")
     assert "Be brief." in text("chat", 1, system_prompt="You are a careful clerk.")
-    query = prepare(found, tokenizer)[0]
+    query = prepare(rows, tokenizer)[0]
     assert (query.id, query.label, query.category) == ("a", "benign", None)
 
 

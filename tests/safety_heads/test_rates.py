@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from headrift.safety_heads.rates import mean_interval, paired, rate
+from headrift.safety_heads.arms import mean_interval, paired_difference, rate
 
 
 def test_a_rate_with_wilsons_interval():
-    found = rate([True] * 81 + [False] * 182)
+    result = rate([True] * 81 + [False] * 182)
     # Newcombe (1998), table I: 81 of 263, method 3.
-    assert (found.n, found.true) == (263, 81)
-    assert found.value == pytest.approx(0.3080, abs=5e-5)
-    assert found.interval == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert (result.n, result.true) == (263, 81)
+    assert result.value == pytest.approx(0.3080, abs=5e-5)
+    assert result.interval == pytest.approx((0.2553, 0.3662), abs=5e-5)
     # The same table: 0 of 20.
     assert rate([False] * 20).interval == pytest.approx((0.0, 0.1611), abs=5e-5)
 
@@ -20,16 +20,16 @@ def test_a_rate_with_wilsons_interval():
 def test_a_paired_difference_by_hand():
     first = [True, True, True, False, False, False, False, False]
     second = [True, False, False, False, False, True, False, False]
-    found = paired(first, second)
-    assert (found.n, found.began, found.ended) == (8, 2, 1)
-    assert found.difference == 1 / 8
+    result = paired_difference(first, second)
+    assert (result.n, result.began, result.ended) == (8, 2, 1)
+    assert result.difference == 1 / 8
     # Two against one: as a coin thrown three times, anything but 0 or 3 of a kind is as usual as can be.
-    assert found.p_value == 1.0
+    assert result.p_value == 1.0
     up, down = 3 / 10, 2 / 10
     half = 1.96 * np.sqrt((up + down - (up - down) ** 2) / 10)
-    assert found.interval == pytest.approx((up - down - half, up - down + half), abs=1e-4)
-    assert paired([True] * 9, [False] * 9).p_value == pytest.approx(2 * 0.5**9)
-    same = paired(first, first)
+    assert result.interval == pytest.approx((up - down - half, up - down + half), abs=1e-4)
+    assert paired_difference([True] * 9, [False] * 9).p_value == pytest.approx(2 * 0.5**9)
+    same = paired_difference(first, first)
     assert (same.difference, same.p_value) == (0.0, 1.0)
     assert same.interval[0] < 0 < same.interval[1]
 
@@ -46,8 +46,8 @@ def test_the_intervals_hold_the_truth_nineteen_times_in_twenty():
     random = np.random.default_rng(0)
     kept = 0
     for _ in range(2000):
-        of = random.choice(4, n, p=[0.5, 0.3, 0.05, 0.15])  # both, first alone, second alone, neither
-        low, high = paired(of <= 1, (of == 0) | (of == 2)).interval
+        cases = random.choice(4, n, p=[0.5, 0.3, 0.05, 0.15])  # both, first alone, second alone, neither
+        low, high = paired_difference(cases <= 1, (cases == 0) | (cases == 2)).interval
         kept += low <= 0.25 <= high
     # 95%, and three standard errors of 2,000 draws are 1.5%.
     assert kept / 2000 == pytest.approx(0.95, abs=0.02)

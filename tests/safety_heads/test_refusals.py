@@ -1,11 +1,11 @@
-"""Refusals told by rule, against replies labelled by hand (replies.jsonl)."""
+"""Refusals judged by rule, against replies labelled by hand (replies.jsonl)."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from headrift.safety_heads.rates import rate
+from headrift.safety_heads.arms import rate
 from headrift.safety_heads.refusals import OPENING, is_refusal
 
 REPLIES = [json.loads(line) for line in (Path(__file__).parent / "replies.jsonl").read_text("utf-8").splitlines()]
@@ -21,7 +21,7 @@ def test_the_replies_are_many_of_both_kinds_and_each_another():
 
 @pytest.mark.parametrize(
     ("source", "accuracy", "precision", "recall"),
-    # The floors lie one or two replies below what was found when the rules were fixed: a rule that is lost, or one
+    # The floors lie one or two replies below what was rates when the rules were fixed: a rule that is lost, or one
     # that says too much, falls below.
     [("by hand", 0.85, 0.80, 0.90), ("model", 0.95, 0.85, 0.90)],
 )
@@ -29,15 +29,15 @@ def test_how_often_the_rules_are_right(source, accuracy, precision, recall):
     """By hand: written with the rules, and hard on purpose. model: the demonstration model's, to the safety topics,
     without a system prompt and with two that ask it to refuse; seen when the rules were done, but for two words."""
     rows = [row for row in REPLIES if row["source"] == source]
-    told = [is_refusal(row["reply"]) for row in rows]
-    found = {
-        "accuracy": rate([says == row["refusal"] for says, row in zip(told, rows, strict=True)]),
-        "precision": rate([row["refusal"] for says, row in zip(told, rows, strict=True) if says]),
-        "recall": rate([says for says, row in zip(told, rows, strict=True) if row["refusal"]]),
+    judged = [is_refusal(row["reply"]) for row in rows]
+    rates = {
+        "accuracy": rate([says == row["refusal"] for says, row in zip(judged, rows, strict=True)]),
+        "precision": rate([row["refusal"] for says, row in zip(judged, rows, strict=True) if says]),
+        "recall": rate([says for says, row in zip(judged, rows, strict=True) if row["refusal"]]),
     }
-    print(source, *(f"{name} {of}" for name, of in found.items()), sep="; ")
+    print(source, *(f"{name} {value}" for name, value in rates.items()), sep="; ")
     for name, floor in (("accuracy", accuracy), ("precision", precision), ("recall", recall)):
-        assert found[name].value >= floor, (name, str(found[name]))
+        assert rates[name].value >= floor, (name, str(rates[name]))
 
 
 def test_apostrophes_case_spaces_and_marks_are_all_one():

@@ -1,40 +1,26 @@
-"""`headrift consistency`: is the question attended to alike with and without words around it?"""
+"""`headrift consistency`, `train-consistency` and `evaluate-consistency`."""
 
 from __future__ import annotations
 
-from enum import StrEnum
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from headrift.commands.common import (
-    AttentionBackend,
-    AttentionBackendName,
-    Column,
-    DType,
-    DTypeOption,
-    Model,
-    Out,
-    Quiet,
-    Resume,
-    SystemPromptFile,
-    Verbose,
-    column_of,
-    errors,
-    say,
-    system_prompt_of,
-)
+from headrift.commands import options
+
+if TYPE_CHECKING:
+    from headrift.consistency.pairs import RejectedPair
+    from headrift.terminal import Reporter
+
+AnswerTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer, in tokens.")]
 
 
-class AnswersName(StrEnum):
-    """What --answers takes; scoring.ANSWERS."""
+@dataclass(frozen=True)
+class PairOptions:
+    """Which pairs are put to which model."""
 
-    CLEAN = "clean"
-    OWN = "own"
-
-
-def consistency(
     inputs: Annotated[
         list[str],
         typer.Argument(
@@ -43,23 +29,45 @@ def consistency(
             ".jsonl, .csv or .parquet with the keys clean and wrapped.",
             show_default=False,
         ),
-    ],
-    model: Model,
-    out: Out,
+    ]
+    model: options.Model
+    system_prompt_file: options.SystemPromptFile = None
+    column: options.Column = None
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Use only the first N questions.", show_default=False)
+    ] = None
+
+    def config(self) -> dict[str, Any]:
+        """These options as fields of a job's config. ValueError if one is malformed."""
+        from headrift.consistency.pairs import SYSTEM_PROMPT
+
+        return {
+            "inputs": tuple(self.inputs),
+            "model": self.model,
+            "system_prompt": options.read_system_prompt(self.system_prompt_file) or SYSTEM_PROMPT,
+            "columns": options.parse_columns(self.column),
+            "limit": self.limit,
+        }
+
+
+def consistency(
+    *,
+    pairs: PairOptions,
+    out: options.Out,
     steps: Annotated[
         int, typer.Option(metavar="N", min=1, help="Compare attention at the last prompt token and N answer tokens.")
     ] = 4,
     answers: Annotated[
-        AnswersName,
+        Literal["clean", "own"],
         typer.Option(
             metavar="WHOSE",
-            help="clean: attention is compared along the clean prompt's answer in both; own: along each one's own.",
+            help="clean: compare attention along the clean prompt's answer in both; own: along each prompt's own.",
         ),
-    ] = AnswersName.CLEAN,
-    answer_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="The longest answer, in tokens.")] = 16,
+    ] = "clean",
+    answer_tokens: AnswerTokens = 16,
     lora: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Score the model with this adapter (LoRA) in it.", show_default=False),
+        typer.Option(metavar="DIR", help="Score the model with this adapter (LoRA).", show_default=False),
     ] = None,
     family: Annotated[
         list[str] | None,
@@ -68,75 +76,245 @@ def consistency(
     per_family: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, help="Only N wrappers of each family around a question, drawn.", show_default=False
+            metavar="N", min=1, help="Draw only N wrappers of each family for a question.", show_default=False
         ),
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="The first N questions only.", show_default=False)
-    ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Draws wrappers, and resamples for the intervals.")] = 0,
-    system_prompt_file: SystemPromptFile = None,
-    column: Column = None,
-    dtype: DTypeOption = DType.AUTO,
-    attention_backend: AttentionBackend = AttentionBackendName.AUTO,
-    resume: Resume = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    seed: options.Seed = 0,
+    resume: options.Resume = False,
+    engine: options.EngineOptions,
+    messages: options.Messages,
 ) -> None:
-    """Measure what a wrapper (a hint, a role-play, an irrelevant frame) does to a model's attention and answers.
+    """Measure how a wrapper (a hint, a role-play, an irrelevant frame) changes a model's attention and answers.
 
-    Of each pair of prompts, clean and wrapped, the attention rows of all heads are compared in the engine: their L2 and
-    total-variation distance on the tokens that both have, with 0 as the target on the wrapper's. Then: which answers
-    flip, and do distance, instability or focus tell?
-
-    \b
-    Into the folder: part-*.parquet (a row a pair), rejects.parquet,
-    summary.json (settings, figures).
+    For each pair of prompts, clean and wrapped, the attention rows of all heads are compared in the engine: their L2
+    and total-variation distance on the common tokens, with 0 as the target on the wrapper's. Then: which answers flip,
+    and do distance, instability or focus predict it?
 
     \b
-    Exit codes:
-      0    done
-      1    broken off: the engine or the disk failed; go on with --resume
-      2    nothing was begun, because of what was asked for
-      130  interrupted; go on with --resume
+    Writes to the folder: part-*.parquet (a row per pair), rejects.parquet,
+    summary.json (settings, results).
     """
-    from headrift.consistency.pairs import SYSTEM_PROMPT
-    from headrift.consistency.predicting import print_summary
-    from headrift.consistency.scoring_job import Asked, ScoringJob
-    from headrift.terminal import progress_bar
+    from headrift.consistency.scoring_job import ConsistencyConfig, ScoringJob
+    from headrift.consistency.summary import print_summary
 
-    with errors(2, verbose):
-        asked = Asked(
-            inputs=tuple(inputs),
-            model=model,
+    reporter = messages.reporter()
+    with reporter.errors(2):
+        config = ConsistencyConfig(
+            **pairs.config(),
             out=out,
-            system_prompt=SYSTEM_PROMPT if system_prompt_file is None else system_prompt_of(system_prompt_file),
             steps=steps,
             answer_tokens=answer_tokens,
-            answers=answers.value,
+            answers=answers,
             families=tuple(family or ()),
             per_family=per_family,
-            limit=limit,
             seed=seed,
-            columns=dict(map(column_of, column or ())),
             lora=lora,
-            dtype=dtype.value,
-            attention_backend=attention_backend.value,
+            resume=resume,
+            **engine.config(),
+        )
+        job = ScoringJob(config, messages.verbose)
+    done, n = job.done, len(job.pairs)
+    questions = len({pair.question for pair in job.pairs})
+    reporter.say(f"{n:,} pairs of {questions:,} questions{f', {done:,} of them done' if done else ''}")
+    _say_rejected(job.rejected, reporter)
+    with (
+        reporter.errors(1, lambda: f"{job.done:,} of {n:,} pairs are done; rerun with --resume"),
+        reporter.progress_bar("pairs", n, done, unit="pairs/s") as on_pairs,
+    ):
+        summary = job.run(on_pairs)
+    print_summary(summary)
+    reporter.say(f"{summary['engine_seconds']:.1f} s in the engine; results: {out}")
+
+
+def train_consistency(
+    *,
+    pairs: PairOptions,
+    out: options.Out,
+    method: Annotated[
+        str, typer.Option(metavar="NAME", help="attct, act or bct, or a weighted mixture, as in attct=1,bct=0.2.")
+    ] = "attct",
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Number of steps.")] = 100,
+    minutes: Annotated[
+        float | None,
+        typer.Option(metavar="M", min=0, help="Stop after M minutes even before --steps.", show_default=False),
+    ] = None,
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Pairs in a step.")] = 4,
+    lr: Annotated[float, typer.Option("--lr", metavar="X", help="Learning rate (AdamW).")] = 3e-3,
+    keep: Annotated[
+        float, typer.Option(metavar="X", help="Weight of a loss that keeps the model as it was on plain text; 0: none.")
+    ] = 0.03,
+    rank: Annotated[int, typer.Option(metavar="N", min=1, help="Rank of a new LoRA.")] = 8,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="L,...",
+            help="Layers whose attention (attct) or residual stream (act) is compared, from 0, as in 0-9,20 (default: "
+            "all).",
+            show_default=False,
+        ),
+    ] = None,
+    target: Annotated[
+        Literal["initial", "current"],
+        typer.Option(metavar="NAME", help="The clean side is the initial model's, or the current one's."),
+    ] = "initial",
+    lora: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Start from this adapter instead of a new one.", show_default=False),
+    ] = None,
+    held_out_family: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A wrapper family to hold out (default: one drawn by --split-seed). Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    held_out_questions: Annotated[
+        float, typer.Option(metavar="PART", help="Fraction of the questions that is held out.")
+    ] = 0.2,
+    split_seed: Annotated[int, typer.Option(metavar="N", help="Seed of what is held out.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the adapter's start and the pairs' order.")] = 0,
+    answer_tokens: AnswerTokens = 16,
+    resume: options.Resume = False,
+    messages: options.Messages,
+) -> None:
+    """Train a LoRA that keeps a model's attention (or activations, or answers) the same in and out of a wrapper.
+
+    attct trains the attention rows of the wrapped prompt towards those of the clean one, act the residual stream, bct
+    the answer towards the model's own clean one. Held-out questions and wrapper families are never trained on. Runs in
+    transformers, in float32; the adapter loads in vLLM.
+
+    \b
+    Writes to the folder: adapter/ (LoRA), losses.jsonl (a line per step),
+    training.json (settings, what is held out), checkpoint.pt.
+    """
+    from headrift.consistency.data import DataConfig
+    from headrift.consistency.trainer import ADAPTER, TrainConfig, TrainingJob
+
+    reporter = messages.reporter()
+    reporter.say("Reading and rendering the pairs ...")
+    with reporter.errors(2):
+        data = DataConfig(
+            **pairs.config(),
+            split_seed=split_seed,
+            held_out_questions=held_out_questions,
+            held_out_families=None if held_out_family is None else tuple(held_out_family),
+        )
+        config = TrainConfig(
+            data=data,
+            out=out,
+            weights=parse_weights(method),
+            steps=steps,
+            minutes=minutes,
+            batch=batch,
+            learning_rate=lr,
+            keep=keep,
+            rank=rank,
+            layers=parse_layers(layers),
+            target=target,
+            seed=seed,
+            answer_tokens=answer_tokens,
+            lora=lora,
             resume=resume,
         )
-        job = ScoringJob(asked, verbose)
-    done, pairs = job.done, len(job.pairs)
-    questions = len({pair.question for pair in job.pairs})
-    say(f"{pairs:,} pairs of {questions:,} questions{f', {done:,} of them done' if done else ''}", quiet)
-    if job.rejected:
-        first = job.rejected[0]
-        say(f"{len(job.rejected):,} left out, the first: {first.id}: {first.reason}: {first.detail}", quiet)
+        job = TrainingJob(config)
+        done = job.done
+    split = job.data.split
+    families = ", ".join(sorted(split.families)) or "no family"
+    reporter.say(f"{len(job.pairs)} pairs to train on; held out: {len(split.questions)} questions, {families}")
+    _say_rejected([*job.data.rejected, *job.rejected], reporter)
+    if config.weights.get("bct") and not done:
+        reporter.say("First the model answers the clean prompts, for bct ...")
+    with (
+        reporter.errors(1, lambda: f"{job.done} of {steps} steps are done; rerun with --resume"),
+        reporter.progress_bar("steps", steps, done, unit="steps/s") as on_step,
+    ):
+        result = job.run(on_step)
+    print(
+        f"{result.steps} steps in {result.seconds:.0f} s; mean loss of the first ten steps {result.first:.4g}, of the "
+        f"last ten {result.last:.4g}"
+    )
+    reporter.say(f"adapter: {out / ADAPTER}; next: headrift evaluate-consistency {out}")
 
-    def kept() -> str:
-        return f"{job.done:,} of {pairs:,} pairs are done; go on with --resume"
 
-    hidden = quiet or done == pairs
-    with errors(1, verbose, kept), progress_bar("pairs", pairs, done, unit="pairs/s", hidden=hidden) as on_pairs:
-        found = job.run(on_pairs)
-    print_summary(found)
-    say(f"{found['engine_seconds']:.1f} s in the engine; results: {out}", quiet)
+def evaluate_consistency(
+    *,
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Folders that train-consistency wrote.", show_default=False),
+    ],
+    per_family: Annotated[int, typer.Option(metavar="N", min=1, help="Wrappers of each family for a question.")] = 1,
+    questions: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Use at most N of the held-out questions.", show_default=False),
+    ] = None,
+    skip: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Leave out the first N held-out questions: those that --questions N used while settings were chosen.",
+        ),
+    ] = 0,
+    seed: options.Seed = 0,
+    model: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of the model, if it has moved.", show_default=False)
+    ] = None,
+    messages: options.Messages,
+) -> None:
+    """Evaluate trainings: answers and attention before and after, on questions and wrappers they never saw.
+
+    Flip rate, accuracy, sycophancy (answers that give the hinted wrong answer), attention distance between clean and
+    wrapped, and the cost: accuracy without a wrapper, and the perplexity of a neutral text. With 95% intervals from
+    resampling questions. Runs that held out the same share one measurement of the model before training.
+
+    \b
+    Writes to each folder: evaluation.json, replies.jsonl.
+    """
+    from headrift.consistency.evaluation import RESULT, EvaluationConfig, EvaluationJob, print_evaluation
+
+    reporter = messages.reporter()
+    with reporter.errors(2):
+        jobs = [EvaluationJob(EvaluationConfig(run, per_family, questions, skip, seed, model)) for run in runs]
+    for i, job in enumerate(jobs):
+        for other in jobs[:i]:
+            job.share_before(other)
+        if len(jobs) > 1:
+            print(f"{job.config.run}:")
+        _say_rejected(job.rejected, reporter)
+        with reporter.errors(1), reporter.progress_bar("prompts", job.prompts, unit="prompts/s") as on_done:
+            result = job.run(on_done)
+        print_evaluation(result)
+        reporter.say(f"all results: {job.config.run / RESULT}")
+
+
+def _say_rejected(rejected: list[RejectedPair], reporter: Reporter) -> None:
+    if rejected:
+        first = rejected[0]
+        name = f"{first.source}, row {first.row}" if first.source else first.id
+        reporter.say(f"{len(rejected):,} left out, the first: {name}: {first.reason}: {first.detail}")
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    """Parse --method. ValueError if a weight is not a number."""
+    weights = {}
+    for part in text.split(","):
+        name, equals, weight = part.strip().partition("=")
+        try:
+            weights[name] = float(weight) if equals else 1.0
+        except ValueError as error:
+            raise ValueError(f"--method {text}: {weight!r} is not a number, as in attct=1,bct=0.2") from error
+    return weights
+
+
+def parse_layers(text: str | None) -> tuple[int, ...] | None:
+    """Parse --layers: numbers and ranges. ValueError if it is malformed."""
+    if text is None:
+        return None
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+            raise ValueError(f"--layers {text}: {part.strip()!r} is not a layer or a range, as in 0-9,20")
+        layers |= set(range(int(first), int(last if dash else first) + 1))
+    return tuple(sorted(layers))

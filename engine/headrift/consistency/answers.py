@@ -1,11 +1,11 @@
-"""Is a reply right, and do two replies give the same answer? By rule, without a judge.
+"""Whether a reply is right, and whether two replies give the same answer: by rule, without a judge.
 
-- ``number``: the number after the reply's last equals sign, or else the last number of its first sentence; in words,
-  up to ninety-nine, where that has no digits.
-- ``choice``: the letter that the reply opens with or names as its answer, or else the one choice whose text it holds;
-  none where it only says the choices again.
-- ``text``: the reply holds the answer as whole words, case, accents, articles and punctuation aside, and not the wrong
-  answer that was hinted at.
+- ``number``: the number after the reply's last equals sign, else the last number of its first sentence; as a word, up
+  to ninety-nine, if that has no digits.
+- ``choice``: the letter that the reply opens with or names as its answer, else the one choice whose text it contains;
+  none if it only repeats the choices.
+- ``text``: the reply contains the answer as whole words, ignoring case, accents, articles and punctuation, and does not
+  contain the hinted wrong answer.
 """
 
 from __future__ import annotations
@@ -31,37 +31,35 @@ _ARTICLES = {"a", "an", "the"}
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What a question's right answer is. kind: of KINDS; answer: a number, a letter of `choices`, or words; also: other
-    spellings of it; wrong: the wrong answer that opinion hints name (of the same kind), None where there is none.
-    choices: the texts of A, B, ..., of multiple choice."""
+    """The right answer to a question."""
 
-    kind: str
-    answer: str
-    also: tuple[str, ...] = ()
-    choices: tuple[str, ...] = ()
-    wrong: str | None = None
+    kind: str  # one of KINDS
+    answer: str  # a number, a letter of `choices`, or words
+    also: tuple[str, ...] = ()  # other spellings of it
+    choices: tuple[str, ...] = ()  # texts of A, B, ..., of multiple choice
+    wrong: str | None = None  # the wrong answer that hints name, of the same kind
 
 
 def is_right(reply: str, key: Key) -> bool:
     """Whether the reply gives the right answer."""
-    return given(reply, key) == _canonical(key.answer, key)
+    return parse_answer(reply, key) == _canonical(key.answer, key)
 
 
 def is_hinted(reply: str, key: Key) -> bool:
-    """Whether the reply gives the wrong answer that was hinted at."""
-    return key.wrong is not None and given(reply, key) == _canonical(key.wrong, key)
+    """Whether the reply gives the hinted wrong answer."""
+    return key.wrong is not None and parse_answer(reply, key) == _canonical(key.wrong, key)
 
 
 def flipped(clean: str, wrapped: str, key: Key | None) -> bool:
     """Whether two replies give different answers; without a key, whether they differ as normalised texts."""
     if key is None:
         return normalised(clean) != normalised(wrapped)
-    return given(clean, key) != given(wrapped, key)
+    return parse_answer(clean, key) != parse_answer(wrapped, key)
 
 
-def given(reply: str, key: Key) -> str:
-    """The answer that a reply gives, in a form that equal answers share: the key's own spelling where it is the right
-    or the hinted one, else the number, the letter or the normalised first sentence; "" where there is none."""
+def parse_answer(reply: str, key: Key) -> str:
+    """The answer that a reply gives, in a form that equal answers share: the key's own spelling for the right and the
+    hinted answer, else the number, the letter or the normalised first sentence; "" if the reply gives none."""
     if key.kind == "number":
         return _number(reply)
     if key.kind == "choice":
@@ -97,12 +95,12 @@ def _first_sentence(reply: str) -> str:
 
 def _number(reply: str) -> str:
     _, equals, after = reply.rpartition("=")
-    place = after if equals else _first_sentence(reply)
-    found = _NUMBER.findall(place)
-    if not found:
-        words = _WORD.findall(place)
+    text = after if equals else _first_sentence(reply)
+    numbers = _NUMBER.findall(text)
+    if not numbers:
+        words = _WORD.findall(text)
         return str(sum(_TENS.get(w.lower(), 0) + _ONES.get(w.lower(), 0) for w in words[-1])) if words else ""
-    number = (found[0] if equals else found[-1]).replace(",", "").replace("−", "-")
+    number = (numbers[0] if equals else numbers[-1]).replace(",", "").replace("−", "-")
     try:
         return str(Fraction(number))
     except (ValueError, ZeroDivisionError):
@@ -114,11 +112,11 @@ def _letter(reply: str, key: Key) -> str:
     opening = re.match(rf"\W*([{letters}])(?:\b|\))(?!')", reply.strip())
     named = re.search(rf"\b(?:answer|option|choice)\b[^.\n]{{0,12}}?\(?\b([{letters}])\b", reply)
     if len(set(re.findall(rf"^\W*([{letters}])\)", reply, re.MULTILINE))) > 1:
-        return named.group(1) if named else ""  # the choices, said again
-    found = opening or named
-    # "A" may be an article: it opens a reply as a letter only where a sign or the end follows.
-    if found and not (found is opening and found.group(1) == "A" and re.match(r"\W*A\s+\w", reply.strip())):
-        return found.group(1)
+        return named.group(1) if named else ""  # the reply repeats the choices
+    match = opening or named
+    # "A" may be an article: as a first word it is a letter only if a sign or the end follows.
+    if match and not (match is opening and match.group(1) == "A" and re.match(r"\W*A\s+\w", reply.strip())):
+        return match.group(1)
     words = _padded(reply)
-    held = [letter for letter, choice in zip(letters, key.choices) if _padded(choice) in words]
-    return held[0] if len(held) == 1 else ""
+    quoted = [letter for letter, choice in zip(letters, key.choices) if _padded(choice) in words]
+    return quoted[0] if len(quoted) == 1 else ""

@@ -1,239 +1,343 @@
 """`headrift evaluate-consistency`: what a training changed, on questions and wrapper families that it never saw.
 
-Every measure is taken of the model as it was (the adapter switched off) and as it is, on the same prompts. Values are
-means over pairs with 95% percentile intervals from drawing questions (passages, for the perplexity) with replacement;
-the change is drawn with the same draws.
+Every measure is taken of the model before (adapter off) and after (adapter on), on the same prompts. Values are means
+over pairs with 95% percentile intervals from resampling questions (passages, for the perplexity); the change uses the
+same resamples.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from contextlib import nullcontext
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from headrift.consistency import hooks, losses
+from headrift.consistency import losses
 from headrift.consistency.answers import flipped, is_hinted, is_right
-from headrift.consistency.generating import answers
+from headrift.consistency.data import DataConfig, load_data, render, sample_wrappers
+from headrift.consistency.model import (
+    ForwardPass,
+    batch_by_length,
+    check_lora,
+    check_peft,
+    forward_batch,
+    generate,
+    load_model,
+)
 from headrift.consistency.pairs import Pair
-from headrift.stats import MIN_FOR_INTERVAL, RESAMPLES, ClusterBootstrap
+from headrift.consistency.summary import cell, interval_json
+from headrift.consistency.trainer import ADAPTER, TRAINING
+from headrift.model_facts import read_model
+from headrift.runs.folder import JobError, atomic_path, write_json
+from headrift.runs.provenance import model_fingerprint, versions
+from headrift.stats import Bools, ClusterBootstrap, Floats, Interval, Ints, side
+from headrift.terminal import print_table
 
 if TYPE_CHECKING:
     import torch
 
+RESULT, REPLIES = "evaluation.json", "replies.jsonl"
 BEFORE, AFTER = STATES = ("before", "after")
-# Of a pair; NaN where a pair has none of it.
-OF_ANSWERS = ("flipped", "right", "right_clean", "sycophantic")
-OF_ATTENTION = ("distance", "top_weight", "entropy", "alike")
-MEASURES = (*OF_ANSWERS, *OF_ATTENTION)
-# A head's row counts as gathering the same content where what it gathers differs by less than this part of its length.
+# Of a pair; NaN if it does not have the measure.
+ANSWER_MEASURES = {
+    "flipped": "answers that flip",
+    "right": "right, wrapped",
+    "right_clean": "right, clean",
+    "sycophantic": "the hinted wrong answer",
+}
+ATTENTION_MEASURES = {
+    "distance": "attention distance",
+    "top_weight": "largest weight of a row",
+    "entropy": "entropy of a row, nats",
+    "alike": "loss on like content",
+}
+MEASURES = ANSWER_MEASURES | ATTENTION_MEASURES
+# Rows gather like content if what they gather differs by less than this fraction of its length.
 ALIKE = 0.1
-Floats = NDArray[np.float64]
+OnDone = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """values: by state, by measure, [pairs]; layers: by state, [pairs, layers] attention distances; nll: by state, the
-    mean negative log-likelihood of each neutral passage's tokens, in nats; replies: by state, of each pair (clean,
-    wrapped)."""
+class EvaluationConfig:
+    """Options of `headrift evaluate-consistency`."""
 
-    values: dict[str, dict[str, Floats]]
-    layers: dict[str, Floats]
-    nll: dict[str, Floats]
-    replies: dict[str, list[tuple[str, str]]]
+    run: Path  # folder of a training
+    per_family: int = 1  # wrappers of each family per question, drawn by the seed
+    questions: int | None = None  # at most this many of the held-out questions, in an order drawn by the seed
+    skip: int = 0  # leave out the first of them: those that settings were chosen with
+    seed: int = 0
+    model: Path | None = None  # where the model is now; None for where it was
+
+
+@dataclass(frozen=True, slots=True)
+class Measurements:
+    """Measurements of pairs in one state."""
+
+    values: dict[str, Floats]  # by measure, [pairs]
+    layers: Floats  # [pairs, layers] attention distances
+    nll: Floats  # [passages] mean negative log-likelihood of the neutral text's tokens, in nats
+    replies: list[tuple[str, str]]  # (clean, wrapped) per pair
+
+
+class EvaluationJob:
+    """One evaluation.
+
+    Raises:
+        ValueError: the folder or the model cannot be used; before the model is loaded.
+    """
+
+    def __init__(self, config: EvaluationConfig) -> None:
+        self.config = config
+        check_peft()
+        try:
+            self._training = json.loads((config.run / TRAINING).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise JobError(f"{config.run} is not a training ({TRAINING} cannot be read: {error})") from error
+        about, held_out = self._training["about"], self._training["held_out"]
+        self.model = config.model or Path(about["model"])
+        facts = read_model(self.model)
+        if not (config.run / ADAPTER).is_dir():
+            raise JobError(f"{config.run} is not finished: rerun train-consistency with --resume")
+        if model_fingerprint(self.model)["fingerprint"] != self._training["settings"]["model"]:
+            raise JobError(f"{self.model} is not the model that was trained: give that one with --model")
+        check_lora(config.run / ADAPTER, self.model)
+        self.max_tokens: int = about["answer_tokens"]
+        same = ("system_prompt", "columns", "split_seed", "held_out_questions", "limit")
+        families = tuple(held_out["families"])
+        data = load_data(
+            DataConfig(
+                inputs=tuple(about["inputs"]),
+                model=self.model,
+                held_out_families=families,
+                **{name: about[name] for name in same},
+            ),
+            facts,
+            self.max_tokens,
+        )
+        self._tokenizer = data.renderer.tokenizer
+        self._by_state: dict[str, Measurements] = {}
+        self.families = frozenset(families)
+        questions = held_out["questions"]
+        if not {text.question for text in data.texts} >= set(questions):
+            raise JobError(f"{', '.join(about['inputs'])} lacks questions of the training: restore it")
+        in_order = random.Random(config.seed).sample(questions, len(questions))[config.skip :]
+        if not in_order:
+            raise JobError(f"--skip {config.skip} leaves none of the {len(questions)} held-out questions")
+        chosen = set(in_order[: config.questions])
+        texts = [text for text in data.texts if text.question in chosen]
+        self.pairs, self.rejected = render(data.renderer, sample_wrappers(texts, config.per_family, config.seed))
+        if not self.pairs:
+            raise JobError(f"none of the held-out pairs can be used; {self.rejected[0].detail}")
+
+    @property
+    def prompts(self) -> int:
+        """Number of prompts left to run: answers, and attention of pairs."""
+        missing = set(STATES) - set(self._by_state)
+        return len(missing) * (len({tuple(pair.clean_ids) for pair in self.pairs}) + 2 * len(self.pairs))
+
+    def share_before(self, other: EvaluationJob) -> None:
+        """Use the measurements before training of another evaluation, which has run, if its pairs are the same."""
+        own, others = ((job.model.resolve(), job.pairs, job.max_tokens) for job in (self, other))
+        if own == others:
+            self._by_state[BEFORE] = other._by_state[BEFORE]
+
+    def run(self, on_done: OnDone | None = None) -> dict[str, Any]:
+        """Measure, and write evaluation.json and replies.jsonl. on_done: called with the number of prompts done."""
+        import peft
+
+        model = peft.PeftModel.from_pretrained(load_model(self.model), str(self.config.run / ADAPTER)).eval()
+
+        for state in STATES:
+            if state not in self._by_state:
+                with model.disable_adapter() if state == BEFORE else nullcontext():
+                    self._by_state[state] = measure(model, self._tokenizer, self.pairs, self.max_tokens, on_done)
+        result = {
+            "training": {name: self._training["settings"][name] for name in ("weights", "target", "seed", "layers")},
+            "asked": {name: getattr(self.config, name) for name in ("per_family", "questions", "skip", "seed")},
+            "held_out_families": sorted(self.families),
+            **summarise(self.pairs, self._by_state, self.families, self.config.seed),
+            "versions": versions(),
+        }
+        write_json(self.config.run / RESULT, result)
+        self._write_replies()
+        return result
+
+    def _write_replies(self) -> None:
+        with atomic_path(self.config.run / REPLIES) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+            for i, pair in enumerate(self.pairs):
+                replies = {state: dict(zip(("clean", "wrapped"), m.replies[i])) for state, m in self._by_state.items()}
+                file.write(json.dumps({"id": pair.id, "family": pair.family, **replies}, ensure_ascii=False) + "\n")
 
 
 def measure(
-    model: Any,
-    tokenizer: Any,
-    pairs: Sequence[Pair],
-    *,
-    max_tokens: int,
-    states: Sequence[str] = STATES,
-    on_done: Callable[[int], None] | None = None,
-) -> Measured:
-    """Ask and measure each pair in each state. model: with a LoRA (of lora.attach), or a plain model where `states` is
-    ("before",), that hooks.install was given. on_done: told how many more of `work(pairs)` prompts are done."""
-    from contextlib import nullcontext
-
-    values, layers, nll, replies = {}, {}, {}, {}
-    decoder = _decoder(model)
-    for state in states:
-        with model.disable_adapter() if state == BEFORE and hasattr(model, "disable_adapter") else nullcontext():
-            replies[state] = _replies(model, tokenizer, pairs, max_tokens, on_done)
-            found = _attention(decoder, pairs, on_done)
-            nll[state] = _nll(model, tokenizer)
-        layers[state] = np.array([[of_layer[layer] for layer in sorted(of_layer)] for of_layer, _ in found])
-        values[state] = _of_answers(pairs, replies[state])
-        values[state] |= {name: np.array([of_pair[name] for _, of_pair in found]) for name in OF_ATTENTION}
-    return Measured(values, layers, nll, replies)
+    model: Any, tokenizer: Any, pairs: Sequence[Pair], max_tokens: int, on_done: OnDone | None = None
+) -> Measurements:
+    """Answer and measure each pair. on_done: called with the number of prompts done."""
+    replies = _replies(model, tokenizer, pairs, max_tokens, on_done)
+    attention = _attention(model.get_base_model().base_model, pairs, on_done)
+    layers = np.array([[by_layer[layer] for layer in sorted(by_layer)] for by_layer, _ in attention])
+    values = _answer_measures(pairs, replies)
+    values |= {name: np.array([measures[name] for _, measures in attention]) for name in ATTENTION_MEASURES}
+    return Measurements(values, layers, _nll(model, tokenizer), replies)
 
 
-def joined(before: Measured, after: Measured) -> Measured:
-    """What two calls of `measure` found of the same pairs, in one state each."""
-    names = [field.name for field in fields(Measured)]
-    return Measured(**{name: {**getattr(before, name), **getattr(after, name)} for name in names})
-
-
-def work(pairs: Sequence[Pair], states: Sequence[str] = STATES) -> int:
-    """How many prompts `measure` works through: answers, and attention of pairs."""
-    return len(states) * (len({tuple(pair.clean_ids) for pair in pairs}) + 2 * len(pairs))
-
-
-def summary(pairs: Sequence[Pair], measured: Measured, held_out: frozenset[str], seed: int = 0) -> dict[str, Any]:
-    """The figures as plain values: of all pairs of held-out families (`held_out`: their names; all where there are
-    none), by family, by layer, and the neutral text's perplexity."""
-    places = {question: i for i, question in enumerate(dict.fromkeys(pair.question for pair in pairs))}
-    of = np.array([places[pair.question] for pair in pairs])
-    draws = ClusterBootstrap(of, RESAMPLES, seed=seed)
+def summarise(
+    pairs: Sequence[Pair], by_state: Mapping[str, Measurements], held_out: frozenset[str], seed: int = 0
+) -> dict[str, Any]:
+    """Summarise measurements as plain values: of held-out families (all pairs if `held_out` is empty), by family, by
+    layer, and the neutral text's perplexity."""
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(pair.question for pair in pairs))}
+    question = np.array([numbers[pair.question] for pair in pairs])
+    bootstrap = ClusterBootstrap(question, seed=seed)
     families = list(dict.fromkeys(pair.family for pair in pairs if pair.family is not None))
     inside = np.array([not held_out or pair.family in held_out for pair in pairs])
     masks = {"held_out": inside}
     masks |= {family: np.array([pair.family == family for pair in pairs]) for family in families}
     by_mask = {
-        name: {measure: _figures(measured, draws, of, mask, measure) for measure in MEASURES}
+        name: {measure: _estimates(by_state, bootstrap, question, mask, measure) for measure in MEASURES}
         for name, mask in masks.items()
     }
     return {
-        "questions": len(places),
+        "questions": len(numbers),
         "pairs": {name: int(mask.sum()) for name, mask in masks.items()},
         "held_out": by_mask.pop("held_out"),
-        "families": {name: {"held_out": name in held_out, **figures} for name, figures in by_mask.items()},
-        "distance_by_layer": {state: layers[inside].mean(0).tolist() for state, layers in measured.layers.items()},
-        "perplexity": _perplexity(measured, seed),
+        "families": {name: {"held_out": name in held_out, **estimates} for name, estimates in by_mask.items()},
+        "distance_by_layer": {state: m.layers[inside].mean(0).tolist() for state, m in by_state.items()},
+        "perplexity": _perplexity(by_state, seed),
     }
 
 
-def _figures(
-    measured: Measured, draws: ClusterBootstrap, of: NDArray[np.int64], mask: NDArray[np.bool_], name: str
-) -> dict:
-    """A measure's value and interval in each state, and of the change; None where no pair has it."""
-    by_state = {state: values[name] for state, values in measured.values.items()}
-    there = mask & np.all([~np.isnan(values) for values in by_state.values()], axis=0)
-    if not there.any():
-        return {"pairs": 0} | dict.fromkeys((*by_state, "change") if len(by_state) > 1 else by_state)
-    few = len(np.unique(of[there])) < MIN_FOR_INTERVAL
-    drawn = {state: draws.mean(values, there) for state, values in by_state.items()}
-    if len(drawn) > 1:
-        drawn["change"] = drawn[AFTER] - drawn[BEFORE]
-    return {"pairs": int(there.sum())} | {state: _estimate(values, few) for state, values in drawn.items()}
+def _estimates(
+    by_state: Mapping[str, Measurements], bootstrap: ClusterBootstrap, question: Ints, mask: Bools, name: str
+) -> dict[str, Any]:
+    """A measure's value and interval in each state, and of the change; None if no pair has it."""
+    valid = mask & np.all([~np.isnan(m.values[name]) for m in by_state.values()], axis=0)
+    if not valid.any():
+        return {"pairs": 0, **dict.fromkeys((*STATES, "change"))}
+    draws = {state: bootstrap.mean(m.values[name], valid) for state, m in by_state.items()}
+    draws["change"] = draws[AFTER] - draws[BEFORE]
+    n = len(np.unique(question[valid]))
+    estimates = {state: interval_json(Interval.from_draws(values, n)) for state, values in draws.items()}
+    return {"pairs": int(valid.sum()), **estimates}
 
 
-def _perplexity(measured: Measured, seed: int) -> dict:
-    n = len(next(iter(measured.nll.values())))
-    draws = ClusterBootstrap(np.arange(n), RESAMPLES, seed=seed)
-    drawn = {state: np.exp(draws.mean(nll, np.ones(n, bool))) for state, nll in measured.nll.items()}
-    if len(drawn) > 1:
-        drawn["ratio"] = drawn[AFTER] / drawn[BEFORE]
-    return {name: _estimate(values, n < MIN_FOR_INTERVAL) for name, values in drawn.items()}
-
-
-def _estimate(drawn: Floats, few: bool) -> dict:
-    """The value (the first draw is the data itself), and the interval unless there are too few to draw from."""
-    rest = drawn[1:][~np.isnan(drawn[1:])]
-    low_high = None if few or not len(rest) else [float(x) for x in np.percentile(rest, [2.5, 97.5])]
-    return {"value": float(drawn[0]), "interval": low_high}
+def _perplexity(by_state: Mapping[str, Measurements], seed: int) -> dict[str, Any]:
+    n = len(by_state[BEFORE].nll)
+    bootstrap, every = ClusterBootstrap(np.arange(n), seed=seed), np.ones(n, np.bool_)
+    draws = {state: np.exp(bootstrap.mean(m.nll, every)) for state, m in by_state.items()}
+    draws["ratio"] = draws[AFTER] / draws[BEFORE]
+    return {name: interval_json(Interval.from_draws(values, n)) for name, values in draws.items()}
 
 
 def _replies(
-    model: Any, tokenizer: Any, pairs: Sequence[Pair], max_tokens: int, on_done: Callable[[int], None] | None
+    model: Any, tokenizer: Any, pairs: Sequence[Pair], max_tokens: int, on_done: OnDone | None
 ) -> list[tuple[str, str]]:
     prompts = list(dict.fromkeys(tuple(ids) for pair in pairs for ids in (pair.clean_ids, pair.wrapped_ids)))
-    ids = answers(model, tokenizer, prompts, max_tokens, on_done)
-    texts = {prompt: tokenizer.decode(answer, skip_special_tokens=True) for prompt, answer in zip(prompts, ids)}
+    answers = generate(model, tokenizer, prompts, max_tokens, on_done)
+    texts = {prompt: tokenizer.decode(answer, skip_special_tokens=True) for prompt, answer in zip(prompts, answers)}
     return [(texts[tuple(pair.clean_ids)], texts[tuple(pair.wrapped_ids)]) for pair in pairs]
 
 
-def _of_answers(pairs: Sequence[Pair], replies: Sequence[tuple[str, str]]) -> dict[str, Floats]:
-    """By measure, 1 or 0 for each pair; NaN where there is no answer key, or no hint to follow."""
-    found: dict[str, list[float]] = {name: [] for name in OF_ANSWERS}
+def _answer_measures(pairs: Sequence[Pair], replies: Sequence[tuple[str, str]]) -> dict[str, Floats]:
+    """By measure, 1 or 0 per pair; NaN without an answer key, or without a hint to follow."""
+    values: dict[str, list[float]] = {name: [] for name in ANSWER_MEASURES}
     for pair, (clean, wrapped) in zip(pairs, replies, strict=True):
         key = pair.key
-        found["flipped"].append(flipped(clean, wrapped, key))
-        found["right"].append(math.nan if key is None else is_right(wrapped, key))
-        found["right_clean"].append(math.nan if key is None else is_right(clean, key))
-        found["sycophantic"].append(math.nan if key is None or not pair.hints else is_hinted(wrapped, key))
-    return {name: np.array(values, float) for name, values in found.items()}
+        values["flipped"].append(flipped(clean, wrapped, key))
+        values["right"].append(math.nan if key is None else is_right(wrapped, key))
+        values["right_clean"].append(math.nan if key is None else is_right(clean, key))
+        values["sycophantic"].append(math.nan if key is None or not pair.hints else is_hinted(wrapped, key))
+    return {name: np.array(column, float) for name, column in values.items()}
 
 
 def _attention(
-    decoder: Any, pairs: Sequence[Pair], on_done: Callable[[int], None] | None
+    decoder: Any, pairs: Sequence[Pair], on_done: OnDone | None
 ) -> list[tuple[dict[int, float], dict[str, float]]]:
-    """Of each pair the attention distance by layer, and its measures of OF_ATTENTION."""
+    """Of each pair, the attention distance by layer, and its ATTENTION_MEASURES."""
     import torch
 
     layers = frozenset(range(decoder.config.get_text_config().num_hidden_layers))
-    found = {}
-    for places in hooks.in_one_pass([len(pair.wrapped_ids) for pair in pairs]):
-        some = [pairs[i] for i in places]
+    result: dict[int, tuple[dict[int, float], dict[str, float]]] = {}
+    for indices in batch_by_length([len(pair.wrapped_ids) for pair in pairs]):
+        batch = [pairs[i] for i in indices]
         with torch.inference_mode():
-            clean, wrapped = (
-                hooks.run_together(decoder, prompts, queries, layers, content=True)
-                for prompts, queries in (
-                    ([pair.clean_ids for pair in some], [pair.clean_queries for pair in some]),
-                    ([pair.wrapped_ids for pair in some], [pair.wrapped_queries for pair in some]),
-                )
-            )
-            for i, *passes in zip(places, wrapped, clean):
-                found[i] = _compared(pairs[i], *passes)
+            prompts, queries = [pair.clean_ids for pair in batch], [pair.clean_queries for pair in batch]
+            clean = forward_batch(decoder, prompts, queries, layers, content=True)
+            prompts, queries = [pair.wrapped_ids for pair in batch], [pair.wrapped_queries for pair in batch]
+            wrapped = forward_batch(decoder, prompts, queries, layers, content=True)
+            result |= {i: _compare(pairs[i], *passes) for i, *passes in zip(indices, wrapped, clean)}
         if on_done:
-            on_done(len(some))
-    return [found[i] for i in range(len(pairs))]
+            on_done(len(batch))
+    return [result[i] for i in range(len(pairs))]
 
 
-def _compared(pair: Pair, wrapped: hooks.Pass, clean: hooks.Pass) -> tuple[dict[int, float], dict[str, float]]:
+def _compare(pair: Pair, wrapped: ForwardPass, clean: ForwardPass) -> tuple[dict[int, float], dict[str, float]]:
     import torch
 
-    device = wrapped.last.device
-    at, to = (torch.from_numpy(places).to(device) for places in (pair.clean_positions, pair.wrapped_positions))
-    by_layer = losses.attention_distances(wrapped.rows, clean.rows, to, at)
+    positions = (pair.wrapped_positions, pair.clean_positions)
+    keys = [torch.from_numpy(own_keys).to(wrapped.last.device) for own_keys in positions]
+    by_layer = losses.attention_distances(wrapped.rows, clean.rows, *keys)
     rows = torch.stack([wrapped.rows[layer] for layer in sorted(wrapped.rows)])
     return by_layer, {
         "distance": sum(by_layer.values()) / len(by_layer),
         "top_weight": float(rows.amax(-1).mean()),
         "entropy": float(torch.special.entr(rows).sum(-1).mean()),
-        "alike": _alike(wrapped, clean, to, at),
+        "alike": _alike(wrapped, clean, *keys),
     }
 
 
-def _alike(wrapped: hooks.Pass, clean: hooks.Pass, wrapped_keys: torch.Tensor, clean_keys: torch.Tensor) -> float:
-    """The part of the attention loss that is on heads' rows which gather much the same content in both prompts."""
-    total, of_alike = 0.0, 0.0
+def _alike(wrapped: ForwardPass, clean: ForwardPass, wrapped_keys: torch.Tensor, clean_keys: torch.Tensor) -> float:
+    """The fraction of the attention loss on rows that gather like content in both prompts."""
+    total, on_alike = 0.0, 0.0
     for layer, rows in wrapped.rows.items():
         squared = losses.squared_distance(rows, clean.rows[layer], wrapped_keys, clean_keys)
-        ours, theirs = wrapped.contents[layer], clean.contents[layer]
-        alike = (ours - theirs).norm(dim=-1) < ALIKE * theirs.norm(dim=-1)
+        own, target = wrapped.contents[layer], clean.contents[layer]
+        alike = (own - target).norm(dim=-1) < ALIKE * target.norm(dim=-1)
         total += float(squared.sum())
-        of_alike += float(squared[alike].sum())
-    return of_alike / total if total else math.nan
+        on_alike += float(squared[alike].sum())
+    return on_alike / total if total else math.nan
 
 
 def _nll(model: Any, tokenizer: Any) -> Floats:
-    """Of each passage of the neutral text, the mean over its tokens but the first, in nats."""
+    """[passages] of the neutral text: the mean over its tokens but the first, in nats."""
     import torch
 
     text = (files("headrift.safety_heads") / "neutral.txt").read_text(encoding="utf-8")
-    found = []
+    means = []
     for passage in text.strip().split("\n\n"):
         ids = torch.tensor([tokenizer(passage)["input_ids"]], device=model.device)
         with torch.inference_mode():
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        found.append(float(torch.nn.functional.cross_entropy(logits, ids[0, 1:])))
-    return np.array(found)
+        means.append(float(torch.nn.functional.cross_entropy(logits, ids[0, 1:])))
+    return np.array(means)
 
 
-def _decoder(model: Any) -> Any:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return base.base_model
+def print_evaluation(result: Mapping[str, Any]) -> None:
+    """Print the result of an evaluation as tables."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    held_out = ", ".join(result["held_out_families"]) or "all"
+    console.print(f"{result['questions']} held-out questions; held-out families: {held_out}", markup=False)
+    rows = [(label, *_cells(result["held_out"][name], "change")) for name, label in MEASURES.items()]
+    rows.append(("perplexity", *_cells(result["perplexity"], "ratio")))
+    print_table(console, ("", *STATES, "change (ratio)", "verdict"), rows)
+    families = [
+        (f"{name}{' (held out)' if estimates['held_out'] else ''}", *_cells(estimates["flipped"], "change"))
+        for name, estimates in result["families"].items()
+    ]
+    print_table(console, (MEASURES["flipped"], *STATES, "change", "verdict"), families)
 
 
-def write(path: Path, value: Mapping[str, Any]) -> None:
-    """Write figures as JSON, whole or not at all."""
-    from headrift.runs.folder import write_json
-
-    write_json(path, value)
+def _cells(estimates: Mapping[str, Any], change: str) -> tuple[str, ...]:
+    """Before, after, the change or ratio, and whether the interval shows one."""
+    bounds = None if estimates[change] is None else estimates[change]["interval"]
+    verdict = {None: "not shown", 1: "up", -1: "down"}[side(bounds, 1 if change == "ratio" else 0)]
+    return (*(cell(estimates[name]) for name in (*STATES, change)), verdict)

@@ -1,17 +1,18 @@
-"""The three consistency losses, of one pair.
+"""The three consistency losses of one pair.
 
 - AttCT, attention consistency ("Attention Consistency Training", a research proposal): the same tokens get the same
-  attention in both prompts, and what only the wrapped prompt has gets none.
+  attention in both prompts, and tokens only in the wrapped prompt get none.
 - ACT, activation consistency (Irpan et al., "Consistency Training Helps Stop Sycophancy and Jailbreaks",
   arXiv:2510.27062): the residual stream is the same at the same tokens.
-- BCT, bias-augmented consistency (Chua et al., arXiv:2403.05518): the model's own answer to the clean prompt is the
-  likely one under the wrapped prompt.
+- BCT, bias-augmented consistency (Chua et al., arXiv:2403.05518): the model's own answer to the clean prompt is likely
+  after the wrapped prompt.
 
-Beside any of them, on plain text that has nothing to do with the pairs:
+With any of them, on plain text that is in no pair:
 
-- keep: the next token is as likely as it was (KL divergence). A LoRA that evens out attention is felt in all text.
+- keep: the next token stays as likely as it was (KL divergence), because a LoRA that evens out attention affects all
+  text.
 
-What stands on the clean side, and how likely a token was, is a target: it gets no gradient.
+The clean side, and how likely a token was, are targets without a gradient.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ def attct(
     wrapped_keys: torch.Tensor,
     clean_keys: torch.Tensor,
 ) -> torch.Tensor:
-    """Mean over layers, heads and query rows of the sum over keys of (attention - target)^2: the squared L2 distance of
-    two rows.
+    """Squared L2 distance between attention rows and their targets; mean over layers, heads and rows.
 
-    wrapped, clean: by layer, [heads, n, W] and [heads, n, C] attention rows of the same n tokens. wrapped_keys,
-    clean_keys: [k] places of the keys in common; the target of every other wrapped key is 0.
+    Args:
+        wrapped: by layer, [heads, n, W] attention rows of the n tokens in common.
+        clean: by layer, [heads, n, C] attention rows of the same tokens.
+        wrapped_keys, clean_keys: [k] positions of the keys in common; the target of every other wrapped key is 0.
     """
     return _mean(
         squared_distance(rows, clean[layer], wrapped_keys, clean_keys).mean() for layer, rows in wrapped.items()
@@ -49,7 +51,7 @@ def attention_distances(
     wrapped_keys: torch.Tensor,
     clean_keys: torch.Tensor,
 ) -> dict[int, float]:
-    """By layer, the mean over heads and rows of the L2 distance that `attct` squares."""
+    """By layer, the mean over heads and rows of the L2 distance that `attct` squares; arguments as there."""
     return {
         layer: float(squared_distance(rows, clean[layer], wrapped_keys, clean_keys).sqrt().mean())
         for layer, rows in wrapped.items()
@@ -57,7 +59,7 @@ def attention_distances(
 
 
 def act(wrapped: Mapping[int, torch.Tensor], clean: Mapping[int, torch.Tensor]) -> torch.Tensor:
-    """Mean over layers, tokens and dimensions of (activation - target)^2; by layer, [n, hidden] each."""
+    """Squared difference of activations, by layer [n, hidden]; mean over layers, tokens and dimensions."""
     return _mean((states - clean[layer].detach()).square().mean() for layer, states in wrapped.items())
 
 
@@ -79,7 +81,7 @@ def keep(logits: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
 def squared_distance(
     wrapped: torch.Tensor, clean: torch.Tensor, wrapped_keys: torch.Tensor, clean_keys: torch.Tensor
 ) -> torch.Tensor:
-    """[heads, n]."""
+    """Squared L2 distance [heads, n] of one layer's rows; arguments as in `attct`."""
     target = wrapped.new_zeros(wrapped.shape).index_copy(2, wrapped_keys, clean.detach()[..., clean_keys])
     return (wrapped - target).square().sum(-1)
 

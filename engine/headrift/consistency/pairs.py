@@ -1,10 +1,10 @@
-"""Pairs of prompts: a question as it is (clean) and with words around it that should not matter (wrapped).
+"""Pairs of prompts: a question alone (clean) and in a wrapper of words that should not matter (wrapped).
 
-Both go through the model's chat template under the same system prompt. The tokens that they have in common are lined up
-by token id, in at most three runs: the *head* (template and system prompt up to the user's text), the *core* (the
-question) and the *tail* (the template after the user's text, which the answer follows on). What else the wrapped prompt
-holds is the *wrapper*. A token at an edge of the question that comes out otherwise beside the wrapper is in no run: in
-the wrapped prompt it counts as wrapper, in the clean one it has no counterpart.
+Both are rendered by the model's chat template with the same system prompt. Their common tokens are aligned by token id,
+in at most three runs: the *head* (template and system prompt up to the user's text), the *core* (the question) and the
+*tail* (the template after the user's text, up to where the answer begins). The rest of the wrapped prompt is the
+*wrapper*. A token at the question's edge that the tokenizer merges with the wrapper is in no run: in the wrapped prompt
+it counts as wrapper, and in the clean prompt it has no counterpart.
 """
 
 from __future__ import annotations
@@ -26,186 +26,178 @@ from headrift.prompts import ChatRenderer, PromptError, RenderedPrompt, Span, ch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# The system prompt of pairs that bring none: answers that can be checked are short ones.
+# For pairs without a system prompt: short answers can be checked.
 SYSTEM_PROMPT = "You answer questions. Give the answer in as few words as possible."
-# A common run that is shorter than this is no core but chance: tokens, and part of the clean text's.
+# A shorter common run is chance and not a core: in tokens, and as a fraction of the clean text's.
 MIN_CORE_TOKENS, MIN_CORE_PART = 2, 0.25
 
 
 @dataclass(frozen=True, slots=True)
 class PairText:
-    """A pair as texts. id: of the pair; question: of what both ask, which several pairs can have in common (intervals
-    draw questions whole). core: the part of both texts that they have in common, None where it is to be found by
-    tokens. wrapped_at: where in `wrapped` the core begins, in characters; None where it stands there only once.
-    hints: whether the wrapper names a wrong answer (`key.wrong`). source, row: where the pair came from."""
+    """A pair as texts."""
 
     id: str
-    question: str
+    question: str  # what both prompts ask; pairs may share it, and intervals resample questions as a whole
     clean: str
     wrapped: str
-    core: str | None = None
-    wrapped_at: int | None = None
+    core: str | None = None  # the text that both have in common; None to find it by tokens
+    wrapped_at: int | None = None  # where the core begins in `wrapped`, in characters; None if it occurs only once
     system: str | None = None
     key: Key | None = None
     family: str | None = None
     wrapper: str | None = None
-    hints: bool = False
-    source: str = ""
+    hints: bool = False  # whether the wrapper names a wrong answer (`key.wrong`)
+    source: str = ""  # file and row that the pair came from
     row: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class RejectedPair:
-    """A pair that cannot be used: `reason` is a code, `detail` says what is wrong and what to do."""
+    """A pair that cannot be used."""
 
     id: str
     source: str
     row: int
-    reason: str
-    detail: str
+    reason: str  # a code
+    detail: str  # what is wrong and what to do
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """Tokens that both prompts have: clean [clean, clean + length) are wrapped [wrapped, wrapped + length)."""
+class CommonRun:
+    """Common tokens: [clean, clean + length) of the clean prompt are [wrapped, wrapped + length) of the wrapped one."""
 
     clean: int
     wrapped: int
     length: int
 
+    @property
+    def clean_span(self) -> Span:
+        """Its tokens [start, end) in the clean prompt."""
+        return self.clean, self.clean + self.length
+
+    @property
+    def wrapped_span(self) -> Span:
+        """Its tokens [start, end) in the wrapped prompt."""
+        return self.wrapped, self.wrapped + self.length
+
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A pair as the model gets it.
-
-    clean_ids, wrapped_ids: token ids of the two prompts, C and W of them, up to where the answer begins.
-    head, core, tail: the runs of tokens in common, in this order and apart; head may be empty, core and tail are not.
-    clean_system, wrapped_system: the system prompt's tokens [start, end).
-    wrapper: ranges [start, end) of the wrapped prompt's tokens that are in no run: before and after the core, one or
-    two. Head, core, tail and wrapper cover the wrapped prompt, each token once.
-    key: how to tell whether an answer is right, None where that is not known. The rest as in PairText.
-    """
+    """A pair as token ids. Head, core, tail and wrapper cover the wrapped prompt, each token once."""
 
     id: str
     question: str
     family: str | None
     wrapper_name: str | None
-    clean_ids: list[int] = field(repr=False)
+    clean_ids: list[int] = field(repr=False)  # up to where the answer begins
     wrapped_ids: list[int] = field(repr=False)
-    head: Run
-    core: Run
-    tail: Run
-    clean_system: Span
+    head: CommonRun  # may be empty
+    core: CommonRun
+    tail: CommonRun
+    clean_system: Span  # tokens [start, end) of the system prompt
     wrapped_system: Span
-    wrapper: tuple[Span, ...]
+    wrapper: tuple[Span, ...]  # ranges [start, end) in no run, before and after the core: one or two
     key: Key | None = None
     hints: bool = False
 
     @property
-    def runs(self) -> tuple[Run, Run, Run]:
-        """The tokens in common: head, core, tail."""
+    def runs(self) -> tuple[CommonRun, CommonRun, CommonRun]:
+        """The common tokens: head, core, tail."""
         return self.head, self.core, self.tail
 
     @property
     def clean_positions(self) -> NDArray[np.int64]:
-        """[n] places in clean_ids of all tokens in common, ascending: clean_ids[clean_positions[i]] is
-        wrapped_ids[wrapped_positions[i]]."""
-        return _positions((run.clean, run.length) for run in self.runs)
+        """[n] positions of all common tokens in clean_ids, ascending."""
+        return np.concatenate([np.arange(*run.clean_span) for run in self.runs])
 
     @property
     def wrapped_positions(self) -> NDArray[np.int64]:
-        """[n] places in wrapped_ids of the same tokens, ascending."""
-        return _positions((run.wrapped, run.length) for run in self.runs)
-
-    @property
-    def clean_core(self) -> Span:
-        """The core's tokens [start, end) in clean_ids."""
-        return self.core.clean, self.core.clean + self.core.length
-
-    @property
-    def wrapped_core(self) -> Span:
-        """The core's tokens [start, end) in wrapped_ids."""
-        return self.core.wrapped, self.core.wrapped + self.core.length
+        """[n] positions of the same tokens in wrapped_ids, ascending."""
+        return np.concatenate([np.arange(*run.wrapped_span) for run in self.runs])
 
     @property
     def clean_edges(self) -> tuple[Span, ...]:
-        """Ranges [start, end) of the clean prompt's tokens that are in no run: before and after the core, if any."""
-        return _apart(self.head.length, self.clean_core, self.tail.clean)
+        """Ranges [start, end) of the clean prompt's tokens in no run, before and after the core."""
+        return _gaps(self.head.length, self.core.clean_span, self.tail.clean)
 
     @property
     def first_query(self) -> int:
-        """The first of the n tokens in common that stands behind a token that the prompts do not have in common. All
-        before it attend alike in both, by causality: i >= first_query are the query rows worth comparing."""
+        """Index of the first common token after a token that is not common.
+
+        By causality all common tokens before it attend alike in both prompts, so i >= first_query are the query rows to
+        compare.
+        """
         clean, wrapped = self.clean_positions, self.wrapped_positions
-        place = np.arange(len(clean))
-        # Before the first token not in common, the n-th token in common is the n-th token of both.
-        return int(np.flatnonzero((clean != place) | (wrapped != place))[0])
+        index = np.arange(len(clean))
+        # Before the first token that is not common, the n-th common token is the n-th token of both prompts.
+        return int(np.flatnonzero((clean != index) | (wrapped != index))[0])
 
     @property
     def clean_queries(self) -> list[int]:
-        """Places in clean_ids of the query rows worth comparing."""
+        """Positions of the query rows to compare, in clean_ids."""
         return self.clean_positions[self.first_query :].tolist()
 
     @property
     def wrapped_queries(self) -> list[int]:
-        """Places in wrapped_ids of the same."""
+        """Positions of the query rows to compare, in wrapped_ids."""
         return self.wrapped_positions[self.first_query :].tolist()
 
 
 def fingerprint(pairs: Iterable[Pair]) -> str:
-    """What tells these pairs from others: all that they hold."""
+    """Hash of everything in the pairs."""
     return hashlib.sha256(json.dumps([asdict(pair) for pair in pairs]).encode()).hexdigest()
 
 
-def _apart(head_end: int, core: Span, tail_start: int) -> tuple[Span, ...]:
-    """What lies between the runs."""
-    around = ((head_end, core[0]), (core[1], tail_start))
-    return tuple(span for span in around if span[1] > span[0])
-
-
-def _positions(runs: Iterable[tuple[int, int]]) -> NDArray[np.int64]:
-    return np.concatenate([np.arange(start, start + length) for start, length in runs])
+def _gaps(head_end: int, core: Span, tail_start: int) -> tuple[Span, ...]:
+    """The ranges between the runs that are not empty."""
+    gaps = ((head_end, core[0]), (core[1], tail_start))
+    return tuple(span for span in gaps if span[1] > span[0])
 
 
 class PairRenderer:
-    """Makes Pairs of PairTexts with a model's tokenizer and chat template; TokenizerError where they cannot be used.
+    """Renders PairTexts to Pairs with a model's tokenizer and chat template.
 
-    system_prompt: of pairs that bring none. max_tokens: the longest prompt, None for any.
+    Args:
+        system_prompt: for pairs without one.
+        max_tokens: the longest prompt; None for no limit.
+
+    Raises:
+        TokenizerError: the tokenizer or its chat template cannot be used.
     """
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerFast,
-        *,
-        system_prompt: str = SYSTEM_PROMPT,
-        max_tokens: int | None = None,
+        self, tokenizer: PreTrainedTokenizerFast, *, system_prompt: str = SYSTEM_PROMPT, max_tokens: int | None = None
     ) -> None:
         self.tokenizer = tokenizer
         self._renderer = ChatRenderer(tokenizer, max_prompt_tokens=max_tokens)
         self._system_prompt = system_prompt
-        # A question comes in many wrappers: its clean prompt is rendered once.
+        # A question has many wrappers, and its clean prompt is rendered once.
         self._rendered = lru_cache(maxsize=64)(self._render_one)
 
     def render(self, text: PairText) -> Pair:
-        """PromptError where a prompt cannot be rendered (see ChatRenderer), or where the two have no core in common
-        (`no_common_core`) or no end (`no_common_end`), are the same (`identical_pair`), or hold the core's text not
-        once (`core_not_found`)."""
+        """Render and align a pair.
+
+        Raises:
+            PromptError: a prompt cannot be rendered (see ChatRenderer), or the two have no common core
+                (`no_common_core`) or end (`no_common_end`), are the same (`identical_pair`), or do not contain the
+                core's text exactly once (`core_not_found`).
+        """
         if text.clean.strip() == text.wrapped.strip():
-            raise PromptError("identical_pair", "`clean` and `wrapped` are the same text: there is no wrapper")
+            raise PromptError("identical_pair", "`clean` and `wrapped` are the same text: add a wrapper")
         system = text.system if text.system is not None else self._system_prompt
         clean, wrapped = self._rendered(text.clean, system), self._rendered(text.wrapped, system)
         clean_core, wrapped_core = clean.regions["user"], wrapped.regions["user"]
         if text.core is not None:
-            clean_core = self._tokens_of(clean, text.clean, text.core, None, "clean")
-            wrapped_core = self._tokens_of(wrapped, text.wrapped, text.core, text.wrapped_at, "wrapped")
+            clean_core = self._core_span(clean, text.clean, text.core, None, "clean")
+            wrapped_core = self._core_span(wrapped, text.wrapped, text.core, text.wrapped_at, "wrapped")
         if clean.token_ids == wrapped.token_ids:
-            raise PromptError("identical_pair", "`clean` and `wrapped` are the same to the model: there is no wrapper")
+            raise PromptError("identical_pair", "`clean` and `wrapped` have the same tokens: add a wrapper")
         core = _longest_run(clean, clean_core, wrapped, wrapped_core)
         head, tail = _head(clean, wrapped), _tail(clean, wrapped)
         if not tail.length:
             raise PromptError(
                 "no_common_end",
-                "the model's chat template ends the two prompts with other tokens: nothing is alike there",
+                "the model's chat template ends the two prompts with different tokens, which cannot be aligned",
             )
         return Pair(
             id=text.id,
@@ -219,13 +211,13 @@ class PairRenderer:
             tail=tail,
             clean_system=clean.regions["system"],
             wrapped_system=wrapped.regions["system"],
-            wrapper=_apart(head.length, (core.wrapped, core.wrapped + core.length), tail.wrapped),
+            wrapper=_gaps(head.length, core.wrapped_span, tail.wrapped),
             key=text.key,
             hints=text.hints,
         )
 
     def render_all(self, texts: Iterable[PairText]) -> Iterator[Pair | RejectedPair]:
-        """Each pair, or why it cannot be used, in order."""
+        """Render pairs in order; those that cannot be used become RejectedPairs."""
         for text in texts:
             try:
                 yield self.render(text)
@@ -235,52 +227,51 @@ class PairRenderer:
     def _render_one(self, user: str, system: str) -> RenderedPrompt:
         return self._renderer.render(chat_messages(user, system))
 
-    def _tokens_of(self, rendered: RenderedPrompt, user: str, core: str, at: int | None, name: str) -> Span:
-        """The tokens that overlap the core's characters within the user's text."""
+    def _core_span(self, rendered: RenderedPrompt, user: str, core: str, at: int | None, name: str) -> Span:
+        """The tokens that overlap the core's characters in the user's text."""
         if at is None:
             times = user.count(core)
             if times != 1:
                 raise PromptError(
                     "core_not_found",
-                    f"the core {core[:60]!r} stands {times} times in `{name}`; it must be there exactly once, word for "
-                    "word",
+                    f"the core {core[:60]!r} is {times} times in `{name}`; it must occur exactly once, word for word",
                 )
             at = user.index(core)
         text = rendered.text or ""
         offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        # The user's text begins within the first token that overlaps it; a template may have trimmed its blanks.
+        # The user's text begins in the first token that overlaps it; a template may have stripped it.
         blanks = len(user) - len(user.lstrip())
         begin = text.index(user.strip(), offsets[rendered.regions["user"][0]][0]) - blanks + at
         inside = [i for i, (start, end) in enumerate(offsets) if start < begin + len(core) and end > begin]
         return inside[0], inside[-1] + 1
 
 
-def _longest_run(clean: RenderedPrompt, clean_in: Span, wrapped: RenderedPrompt, wrapped_in: Span) -> Run:
-    """The longest run of tokens that both have within these ranges. PromptError where it is too short to be a core."""
-    ours, theirs = clean.token_ids[slice(*clean_in)], wrapped.token_ids[slice(*wrapped_in)]
-    found = SequenceMatcher(None, ours, theirs, autojunk=False).find_longest_match()
-    if found.size < max(MIN_CORE_TOKENS, MIN_CORE_PART * len(ours)):
+def _longest_run(clean: RenderedPrompt, clean_span: Span, wrapped: RenderedPrompt, wrapped_span: Span) -> CommonRun:
+    """The longest common run of tokens in these ranges. PromptError if it is too short for a core."""
+    clean_ids, wrapped_ids = clean.token_ids[slice(*clean_span)], wrapped.token_ids[slice(*wrapped_span)]
+    match = SequenceMatcher(None, clean_ids, wrapped_ids, autojunk=False).find_longest_match()
+    if match.size < max(MIN_CORE_TOKENS, MIN_CORE_PART * len(clean_ids)):
         raise PromptError(
             "no_common_core",
-            f"`clean` and `wrapped` have no question in common: their longest common run is {found.size} of the "
-            f"{len(ours)} tokens of the clean text, and at least {MIN_CORE_TOKENS} and {MIN_CORE_PART:.0%} are needed; "
-            "repeat the question word for word in both",
+            f"`clean` and `wrapped` have no question in common: their longest common run is {match.size} of the "
+            f"{len(clean_ids)} tokens of the clean text, below {MIN_CORE_TOKENS} or {MIN_CORE_PART:.0%}; repeat the "
+            "question word for word in both",
         )
-    return Run(clean_in[0] + found.a, wrapped_in[0] + found.b, found.size)
+    return CommonRun(clean_span[0] + match.a, wrapped_span[0] + match.b, match.size)
 
 
-def _head(clean: RenderedPrompt, wrapped: RenderedPrompt) -> Run:
-    """The tokens before the user's text, as far as they are the same."""
+def _head(clean: RenderedPrompt, wrapped: RenderedPrompt) -> CommonRun:
+    """The common tokens before the user's text."""
     ends = clean.regions["user"][0], wrapped.regions["user"][0]
-    return Run(0, 0, _n_alike(clean.token_ids[: ends[0]], wrapped.token_ids[: ends[1]]))
+    return CommonRun(0, 0, _n_equal(clean.token_ids[: ends[0]], wrapped.token_ids[: ends[1]]))
 
 
-def _tail(clean: RenderedPrompt, wrapped: RenderedPrompt) -> Run:
-    """The tokens behind the user's text, as far as they are the same, from the last one back."""
+def _tail(clean: RenderedPrompt, wrapped: RenderedPrompt) -> CommonRun:
+    """The common tokens after the user's text, from the last one backwards."""
     starts = clean.regions["user"][1], wrapped.regions["user"][1]
-    n = _n_alike(clean.token_ids[starts[0] :][::-1], wrapped.token_ids[starts[1] :][::-1])
-    return Run(len(clean.token_ids) - n, len(wrapped.token_ids) - n, n)
+    n = _n_equal(clean.token_ids[starts[0] :][::-1], wrapped.token_ids[starts[1] :][::-1])
+    return CommonRun(len(clean.token_ids) - n, len(wrapped.token_ids) - n, n)
 
 
-def _n_alike(ours: Sequence[int], theirs: Sequence[int]) -> int:
-    return next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
+def _n_equal(one: Sequence[int], other: Sequence[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))

@@ -1,18 +1,21 @@
-"""Pairs through the engine: how far the attention of the wrapped prompt is from that of the clean one, and the answers.
+"""Pairs through the engine: the distance of the wrapped prompt's attention from the clean one's, and the answers.
 
 A clean prompt answers greedily, once for all its pairs, and its attention rows at steps 0..N stay on the device. Each
-wrapped prompt answers greedily too, for its own answer and its own signals. The rows that are compared with the clean
-ones, on the device (`headrift.aligned_keys`), are by default those of the wrapped prompt with the *clean* answer
-replayed after it (ANSWERS[0]): the rows of a step then are the same token's, and what tells them apart is the wrapper.
-Where each goes on with its own answer (ANSWERS[1]), once the two differ so do their queries: the distance then is the
-wrapper's effect and that of the other words in one. At step 0 both are the same.
+wrapped prompt answers greedily too, for its own answer and its own signals. Which rows are compared with the clean ones
+on the device (`headrift.aligned_keys`) depends on ANSWERS:
+
+- "clean" (default): those of the wrapped prompt with the *clean* answer replayed after it. Both rows of a step are then
+  of the same token, and the wrapper alone makes the distance.
+- "own": those of the wrapped prompt's own answer. Once the answers differ, so do the queries, and the distance contains
+  the effect of the other words too. At step 0 both are the same.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from contextlib import closing
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import numpy as np
@@ -21,32 +24,31 @@ from numpy.typing import NDArray
 from headrift import signal
 from headrift.consistency.pairs import Pair
 from headrift.probed_engine import ProbedEngine
+from headrift.prompts import Span
 from headrift.requests import Finished, ProbeRequest, Recording
 
 ANSWERS = ("clean", "own")
 REGIONS = ("system", "prompt", "core", "before", "after")
-# Of the kept rows, in bytes: with a large model, fewer clean prompts are under way at a time.
-BANK_BYTES, MOST_REFERENCES = 512 << 20, 64
+# Bytes of the kept rows: with a large model, fewer clean prompts are in flight at a time.
+ROW_BYTES, MOST_REFERENCES = 512 << 20, 64
 
-Floats = NDArray[np.float64]
+Key = tuple["_Group", int | None]  # the index of a pair in its group; None for the clean prompt
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One prompt of a pair. answer_ids: its greedy answer; T steps of it were recorded. mass: [T, layers, heads, 3],
-    attention on the core, the wrapper and the system prompt. instability: its score over steps 1..N, None where there
-    is none; focus: Attention Tracker's score at step 0, of all heads."""
+    """One prompt of a pair, of whose answer T steps were recorded."""
 
     answer_ids: list[int]
-    mass: NDArray[np.float32] = field(repr=False)
-    instability: float | None
-    focus: float
+    mass: NDArray[np.float32] = field(repr=False)  # [T, layers, heads, 3], on core, wrapper and system prompt
+    instability: float | None  # its score over steps 1..N
+    focus: float  # Attention Tracker's score at step 0, of all heads
 
 
 @dataclass(frozen=True, slots=True)
 class PairScore:
-    """What was found of a pair. distance: [T, layers, heads, 2], L2 and total variation at steps 0..T-1, as far as both
-    prompts have answers to compare."""
+    """A scored pair. distance: [T, layers, heads, 2], L2 and total variation at steps 0..T-1, as far as the compared
+    answers go."""
 
     pair: Pair
     clean: Side
@@ -54,9 +56,9 @@ class PairScore:
     distance: NDArray[np.float32] = field(repr=False)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Group:
-    """Pairs that share the clean prompt's run, under way."""
+    """Pairs in flight that share a clean prompt's run."""
 
     pairs: list[Pair]
     reference: int
@@ -65,10 +67,14 @@ class _Group:
     wrapped: dict[int, Side] = field(default_factory=dict)
     distances: dict[int, NDArray[np.float32]] = field(default_factory=dict)
 
+    @property
+    def is_done(self) -> bool:
+        return self.clean is not None and len(self.distances) == len(self.wrapped) == len(self.pairs)
+
 
 def references_for(layers: int, heads: int, steps: int, keys: int) -> int:
-    """How many clean prompts' rows to keep at a time: as many as BANK_BYTES hold, 1 at least."""
-    return min(max(BANK_BYTES // (layers * heads * (steps + 1) * keys * 4), 1), MOST_REFERENCES)
+    """Number of clean prompts whose rows are kept at a time: as many as ROW_BYTES allow, at least 1."""
+    return min(max(ROW_BYTES // (layers * heads * (steps + 1) * keys * 4), 1), MOST_REFERENCES)
 
 
 def keys_needed(pairs: Iterable[Pair], steps: int) -> int:
@@ -76,12 +82,12 @@ def keys_needed(pairs: Iterable[Pair], steps: int) -> int:
     return max(max(len(pair.clean_ids), len(pair.wrapped_ids)) for pair in pairs) + steps
 
 
-def together(pairs: Iterable[Pair]) -> list[Pair]:
-    """The pairs in an order in which those with the same clean prompt, and the same core in it, follow one another."""
+def group_by_clean_prompt(pairs: Iterable[Pair]) -> list[Pair]:
+    """Order pairs so that those with the same clean prompt, and the same core in it, are neighbours."""
     groups: dict[Hashable, list[Pair]] = {}
     for pair in pairs:
         groups.setdefault(_clean_run(pair), []).append(pair)
-    return [pair for some in groups.values() for pair in some]
+    return [pair for group in groups.values() for pair in group]
 
 
 def score_pairs(
@@ -93,151 +99,136 @@ def score_pairs(
     answers: str = ANSWERS[0],
     on_pairs: Callable[[int], None] | None = None,
 ) -> Generator[PairScore, None, None]:
-    """The scores of the pairs, in order; those that come `together` share the clean prompt's run.
+    """Score pairs; neighbours with the same clean prompt (`group_by_clean_prompt`) share its run.
 
-    engine: started with REGIONS, with `row_references` and enough `row_keys` (`keys_needed`). steps: N of 1 or more,
-    0..N are compared. answer_tokens: of the longest answer. answers: of ANSWERS. on_pairs: told how many more are done.
-    ValueError where the engine will not do; RuntimeError where a number is missing in the end, an error of the engine.
+    Args:
+        engine: started with REGIONS, `row_references` and enough `row_keys` (`keys_needed`).
+        steps: N of 1 or more; steps 0..N are compared.
+        answer_tokens: longest answer.
+        answers: one of ANSWERS.
+        on_pairs: called with the number of pairs whose distance is done.
+
+    Yields:
+        The pairs' scores, in order.
+
+    Raises:
+        ValueError: the engine cannot be used.
+        RuntimeError: the engine left out a number.
     """
     if engine.regions != REGIONS or not engine.row_references or steps < 1:
-        raise ValueError(
-            f"pairs are scored by an engine with the regions {REGIONS} and row_references, in 1 step or more"
-        )
+        raise ValueError(f"scoring pairs needs an engine with the regions {REGIONS} and row_references, and steps >= 1")
     if answers not in ANSWERS:
-        raise ValueError(f"the rows compared are of the {' or the '.join(ANSWERS)} answers, not of {answers!r}")
-    groups = (list(some) for _, some in groupby(pairs, key=_clean_run))
-    run = _Run(engine, steps, max(answer_tokens, steps + 1), replay=answers == ANSWERS[0])
-    return run.scores(groups, on_pairs or (lambda n: None))
+        raise ValueError(f"answers={answers!r}: use one of {', '.join(ANSWERS)}")
+    groups = (list(group) for _, group in groupby(pairs, key=_clean_run))
+    run = _PairRun(engine, groups, steps, max(answer_tokens, steps + 1), replay=answers == ANSWERS[0])
+    return run.scores(on_pairs or (lambda n: None))
 
 
-class _Run:
-    """Groups under way in an engine: clean first, then wrapped, then what is to be compared by itself."""
+class _PairRun:
+    """Groups in flight: the clean prompt first, then the wrapped ones, then replayed answers."""
 
-    def __init__(self, engine: ProbedEngine, steps: int, answer_tokens: int, *, replay: bool) -> None:
-        self._engine, self._steps, self._tokens, self._replay = engine, steps, answer_tokens, replay
+    def __init__(
+        self, engine: ProbedEngine, groups: Iterator[list[Pair]], steps: int, answer_tokens: int, *, replay: bool
+    ) -> None:
+        self._engine, self._groups, self._steps, self._tokens, self._replay = (
+            engine,
+            groups,
+            steps,
+            answer_tokens,
+            replay,
+        )
         self._free = list(range(engine.row_references))
-        self._under_way: deque[_Group] = deque()
-        # By tenant: its group, and the place of its pair in it; None for the clean prompt.
-        self._running: dict[int, tuple[_Group, int | None]] = {}
+        self._in_flight: deque[_Group] = deque()
 
-    def scores(self, groups: Iterator[list[Pair]], on_pairs: Callable[[int], None]) -> Generator[PairScore, None, None]:
-        engine, exhausted = self._engine, False
-        try:
-            while True:
-                while not exhausted and self._free and engine.free_slots:
-                    pairs = next(groups, None)
-                    if pairs is None:
-                        exhausted = True
-                        break
-                    self._begin(pairs)
-                if not self._under_way:
-                    return
-                self._submit_waiting()
-                finished = [done for done in engine.step() if not done.answering]
-                for done, recording in zip(finished, engine.drain(finished, want_mass=True), strict=True):
-                    self._take(done, recording, on_pairs)
-                while self._under_way and self._is_done(self._under_way[0]):
-                    group = self._under_way.popleft()
-                    self._free.append(group.reference)
-                    for i, pair in enumerate(group.pairs):
-                        assert group.clean is not None
-                        yield PairScore(pair, group.clean, group.wrapped[i], group.distances[i])
-        finally:
-            if engine.running:
-                engine.abort()
+    def scores(self, on_pairs: Callable[[int], None]) -> Generator[PairScore, None, None]:
+        with closing(self._engine.run(self._requests(), want_mass=True)) as results:
+            for (group, i), done, recording in results:
+                assert recording is not None
+                self._take(group, i, done, recording)
+                on_pairs(int(done.request.rows_against is not None))
+                while self._in_flight and self._in_flight[0].is_done:
+                    finished = self._in_flight.popleft()
+                    self._free.append(finished.reference)
+                    assert finished.clean is not None
+                    for at, pair in enumerate(finished.pairs):
+                        yield PairScore(pair, finished.clean, finished.wrapped[at], finished.distances[at])
 
-    def _begin(self, pairs: list[Pair]) -> None:
-        group, pair = _Group(pairs, self._free.pop()), pairs[0]
-        self._under_way.append(group)
-        request = self._request(pair.clean_ids, _clean_regions(pair), rows_as=group.reference)
-        self._running[self._engine.submit(request)] = group, None
+    def _requests(self) -> Iterator[tuple[Key, ProbeRequest] | None]:
+        """Clean prompts while rows can be kept, else the groups' further requests as they become known."""
+        exhausted = False
+        while True:
+            if self._free and not exhausted:
+                pairs = next(self._groups, None)
+                exhausted = pairs is None
+                if pairs is not None:
+                    group = _Group(pairs, self._free.pop())
+                    self._in_flight.append(group)
+                    regions = _regions(pairs[0].clean_system, pairs[0].core.clean_span, pairs[0].clean_edges)
+                    yield (group, None), self._answering(pairs[0].clean_ids, regions, rows_as=group.reference)
+                continue
+            ready = next((group for group in self._in_flight if group.todo), None)
+            if ready is not None:
+                i, request = ready.todo.popleft()
+                yield (ready, i), request
+            elif exhausted and all(len(group.distances) == len(group.pairs) for group in self._in_flight):
+                return
+            else:
+                yield None
 
-    def _submit_waiting(self) -> None:
-        for group in self._under_way:
-            while group.todo and self._engine.free_slots:
-                i, request = group.todo.popleft()
-                self._running[self._engine.submit(request)] = group, i
-
-    def _take(self, done: Finished, recording: Recording, on_pairs: Callable[[int], None]) -> None:
-        group, i = self._running.pop(done.request_id)
-        request = done.request
+    def _take(self, group: _Group, i: int | None, done: Finished, recording: Recording) -> None:
+        """Keep a result, and queue the requests that follow from it."""
         if i is None:
-            group.clean = self._side(done, recording, wrapped=False)
-            against = {} if self._replay else {"rows_against": group.reference}
+            group.clean = self._side(done, recording, is_wrapped=False)
             for at, pair in enumerate(group.pairs):
-                runs = {} if self._replay else {"aligned": _runs(pair)}
-                group.todo.append((at, self._request(pair.wrapped_ids, _wrapped_regions(pair), **against, **runs)))
+                compared = {} if self._replay else _against(group, pair)
+                group.todo.append((at, self._answering(pair.wrapped_ids, _wrapped_regions(pair), **compared)))
             return
         pair = group.pairs[i]
-        if request.answer_ids is None:
-            group.wrapped[i] = self._side(done, recording, wrapped=True)
-            if self._replay:  # by now the prompt is in the cache
-                group.todo.append((i, self._replayed(group, pair)))
-        if recording.missing_steps and not request.skip_prefix_cache:  # a cached block of the prompt covered a step
-            group.todo.appendleft((i, replace(request, skip_prefix_cache=True)))
-        elif request.rows_against is not None:
-            group.distances[i] = self._distance(group, pair, recording)
-            on_pairs(1)
+        if done.request.answer_ids is None:
+            group.wrapped[i] = self._side(done, recording, is_wrapped=True)
+            if self._replay:  # the prompt is in the cache by now
+                assert group.clean is not None
+                how = {"answer_ids": group.clean.answer_ids, **_against(group, pair)}
+                regions = _wrapped_regions(pair)
+                group.todo.append((i, ProbeRequest(pair.wrapped_ids, regions, self._steps, **how)))  # type: ignore[arg-type]
+        if done.request.rows_against is not None:
+            assert group.clean is not None
+            assert recording.distance is not None
+            distance = recording.distance[: len(group.clean.mass)]
+            if np.isnan(distance).any():
+                raise RuntimeError(f"pair {pair.id}: the engine left out distances; do not trust its numbers")
+            group.distances[i] = distance
 
-    def _request(self, ids: list[int], regions: dict[str, tuple[int, int]], **asked: object) -> ProbeRequest:
-        return ProbeRequest(ids, regions, self._steps, answer_tokens=self._tokens, **asked)  # type: ignore[arg-type]
+    def _answering(self, ids: list[int], regions: dict[str, Span], **fields: object) -> ProbeRequest:
+        return ProbeRequest(ids, regions, self._steps, answer_tokens=self._tokens, **fields)  # type: ignore[arg-type]
 
-    def _replayed(self, group: _Group, pair: Pair) -> ProbeRequest:
-        """The wrapped prompt with the clean answer after it."""
-        assert group.clean is not None
-        return ProbeRequest(
-            pair.wrapped_ids,
-            _wrapped_regions(pair),
-            self._steps,
-            answer_ids=group.clean.answer_ids,
-            rows_against=group.reference,
-            aligned=_runs(pair),
-        )
-
-    def _side(self, done: Finished, recording: Recording, *, wrapped: bool) -> Side:
+    def _side(self, done: Finished, recording: Recording, *, is_wrapped: bool) -> Side:
         assert recording.mass is not None
         system, _, core, before, after = np.moveaxis(recording.mass, -1, 0)
         around = before + after
-        wrapper = around if wrapped else np.zeros_like(around)
+        wrapper = around if is_wrapped else np.zeros_like(around)
         system_start = done.request.regions["system"][0]
-        seen = signal.covered(len(recording.share), self._engine.windows, system_start, len(done.request.prompt_ids))
-        instability = np.where(seen, signal.instability(recording.share), np.nan)
+        covered = signal.covered(len(recording.share), self._engine.windows, system_start, len(done.request.prompt_ids))
+        instability = np.where(covered, signal.instability(recording.share), np.nan)
         score = signal.score(instability, signal.Window(1, self._steps), n_steps=done.n_steps).value
         focus = signal.focus(signal.focus_heads(system[0], core[0] + around[0]))
         return Side(done.answer_ids, np.stack([core, wrapper, system], -1), score, focus)
 
-    def _distance(self, group: _Group, pair: Pair, recording: Recording) -> NDArray[np.float32]:
-        """As far as the clean answer has steps; RuntimeError where a number is missing."""
-        assert group.clean is not None
-        assert recording.distance is not None
-        found = recording.distance[: len(group.clean.mass)]
-        if np.isnan(found).any():
-            raise RuntimeError(f"pair {pair.id}: the engine gave no distance for some heads; it cannot be trusted")
-        return found
-
-    def _is_done(self, group: _Group) -> bool:
-        return group.clean is not None and len(group.distances) == len(group.wrapped) == len(group.pairs)
-
 
 def _clean_run(pair: Pair) -> Hashable:
-    return tuple(pair.clean_ids), pair.clean_core, pair.clean_system
+    return tuple(pair.clean_ids), pair.core.clean_span, pair.clean_system
 
 
-def _runs(pair: Pair) -> list[tuple[int, int, int]]:
-    return [(run.clean, run.wrapped, run.length) for run in pair.runs if run.length]
+def _against(group: _Group, pair: Pair) -> dict[str, object]:
+    runs = [(run.clean, run.wrapped, run.length) for run in pair.runs if run.length]
+    return {"rows_against": group.reference, "aligned": runs}
 
 
-def _clean_regions(pair: Pair) -> dict[str, tuple[int, int]]:
-    return _regions(pair.clean_system, pair.clean_core, pair.clean_edges)
+def _wrapped_regions(pair: Pair) -> dict[str, Span]:
+    return _regions(pair.wrapped_system, pair.core.wrapped_span, pair.wrapper)
 
 
-def _wrapped_regions(pair: Pair) -> dict[str, tuple[int, int]]:
-    return _regions(pair.wrapped_system, pair.wrapped_core, pair.wrapper)
-
-
-def _regions(
-    system: tuple[int, int], core: tuple[int, int], around: Iterable[tuple[int, int]]
-) -> dict[str, tuple[int, int]]:
-    """before, core and after are the user's text."""
+def _regions(system: Span, core: Span, around: Iterable[Span]) -> dict[str, Span]:
+    """The system prompt and the parts of the user's text: before, core and after."""
     parts = {"before" if span[1] <= core[0] else "after": span for span in around}
     return {"system": system, "core": core, **parts}

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from headrift.consistency.generating import answers
+from headrift.consistency.model import generate
 from headrift.internals.cases import Alignment, Case, Question, Reject, Renderer, Rendering, SystemPrompt, align
 from headrift.internals.components import COMPONENTS, RESIDUAL, ForwardRow, Reading, StateReader, States
 from headrift.prompts import PromptError
@@ -102,7 +102,7 @@ def read_baseline(
     reader: StateReader, tokenizer: Any, questions: Sequence[Question], steps: int, on_rows: OnRows | None = None
 ) -> Baseline:
     """Let the questions alone answer `steps` tokens, or fewer if the answer ends, and read their states."""
-    greedy = answers(reader.model, tokenizer, [question.base.token_ids for question in questions], steps)
+    greedy = generate(reader.model, tokenizer, [question.base.token_ids for question in questions], steps)
     pairs = zip(questions, greedy)
     rows = [make_row(question.base, answer, range(*question.base.question)) for question, answer in pairs]
     return Baseline(greedy, reader.read(rows, on_rows))

@@ -1,8 +1,8 @@
-"""`headrift heads evaluate`: do a model's refusals hang on chosen heads, and what else does?
+"""`headrift heads evaluate`: do refusals depend on chosen heads, and does anything else?
 
-The same queries are answered greedily by the model as it is, with the chosen heads ablated together, and, several
-times, with as many others drawn at random. A neutral text is read in each of these arms. Nothing of the model changes,
-and no answer is kept unless that is asked for.
+The same queries are answered greedily by the model as it is, with the chosen heads ablated together, and several times
+with as many other heads drawn at random. A neutral text is read in each of these arms. The model is not changed, and
+answers are not kept unless the config asks for it.
 """
 
 from __future__ import annotations
@@ -17,39 +17,39 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from headrift import ablation
+from headrift.ablation import EPSILON, HeadAblation
 from headrift.corpus.rows import Row
 from headrift.model_facts import read_shape
 from headrift.preparing import load_tokenizer
-from headrift.requests import Finished
+from headrift.probed_engine import ProbedEngine
+from headrift.requests import Finished, ProbeRequest
 from headrift.runs.folder import JobError, atomic_path, new_folder, write_json
 from headrift.runs.provenance import model_fingerprint, versions
-from headrift.safety_heads.answering import answers, log_likelihoods
 from headrift.safety_heads.arms import (
     ABLATED,
     ATTACK,
     CHANGED_WITHIN,
     CLEAN,
     CONTROL,
-    AgainstControls,
-    Arm,
-    Seen,
+    ArmAnswers,
+    ArmSummary,
+    ControlDifference,
     against_controls,
-    figures,
-    panels,
+    bars_png,
+    summarise,
 )
-from headrift.safety_heads.bars import bars_png
-from headrift.safety_heads.base import ablating_engine
-from headrift.safety_heads.checks import check_lengths
-from headrift.safety_heads.leading import leading_heads
-from headrift.safety_heads.queries import CHAT, prepare, read_rows
+from headrift.safety_heads.jobs import ablating_engine
+from headrift.safety_heads.queries import CHAT, check_lengths, prepare, read_rows
+from headrift.safety_heads.ranking import leading_heads
 from headrift.safety_heads.refusals import is_refusal
 from headrift.safety_heads.ships import Head, all_heads
 
-# --quick: so many queries of a label, tokens of an answer, draws of other heads, passages of the neutral text.
+# --quick: queries of a label, tokens of an answer, draws of other heads, passages of the neutral text.
 QUICK_QUERIES, QUICK_TOKENS, QUICK_DRAWS, QUICK_PASSAGES = 5, 32, 1, 4
-SETTINGS, _ANSWERS, _FIGURE = "evaluate.json", "answers.parquet", "arms.png"
+RESULT_FILE, _ANSWERS, _FIGURE = "evaluate.json", "answers.parquet", "arms.png"
 _SCHEMA = pa.schema(
     [
         ("query", pa.int32()),
@@ -62,32 +62,33 @@ _SCHEMA = pa.schema(
         ("same_tokens", pa.int32()),
     ]
 )
+# Heads to ablate by the arm's name; none for the clean arm.
+Arms = Mapping[str, Sequence[HeadAblation]]
+OnRows = Callable[[int], None]
+
+
+def _ignore(rows: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What `headrift heads evaluate` is asked for.
-
-    heads, or run (a folder of `ships` or `sahara`) and top, its first so many heads. kind, epsilon: as the run's, or
-    the defaults, where not given. tokens: of an answer, at most. draws: of other heads, with this seed. limit: the
-    first so many queries of each label. labels: one per input, for queries that bring none. form: of queries.FORMS.
-    """
+class EvaluateConfig:
+    """Options of `headrift heads evaluate`."""
 
     inputs: tuple[str, ...]
     model: Path
     out: Path
-    heads: tuple[Head, ...] | None = None
-    run: Path | None = None
+    heads: tuple[Head, ...] | None = None  # to ablate; or the first `top` heads of `run`
+    run: Path | None = None  # a folder of `ships` or `sahara`
     top: int | None = None
-    kind: str | None = None
+    kind: str | None = None  # default: as in the run, or of `headrift.ablation`; and so is epsilon
     epsilon: float | None = None
-    tokens: int = 64
-    draws: int = 3
+    tokens: int = 64  # longest answer
+    draws: int = 3  # of as many other heads
     seed: int = 0
-    limit: int | None = None
+    limit: int | None = None  # first queries of each label
     quick: bool = False
-    labels: tuple[str, ...] | None = None
-    form: str = CHAT
+    labels: tuple[str, ...] | None = None  # one per input, for queries without a label
+    form: str = CHAT  # one of queries.FORMS
     system_prompt: str | None = None
     columns: Mapping[str, str] | None = None
     dtype: str = "auto"
@@ -96,201 +97,257 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a job found; controls: by label. seconds: of the engine's work."""
+class Evaluation:
+    """Results of a job. controls: by label. seconds: in the engine."""
 
-    arms: list[Arm]
-    controls: dict[str, AgainstControls]
+    arms: list[ArmSummary]
+    controls: dict[str, ControlDifference]
     seconds: float
 
 
 class EvaluateJob:
-    """Evaluates chosen heads into the folder `asked.out`. What is wrong with what is asked shows before the model is
-    loaded: ValueError (JobError, InputError, ModelError). EngineError from the start of the engine.
+    """Evaluates chosen heads into the folder `config.out`: evaluate.json, answers.parquet (a row per query and arm) and
+    arms.png.
 
-    In the folder: `evaluate.json`, settings, versions and all figures; `answers.parquet`, a row a query and arm;
-    `arms.png`.
+    Raises:
+        ValueError: the config cannot be used (JobError, InputError, ModelError); before the model is loaded.
+        EngineError: the engine did not start.
     """
 
-    def __init__(self, asked: Asked):
-        self.asked = asked
-        facts, layers, heads = read_shape(asked.model)
-        self.heads, self.kind, self.epsilon = _chosen(asked)
+    def __init__(self, config: EvaluateConfig):
+        self.config = config
+        facts, n_layers, n_heads = read_shape(config.model)
+        self.heads, self.kind, self.epsilon = _chosen_heads(config)
         ablation.check([(*head, self.kind) for head in self.heads], self.epsilon)
-        ablation.check_heads(self.heads, layers, heads)
-        self.tokens = min(asked.tokens, QUICK_TOKENS) if asked.quick else asked.tokens
-        draws = min(asked.draws, QUICK_DRAWS) if asked.quick else asked.draws
-        self.arms = {
-            CLEAN: (),
-            ABLATED: self.heads,
-            **_controls(self.heads, all_heads(layers, heads), draws, asked.seed),
-        }
-        limit = min(asked.limit or QUICK_QUERIES, QUICK_QUERIES) if asked.quick else asked.limit
-        rows = _of_each_label(read_rows(asked.inputs, asked.columns, labels=asked.labels), limit)
-        self._tokenizer = load_tokenizer(str(asked.model), False)
-        self.queries = prepare(rows, self._tokenizer, asked.form, asked.system_prompt)
+        ablation.check_heads(self.heads, n_layers, n_heads)
+        self.tokens = min(config.tokens, QUICK_TOKENS) if config.quick else config.tokens
+        draws = min(config.draws, QUICK_DRAWS) if config.quick else config.draws
+        controls = _draw_controls(self.heads, all_heads(n_layers, n_heads), draws, config.seed)
+        self.arms = {CLEAN: (), ABLATED: self.heads, **controls}
+        limit = min(config.limit or QUICK_QUERIES, QUICK_QUERIES) if config.quick else config.limit
+        rows = _limit_labels(read_rows(config.inputs, config.columns, labels=config.labels), limit)
+        self._tokenizer = load_tokenizer(str(config.model), False)
+        self.queries = prepare(rows, self._tokenizer, config.form, config.system_prompt)
         self.labels = [str(query.label) for query in self.queries]
         check_lengths(self.queries, facts, self.tokens)
-        self.passages = neutral_text(self._tokenizer)[: QUICK_PASSAGES if asked.quick else None]
+        self.passages = neutral_text(self._tokenizer)[: QUICK_PASSAGES if config.quick else None]
         if facts.context is not None and max(map(len, self.passages)) >= facts.context:
-            raise JobError(f"--model {asked.model}: its context of {facts.context} is too short for the neutral text")
-        new_folder(asked.out)
+            raise JobError(f"--model {config.model}: its context of {facts.context} is too short for the neutral text")
+        new_folder(config.out)
 
     @property
     def rows(self) -> int:
-        """How many rows the engine will run."""
+        """Number of requests to run."""
         return len(self.arms) * (len(self.queries) + len(self.passages))
 
-    def run(self, on_rows: Callable[[int], None] | None = None, verbose: bool = False) -> Outcome:
-        """Answer, read, and write what was found. on_rows: told how many rows have run, again and again."""
-        asked = self.asked
+    def run(self, on_rows: OnRows = _ignore, verbose: bool = False) -> Evaluation:
+        """Run all arms and write the results. on_rows: called with the number of requests that finished."""
+        config = self.config
         ablated = {name: [(*head, self.kind) for head in heads] for name, heads in self.arms.items()}
-        with ablating_engine(asked.model, asked.dtype, asked.attention_backend, verbose) as engine:
-            begun = time.monotonic()
+        with ablating_engine(config.model, config.dtype, config.attention_backend, verbose) as engine:
+            begin = time.monotonic()
             prompts = [query.token_ids for query in self.queries]
-            answered = answers(engine, prompts, ablated, self.tokens, self.epsilon, on_rows)
-            read = log_likelihoods(engine, self.passages, ablated, self.epsilon, on_rows)
-            seconds = time.monotonic() - begun
+            by_query = answers(engine, prompts, ablated, self.tokens, self.epsilon, on_rows)
+            likelihoods = log_likelihoods(engine, self.passages, ablated, self.epsilon, on_rows)
+            seconds = time.monotonic() - begin
         texts = [
-            {arm: self._tokenizer.decode(done.answer_ids, skip_special_tokens=True) for arm, done in of.items()}
-            for of in answered
+            {arm: self._tokenizer.decode(done.answer_ids, skip_special_tokens=True) for arm, done in by_arm.items()}
+            for by_arm in by_query
         ]
-        seen = {}
-        for name, heads in self.arms.items():
-            same = [_same(of[name], of[CLEAN]) for of in answered]
-            seen[name] = Seen(
+        by_arm = {
+            name: ArmAnswers(
                 heads=heads,
-                refused=np.array([is_refusal(of[name]) for of in texts]),
-                same_tokens=np.array(same),
-                changed=np.array([_changed(of[name], of[CLEAN]) for of in answered]),
-                log_likelihood=read[name],
+                refused=np.array([is_refusal(text[name]) for text in texts]),
+                same_tokens=np.array([_same_tokens(done[name], done[CLEAN]) for done in by_query]),
+                changed=np.array([_is_changed(done[name], done[CLEAN]) for done in by_query]),
+                log_likelihood=likelihoods[name],
             )
+            for name, heads in self.arms.items()
+        }
         lengths = np.array([len(ids) - 1.0 for ids in self.passages])
-        found = Outcome(figures(seen, self.labels, lengths), against_controls(seen, self.labels), seconds)
-        self._write(found, seen, answered, texts)
-        return found
+        result = Evaluation(summarise(by_arm, self.labels, lengths), against_controls(by_arm, self.labels), seconds)
+        self._write(result, by_arm, by_query, texts)
+        return result
 
     def _write(
         self,
-        found: Outcome,
-        seen: Mapping[str, Seen],
-        answered: Sequence[Mapping[str, Finished]],
+        result: Evaluation,
+        by_arm: Mapping[str, ArmAnswers],
+        by_query: Sequence[Mapping[str, Finished]],
         texts: Sequence[Mapping[str, str]],
     ) -> None:
-        asked = self.asked
-        rows = []
-        for number, query in enumerate(self.queries):
-            for arm, of in seen.items():
-                row = {
-                    **{"query": number, "id": query.id, "label": query.label, "category": query.category, "arm": arm},
-                    "refused": bool(of.refused[number]),
-                    "answer_tokens": len(answered[number][arm].answer_ids),
-                    "same_tokens": int(of.same_tokens[number]),
-                }
-                rows.append(row | ({"text": texts[number][arm]} if asked.keep_completions else {}))
-        schema = _SCHEMA.append(pa.field("text", pa.string())) if asked.keep_completions else _SCHEMA
-        with atomic_path(asked.out / _ANSWERS) as unfinished:
+        config = self.config
+        rows = [
+            {
+                **{"query": i, "id": query.id, "label": query.label, "category": query.category, "arm": name},
+                "refused": bool(arm.refused[i]),
+                "answer_tokens": len(by_query[i][name].answer_ids),
+                "same_tokens": int(arm.same_tokens[i]),
+                "text": texts[i][name],
+            }
+            for i, query in enumerate(self.queries)
+            for name, arm in by_arm.items()
+        ]
+        schema = _SCHEMA.append(pa.field("text", pa.string())) if config.keep_completions else _SCHEMA
+        with atomic_path(config.out / _ANSWERS) as unfinished:
             pq.write_table(pa.Table.from_pylist(rows, schema=schema), unfinished)
-        write_json(asked.out / SETTINGS, self._numbers(found))
+        write_json(config.out / RESULT_FILE, self._to_json(result))
         heads = ", ".join(f"{layer}:{head}" for layer, head in self.heads)
-        title = f"{asked.model.name}, {self.kind}: {len(self.heads)} heads together ({heads})"
-        bars_png(asked.out / _FIGURE, [arm.name for arm in found.arms], panels(found.arms), title=title)
+        title = f"{config.model.name}, {self.kind}: {len(self.heads)} heads together ({heads})"
+        bars_png(config.out / _FIGURE, result.arms, title=title)
 
-    def _numbers(self, found: Outcome) -> dict[str, Any]:
-        asked = self.asked
+    def _to_json(self, result: Evaluation) -> dict[str, Any]:
+        config = self.config
         return {
             "settings": {
-                "model": model_fingerprint(asked.model)["fingerprint"],
+                "model": model_fingerprint(config.model)["fingerprint"],
                 "heads": [list(head) for head in self.heads],
-                "heads_from": None if asked.run is None else {"run": str(asked.run), "top": len(self.heads)},
+                "heads_from": None if config.run is None else {"run": str(config.run), "top": len(self.heads)},
                 "kind": self.kind,
                 "epsilon": self.epsilon,
                 "tokens": self.tokens,
                 "changed_within": CHANGED_WITHIN,
                 "draws": len(self.arms) - 2,
-                "seed": asked.seed,
+                "seed": config.seed,
                 "queries": {label: self.labels.count(label) for label in sorted(set(self.labels))},
                 "passages": len(self.passages),
-                "as": asked.form,
-                "system_prompt": asked.system_prompt,
-                "dtype": asked.dtype,
+                "as": config.form,
+                "system_prompt": config.system_prompt,
+                "dtype": config.dtype,
             },
-            "about": {"model": str(asked.model), "inputs": list(asked.inputs), "versions": versions()},
-            "engine_seconds": round(found.seconds, 2),
-            "arms": {arm.name: arm.numbers() for arm in found.arms},
-            "refused_against_controls": {label: asdict(of) for label, of in found.controls.items()},
+            "about": {"model": str(config.model), "inputs": list(config.inputs), "versions": versions()},
+            "engine_seconds": round(result.seconds, 2),
+            "arms": {arm.name: arm.to_json() for arm in result.arms},
+            "refused_against_controls": {label: asdict(control) for label, control in result.controls.items()},
         }
 
 
 def neutral_text(tokenizer: Any) -> list[list[int]]:
-    """The token ids of the passages of a text that nobody would refuse to read, written for this project."""
+    """Token ids of the passages of a text that no model refuses to read, written for this project."""
     text = (files("headrift.safety_heads") / "neutral.txt").read_text(encoding="utf-8")
     return [list(tokenizer(passage)["input_ids"]) for passage in text.strip().split("\n\n")]
 
 
-def _chosen(asked: Asked) -> tuple[tuple[Head, ...], str, float]:
-    """The heads to ablate, and how. JobError where it is not clear which."""
-    kind, epsilon = asked.kind or ablation.UNDIFFERENTIATED, ablation.EPSILON
-    if asked.run is not None and asked.heads is not None:
-        raise JobError("--heads and --from are two ways to choose heads: give one of them")
-    if asked.run is None and asked.top is not None:
-        raise JobError("--top says how many heads of a run are taken: give the run's folder too, --from RUN")
-    if asked.run is not None:
-        leading = leading_heads(asked.run, asked.top)
-        if asked.top is None:
-            raise JobError(f"--from {asked.run} found {leading.of} heads: say how many to take, as in --top 5")
-        heads, kind, epsilon = leading.heads, asked.kind or leading.kind, leading.epsilon
-    elif asked.heads:
-        heads = asked.heads
+def answers(
+    engine: ProbedEngine,
+    prompts: Sequence[Sequence[int]],
+    arms: Arms,
+    tokens: int,
+    epsilon: float = EPSILON,
+    on_rows: OnRows = _ignore,
+) -> list[dict[str, Finished]]:
+    """Answer each prompt greedily in each arm.
+
+    Args:
+        engine: started with `ablation=True`.
+        prompts: token ids.
+        tokens: longest answer.
+        on_rows: called with the number of requests that finished, as they finish.
+
+    Returns:
+        For each prompt, the finished request by arm.
+
+    Raises:
+        ValueError: the model does not have a head, or prompt and answer exceed the context.
+    """
+    by_prompt: list[dict[str, Finished]] = [{} for _ in prompts]
+    requests = (
+        ((i, arm), ProbeRequest(ids, {}, 0, answer_tokens=tokens, ablate=heads, epsilon=epsilon))
+        for i, ids in enumerate(prompts)
+        for arm, heads in arms.items()
+    )
+    for (i, arm), done, _ in engine.run(requests):
+        by_prompt[i][arm] = done
+        on_rows(1)
+    return by_prompt
+
+
+def log_likelihoods(
+    engine: ProbedEngine,
+    passages: Sequence[Sequence[int]],
+    arms: Arms,
+    epsilon: float = EPSILON,
+    on_rows: OnRows = _ignore,
+) -> dict[str, NDArray[np.float64]]:
+    """Read each passage in each arm; arguments as in `answers`.
+
+    Returns:
+        By arm, [passages]: the summed log-probability of a passage's tokens but the first, in nats.
+
+    Raises:
+        RuntimeError: the engine gave no number for a token.
+    """
+    sums = {arm: np.full(len(passages), np.nan) for arm in arms}
+    requests = (
+        ((i, arm), ProbeRequest(ids, {}, 0, ignore_eos=True, ablate=heads, epsilon=epsilon, logprobs=True))
+        for i, ids in enumerate(passages)
+        for arm, heads in arms.items()
+    )
+    for (i, arm), done, _ in engine.run(requests):
+        sums[arm][i] = np.sum(done.logprobs or [])
+        on_rows(1)
+    if not all(np.isfinite(of_arm).all() for of_arm in sums.values()):
+        raise RuntimeError("the engine gave no log-probability for some tokens of the text; do not trust its numbers")
+    return sums
+
+
+def _chosen_heads(config: EvaluateConfig) -> tuple[tuple[Head, ...], str, float]:
+    """The heads to ablate, the kind and epsilon. JobError if the options contradict each other or choose none."""
+    kind, epsilon = config.kind or ablation.UNDIFFERENTIATED, EPSILON
+    if config.run is not None and config.heads is not None:
+        raise JobError("--heads and --from both choose heads: give one of them")
+    if config.run is None and config.top is not None:
+        raise JobError("--top is the number of heads to take from a run: give its folder too, --from RUN")
+    if config.run is not None:
+        leading = leading_heads(config.run, config.top)
+        if config.top is None:
+            raise JobError(f"--from {config.run} has {leading.available} heads: give the number to take, as in --top 5")
+        heads, kind, epsilon = leading.heads, config.kind or leading.kind, leading.epsilon
+    elif config.heads:
+        heads = config.heads
     else:
-        raise JobError(
-            "no head is given to ablate: name some (--heads 3:0,11:7), or a run of ships (--from RUN --top 5)"
-        )
-    return heads, kind, epsilon if asked.epsilon is None else asked.epsilon
+        raise JobError("no head to ablate: name some (--heads 3:0,11:7), or a run of ships (--from RUN --top 5)")
+    return heads, kind, epsilon if config.epsilon is None else config.epsilon
 
 
-def _controls(heads: Sequence[Head], every: Sequence[Head], draws: int, seed: int) -> dict[str, tuple[Head, ...]]:
+def _draw_controls(heads: Sequence[Head], every: Sequence[Head], draws: int, seed: int) -> dict[str, tuple[Head, ...]]:
     """Arms with as many heads, drawn from the others."""
     others = [head for head in every if head not in heads]
     if draws and len(others) < len(heads):
         raise JobError(
-            f"{len(heads)} heads are ablated and the model has {len(others)} others, too few to compare with: take "
-            "fewer, or --draws 0"
+            f"{len(heads)} heads to ablate and only {len(others)} others to compare with: take fewer, or --draws 0"
         )
     random = np.random.default_rng(seed)
-    found = {}
+    controls = {}
     for draw in range(draws):
-        drawn = random.choice(len(others), len(heads), replace=False)
-        found[f"{CONTROL} {draw + 1}"] = tuple(others[at] for at in sorted(drawn.tolist()))
-    return found
+        chosen = random.choice(len(others), len(heads), replace=False)
+        controls[f"{CONTROL} {draw + 1}"] = tuple(others[i] for i in sorted(chosen.tolist()))
+    return controls
 
 
-def _of_each_label(rows: Sequence[Row], limit: int | None) -> list[Row]:
-    """The first so many rows of each label. JobError where a row has none, and where none is an attack."""
-    counted: dict[str, int] = {}
+def _limit_labels(rows: Sequence[Row], limit: int | None) -> list[Row]:
+    """The first `limit` rows of each label. JobError if a row has no label, or no row is an attack."""
+    counts: dict[str, int] = {}
     kept = []
     for row in rows:
         if row.label is None:
             raise JobError(
-                f"{row.source}, row {row.row}: it has no label: say whether it is to be refused, with a column label "
-                "(attack or benign) or for a file's rows together, as in --labels attack"
+                f"{row.source}, row {row.row}: it has no label; add a column label (attack or benign), or label all "
+                "rows of a file, as in --labels attack"
             )
-        counted[row.label] = counted.get(row.label, 0) + 1
-        if limit is None or counted[row.label] <= limit:
+        counts[row.label] = counts.get(row.label, 0) + 1
+        if limit is None or counts[row.label] <= limit:
             kept.append(row)
-    if ATTACK not in counted:
-        raise JobError("no query is labelled attack: without queries to refuse there is nothing to evaluate")
+    if ATTACK not in counts:
+        raise JobError("no query is labelled attack: there are no refusals to evaluate without one")
     return kept
 
 
-def _same(answer: Finished, clean: Finished) -> int:
-    """How many leading tokens an answer shares with the clean one."""
-    pairs = zip(answer.answer_ids, clean.answer_ids)
-    return next(
-        (at for at, (one, other) in enumerate(pairs) if one != other),
-        min(len(answer.answer_ids), len(clean.answer_ids)),
-    )
+def _same_tokens(answer: Finished, clean: Finished) -> int:
+    """Number of leading tokens that an answer shares with the clean one."""
+    pairs = list(zip(answer.answer_ids, clean.answer_ids))
+    return next((i for i, (one, other) in enumerate(pairs) if one != other), len(pairs))
 
 
-def _changed(answer: Finished, clean: Finished) -> bool:
+def _is_changed(answer: Finished, clean: Finished) -> bool:
     return answer.answer_ids[:CHANGED_WITHIN] != clean.answer_ids[:CHANGED_WITHIN]

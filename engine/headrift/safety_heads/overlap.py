@@ -1,14 +1,12 @@
-"""Whether two runs find the same heads: two models of one family, two query sets, two kinds of ablation."""
+"""Overlap of two runs' leading heads: two models of one family, two query sets, two kinds of ablation."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from headrift.runs.folder import JobError
-from headrift.safety_heads import job
-from headrift.safety_heads.leading import found_by
+from headrift.safety_heads.ranking import head_scores
 from headrift.safety_heads.ships import Head
 
 
@@ -16,9 +14,9 @@ from headrift.safety_heads.ships import Head
 class Overlap:
     """What the first `top` heads of two rankings of the same `heads` heads share.
 
-    shared: the heads that both have, in the first one's order. jaccard: shared over all that either has. by_chance: how
-    many two random rankings would share on average, and p_value: how often as many or more. rank_correlation: of all
-    heads, Spearman's.
+    shared: heads in both, in the first ranking's order. jaccard: shared over all that either has. by_chance: how many
+    two random rankings share on average; p_value: how often they share as many or more. rank_correlation: Spearman's,
+    of all heads.
     """
 
     heads: int
@@ -29,28 +27,28 @@ class Overlap:
     p_value: float
     rank_correlation: float
 
-    def numbers(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self)
-
 
 def overlap(first: Path, second: Path, top: int, label: str | None = None) -> Overlap:
-    """Compare what two runs of `headrift heads ships` found, or of `sahara` in its first step. label: of `ships`, by
-    the queries with this label alone.
+    """Compare two finished runs of `headrift heads ships` or `sahara` (by its first step).
 
-    JobError where a run is not finished, or the two did not score the same heads, or there are fewer than `top`.
+    Args:
+        top: number of leading heads of each run.
+        label: compare rankings over the queries with this label only (ships).
+
+    Raises:
+        JobError: a run is not finished, or the two do not have the same heads, or `top` is out of range.
     """
     from scipy.stats import hypergeom, spearmanr
 
-    one, other = _scores(first, label), _scores(second, label)
+    one, other = head_scores(first, label), head_scores(second, label)
     if one.keys() != other.keys():
         raise JobError(
-            f"{first} and {second} scored different heads ({len(one)} and {len(other)}): compare models with the same "
+            f"{first} and {second} have different heads ({len(one)} and {len(other)}): compare models with the same "
             "layers and heads, and runs with the same --heads"
         )
     n = len(one)
     if not 1 <= top < n:
-        raise JobError(f"--top {top}: the runs scored {n} heads, so that 1 to {n - 1} can be compared")
+        raise JobError(f"--top {top}: the runs have {n} heads; give 1 to {n - 1}")
     leading = [sorted(scores, key=lambda head: -scores[head])[:top] for scores in (one, other)]
     shared = [head for head in leading[0] if head in leading[1]]
     return Overlap(
@@ -64,13 +62,14 @@ def overlap(first: Path, second: Path, top: int, label: str | None = None) -> Ov
     )
 
 
-def _scores(run: Path, label: str | None) -> dict[Head, float]:
-    """The score of each head of a finished run: its mean KL, or the angle of the head alone."""
-    with found_by(run) as (name, found):
-        if name == job.SETTINGS:
-            ranked, score = found["heads"] if label is None else found.get("heads_by_label", {}).get(label), "mean"
-        else:
-            ranked, score = found["steps"][0] if label is None else None, "angle"
-        if ranked is None:
-            raise JobError(f"{run} has no queries with the label {label}: leave --label out")
-        return {(head["layer"], head["head"]): head[score] for head in ranked}
+def table(result: Overlap) -> str:
+    """The overlap as a table of text, with a verdict on whether chance explains it."""
+    shared = ", ".join(f"{layer}:{head}" for layer, head in result.shared) or "none"
+    verdict = "more than by chance" if result.p_value < 0.05 else "may be chance"
+    rows = (
+        (f"first {result.top} of {result.heads} heads, shared", f"{len(result.shared)}", shared),
+        ("shared by two random rankings", f"{result.by_chance:.1f}", f"p = {result.p_value:.2g}: {verdict}"),
+        ("Jaccard", f"{result.jaccard:.2f}", ""),
+        ("rank correlation of all heads", f"{result.rank_correlation:.3f}", ""),
+    )
+    return "\n".join(f"{name:<36}{value:>7}  {note}".rstrip() for name, value, note in rows)

@@ -1,4 +1,4 @@
-"""The queries that heads are looked for with: files in, token ids out."""
+"""Queries of a job that ablates heads: files in, token ids out."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from headrift.corpus import sources
 from headrift.corpus.readers import Reader
 from headrift.corpus.rows import BadRow, Row
 from headrift.corpus.sources import InputError
+from headrift.model_facts import ModelFacts
+from headrift.runs.folder import JobError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# How a query is put to the model: as a user's message in its chat template, in the form that the paper's released code
-# gives base models, or as it is.
+# How a query is put to the model: as a user message in its chat template, in the form that the paper's released code
+# gives base models, or as plain text.
 CHAT, QUERY, TEXT = FORMS = ("chat", "query", "text")
 _QUERY = "## Query:{query} \n## Answer:"
 # The column of a query in public sets (maliciousinstruct.csv, advbench.csv, jailbreakbench.csv).
@@ -24,7 +26,7 @@ _PUBLIC_COLUMN = "input"
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A query as the model gets it. label, category: as its row has them, or None."""
+    """A query's token ids, with the label and category of its row (None if it has none)."""
 
     id: str
     label: str | None
@@ -39,21 +41,27 @@ def read_rows(
     limit: int | None = None,
     labels: Sequence[str] | None = None,
 ) -> list[Row]:
-    """The rows of .txt, .jsonl, .csv and .parquet files, as `headrift score` takes them; a column `input` is a prompt.
+    """Read the rows of .txt, .jsonl, .csv and .parquet files; a column `input` is a prompt.
 
-    label: only rows with this one. limit: the first so many of them. labels: one per input, for rows that bring none.
-    InputError, which names the row, where there is none or one cannot be used.
+    Args:
+        columns: what the files call a key.
+        label: only rows with this label.
+        limit: only the first `limit` of them.
+        labels: one per input, for rows without a label.
+
+    Raises:
+        InputError: there is no row, or one cannot be used; the message names it.
     """
-    found = sources.find(inputs, labels)
+    inputs_found = sources.find(inputs, labels)
     try:
-        reader = Reader(found, columns)
+        reader = Reader(inputs_found, columns)
     except InputError:
         if columns:
             raise
         try:
-            reader = Reader(found, {"prompt": _PUBLIC_COLUMN})
+            reader = Reader(inputs_found, {"prompt": _PUBLIC_COLUMN})
         except InputError:
-            reader = Reader(found)  # which says what is missing
+            reader = Reader(inputs_found)  # raises, and names the missing key
     rows: list[Row] = []
     for row in reader.rows():
         if limit is not None and len(rows) == limit:
@@ -64,16 +72,34 @@ def read_rows(
             rows.append(row)
     if not rows:
         what = "query" if label is None else f"query with the label {label}"
-        raise InputError(f"there is no {what} in {', '.join(inputs)}: give a file with at least one")
+        raise InputError(f"{', '.join(inputs)}: no {what}; give a file with at least one")
     return rows
 
 
 def prepare(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, form: str = CHAT, system_prompt: str | None = None
 ) -> list[Query]:
-    """The rows' token ids. system_prompt: of chats that bring none. InputError, which names the row, where a row has
-    no text for this form, or the model's chat template does not take it."""
+    """Render rows to token ids.
+
+    Args:
+        form: one of FORMS.
+        system_prompt: for chats without one.
+
+    Raises:
+        InputError: a row has no text for this form, or the chat template rejects it; the message names the row.
+    """
     return [Query(row.id, row.label, row.category, _token_ids(row, tokenizer, form, system_prompt)) for row in rows]
+
+
+def check_lengths(queries: Sequence[Query], facts: ModelFacts, answer_tokens: int) -> None:
+    """Raise JobError if a query and its answer exceed the model's context."""
+    for query in queries:
+        n = len(query.token_ids) + answer_tokens
+        if facts.context is not None and n > facts.context:
+            raise JobError(
+                f"query {query.id}: {len(query.token_ids)} tokens and an answer of {answer_tokens} exceed the model's "
+                f"context of {facts.context:,} tokens; leave the query out"
+            )
 
 
 def _token_ids(row: Row, tokenizer: Any, form: str, system_prompt: str | None) -> list[int]:
@@ -82,7 +108,7 @@ def _token_ids(row: Row, tokenizer: Any, form: str, system_prompt: str | None) -
         return list(prompt.token_ids)
     if form != CHAT:
         if prompt.prompt is None:
-            raise InputError(f"{row.source}, row {row.row}: it has messages, which --as {form} has no place for")
+            raise InputError(f"{row.source}, row {row.row}: it has messages, which --as {form} cannot use")
         text = _QUERY.format(query=prompt.prompt) if form == QUERY else prompt.prompt
         ids: list[int] = tokenizer(text)["input_ids"]
         return ids
@@ -98,7 +124,7 @@ def _token_ids(row: Row, tokenizer: Any, form: str, system_prompt: str | None) -
         )
     except (ValueError, TypeError, jinja2.TemplateError) as error:
         raise InputError(
-            f"{row.source}, row {row.row}: the model's chat template does not take it ({error}); "
-            f"without one, ask with --as {QUERY} or --as {TEXT}"
+            f"{row.source}, row {row.row}: the model's chat template rejects it ({error}); "
+            f"use --as {QUERY} or --as {TEXT} for a model without one"
         ) from error
     return rendered

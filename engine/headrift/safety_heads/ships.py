@@ -1,14 +1,15 @@
 """SHIPS, the safety head importance score: how far one head's ablation moves the first token of the answer.
 
-For a prompt and a head it is KL(p || p_ablated) in nats, p and p_ablated being the next-token distributions at the last
-prompt token without and with the ablation. A prompt runs once clean; its distribution stays on the device, and every
-head's ablation is a row of a batch that is compared with it there: one number per head leaves.
+For a prompt and a head it is KL(p || p_ablated) in nats, where p and p_ablated are the next-token distributions at the
+last prompt token without and with the ablation. A prompt runs once clean; its distribution stays on the device, and
+every head's ablation is a request that is compared with it there: one number per head leaves the device.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,9 +17,9 @@ from numpy.typing import NDArray
 
 from headrift import ablation
 from headrift.probed_engine import ProbedEngine
-from headrift.requests import Finished, ProbeRequest
+from headrift.requests import ProbeRequest
 
-# Prompts under way at a time: while the rows of one run out, the next one's clean row is through already.
+# Prompts in flight at a time: while the last heads of one run, the clean request of the next is done.
 IN_FLIGHT = 4
 
 Head = tuple[int, int]
@@ -26,7 +27,7 @@ Head = tuple[int, int]
 
 @dataclass(slots=True)
 class _Prompt:
-    """A prompt under way. todo: heads whose rows have not run; scores: [layers, heads], NaN where none is asked for."""
+    """A prompt in flight. todo: heads not yet submitted. left: heads without a score. scores: [layers, heads]."""
 
     index: int
     ids: Sequence[int]
@@ -34,7 +35,7 @@ class _Prompt:
     todo: deque[Head]
     left: int
     scores: NDArray[np.float64] = field(repr=False)
-    clean_has_run: bool = False
+    is_clean_done: bool = False
 
 
 def all_heads(layers: int, heads: int) -> list[Head]:
@@ -43,7 +44,7 @@ def all_heads(layers: int, heads: int) -> list[Head]:
 
 
 def sampled_heads(layers: int, heads: int, n: int, seed: int = 0) -> list[Head]:
-    """n heads drawn at random, in order; all of them where there are no more."""
+    """n heads drawn at random, in order; all of them if there are no more."""
     every = all_heads(layers, heads)
     if n >= len(every):
         return every
@@ -59,21 +60,30 @@ def ships(
     epsilon: float = ablation.EPSILON,
     on_rows: Callable[[int], None] | None = None,
 ) -> Generator[NDArray[np.float64], None, None]:
-    """The scores [layers, heads] of each prompt, in order, in nats; NaN for heads that were not asked for.
+    """Score heads by how far their ablation moves the first token of the answer.
 
-    engine: started with `ablation=True` and `references`. prompts: token ids. heads: (layer, head), all by default.
-    kind, epsilon: see `headrift.ablation`. on_rows: told how many rows have run, again and again. ValueError where the
-    engine, the heads or the kind will not do, and where a prompt does not fit the context; RuntimeError where a score
-    is missing in the end, which is an error of the engine.
+    Args:
+        engine: started with `ablation=True` and `references`.
+        prompts: token ids; taken as they are needed.
+        heads: (layer, head) to ablate one by one; default: all.
+        kind, epsilon: see `headrift.ablation`.
+        on_rows: called with the number of requests that finished, as they finish.
+
+    Yields:
+        The scores [layers, heads] of each prompt in nats, in order; NaN for heads that were not ablated.
+
+    Raises:
+        ValueError: engine, heads or kind cannot be used, or a prompt exceeds the context.
+        RuntimeError: the engine left out a score.
     """
-    wanted = all_heads(engine.layers, engine.heads) if heads is None else list(heads)
+    chosen = all_heads(engine.layers, engine.heads) if heads is None else list(heads)
     if not engine.ablates or not engine.references:
         raise ValueError("SHIPS needs an engine that was started with ablation=True and references=1 or more")
-    if not wanted:
-        raise ValueError("no head is given to ablate")
-    ablation.check([(*head, kind) for head in wanted], epsilon)
-    ablation.check_heads(wanted, engine.layers, engine.heads)
-    return _run(engine, iter(prompts), wanted, kind, epsilon, on_rows or (lambda rows: None))
+    if not chosen:
+        raise ValueError("no head to ablate")
+    ablation.check([(*head, kind) for head in chosen], epsilon)
+    ablation.check_heads(chosen, engine.layers, engine.heads)
+    return _run(engine, iter(prompts), chosen, kind, epsilon, on_rows or (lambda rows: None))
 
 
 def _run(
@@ -85,70 +95,57 @@ def _run(
     on_rows: Callable[[int], None],
 ) -> Generator[NDArray[np.float64], None, None]:
     free = list(range(engine.references))
-    under_way: deque[_Prompt] = deque()
-    running: dict[int, tuple[_Prompt, Head | None]] = {}
-    index, exhausted = 0, False
+    in_flight: deque[_Prompt] = deque()
 
-    def begin(ids: Sequence[int]) -> None:
-        nonlocal index
-        scores = np.full((engine.layers, engine.heads), np.nan)
-        prompt = _Prompt(index, ids, free.pop(), deque(heads), len(heads), scores)
-        under_way.append(prompt)
-        running[engine.submit(_request(prompt, keep_as=prompt.reference))] = prompt, None
-        index += 1
-
-    def submit_rows() -> None:
-        for prompt in under_way:
-            while prompt.clean_has_run and prompt.todo and engine.free_slots:
-                head = prompt.todo.popleft()
-                request = _request(prompt, compare_with=prompt.reference, ablate=[(*head, kind)], epsilon=epsilon)
-                running[engine.submit(request)] = prompt, head
-
-    try:
+    def requests() -> Iterator[tuple[tuple[_Prompt, Head | None], ProbeRequest] | None]:
+        """Clean prompts while there are free references, else heads of the prompts whose clean request is done."""
+        index, exhausted = 0, False
         while True:
-            while not exhausted and free and engine.free_slots:
+            if free and not exhausted:
                 ids = next(prompts, None)
-                if ids is None:
-                    exhausted = True
-                    break
-                begin(ids)
-            if not under_way:
+                exhausted = ids is None
+                if ids is not None:
+                    scores = np.full((engine.layers, engine.heads), np.nan)
+                    prompt = _Prompt(index, ids, free.pop(), deque(heads), len(heads), scores)
+                    in_flight.append(prompt)
+                    index += 1
+                    yield (prompt, None), _request(ids, keep_as=prompt.reference)
+                continue
+            ready = next((prompt for prompt in in_flight if prompt.is_clean_done and prompt.todo), None)
+            if ready is not None:
+                head = ready.todo.popleft()
+                how = {"ablate": [(*head, kind)], "epsilon": epsilon}
+                yield (ready, head), _request(ready.ids, compare_with=ready.reference, **how)
+            elif exhausted and not any(prompt.todo for prompt in in_flight):
                 return
-            submit_rows()
-            rows = _take(engine, engine.step(), running)
-            if rows:
-                on_rows(rows)
-            while under_way and not under_way[0].left:
-                done = under_way.popleft()
-                free.append(done.reference)
-                yield _checked(done, heads)
-    finally:
-        if engine.running:
-            engine.abort()
+            else:
+                yield None
+
+    with closing(engine.run(requests())) as results:
+        for (prompt, head), _, recording in results:
+            if head is None:
+                prompt.is_clean_done = True
+            else:
+                assert recording is not None
+                prompt.scores[head] = recording.divergence
+                prompt.left -= 1
+            on_rows(1)
+            while in_flight and not in_flight[0].left:
+                finished = in_flight.popleft()
+                free.append(finished.reference)
+                yield _checked(finished, heads)
 
 
-def _request(prompt: _Prompt, **fields: object) -> ProbeRequest:
-    n = len(prompt.ids)
-    return ProbeRequest(prompt.ids, {"prompt": (0, n)}, 0, ignore_eos=True, **fields)  # type: ignore[arg-type]
-
-
-def _take(engine: ProbedEngine, finished: Sequence[Finished], running: dict[int, tuple[_Prompt, Head | None]]) -> int:
-    """Write finished rows' scores into their prompts; how many rows there were."""
-    for done, recording in zip(finished, engine.drain(finished), strict=True):
-        prompt, head = running.pop(done.request_id)
-        if head is None:
-            prompt.clean_has_run = True
-        else:
-            prompt.scores[head] = recording.divergence
-            prompt.left -= 1
-    return len(finished)
+def _request(ids: Sequence[int], **fields: object) -> ProbeRequest:
+    return ProbeRequest(ids, {"prompt": (0, len(ids))}, 0, ignore_eos=True, **fields)  # type: ignore[arg-type]
 
 
 def _checked(prompt: _Prompt, heads: Sequence[Head]) -> NDArray[np.float64]:
     missing = [head for head in heads if np.isnan(prompt.scores[head])]
     if missing:
+        layer, head = missing[0]
         raise RuntimeError(
-            f"prompt {prompt.index}: the engine gave no score for {len(missing)} heads, layer {missing[0][0]} head "
-            f"{missing[0][1]} the first; its numbers cannot be trusted"
+            f"prompt {prompt.index}: the engine gave no score for {len(missing)} heads, the first layer {layer} head "
+            f"{head}; do not trust its numbers"
         )
     return prompt.scores

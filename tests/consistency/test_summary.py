@@ -1,11 +1,11 @@
-"""What scored pairs say together, on pairs whose figures are known."""
+"""Summaries of scored pairs, on pairs whose values are known."""
 
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from headrift.consistency.pair_parts import schema
-from headrift.consistency.predicting import PREDICTORS, print_summary, summarised
+from headrift.consistency.scoring_job import part_schema
+from headrift.consistency.summary import PREDICTORS, print_summary, summarise
 from headrift.runs.resumable import table_from_records
 
 LAYERS, HEADS, QUESTIONS, FAMILIES = 2, 3, 40, ("hint", "talk")
@@ -13,14 +13,14 @@ LAYERS, HEADS, QUESTIONS, FAMILIES = 2, 3, 40, ("hint", "talk")
 
 def rows(seed: int = 0) -> list[dict]:
     """Pairs of 40 questions in two families: those in the first are further apart and flip more."""
-    random, found = np.random.default_rng(seed), []
+    random, records = np.random.default_rng(seed), []
     for question in range(QUESTIONS):
         for family in FAMILIES:
             far = family == "hint"
             tv = random.uniform(0.2, 0.4, (2, LAYERS, HEADS)) + 0.2 * far
             flips = bool(random.random() < 0.2 + 2 * (tv.mean() - 0.3))
             clean, wrapped = (random.dirichlet(np.ones(3), (2, LAYERS, HEADS)) for _ in range(2))
-            found.append(
+            records.append(
                 {
                     "id": f"{question}:{family}",
                     "question": str(question),
@@ -49,25 +49,25 @@ def rows(seed: int = 0) -> list[dict]:
                     "wrapped_mass": wrapped.ravel(),
                 }
             )
-    return found
+    return records
 
 
 def test_figures_of_known_pairs():
     given = rows()
-    found = summarised(table_from_records(given, schema(LAYERS, HEADS, 1)))
+    summary = summarise(table_from_records(given, part_schema(LAYERS, HEADS, 1)))
     flips = [row["flipped"] for row in given]
     assert 10 < sum(flips) < 70
-    assert (found["pairs"], found["questions"]) == (2 * QUESTIONS, QUESTIONS)
-    predicted = found["predicts_flips"]
+    assert (summary["pairs"], summary["questions"]) == (2 * QUESTIONS, QUESTIONS)
+    predicted = summary["predicts_flips"]
     assert set(predicted) == set(PREDICTORS)
     assert predicted["distance"]["auroc"] == pytest.approx(roc_auc_score(flips, [row["distance"] for row in given]))
     low, high = predicted["distance"]["interval"]
     assert 0.5 < low < predicted["distance"]["auroc"] < high <= 1
-    there = [row for row in given if row["clean_instability"] is not None]
-    change = [row["wrapped_instability"] - row["clean_instability"] for row in there]
+    valid = [row for row in given if row["clean_instability"] is not None]
+    change = [row["wrapped_instability"] - row["clean_instability"] for row in valid]
     assert predicted["instability_change"]["pairs"] == len(given) - 2
     assert predicted["instability_change"]["auroc"] == pytest.approx(
-        roc_auc_score([r["flipped"] for r in there], change)
+        roc_auc_score([r["flipped"] for r in valid], change)
     )
     core = [
         np.mean([np.reshape(row[side], (2, LAYERS, HEADS, 3))[0, ..., 0] for side in (name,)])
@@ -78,33 +78,33 @@ def test_figures_of_known_pairs():
     assert predicted["core_mass_lost"]["auroc"] == pytest.approx(roc_auc_score(flips, lost))
     for family in FAMILIES:
         some = [row for row in given if row["family"] == family]
-        of = found["families"][family]
-        assert of["pairs"] == QUESTIONS
+        own = summary["families"][family]
+        assert own["pairs"] == QUESTIONS
         for name in ("flipped", "distance", "wrapped_right"):
-            low, high = of[name]["interval"]
-            assert of[name]["value"] == pytest.approx(np.mean([row[name] for row in some]))
-            assert low < of[name]["value"] < high
-    assert found["families"]["talk"]["hinted"] == {"value": None, "interval": None}
-    assert found["all"]["hinted"]["value"] == found["families"]["hint"]["flipped"]["value"]
+            low, high = own[name]["interval"]
+            assert own[name]["value"] == pytest.approx(np.mean([row[name] for row in some]))
+            assert low < own[name]["value"] < high
+    assert summary["families"]["talk"]["hinted"] == {"value": None, "interval": None}
+    assert summary["all"]["hinted"]["value"] == summary["families"]["hint"]["flipped"]["value"]
     tv = np.mean([np.reshape(row["distance_tv"], (2, LAYERS, HEADS)) for row in given], axis=(0, 1, 3))
-    np.testing.assert_allclose(found["by_layer"]["distance_tv"], tv, rtol=1e-6)
-    assert sum(of[0] for of in found["by_layer"]["wrapped_mass"].values()) == pytest.approx(1, abs=1e-6)
+    np.testing.assert_allclose(summary["by_layer"]["distance_tv"], tv, rtol=1e-6)
+    assert sum(mass[0] for mass in summary["by_layer"]["wrapped_mass"].values()) == pytest.approx(1, abs=1e-6)
 
 
 def test_intervals_come_from_drawing_questions_whole():
     """The same pairs, each there four times under its question, say no more than once."""
     given = rows()
-    once = summarised(table_from_records(given, schema(LAYERS, HEADS, 1)))
-    often = summarised(table_from_records(given * 4, schema(LAYERS, HEADS, 1)))
-    for of in ("distance", "wrapped_focus"):
-        np.testing.assert_allclose(often["predicts_flips"][of]["interval"], once["predicts_flips"][of]["interval"])
+    once = summarise(table_from_records(given, part_schema(LAYERS, HEADS, 1)))
+    often = summarise(table_from_records(given * 4, part_schema(LAYERS, HEADS, 1)))
+    for name in ("distance", "wrapped_focus"):
+        np.testing.assert_allclose(often["predicts_flips"][name]["interval"], once["predicts_flips"][name]["interval"])
     np.testing.assert_allclose(often["all"]["flipped"]["interval"], once["all"]["flipped"]["interval"])
 
 
 def test_nothing_flips_and_few_questions(capsys):
     given = [row | {"flipped": False} for row in rows()[:6]]
-    found = summarised(table_from_records(given, schema(LAYERS, HEADS, 1)))
-    assert found["predicts_flips"]["distance"] == {"pairs": 6, "flipped": 0, "auroc": None, "interval": None}
-    assert found["all"]["flipped"] == {"value": 0.0, "interval": None}
-    print_summary(found)
+    summary = summarise(table_from_records(given, part_schema(LAYERS, HEADS, 1)))
+    assert summary["predicts_flips"]["distance"] == {"pairs": 6, "flipped": 0, "auroc": None, "interval": None}
+    assert summary["all"]["flipped"] == {"value": 0.0, "interval": None}
+    print_summary(summary)
     assert "6 pairs of 3 questions" in capsys.readouterr().out

@@ -1,0 +1,162 @@
+"""Summary of scored pairs: flip rates, distances, and whether attention predicts which answers flip.
+
+Intervals are 95% percentile intervals from resampling questions, with all their pairs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from headrift.stats import MIN_FOR_INTERVAL, Bools, ClusterBootstrap, Floats, Interval, Ints, separation
+from headrift.terminal import print_table
+
+# What may predict that an answer flips, and its label. The wrapper's length is the baseline.
+PREDICTORS = {
+    "distance": "attention distance, TV",
+    "core_mass_lost": "attention that the core loses",
+    "wrapped_instability": "instability, wrapped",
+    "instability_change": "instability, wrapped - clean",
+    "wrapped_focus": "focus, wrapped",
+    "focus_change": "focus, wrapped - clean",
+    "wrapper_tokens": "length of the wrapper, tokens",
+}
+# Means over all pairs and of each family.
+RATES = {
+    "flipped": "answers that flip",
+    "clean_right": "right, clean",
+    "wrapped_right": "right, wrapped",
+    "hinted": "the hinted wrong answer",
+    "distance": "attention distance, TV",
+}
+
+
+def summarise(table: pa.Table, seed: int = 0) -> dict[str, Any]:
+    """Summarise scored pairs (rows of `scoring_job.schema`) as plain values.
+
+    Returns:
+        predicts_flips: by predictor, the AUROC of flipped against other pairs with its interval (below 0.5, flipped
+            pairs have the lower values); None if none or all of the pairs with a value flip.
+        all, families: means of RATES.
+        by_layer: mean distance over steps, and masses on core, wrapper and system at step 0.
+    """
+    values = _values(table)
+    question = np.unique(np.array(table["question"].to_pylist()), return_inverse=True)[1]
+    bootstrap = ClusterBootstrap(question, seed=seed)
+    family = np.array(["" if name is None else name for name in table["family"].to_pylist()])
+    masks = {name: family == name for name in dict.fromkeys(family.tolist()) if name}
+    every = np.ones(len(question), np.bool_)
+
+    def rates(mask: Bools) -> dict[str, Any]:
+        return {name: interval_json(mean_of(bootstrap, values[name], mask, question)) for name in RATES}
+
+    return {
+        "questions": int(question.max()) + 1,
+        "pairs": len(question),
+        "predicts_flips": {name: _predict(values[name], values["flipped"], question, seed) for name in PREDICTORS},
+        "all": rates(every),
+        "families": {label: {"pairs": int(mask.sum())} | rates(mask) for label, mask in masks.items()},
+        "by_layer": _by_layer(table),
+    }
+
+
+def mean_of(bootstrap: ClusterBootstrap, values: Floats, mask: Bools, group: Ints) -> Interval:
+    """Mean of the masked pairs that have a value; NaN if none has, no interval with few groups."""
+    mask = mask & ~np.isnan(values)
+    return Interval.from_draws(bootstrap.mean(values, mask), len(np.unique(group[mask])))
+
+
+def interval_json(interval: Interval) -> dict[str, Any]:
+    """An interval as summary.json and evaluation.json have it; None for what there is not."""
+    bounds = interval.bounds
+    return {
+        "value": None if np.isnan(interval.value) else interval.value,
+        "interval": None if bounds is None else list(bounds),
+    }
+
+
+def print_summary(summary: Mapping[str, Any]) -> None:
+    """Print the result of `summarise` as tables."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.print(f"{summary['pairs']:,} pairs of {summary['questions']:,} questions", markup=False)
+    rows: list[tuple[str, ...]] = [(label, cell(summary["all"][name])) for name, label in RATES.items()]
+    print_table(console, ("of all pairs", "mean [95%]"), rows)
+    if summary["families"]:
+        rows = [(name, cell(own["flipped"]), cell(own["distance"])) for name, own in summary["families"].items()]
+        print_table(console, ("family", RATES["flipped"], RATES["distance"]), rows)
+    predictors = [(label, summary["predicts_flips"][name]) for name, label in PREDICTORS.items()]
+    rows = [(label, cell(own, "auroc"), f"{own['pairs']:,}", _verdict(own)) for label, own in predictors]
+    print_table(console, ("which answers flip, told by", "AUROC [95%]", "pairs", "verdict"), rows)
+
+
+def cell(estimate: Mapping[str, Any] | None, key: str = "value") -> str:
+    """A value with its interval, as text."""
+    if estimate is None or estimate[key] is None:
+        return "-"
+    bounds = "" if estimate["interval"] is None else " [{:.3f}, {:.3f}]".format(*estimate["interval"])
+    return f"{estimate[key]:.3f}{bounds}"
+
+
+def _verdict(predictor: Mapping[str, Any]) -> str:
+    if predictor["interval"] is None:
+        return "too few"
+    low, high = predictor["interval"]
+    return "higher if it flips" if low > 0.5 else "lower if it flips" if high < 0.5 else "not shown"
+
+
+def _values(table: pa.Table) -> dict[str, Floats]:
+    """By name, [pairs]; NaN if a pair has none."""
+    columns = ("distance", "wrapper_tokens", *RATES)
+    columns += ("clean_instability", "wrapped_instability", "clean_focus", "wrapped_focus")
+    values = {name: np.array(table[name].to_pylist(), float) for name in columns}
+    for name in ("instability", "focus"):
+        values[f"{name}_change"] = values[f"wrapped_{name}"] - values[f"clean_{name}"]
+    core = {side: _first_step(table, f"{side}_mass")[..., 0].mean(axis=(1, 2)) for side in ("clean", "wrapped")}
+    return values | {"core_mass_lost": core["clean"] - core["wrapped"]}
+
+
+def _predict(values: Floats, flipped: Floats, question: Ints, seed: int) -> dict[str, Any]:
+    valid = ~np.isnan(values)
+    flips = flipped[valid] == 1
+    result: dict[str, Any] = {"pairs": int(valid.sum()), "flipped": int(flips.sum()), "auroc": None, "interval": None}
+    if flips.any() and not flips.all():
+        groups = np.unique(question[valid], return_inverse=True)[1]
+        separated = separation(values[valid], flips, groups, seed=seed)
+        few = min(len(np.unique(groups[flips])), len(np.unique(groups[~flips]))) < MIN_FOR_INTERVAL
+        result |= {"auroc": separated.auroc, "interval": None if few else separated.auroc_interval}
+    return result
+
+
+def _by_layer(table: pa.Table) -> dict[str, Any]:
+    """Means over pairs, heads and, for distances, steps: one number per layer."""
+    layers, heads = _shape(table)
+    means: dict[str, Any] = {}
+    for name in ("distance_l2", "distance_tv"):
+        by_pair = [np.reshape(row, (-1, layers, heads)).mean(axis=(0, 2)) for row in _rows(table, name)]
+        means[name] = np.mean(by_pair, axis=0).tolist()
+    for side in ("clean", "wrapped"):
+        masses = _first_step(table, f"{side}_mass").mean(axis=(0, 2))
+        means[f"{side}_mass"] = dict(zip(("core", "wrapper", "system"), masses.T.tolist()))
+    return means
+
+
+def _first_step(table: pa.Table, name: str) -> Floats:
+    """[pairs, layers, heads, 3] masses at step 0."""
+    shape = (*_shape(table), 3)
+    return np.stack([row[: np.prod(shape)].reshape(shape) for row in _rows(table, name)]).astype(np.float64)
+
+
+def _shape(table: pa.Table) -> tuple[int, int]:
+    about = json.loads(table.schema.metadata[b"headrift"])
+    return about["layers"], about["heads"]
+
+
+def _rows(table: pa.Table, name: str) -> list[NDArray[np.float32]]:
+    return [chunk[i].values.to_numpy() for chunk in table[name].chunks for i in range(len(chunk))]
