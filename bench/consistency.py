@@ -62,8 +62,8 @@ class Pace:
             trainers = {}
             for method in methods:
                 job = TrainingJob(TrainConfig(data=data, out=Path(folder) / method, weights={method: 1.0}))
-                trainers[method] = Trainer(job.asked, job.layers, job.pairs, job.data.renderer.tokenizer)
-                trainers[method].prepare(job.asked.out / ANSWERS)
+                trainers[method] = Trainer(job.config, job.layers, job.pairs, job.data.renderer.tokenizer)
+                trainers[method].prepare(job.config.out / ANSWERS)
                 trainers[method].train_step()
             seconds: dict[str, list[float]] = {method: [] for method in methods}
             for _ in range(rounds):
