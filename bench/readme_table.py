@@ -1,8 +1,8 @@
-"""The README's tables of measured results, from the JSON files in bench/results and from nothing else.
+"""The tables of README.md and docs/results/measured.md, from the JSON files in bench/results and from nothing else.
 
     python bench/readme_table.py
 
-Results that do not exist have no rows. A test fails if the README and the committed results differ.
+Results that do not exist have no rows. A test fails if a page and the committed results differ.
 """
 
 from __future__ import annotations
@@ -18,7 +18,20 @@ import utils
 from peers import BATCHED, COMPILED, EAGER, GENERATE, NNSIGHT, REPLAY
 from utils import cell
 
-README = utils.ROOT / "README.md"
+README, ALL = utils.ROOT / "README.md", utils.ROOT / "docs/results/measured.md"
+# How the rows begin that the README has; the other page has all of them.
+BRIEF = (
+    "headrift, generating, prompts/s",
+    "headrift, replaying",
+    "transformers, eager attention, one prompt",
+    "transformers, eager attention, in batches",
+    "headrift generate / transformers one at a time",
+    "difference of a mass",
+    "probing / plain vLLM, base",
+    "probing / plain vLLM, batch 64",
+    "vLLM's CPU attention / ours with masses, AVX-512",
+    "transformers, a pass a head / headrift",
+)
 Report = Mapping[str, Any]
 Rows = list[tuple[str, str]]  # what was measured, and the result
 
@@ -144,8 +157,14 @@ TABLES: dict[str, tuple[Callable[[Report], Rows], str]] = {
 }
 
 
-def measured(reports: Mapping[str, Report]) -> str:
-    """Return the main table, with what was measured on which machine."""
+def measured(reports: Mapping[str, Report], results: str, brief: bool = False) -> str:
+    """Return the main table, with what was measured on which machine.
+
+    Args:
+        reports: Contents of the JSON files, by name.
+        results: bench/results, as seen from the page.
+        brief: Only the rows that BRIEF names.
+    """
     host, rows, lines = next(iter(reports.values()))["machine"], [], []
     if "peers" in reports:
         prompts, turns = reports["peers"]["prompts"], len(reports["peers"]["turns"])
@@ -164,11 +183,15 @@ def measured(reports: Mapping[str, Report]) -> str:
         if name in reports:
             cpu = reports[name]["machine"]["cpu"]
             elsewhere = "" if cpu == host["cpu"] or name in ("idle", "kernels_cpu", "kernels_cpu_avx2") else f" [{cpu}]"
-            link = f"[{page}](bench/results/{name}.md)"
-            rows += [(what + elsewhere, result, link) for what, result in rows_of(reports[name])]
+            link = f"[{page}]({results}/{name}.md)"
+            rows += [
+                (what + elsewhere, result, link)
+                for what, result in rows_of(reports[name])
+                if not brief or what.startswith(BRIEF)
+            ]
     lines += ["", *utils.markdown(["", "measured", "all of it"], rows)]
     if "scaling" in reports:
-        lines += ["", "![Prompts/s by work and settings, and where the time goes](bench/results/scaling.png)"]
+        lines += ["", f"![Prompts/s by work and settings, and where the time goes]({results}/scaling.png)"]
     return "\n".join(lines)
 
 
@@ -186,15 +209,27 @@ def separation(sets: Sequence[Report]) -> str:
 
 def page(text: str, results: Path = utils.RESULTS) -> str:
     """Return the README with its tables made of the results."""
-    paths = {name: results / f"{name}.json" for name in (*TABLES, "scaling")}
-    reports = {name: utils.read_json(path) for name, path in paths.items() if path.exists()}
-    parts = {"measured": measured(reports), "separation": separation(utils.read_json(results / "sets.json"))}
+    table = measured(read_reports(results), "bench/results", brief=True)
+    parts = {"measured": table, "separation": separation(utils.read_json(results / "sets.json"))}
     return utils.fill(text, "bench/readme_table.py", parts)
 
 
+def page_of_all(text: str, results: Path = utils.RESULTS) -> str:
+    """Return docs/results/measured.md with its table made of the results."""
+    table = measured(read_reports(results), "../../bench/results")
+    return utils.fill(text, "bench/readme_table.py", {"measured": table})
+
+
+def read_reports(results: Path) -> dict[str, Report]:
+    """Return the contents of the JSON files that exist, by name."""
+    paths = {name: results / f"{name}.json" for name in (*TABLES, "scaling")}
+    return {name: utils.read_json(path) for name, path in paths.items() if path.exists()}
+
+
 def main() -> None:
-    README.write_text(page(README.read_text(encoding="utf-8")), encoding="utf-8")
-    print(f"{README.name} written")
+    for path, make in ((README, page), (ALL, page_of_all)):
+        path.write_text(make(path.read_text(encoding="utf-8")), encoding="utf-8")
+        print(f"{path.name} written")
 
 
 if __name__ == "__main__":

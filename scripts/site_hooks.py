@@ -12,7 +12,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
-OUTSIDE = ("bench/results/*.md", "bench/results/*.png", "datasets/README.md", "CHANGELOG.md")
+OUTSIDE = ("bench/results/*.md", "bench/results/*.png", "datasets/README.md", "CHANGELOG.md", "CONTRIBUTING.md")
 
 _LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
 

@@ -24,6 +24,8 @@ TABLES |= {"entropy": "overhead", "kernels_cpu": "kernels", "kernels_cpu_avx2": 
 def test_the_readme_has_what_the_results_have():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme_table.page(text) == text, "README.md and bench/results differ: run bench/readme_table.py"
+    text = readme_table.ALL.read_text(encoding="utf-8")
+    assert readme_table.page_of_all(text) == text, "measured.md and bench/results differ: run bench/readme_table.py"
 
 
 def test_the_page_on_performance_is_what_the_arithmetic_gives():
