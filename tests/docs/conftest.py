@@ -19,8 +19,15 @@ LEFT_OUT = "..."
 
 
 class Shown(SimpleNamespace):
-    """A command as a page shows it. page, line: where it is. text: as it is. words: its arguments, without comments,
-    with what stands in [brackets]. open: more belongs to it (`...`). block: it stands by itself, not in a sentence."""
+    """A command that a page shows.
+
+    Attributes:
+        page, line: where it is.
+        text: as written.
+        words: its arguments, without comments and without the brackets around optional ones.
+        open: something is left out (`...`).
+        block: it is in a code block, not in a sentence.
+    """
 
     @property
     def place(self) -> str:
@@ -28,24 +35,24 @@ class Shown(SimpleNamespace):
 
 
 def _logical(lines: list[str]) -> Iterator[tuple[int, str]]:
-    """Lines with what continues them: after a backslash, or in a usage line further in. Of a session, in which a prompt
-    stands before what is typed, only that."""
-    found: list[tuple[int, str]] = []
+    """Join lines that are continued, after a backslash or by indentation. Of a session with prompts (`$ `), only what is
+    typed."""
+    joined: list[tuple[int, str]] = []
     session = any(line.startswith("$ ") for line in lines)
     for number, line in enumerate(lines):
-        before = found[-1][1] if found else ""
+        before = joined[-1][1] if joined else ""
         if before.endswith("\\") or (before and not session and line.startswith(" ")):
-            found[-1] = (found[-1][0], f"{before.removesuffix(chr(92))} {line.strip()}")
+            joined[-1] = (joined[-1][0], f"{before.removesuffix(chr(92))} {line.strip()}")
         elif not session or line.startswith("$ "):
-            found.append((number, line.removeprefix("$ ")))
-    return iter(found)
+            joined.append((number, line.removeprefix("$ ")))
+    return iter(joined)
 
 
 def _shown(page: Path, line: int, text: str, block: bool) -> Shown | None:
     first = text.split()[0].rpartition("/")[2] if text.strip() else ""
     if first not in STARTS or (not block and " " not in text.strip()):
         return None
-    # A remark beside a command stands three blanks off, or after a #.
+    # A remark after a command is three blanks away, or after a #.
     bare = re.split(r" {3,}", text.strip())[0]
     if first == "headrift":
         bare = bare.replace("[", "").replace("]", "")
@@ -69,4 +76,4 @@ def _of_page(page: Path) -> Iterator[Shown]:
 @pytest.fixture(scope="session")
 def shown() -> list[Shown]:
     """All commands on all pages."""
-    return [found for page in PAGES for found in _of_page(page)]
+    return [command for page in PAGES for command in _of_page(page)]

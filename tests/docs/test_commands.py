@@ -45,7 +45,7 @@ def command_of(words: list[str]) -> tuple[typer.core.TyperCommand, list[str]]:
 
 
 def parse(words: list[str], more: bool) -> None:
-    """Have Typer read the words. more: what is missing belongs to the part that was left out."""
+    """Let Typer read the words. more: missing options belong to the part that is left out."""
     command, rest = command_of(words)
     if hasattr(command, "commands") and not rest:
         return
@@ -64,24 +64,24 @@ def parse(words: list[str], more: bool) -> None:
             rest += ["x"] if param.param_type_name == "argument" else [param.opts[0], "x"]
 
 
-def of(shown, name: str, block: bool | None = None):
-    found = [each for each in shown if each.words[0] == name and block in (None, each.block)]
-    assert found, f"no page shows a `{name}` command: does this test still find them?"
-    return found
+def commands_named(shown, name: str, block: bool | None = None):
+    commands = [each for each in shown if each.words[0] == name and block in (None, each.block)]
+    assert commands, f"no page shows a `{name}` command: does this test still find them?"
+    return commands
 
 
 def failures(shown, check) -> list[str]:
-    found = []
+    failed = []
     for each in shown:
         try:
             check(each)
         except Exception as error:
-            found.append(f"{each.place}\n    {error}")
-    return found
+            failed.append(f"{each.place}\n    {error}")
+    return failed
 
 
 def test_headrift_commands_are_read_as_they_stand(shown):
-    commands = of(shown, "headrift", block=True)
+    commands = commands_named(shown, "headrift", block=True)
     assert not (wrong := failures(commands, lambda each: parse(each.words, each.open))), "\n".join(wrong)
 
 
@@ -92,7 +92,7 @@ def test_headrift_commands_in_sentences_name_what_there_is(shown):
         for word in rest:
             assert not word.startswith("-") or word.partition("=")[0] in known, f"there is no option {word}"
 
-    assert not (wrong := failures(of(shown, "headrift", block=False), check)), "\n".join(wrong)
+    assert not (wrong := failures(commands_named(shown, "headrift", block=False), check)), "\n".join(wrong)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_every_command_is_shown_somewhere(shown):
         for name, sub in getattr(command, "commands", {}).items():
             yield from names(sub, f"{before}{name} ") if hasattr(sub, "commands") else [f"{before}{name}"]
 
-    texts = [" ".join(each.words[1:]) + " " for each in of(shown, "headrift")]
+    texts = [" ".join(each.words[1:]) + " " for each in commands_named(shown, "headrift")]
     missing = [name for name in names(TOP) if not any(text.startswith(f"{name} ") for text in texts)]
     assert missing == []
 
@@ -125,18 +125,18 @@ def test_make_has_the_targets(shown):
         done = subprocess.run(["make", "-n", *each.words[1:]], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
-    assert not (wrong := failures(of(shown, "make"), check)), "\n".join(wrong)
+    assert not (wrong := failures(commands_named(shown, "make"), check)), "\n".join(wrong)
 
 
 def test_pip_installs_extras_that_there_are(shown):
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    named = re.findall(r"\[([\w,]+)\]", " ".join(each.text for each in of(shown, "pip")))
+    named = re.findall(r"\[([\w,]+)\]", " ".join(each.text for each in commands_named(shown, "pip")))
     assert named
     assert {extra for names in named for extra in names.split(",")} <= set(extras)
 
 
 def test_scripts_are_there(shown):
-    assert not [each.place for each in of(shown, "python") if not (ROOT / each.words[1]).is_file()]
+    assert not [each.place for each in commands_named(shown, "python") if not (ROOT / each.words[1]).is_file()]
 
 
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
@@ -146,21 +146,21 @@ def test_ray_takes_its_commands(shown):
     def check(each):
         cli.commands[each.words[1]].make_context("ray", each.words[2:])
 
-    assert not (wrong := failures(of(shown, "ray"), check)), "\n".join(wrong)
+    assert not (wrong := failures(commands_named(shown, "ray"), check)), "\n".join(wrong)
 
 
 def test_python_in_the_pages_imports_what_there_is():
-    found = 0
+    blocks = 0
     for page in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]:
         for token in MarkdownIt("commonmark").parse(page.read_text(encoding="utf-8")):
             if token.type != "fence" or token.info != "python":
                 continue
-            found += 1
+            blocks += 1
             for node in ast.walk(ast.parse(token.content, str(page))):
                 if isinstance(node, ast.ImportFrom):
                     module = importlib.import_module(node.module)
                     assert all(hasattr(module, name.name) for name in node.names), f"{page.name}: {ast.unparse(node)}"
-    assert found >= 4
+    assert blocks >= 4
 
 
 # ------------------------------------------------------------------------------------------ the README's, run
@@ -210,7 +210,7 @@ class Newcomer:
         self._environment |= {"COLUMNS": "80", "PYTHONPATH": str(folder / "watch"), "WATCHED": str(folder / "watched")}
 
     def run(self, start: str, **put_in: str) -> str:
-        """Run the one block command of the README that begins so, with texts put in the place of others; its output."""
+        """Run the one block command of the README that begins with `start`, some of its texts replaced; its output."""
         (text,) = [each.text for each in self._commands if each.text.startswith(f".venv/bin/headrift {start}")]
         for old, new in put_in.items():
             assert old in text
@@ -231,11 +231,11 @@ def pq_table(rows: list[dict]):
 @pytest.fixture(scope="module")
 def newcomer(tmp_path_factory, tiny_model, shown) -> Newcomer:
     """After the README's first three steps: score, and a calibration of that run."""
-    commands = [each for each in of(shown, "headrift", block=True) if each.page == ROOT / "README.md"]
-    found = Newcomer(tmp_path_factory.mktemp("newcomer"), tiny_model, commands)
-    found.scored = found.run("score prompts.jsonl")
-    found.calibrated = found.run("calibrate run")
-    return found
+    commands = [each for each in commands_named(shown, "headrift", block=True) if each.page == ROOT / "README.md"]
+    newcomer = Newcomer(tmp_path_factory.mktemp("newcomer"), tiny_model, commands)
+    newcomer.scored = newcomer.run("score prompts.jsonl")
+    newcomer.calibrated = newcomer.run("calibrate run")
+    return newcomer
 
 
 @pytest.mark.nightly

@@ -34,14 +34,14 @@ class Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        of = {name: value or "" for name, value in attributes}
-        self.anchors |= {of[name] for name in ("id", "name") if name in of}
-        if tag == "a" and "href" in of:
-            self.links.add(of["href"])
-        elif "src" in of:
-            self.loaded.add(of["src"])
-        elif tag == "link" and of.get("rel") != "canonical":
-            self.loaded.add(of["href"])
+        values = {name: value or "" for name, value in attributes}
+        self.anchors |= {values[name] for name in ("id", "name") if name in values}
+        if tag == "a" and "href" in values:
+            self.links.add(values["href"])
+        elif "src" in values:
+            self.loaded.add(values["src"])
+        elif tag == "link" and values.get("rel") != "canonical":
+            self.loaded.add(values["href"])
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_the_reference_has_every_command_and_option(site):
 
 
 @pytest.mark.parametrize(
-    ("page", "said"),
+    ("page", "target"),
     [
         ("[a page](nowhere.md)", "nowhere.md"),
         ("[a place](#nowhere)", "#nowhere"),
@@ -97,25 +97,25 @@ def test_the_reference_has_every_command_and_option(site):
         ("[outside](../bench/results/nowhere.md)", "bench/results/nowhere.md"),
     ],
 )
-def test_a_broken_link_stops_the_build(page, said, tmp_path):
+def test_a_broken_link_stops_the_build(page, target, tmp_path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs/index.md").write_text(f"# A page\n\n{page}\n")
     settings = f"INHERIT: {ROOT}/mkdocs.yml\nnav: [index.md]\nnot_in_nav: '*'\nplugins: []\nwatch: []\nhooks: []\n"
     (tmp_path / "mkdocs.yml").write_text(settings)
     done = build("--config-file", tmp_path / "mkdocs.yml", "--site-dir", tmp_path / "site")
     assert done.returncode == 1
-    assert said in done.stderr
+    assert target in done.stderr
 
 
 def links(page: Path) -> set[Path]:
     """The files that a page in the repository links to, wherever they are."""
     tokens = MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8"))
-    found = set()
+    files = set()
     for child in (child for token in tokens for child in token.children or ()):
         target = urlsplit(str(child.attrs.get("href") or child.attrs.get("src") or ""))
         if target.path and not target.scheme:
-            found.add((page.parent / unquote(target.path)).resolve())
-    return found
+            files.add((page.parent / unquote(target.path)).resolve())
+    return files
 
 
 def test_links_work_in_the_repository_too():

@@ -63,11 +63,7 @@ def demo_model(
 
 
 def build(directory: Path, *, force: bool = False, gguf: Path | None = None, reporter: Reporter) -> None:
-    """Make the model in `directory`, which appears only when it is complete; nothing happens if it is there already.
-
-    Raises:
-        DemoModelError: The folder is something else, the file cannot be had, or it is not the right one.
-    """
+    """Make the model in `directory`, which appears only when it is complete; nothing happens if it is there already."""
     directory = directory.resolve()
     if not force and is_complete(directory):
         reporter.say(f"{directory} has the demonstration model already. Nothing to do.")

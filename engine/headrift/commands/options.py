@@ -28,8 +28,6 @@ Exit codes:
   130  stopped by Ctrl-C
 """
 
-# ------------------------------------------------------------------------------------------------------ single options
-
 Model = Annotated[Path, typer.Option(metavar="DIR", help="Folder of the model.")]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="New or empty folder for the results.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out; use the same options.")]
@@ -72,21 +70,17 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print tracebacks and vLLM's log.")]
 
 
-def parse_column(text: str) -> tuple[str, str]:
-    """Split a --column into key and name.
-
-    Raises:
-        ValueError: It is not KEY=NAME.
-    """
+def parse_pair(option: str, text: str, example: str) -> tuple[str, str]:
+    """Split the KEY=NAME of an option; ValueError, with the example, if it is something else."""
     key, equals, name = text.partition("=")
     if not equals or not key or not name:
-        raise ValueError(f"--column {text} is not KEY=NAME, as in prompt=text")
+        raise ValueError(f"{option} {text} is not KEY=NAME, as in {example}")
     return key, name
 
 
 def parse_columns(column: list[str] | None) -> dict[str, str]:
-    """The names of keys in the inputs, by key."""
-    return dict(map(parse_column, column or ()))
+    """Names in the inputs, by key."""
+    return dict(parse_pair("--column", text, "prompt=text") for text in column or ())
 
 
 def parse_labels(labels: str | None) -> tuple[str, ...] | None:
@@ -95,11 +89,7 @@ def parse_labels(labels: str | None) -> tuple[str, ...] | None:
 
 
 def read_system_prompt(path: Path | None) -> str | None:
-    """Read the text of a --system-prompt-file, if one is given.
-
-    Raises:
-        ValueError: It cannot be read, or is empty.
-    """
+    """Read the text of a --system-prompt-file, if one is given; ValueError if it cannot be read or is empty."""
     if path is None:
         return None
     try:
@@ -117,9 +107,6 @@ def check_file_to_write(out: Path) -> None:
     """Raise ValueError unless a file `out` can be written: its folder exists and it is not a folder itself."""
     if out.is_dir() or not out.parent.is_dir():
         raise ValueError(f"--out {out} is a folder, or is in none: name a file in a folder that exists")
-
-
-# ---------------------------------------------------------------------------------------------------- groups of options
 
 
 @dataclass(frozen=True)
@@ -225,11 +212,7 @@ class CorpusOptions:
     ] = None
 
     def config(self) -> dict[str, Any]:
-        """These options, but --resume, as fields of a job's config.
-
-        Raises:
-            ValueError: An option is malformed.
-        """
+        """These options, except --resume, as fields of a job's config; ValueError if one is malformed."""
         from headrift.corpus.shards import Selection, parse_shard
 
         shard = None if self.shard is None else parse_shard(self.shard)

@@ -60,9 +60,7 @@ def selftest(
 
 
 def _parse_engine_arg(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise ValueError(f"--engine-arg {text} is not KEY=VALUE, as in max_model_len=2048")
+    name, value = options.parse_pair("--engine-arg", text, "max_model_len=2048")
     try:
         return name, json.loads(value)
     except ValueError:
