@@ -40,7 +40,7 @@ help: ## Show this list
 	@echo
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 	@echo
-	@echo "run, test, lint and bench do the set-up first where it has not been done (once: about 4 minutes, 4 GB)."
+	@echo "run, test, lint and bench do the set-up first if necessary (once: about 4 minutes, 4 GB)."
 	@echo "make test ARGS='-k window' passes options on to pytest; PYTHON=... names the Python to set up with."
 	@echo "make gpu-check GPU_PYTHON=... names a Python with pip install -e '.[gpu,dev]': setup installs for CPUs."
 
@@ -76,7 +76,7 @@ test-nightly: setup ## Run the tests that take minutes, and those of `make test`
 test-slow: setup ## Run all tests that need no GPU: those of `make test`, nightly and slow ones
 	$(BIN)/pytest $(DISTRIBUTED) -m "not gpu" $(ARGS)
 
-lint: setup ## Check style, types and which module may import which
+lint: setup ## Check style, types, imports, names and generated pages
 	@failed=; \
 	for check in "ruff check ." "ruff format --check ." lint-imports mypy \
 	  "python scripts/generate_docs.py --check"; do \
@@ -84,7 +84,7 @@ lint: setup ## Check style, types and which module may import which
 	done; \
 	if [ -n "$$failed" ]; then echo "make lint: failed$$failed" >&2; exit 1; fi
 
-format: setup ## Let ruff format the code and mend what it can
+format: setup ## Format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -106,10 +106,10 @@ gpu-check: ## On a GPU, nine minutes: tests, kernel times, what probing costs (A
 docs: setup ## Build the site of docs/ into site/; a broken link fails
 	$(BIN)/mkdocs build --strict
 
-docs-serve: setup ## Show the site on this machine, and build it anew when a page changes
+docs-serve: setup ## Serve the site on this machine, and rebuild it when a page changes
 	$(BIN)/mkdocs serve
 
-lock: setup ## Resolve requirements/*.in anew into requirements/*.lock
+lock: setup ## Resolve requirements/*.in into requirements/*.lock
 	$(BIN)/python scripts/lock.py
 
 clean: ## Remove caches and build products; .venv, models/ and runs/ stay

@@ -19,14 +19,24 @@ LEFT_OUT = ["torchaudio", "torchcodec", "torchvision"]
 
 
 def cpu_torch_options() -> list[str]:
-    """Nothing where pip finds PyTorch's CPU build by itself, else PyTorch's own index as one more."""
+    """Nothing if pip finds PyTorch's CPU build by itself, else PyTorch's own index."""
     pinned = re.search(r"^torch==([\w.]+)", (FOLDER / "cpu.in").read_text(encoding="utf-8"), re.MULTILINE)
     if pinned is None:
-        sys.exit("requirements/cpu.in pins no torch.")
-    wanted = f"torch=={pinned.group(1)}+cpu"
-    look = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--ignore-installed", "--quiet", wanted]
-    found = subprocess.run(look, capture_output=True, check=False).returncode == 0
-    return [] if found else ["--extra-index-url", TORCH_INDEX]
+        sys.exit("requirements/cpu.in does not pin torch.")
+    requirement = f"torch=={pinned.group(1)}+cpu"
+    look = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--dry-run",
+        "--no-deps",
+        "--ignore-installed",
+        "--quiet",
+        requirement,
+    ]
+    has_build = subprocess.run(look, capture_output=True, check=False).returncode == 0
+    return [] if has_build else ["--extra-index-url", TORCH_INDEX]
 
 
 def main(names: list[str]) -> None:

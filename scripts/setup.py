@@ -84,8 +84,8 @@ def check_machine():
     name, version = platform.libc_ver()
     numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
     if name != "glibc" or numbers < (2, 28):
-        found = f"{name} {version}".strip() or "another C library"
-        raise SetupError(f"the packages need a Linux with glibc 2.28 or newer (from 2018 on). This one has {found}.")
+        library = f"{name} {version}".strip() or "another C library"
+        raise SetupError(f"the packages need a Linux with glibc 2.28 or newer (from 2018 on). This one has {library}.")
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -182,13 +182,13 @@ def make_venv():
     shutil.rmtree(OLD, ignore_errors=True)
     if VENV.exists():
         ok = "import pip, sys; sys.exit(sys.version_info < %r or sys.prefix != %r)" % (OLDEST, str(VENV))
-        found = subprocess.run([str(PYTHON), "-c", ok], capture_output=True) if PYTHON.exists() else None
+        works = PYTHON.exists() and not subprocess.run([str(PYTHON), "-c", ok], capture_output=True).returncode
         stamps = list(VENV.glob(".headrift-*"))
-        if found is not None and found.returncode == 0 and (not stamps or any(map(is_stamped, stamps))):
+        if works and (not stamps or any(map(is_stamped, stamps))):
             return
         if not (VENV / "pyvenv.cfg").is_file() and any(VENV.iterdir()):
-            raise SetupError(f"{VENV} is there and is not a virtual environment. Move it away and try again.")
-        say("      the environment that is there does not work any more (Python gone, too old, or moved): made anew")
+            raise SetupError(f"{VENV} is not a virtual environment. Move it away and try again.")
+        say("      the old environment does not work any more (Python gone, too old, or moved): replaced")
         VENV.rename(OLD)  # first, so that an interrupted removal is not taken for somebody else's folder
         shutil.rmtree(OLD)
     check_disk()
@@ -206,7 +206,7 @@ def install_torch():
     """The CPU build: from where pip looks on this machine, else from PyTorch's own index."""
     pinned = re.search(r"^torch==\S+", LOCKS[0].read_text(encoding="utf-8"), re.MULTILINE)
     if pinned is None:
-        raise SetupError(f"{LOCKS[0]} pins no torch.")
+        raise SetupError(f"{LOCKS[0]} does not pin torch.")
     torch = pinned.group()
     status, first = pip(torch)
     if status == 0:
@@ -233,7 +233,7 @@ def install_packages():
     if status:
         raise SetupError(
             f"pip could not install the packages. Is there a network? Its last words:{tail(lines)}\n"
-            "Run the same command again to go on from here."
+            "Run the same command again to continue."
         )
 
 
@@ -287,14 +287,14 @@ def main():
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                say("Another set-up is at work in this folder; waiting for it.")
+                say("Another set-up is running in this folder; waiting for it.")
                 fcntl.flock(lock, fcntl.LOCK_EX)
             set_up()
     except SetupError as error:
         print(f"\nSet-up stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nInterrupted. Run the same command again to go on from here.", file=sys.stderr)
+        print("\nInterrupted. Run the same command again to continue.", file=sys.stderr)
         return 130
     return 0
 

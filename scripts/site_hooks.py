@@ -32,9 +32,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     outside = not (ROOT / "docs" / uri).is_file()
     folder = posixpath.dirname(uri if outside else f"docs/{uri}")
 
-    def in_site(found: re.Match[str]) -> str:
-        target = posixpath.normpath(posixpath.join(folder, found[2]))
+    def in_site(link: re.Match[str]) -> str:
+        target = posixpath.normpath(posixpath.join(folder, link[2]))
         target = target.removeprefix("docs/")
-        return found[1] + posixpath.relpath(target, posixpath.dirname(uri) or ".") + found[3]
+        return link[1] + posixpath.relpath(target, posixpath.dirname(uri) or ".") + link[3]
 
     return _LINK.sub(in_site, markdown)

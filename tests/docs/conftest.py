@@ -35,8 +35,7 @@ class Shown(SimpleNamespace):
 
 
 def _logical(lines: list[str]) -> Iterator[tuple[int, str]]:
-    """Join lines that are continued, after a backslash or by indentation. Of a session with prompts (`$ `), only what is
-    typed."""
+    """Join lines that are continued, after a backslash or by indentation; of a session (`$ `), only what is typed."""
     joined: list[tuple[int, str]] = []
     session = any(line.startswith("$ ") for line in lines)
     for number, line in enumerate(lines):

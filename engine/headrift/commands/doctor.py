@@ -48,7 +48,7 @@ def doctor(
 
 def examine(model: Path | None = None, steps: int = 12) -> bool:
     """Print what is there and every problem; whether there is no problem."""
-    problems = [*_machine(), *_packages()]
+    problems = [*_system(), *_packages()]
     if model is not None:
         typer.echo()
         problems += _model(model, steps, has_vllm=not problems)
@@ -66,7 +66,7 @@ def _show(label: str, text: str) -> None:
         label = ""
 
 
-def _machine() -> Iterator[str]:
+def _system() -> Iterator[str]:
     """Show the machine; its problems."""
     import psutil
 
