@@ -18,7 +18,7 @@ from pathlib import Path
 import typer
 
 from headrift.cli import app
-from headrift.corpus.reasons import REASONS
+from headrift.corpus.rows import REASONS
 
 ROOT = Path(__file__).resolve().parents[1]
 

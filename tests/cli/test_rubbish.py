@@ -18,8 +18,7 @@ from typer.testing import CliRunner
 import headrift.figures
 from headrift.cli import app
 from headrift.corpus.job import ScoreJob
-from headrift.corpus.reasons import REASONS
-from headrift.corpus.rows import KEYS
+from headrift.corpus.rows import KEYS, REASONS
 from headrift.corpus.settings import Settings
 from headrift.corpus.sources import InputError
 
@@ -179,7 +178,7 @@ def test_a_line_too_long_for_memory_is_a_reject(run, monkeypatch):
 
 
 def test_a_cell_too_long_for_memory_is_a_reject(run, monkeypatch):
-    monkeypatch.setattr("headrift.corpus.tables.MAX_ROW_CHARACTERS", 1000)
+    monkeypatch.setattr("headrift.corpus.readers.MAX_CELL_CHARACTERS", 1000)
     found = run("in.csv", "prompt\nfine\n" + "x" * 1500 + '\nfine too\n"' + "open\n" * 500)
     assert [row["prompt_tokens"] > 0 for row in found.parts][:2] == [True, True]
     assert {row["reason"] for row in found.rejects} <= {"row_too_big", "bad_csv"}
@@ -256,7 +255,7 @@ def test_the_same_without_redact_does_show_them(run):
 def test_every_reason_in_the_code_is_known_and_documented():
     sources = [ROOT / "engine/headrift" / name for name in ("prompts.py", "preparing.py")]
     sources += (ROOT / "engine/headrift/corpus").glob("*.py")
-    raised = re.compile(r'(?:PromptError|Unreadable)\(\s*"([a-z0-9_]+)"')
+    raised = re.compile(r'(?:PromptError|RowError)\(\s*"([a-z0-9_]+)"')
     used = {reason for path in sources for reason in raised.findall(path.read_text(encoding="utf-8"))}
     used |= {"engine_died"}  # which no row raises
     assert used == set(REASONS)

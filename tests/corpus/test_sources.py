@@ -97,7 +97,7 @@ def test_labels_are_one_for_each_input_however_many_files_it_is(logs, tmp_path):
 @pytest.mark.parametrize(
     ("inputs", "says"),
     [
-        (["logs", "logs/notes.md"], "logs/notes.md has a name of no known kind"),
+        (["logs", "logs/notes.md"], "logs/notes.md is not of a known kind"),
         (["logs/day=2/_temporary/*"], None),
         (["nothing/*.jsonl"], "matches no file"),
         (["logs", "logs/**/a.jsonl"], "an input is named twice: logs/day=1/label=attack/a.jsonl"),

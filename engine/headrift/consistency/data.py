@@ -21,8 +21,8 @@ from typing import Any
 from headrift.consistency.answers import KINDS, LETTERS, Key
 from headrift.consistency.pairs import Pair, PairRenderer, PairText, RejectedPair
 from headrift.corpus import sources
-from headrift.corpus.readers import fields_of
-from headrift.corpus.rows import Unreadable, kind, parsed
+from headrift.corpus.readers import read_fields
+from headrift.corpus.rows import RowError, kind_of, parse_json
 from headrift.corpus.sources import InputError, Source
 from headrift.model_facts import ModelFacts
 from headrift.preparing import load_tokenizer
@@ -132,18 +132,18 @@ def read_pairs(inputs: Sequence[str], columns: Mapping[str, str] | None = None) 
     for source in sources.find(inputs):
         if source.kind == ".txt":
             raise InputError(f"{source.name} is plain text without keys: give pairs as .jsonl, .csv or .parquet")
-        for number, fields in fields_of(source, names):
+        for number, fields in read_fields(source, names):
             name = f"{source.stem}:{number}"
             try:
-                if isinstance(fields, Unreadable):
+                if isinstance(fields, RowError):
                     raise fields
                 row = _checked(fields)
                 name = str(row.get("id", name))
                 if name in ids:
-                    raise Unreadable("duplicate_id", f"an earlier row has the id {name!r} too; give each its own")
+                    raise RowError("duplicate_id", f"an earlier row has the id {name!r} too; give each its own")
                 ids.add(name)
                 _add(result, row, name, source, number)
-            except Unreadable as error:
+            except RowError as error:
                 result.rejected.append(RejectedPair(name, source.name, number, error.reason, error.detail))
     if not result.pairs and not result.questions:
         why = f"; the first row: {result.rejected[0].detail}" if result.rejected else ""
@@ -156,7 +156,7 @@ def _add(result: PairInputs, row: dict[str, Any], name: str, source: Source, num
     if "clean" in row or "wrapped" in row:
         missing = [key for key in ("clean", "wrapped") if not row.get(key, "").strip()]
         if missing:
-            raise Unreadable("no_pair", f"the row has no `{missing[0]}`: a pair needs `clean` and `wrapped`")
+            raise RowError("no_pair", f"the row has no `{missing[0]}`: a pair needs `clean` and `wrapped`")
         key = _key(row) if "answer" in row else None
         result.pairs.append(
             PairText(
@@ -174,31 +174,31 @@ def _add(result: PairInputs, row: dict[str, Any], name: str, source: Source, num
     elif row.get("question", "").strip():
         for needed in ("answer", "wrong"):
             if not row.get(needed):
-                raise Unreadable(
+                raise RowError(
                     "no_answer_key",
                     f"the question has no `{needed}`: add the right answer and a wrong one for wrappers to hint at",
                 )
         result.questions.append(Question(name, row["question"].strip(), _key(row), row.get("topic"), **common))
     else:
-        raise Unreadable("no_pair", "the row has neither `clean` and `wrapped` nor a `question`: add them")
+        raise RowError("no_pair", "the row has neither `clean` and `wrapped` nor a `question`: add them")
 
 
 def _checked(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A row's fields without nulls. Unreadable if one has the wrong type."""
+    """A row's fields without nulls. RowError if one has the wrong type."""
     row = {key: value for key, value in fields.items() if value is not None}
     for key in _TEXTS:
         if key in ("answer", "wrong") and isinstance(row.get(key), int | float) and not isinstance(row[key], bool):
             row[key] = str(row[key])
         if not isinstance(row.get(key, ""), str):
-            raise Unreadable("wrong_type", f"`{key}` is {kind(row[key])}; it must be a text")
+            raise RowError("wrong_type", f"`{key}` is {kind_of(row[key])}; it must be a text")
     for key in _LISTS:
         value = row.get(key, [])
-        value = parsed(value) if isinstance(value, str) else value
+        value = parse_json(value) if isinstance(value, str) else value
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise Unreadable("wrong_type", f"`{key}` is {kind(value)}; it must be a list of texts")
+            raise RowError("wrong_type", f"`{key}` is {kind_of(value)}; it must be a list of texts")
         row[key] = tuple(value)
     if not isinstance(row.get("id", ""), str | int):
-        raise Unreadable("wrong_type", f"`id` is {kind(row['id'])}; it must be a text or a whole number")
+        raise RowError("wrong_type", f"`id` is {kind_of(row['id'])}; it must be a text or a whole number")
     return row
 
 
@@ -222,7 +222,7 @@ def _key(row: Mapping[str, Any]) -> Key:
         problem = f"`wrong` is the right answer, {answer!r}; give another one"
     else:
         return Key(how, answer, row["also"], choices, wrong)
-    raise Unreadable("bad_answer_key", problem)
+    raise RowError("bad_answer_key", problem)
 
 
 def _is_number(text: str) -> bool:

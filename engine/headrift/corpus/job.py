@@ -21,8 +21,7 @@ from headrift import scorer as scoring
 from headrift.corpus import judging, readers, sources
 from headrift.corpus.child import Child, Engine
 from headrift.corpus.interrupts import Interrupts
-from headrift.corpus.reasons import REASONS
-from headrift.corpus.rows import BadRow, Row
+from headrift.corpus.rows import REASONS, BadRow, Row
 from headrift.corpus.scoring import Scoring, Turned
 from headrift.corpus.settings import Settings, check_context, check_together, differences
 from headrift.corpus.shards import rows_per_shard
@@ -61,7 +60,7 @@ class Summary(Protocol):
 
 class Kind(Protocol):
     """What is made of a job's rows; scoring.Scoring is one. The engine answers a Row with a record, a dict with what
-    the parts' columns need, or with a Turned, whose reason is in reasons.REASONS; its `about` has what `_OF_ENGINE`
+    the parts' columns need, or with a Turned, whose reason is in rows.REASONS; its `about` has what `_OF_ENGINE`
     names, and recorder_bytes."""
 
     def asked(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A row of an input: its fields, checked, make a Row to score or a BadRow that says why not."""
+"""Rows of an input: their fields, checked, make a Row to score or a BadRow with the reason why not."""
 
 from __future__ import annotations
 
@@ -17,16 +17,66 @@ PROMPTS = ("prompt", "messages", "token_ids")  # a row has exactly one of them
 _TEXTS = ("prompt", "system", "response", "label", "category")
 _OBJECTS = ("messages", "tools")
 _NUMBERS = ("token_ids", "response_ids")
-# These may also stand as JSON text in a column of a table.
-NESTED = (*_OBJECTS, *_NUMBERS, "regions")
+NESTED = (*_OBJECTS, *_NUMBERS, "regions")  # in a column of a table these may be JSON text
 KEYS = ("id", *_TEXTS, *NESTED)
-_OF_PROMPT = ("prompt", "system", "messages", "tools", "response", "token_ids", "regions", "response_ids")
+_PROMPT_KEYS = ("prompt", "system", "messages", "tools", "response", "token_ids", "regions", "response_ids")
 _KINDS = {str: "a text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+
+# Every reason why a row is rejected, with what to do. A reject's detail says more and may quote the row; with --redact
+# it is the sentence from here.
+REASONS = {
+    # the file
+    "bad_csv": "The record is not valid CSV: put cells with commas, quotes or line breaks in double quotes.",
+    "bad_json": "The line, or a cell that should be JSON, is not: write one whole JSON object per line.",
+    "damaged_file": "The file is damaged or cut off here; nothing after this row was read: restore it from a copy.",
+    "invalid_utf8": "The row has bytes that are not UTF-8: convert the file to UTF-8.",
+    "lone_surrogate": "A text has half a character (a lone surrogate): remove it or write the whole pair.",
+    "not_an_object": "The line is JSON but not an object: write an object per line, with a key `prompt` or `messages`.",
+    "nul_byte": "The row has a NUL byte: the file is not a text, or is UTF-16; convert it to UTF-8.",
+    "row_too_big": "The line or cell is longer than 64 MiB: is the file one JSON list, or a quote left open?",
+    "unreadable_rows": "This part of the Parquet file is damaged: write it again, or restore it from a copy.",
+    "wrong_columns": "The record has more or fewer cells than the first line names: quote cells that contain commas.",
+    # the row
+    "bad_prompt": "The prompt is neither a text nor an object: give a text, messages or token ids.",
+    "duplicate_id": "An earlier row has the same id: give each row its own.",
+    "no_prompt": "The row has no prompt, messages or token_ids: add the one that was sent.",
+    "no_response": "Replay needs the logged answer: give it as `response`.",
+    "several_prompts": "The row has more than one of prompt, messages and token_ids: keep the one that was sent.",
+    "system_not_used": "`system` goes with `prompt`: put it first into messages, or name its tokens in regions.",
+    "unknown_label": 'The label is unknown: write "attack" or "benign", or leave it out.',
+    "wrong_type": "A field is of the wrong type: prompt is a text, messages and tools are lists of objects.",
+    # the conversation
+    "bad_messages": "The messages are malformed, or one has an unknown role: follow OpenAI's chat form.",
+    "bad_tools": "The tools are not a list of JSON objects, each describing one tool.",
+    "empty_system_prompt": "The system prompt is empty, or makes no token: give a text to measure attention on.",
+    "invalid_text": "The rendered conversation is not valid Unicode: repair the encoding of the texts.",
+    "no_system_prompt": "There is no system prompt: give `system`, a system message, or --system-prompt-file.",
+    "no_user_message": "The conversation has no user message: add the prompt as one.",
+    "prompt_too_long": "The prompt and its steps exceed the model's context: shorten it or record fewer steps.",
+    "span_not_found": "The chat template changes the text, so its tokens are not known: give token ids and regions.",
+    "template_rejected": "The model's chat template does not take this conversation: change the order of the roles.",
+    "unsupported_content": "A message has a part that is not a text, such as an image: only text is scored.",
+    # the engine
+    "engine_died": "The engine died each time it got this row, at last alone: leave it out, and report the bug.",
+    # token ids
+    "bad_regions": "A region is not [start, end) within the prompt, or is given without token ids.",
+    "bad_token_ids": "The token ids are not a list of numbers that the model's vocabulary has.",
+    "unknown_region": "A region has a name that the run does not know: name it with --region.",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row to score. source: the file as it was named; row: its number, from 1; id: its own or `<stem>:<row>`."""
+    """A row to score.
+
+    Attributes:
+        source: The file, as it was named.
+        row: Its number in the file, from 1.
+        id: The id that it brought, or `<stem>:<row>`.
+        label: One of LABELS, or None.
+        category: Any text, or None.
+        prompt: What is scored.
+    """
 
     source: str
     row: int
@@ -50,7 +100,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that cannot be read. reason: a key of reasons.REASONS; detail: what is wrong and how to mend it."""
+    """A row that cannot be read: `reason` is a key of REASONS, `detail` what is wrong and how to repair it."""
 
     source: str
     row: int
@@ -59,107 +109,114 @@ class BadRow:
     detail: str
 
 
-class Unreadable(ValueError):
-    """Why a row cannot be read: a key of reasons.REASONS, and what is wrong with how to mend it."""
+class RowError(ValueError):
+    """Why a row cannot be read: a key of REASONS, and what is wrong and how to repair it."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
 
 
-Fields = dict[str, Any] | Unreadable
+Fields = dict[str, Any] | RowError
 
-# Takes the id that a row brought; False where an earlier row brought it too.
+# Takes the id that a row brought; False if an earlier row brought it too.
 TakeId = Callable[[str], bool]
 
 
 def make_row(
     source: str, number: int, name: str, label: str | None, fields: Fields, take_id: TakeId | None = None
 ) -> Row | BadRow:
-    """A row of its fields, by key; None is the same as nothing. name, label: for a row that brings none."""
+    """Make a row of its fields.
+
+    Args:
+        source: The file's name.
+        number: The row's number in the file, from 1.
+        name: Id of a row that brings none.
+        label: Label of a row that brings none.
+        fields: Values by key, None being the same as nothing; or why they cannot be read.
+        take_id: See TakeId; None if ids may repeat.
+    """
     own_id = None
     try:
-        if isinstance(fields, Unreadable):
+        if isinstance(fields, RowError):
             raise fields
         given = {key: fields[key] for key in KEYS if fields.get(key) is not None}
         own_id = _own_id(given)
         _check_types(given)
         own_label, prompt = _own_label(given), _prompt(given)
         if own_id is not None and take_id is not None and not take_id(own_id):
-            raise Unreadable("duplicate_id", f"an earlier row has the id {quoted(own_id)} too; give each row its own")
+            raise RowError("duplicate_id", f"an earlier row has the id {_quote(own_id)} too; give each row its own")
         return Row(source, number, own_id or name, own_label or label, given.get("category"), prompt)
-    except Unreadable as error:
+    except RowError as error:
         return BadRow(source, number, own_id or name, error.reason, error.detail)
 
 
-def parsed(text: str) -> Any:
-    """A JSON text's value. Unreadable for what is not one."""
+def parse_json(text: str) -> Any:
+    """Parse a JSON text. RowError if it is not one."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         what = f"{error.msg} at column {error.colno}"
-        raise Unreadable("bad_json", f"not valid JSON: {what}; write one whole object a line") from error
+        raise RowError("bad_json", f"not valid JSON: {what}; write one whole object per line") from error
     except RecursionError as error:
-        raise Unreadable("bad_json", "the JSON is nested too deep; flatten it") from error
+        raise RowError("bad_json", "the JSON is nested too deep; flatten it") from error
     except ValueError as error:  # a number of more digits than Python converts
-        raise Unreadable("bad_json", f"the JSON cannot be read: {error}") from error
+        raise RowError("bad_json", f"the JSON cannot be read: {error}") from error
 
 
-def with_whole_characters(value: Any, text: str) -> Any:
-    """The value (or a part of it) that was parsed of a JSON text; Unreadable where half a character is in it."""
+def check_characters(value: Any, text: str) -> Any:
+    """Return a value that was parsed from a JSON text. RowError if it has half a character."""
     if "\\u" not in text:
         return value
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         lone = f"\\u{ord(error.object[error.start]):04x}"
-        detail = f"half a character ({lone}, a lone surrogate) stands in a text; remove it or write the whole pair"
-        raise Unreadable("lone_surrogate", detail) from error
+        detail = f"a text has half a character ({lone}, a lone surrogate); remove it or write the whole pair"
+        raise RowError("lone_surrogate", detail) from error
     except RecursionError as error:
-        raise Unreadable("bad_json", "the JSON is nested too deep; flatten it") from error
+        raise RowError("bad_json", "the JSON is nested too deep; flatten it") from error
     return value
 
 
-def with_nested(cells: Mapping[str, Any]) -> dict[str, Any]:
-    """A table's cells, those of NESTED that hold JSON text parsed. Unreadable where one is not JSON."""
-    texts = {key: value for key, value in cells.items() if key in NESTED and isinstance(value, str)}
-    return {**cells, **{key: _nested(key, text) for key, text in texts.items()}}
+def parse_nested(cells: Mapping[str, Any]) -> dict[str, Any]:
+    """Parse those of a table's cells that are JSON text in a column of NESTED. RowError if one is not JSON."""
+    parsed = dict(cells)
+    for key, text in cells.items():
+        if key in NESTED and isinstance(text, str):
+            try:
+                parsed[key] = check_characters(parse_json(text), text)
+            except RowError as error:
+                raise RowError(error.reason, f"`{key}` is a text that should be JSON: {error.detail}") from error
+    return parsed
 
 
-def _nested(key: str, text: str) -> Any:
-    try:
-        return with_whole_characters(parsed(text), text)
-    except Unreadable as error:
-        raise Unreadable(error.reason, f"`{key}` is a text that should be JSON: {error.detail}") from error
-
-
-def kind(value: object) -> str:
-    """What a value is, in a user's words."""
+def kind_of(value: object) -> str:
+    """Say in a user's words what a value is."""
     return "null" if value is None else _KINDS.get(type(value), f"of type {type(value).__name__}")
 
 
-def quoted(text: str) -> str:
-    """A text in quotes, cut off where it is long."""
+def _quote(text: str) -> str:
     return repr(text if len(text) <= 40 else text[:40] + "...")
 
 
 def _check_types(given: Mapping[str, Any]) -> None:
-    def wrong(key: str, found: str, need: str) -> Unreadable:
-        return Unreadable("wrong_type", f"`{key}` is {found}; it must be {need}")
+    def wrong_type(key: str, actual: str, needed: str) -> RowError:
+        return RowError("wrong_type", f"`{key}` is {actual}; it must be {needed}")
 
     for key in _TEXTS:
         if key in given and not isinstance(given[key], str):
-            raise wrong(key, kind(given[key]), "a text in quotes" if key == "prompt" else "a text")
+            raise wrong_type(key, kind_of(given[key]), "a text in quotes" if key == "prompt" else "a text")
     for key in _OBJECTS:
         value = given.get(key, [])
         if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-            found = "a list with other things in it" if isinstance(value, list) else kind(value)
-            raise wrong(key, found, "a list of objects, as in OpenAI's chat API")
+            actual = "a list with other things in it" if isinstance(value, list) else kind_of(value)
+            raise wrong_type(key, actual, "a list of objects, as in OpenAI's chat API")
     for key in _NUMBERS:
         if not isinstance(given.get(key, []), list):
-            raise wrong(key, kind(given[key]), "a list of token ids")
+            raise wrong_type(key, kind_of(given[key]), "a list of token ids")
     if not isinstance(given.get("regions", {}), dict):
-        raise wrong("regions", kind(given["regions"]), 'an object, as in {"system": [1, 20]}')
+        raise wrong_type("regions", kind_of(given["regions"]), 'an object, as in {"system": [1, 20]}')
 
 
 def _own_id(given: Mapping[str, Any]) -> str | None:
@@ -168,7 +225,7 @@ def _own_id(given: Mapping[str, Any]) -> str | None:
         return value or None
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    raise Unreadable("wrong_type", f"`id` is {kind(value)}; it must be a text or a whole number")
+    raise RowError("wrong_type", f"`id` is {kind_of(value)}; it must be a text or a whole number")
 
 
 def _own_label(given: Mapping[str, Any]) -> str | None:
@@ -176,31 +233,31 @@ def _own_label(given: Mapping[str, Any]) -> str | None:
     if label is None or label in LABELS:
         return label
     known = " or ".join(f'"{known}"' for known in LABELS)
-    raise Unreadable("unknown_label", f"the label {quoted(label)} is unknown; write {known}, or leave it out")
+    raise RowError("unknown_label", f"the label {_quote(label)} is unknown; write {known}, or leave it out")
 
 
 def _prompt(given: Mapping[str, Any]) -> Prompt:
     forms = [key for key in PROMPTS if key in given]
     if not forms:
-        raise Unreadable("no_prompt", f"the row has no {_named(PROMPTS, 'and no')}; add the one that was sent")
+        raise RowError("no_prompt", f"the row has no {_list_keys(PROMPTS, 'and no')}; add the one that was sent")
     if len(forms) > 1:
-        raise Unreadable("several_prompts", f"the row has {_named(forms, 'and')}; keep the one that was sent")
+        raise RowError("several_prompts", f"the row has {_list_keys(forms, 'and')}; keep the one that was sent")
     (form,) = forms
     if "system" in given and form != "prompt":
         fix = "put the system prompt into `messages`, first" if form == "messages" else "name its tokens in `regions`"
-        raise Unreadable("system_not_used", f"`system` goes with `prompt`, and the row has `{form}`; {fix}")
+        raise RowError("system_not_used", f"`system` goes with `prompt`, and the row has `{form}`; {fix}")
     if "regions" in given and form != "token_ids":
-        fix = "leave it out (system, user and tool are found by themselves) or give token ids"
-        raise Unreadable("bad_regions", f"`regions` goes with `token_ids`, and the row has `{form}`; {fix}")
-    return Prompt(**{key: given[key] for key in _OF_PROMPT if key in given})
+        fix = "leave it out (headrift finds system, user and tool itself) or give token ids"
+        raise RowError("bad_regions", f"`regions` goes with `token_ids`, and the row has `{form}`; {fix}")
+    return Prompt(**{key: given[key] for key in _PROMPT_KEYS if key in given})
 
 
-def _named(keys: Iterable[str], word: str) -> str:
+def _list_keys(keys: Iterable[str], word: str) -> str:
     return f" {word} ".join(f"`{key}`" for key in keys)
 
 
 def group_of(prompt: Prompt, *, replay: bool = False) -> str:
-    """Hash a prompt, without its system prompt, case, spacing and Unicode form.
+    """Hash a prompt without its system prompt, case, spacing and Unicode form.
 
     The hash is of the prompt's text, of all messages after the leading system ones (roles, texts, tool calls without
     their ids), or of the token ids outside the system region.
@@ -235,7 +292,7 @@ def _turn(message: Mapping[str, Any]) -> list[str]:
     content = message.get("content")
     text = content if isinstance(content, str) else "\n".join(part["text"] for part in content or [])
     functions = [call["function"] for call in message.get("tool_calls") or []]
-    calls = [_normalise(f"{one['name']} {_arguments(one.get('arguments'))}") for one in functions]
+    calls = [_normalise(f"{function['name']} {_arguments(function.get('arguments'))}") for function in functions]
     return [str(message.get("role")), _normalise(text), *calls]
 
 

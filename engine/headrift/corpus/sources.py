@@ -1,9 +1,10 @@
-"""The files that inputs stand for: files, globs and folders (hive partitions too), on this machine or behind a URL."""
+"""The files that inputs name: files, globs and folders (hive partitions too), on this machine or behind a URL."""
 
 from __future__ import annotations
 
 import glob
 import gzip
+import io
 import os
 import zlib
 from collections import Counter
@@ -18,8 +19,7 @@ from headrift.runs.provenance import fingerprint
 
 KINDS = (".txt", ".jsonl", ".csv", ".parquet")
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
-_NAMED_KINDS = ".txt (a prompt a line), .jsonl (an object a line), .csv or .parquet"
-_ALSO = "each but .parquet also as .gz or .zst"
+_NAMED_KINDS = ".txt (a prompt per line), .jsonl (an object per line), .csv or .parquet"
 
 
 class InputError(ValueError):
@@ -28,9 +28,18 @@ class InputError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An input file. name: as the parts name it; kind: of KINDS; compression: "gzip", "zstd" or None; label: for rows
-    without one; partition: keys of rows and their values from folders called key=value. path: within filesystem (of
-    fsspec), or on this machine where that is None."""
+    """An input file.
+
+    Attributes:
+        name: The file as the parts name it.
+        path: Its path in `filesystem`.
+        kind: One of KINDS.
+        compression: "gzip", "zstd" or None.
+        label: Label of rows that bring none.
+        partition: Keys of rows with their values, from folders called key=value.
+        filesystem: Of fsspec; None for this machine.
+        stem: What ids of rows that bring none begin with.
+    """
 
     name: str
     path: str
@@ -42,19 +51,14 @@ class Source:
     stem: str = ""
 
     def open(self) -> IO[bytes]:
-        """The file's bytes as they are."""
-        if self.filesystem is None:
-            return open(self.path, "rb")
-        opened: IO[bytes] = self.filesystem.open(self.path, "rb")
-        return opened
+        """Open the file's bytes as they are."""
+        return open(self.path, "rb") if self.filesystem is None else self.filesystem.open(self.path, "rb")
 
     def stream(self) -> IO[bytes]:
-        """The file's bytes, decompressed while they are read. See `is_damage` for what that raises."""
+        """Open the file's bytes, decompressed while they are read; `is_damage` tells what errors mean."""
         if self.compression == "gzip":
             return cast(IO[bytes], gzip.open(self.open()))
         if self.compression == "zstd":
-            import io
-
             import pyarrow as pa
 
             # A read that meets damage gives nothing at all: small ones, so that little before it is lost.
@@ -62,13 +66,13 @@ class Source:
         return self.open()
 
     def is_damage(self, error: Exception) -> bool:
-        """Whether an error while reading the stream is the file's, and not the disk's or the network's."""
+        """Tell whether an error while reading the stream is the file's, and not the disk's or the network's."""
         if isinstance(error, EOFError | zlib.error | gzip.BadGzipFile):
             return True
         return self.compression == "zstd" and isinstance(error, OSError) and error.errno is None
 
     def fingerprint(self) -> dict[str, Any]:
-        """The name, the size and a hash of the file's bytes (see fingerprints)."""
+        """Return the name, the size and a hash of the file's bytes (see `provenance.fingerprint`)."""
         with self.open() as file:
             size = file.seek(0, 2)
             file.seek(0)
@@ -78,57 +82,56 @@ class Source:
 def find(
     inputs: Sequence[str], labels: Sequence[str] | None = None, columns: Mapping[str, str] | None = None
 ) -> list[Source]:
-    """The files of the inputs, those of an input by name. InputError where there is something wrong with one.
+    """Find the files of the inputs; those of one input are in the order of their names.
 
-    labels: one per input. columns: the names that a row's keys have here, for those that are called otherwise.
+    Args:
+        inputs: Files, globs, folders or URLs.
+        labels: One per input.
+        columns: The files' own names for keys of a row.
+
+    Raises:
+        InputError: An input or a label cannot be used.
     """
     if not inputs:
         raise InputError("no input file: name at least one .txt, .jsonl, .csv or .parquet file")
-    _check_labels(inputs, labels)
-    found: list[Source] = []
-    for given, label in zip(inputs, labels or repeat(None)):
-        sources = list(_of_url(given) if "://" in given else _of_path(given))
-        found += [replace(source, label=label, partition=_partition(source, columns or {})) for source in sources]
-    places = [s.name if s.filesystem else str(Path(s.path).resolve()) for s in found]
-    if len(set(places)) < len(places):
-        twice = found[places.index(Counter(places).most_common(1)[0][0])].name
-        raise InputError(f"an input is named twice: {twice}; name each file once")
-    stems = Counter(_stem(source) for source in found)
-    return [replace(s, stem=_stem(s) if stems[_stem(s)] == 1 else s.name) for s in found]
-
-
-def _check_labels(inputs: Sequence[str], labels: Sequence[str] | None) -> None:
-    for label in labels or ():
-        if label not in LABELS:
-            raise InputError(
-                f"unknown label {label!r}: labels are {' and '.join(LABELS)}, as in --labels attack,benign"
-            )
+    if unknown := set(labels or ()) - set(LABELS):
+        raise InputError(f"unknown label {min(unknown)!r}: labels are {' and '.join(LABELS)}")
     if labels is not None and len(labels) != len(inputs):
         given, files = _plural(len(labels), "label"), _plural(len(inputs), "input")
         raise InputError(f"{given} for {files}: give each input its label, in order, as in --labels attack,benign")
+    sources: list[Source] = []
+    for given, label in zip(inputs, labels or repeat(None)):
+        files_of_input = _find_url(given) if "://" in given else _find_path(given)
+        sources += [replace(one, label=label, partition=_partition(one, columns or {})) for one in files_of_input]
+    places = [source.name if source.filesystem else str(Path(source.path).resolve()) for source in sources]
+    if len(set(places)) < len(places):
+        twice = sources[places.index(Counter(places).most_common(1)[0][0])].name
+        raise InputError(f"an input is named twice: {twice}; name each file once")
+    stems = Counter(_stem(source) for source in sources)
+    return [replace(one, stem=_stem(one) if stems[_stem(one)] == 1 else one.name) for one in sources]
 
 
-def _of_path(given: str) -> Iterator[Source]:
+def _find_path(given: str) -> Iterator[Source]:
     path = Path(given)
     if path.is_file():
-        yield _source(given, given, None)
+        yield _source(given, given)
     elif path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
-        yield from _of_folder(given, [(str(file), str(file)) for file in files], None)
+        yield from _find_in_folder(given, [(str(file), str(file)) for file in files])
     elif glob.has_magic(given):
         matches = sorted(glob.glob(given, recursive=True))  # noqa: PTH207  Path.glob takes no absolute pattern
         if not matches:
             raise InputError(f"{given} matches no file: check the pattern")
         for match in matches:
             if Path(match).is_file():
-                yield _source(match, match, None)
+                yield _source(match, match)
     elif path.exists():
         raise InputError(f"{given} is neither a file nor a folder: name a file")
     else:
         raise InputError(f"{given} does not exist: check the name")
 
 
-def _of_url(given: str) -> Iterator[Source]:
+def _find_url(given: str) -> Iterator[Source]:
     try:
         filesystem, path = _filesystem(given)
         magic = glob.has_magic(path)
@@ -146,13 +149,15 @@ def _of_url(given: str) -> Iterator[Source]:
     if not files:
         what = "matches no file: check the pattern" if magic else "does not exist: check the name"
         raise InputError(f"{given} {what}")
-    scheme = given.partition("://")[0]
-    named = [(f"{scheme}://{file}", file) for file in sorted(files)]
-    yield from _of_folder(given, named, filesystem) if files != [path] else [_source(given, path, filesystem)]
+    if files == [path]:
+        yield _source(given, path, filesystem)
+    else:
+        scheme = given.partition("://")[0]
+        yield from _find_in_folder(given, [(f"{scheme}://{file}", file) for file in sorted(files)], filesystem)
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
-    """The filesystem behind a URL, and the path in it. S3 is read by pyarrow, which needs no further package."""
+    """Return the filesystem behind a URL, and the path in it. S3 is read by pyarrow, which needs no other package."""
     from fsspec.core import url_to_fs
 
     scheme, _, rest = url.partition("://")
@@ -169,8 +174,8 @@ def _filesystem(url: str) -> tuple[Any, str]:
     return filesystem, path
 
 
-def _of_folder(given: str, files: Sequence[tuple[str, str]], filesystem: Any) -> Iterator[Source]:
-    """The files (name, path) of a folder that are of a known kind; hidden ones (. and _) are left out."""
+def _find_in_folder(given: str, files: Sequence[tuple[str, str]], filesystem: Any = None) -> Iterator[Source]:
+    """Find the files (name, path) of a known kind; hidden ones (. and _) are left out."""
     some = False
     for name, path in files:
         inner = PurePosixPath(name.removeprefix(given.rstrip("/"))).parts
@@ -178,13 +183,13 @@ def _of_folder(given: str, files: Sequence[tuple[str, str]], filesystem: Any) ->
             some = True
             yield _source(name, path, filesystem)
     if not some:
-        raise InputError(f"{given} holds no input: use {_NAMED_KINDS}")
+        raise InputError(f"{given} contains no input: use {_NAMED_KINDS}")
 
 
-def _source(name: str, path: str, filesystem: Any) -> Source:
+def _source(name: str, path: str, filesystem: Any = None) -> Source:
     kind, compression = _kind(path)
     if kind not in KINDS or (compression and kind == ".parquet"):
-        raise InputError(f"{name} has a name of no known kind: use {_NAMED_KINDS}, {_ALSO}")
+        raise InputError(f"{name} is not of a known kind: use {_NAMED_KINDS}, each but .parquet also as .gz or .zst")
     # File names need not be valid Unicode; what is written to Parquet has to be.
     return Source(_unicode(name), path, kind, compression, filesystem=filesystem)
 
@@ -205,7 +210,7 @@ def _unicode(text: str) -> str:
 
 
 def _partition(source: Source, columns: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    """What the folders called key=value on the way to a file say of its rows."""
+    """Return what folders called key=value on the way to a file say of its rows."""
     if "=" not in source.path:
         return ()
     import pyarrow as pa
