@@ -6,6 +6,7 @@ import errno
 import sys
 import time
 import traceback
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -123,3 +124,13 @@ def print_table(console: Console, names: Sequence[str], rows: Iterable[Sequence[
         table.add_row(*row)
     console.print()
     console.print(table)
+
+
+def printable(text: str) -> str:
+    """Spell out characters that could drive the terminal; a prompt may bring them."""
+    return "".join(
+        character
+        if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+        else ascii(character)[1:-1]
+        for character in text
+    )

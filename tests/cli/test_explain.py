@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 from headrift import explain as module
 from headrift import signal
 from headrift.cli import app
-from headrift.explain import explain, printable, show
+from headrift.explain import Explanation, explain, show
+from headrift.signal import ScoreRange, Window
+from headrift.terminal import printable
 
 
 @pytest.fixture
@@ -41,8 +43,8 @@ def parts_of(run: Path) -> list[dict]:
     return pq.read_table(run / "part-00000.parquet").to_pylist()
 
 
-def ask(run: Path, wanted: str):
-    return CliRunner().invoke(app, ["explain", str(run), "--id", wanted], env={"COLUMNS": "80"})
+def ask(run: Path, row_id: str):
+    return CliRunner().invoke(app, ["explain", str(run), "--id", row_id], env={"COLUMNS": "80"})
 
 
 def test_what_is_printed(run):
@@ -97,7 +99,7 @@ def test_a_run_without_texts_says_so(run):
 def test_a_redacted_run_says_so(run):
     done = ask(run("--redact"), "r1")
     assert done.exit_code == 0
-    assert "prompt and answer were not kept: the run was told to keep none (--redact)" in done.stdout
+    assert "prompt and answer were not kept: the run left texts out (--redact)" in done.stdout
 
 
 def test_a_row_without_a_score(run):
@@ -135,22 +137,28 @@ def test_rows_that_are_not_there(run, wanted, says):
 
 def test_folders_that_are_no_runs(tmp_path):
     done = ask(tmp_path, "x")
-    assert (done.exit_code, "is no run (no run.json)" in done.stderr) == (2, True)
+    assert (done.exit_code, "is not a run" in done.stderr) == (2, True)
     (tmp_path / "run.json").write_text("{")
     assert "run.json cannot be read" in ask(tmp_path, "x").stderr
     (tmp_path / "run.json").write_text('{"settings": {}}')
-    assert "has no parts: no row of this run was scored" in ask(tmp_path, "x").stderr
-    (tmp_path / "part-00000.parquet").write_text("nothing")
-    assert "cannot be read" in ask(tmp_path, "x").stderr
+    assert "run.json cannot be read" in ask(tmp_path, "x").stderr
+
+
+def test_parts_that_are_missing_or_damaged(run):
+    out = run()
+    (out / "part-00000.parquet").write_text("nothing")
+    assert "cannot be read" in ask(out, "r1").stderr
+    (out / "part-00000.parquet").unlink()
+    assert "has no parts" in ask(out, "r1").stderr
 
 
 def test_many_layers_and_steps_fit_the_terminal():
     n_steps, n_layers = 65, 96
     values = np.random.default_rng(0).random((n_steps, n_layers)) / 2
     row = {"id": "x", "source": "s", "row": 1, "label": None, "category": None, "flags": [], "score": 0.2}
-    of = module.Explained(row, values, values, signal.Window(1, 64), (24, 81), 50.0, 10, False, False)
+    explanation = Explanation(row, values, values, ScoreRange(Window(1, 64)), 50.0, 10, False, False)
     console = Console(width=80, record=True, file=io.StringIO())
-    show(console, of)
+    show(console, explanation)
     lines = console.export_text().splitlines()
     assert max(map(len, lines)) <= 80
     assert len(lines) < 55

@@ -225,9 +225,9 @@ def test_of_a_folder_is_of_all_its_parts_and_rejects(tmp_path):
 def test_of_very_many_rows_some_are_kept_and_counts_are_of_all(monkeypatch):
     records = many(2000)
     exact = summary_of(*records)
-    monkeypatch.setattr(summaries, "_MOST_OF_CLASS", 300)
+    monkeypatch.setattr(summaries, "_MAX_OF_CLASS", 300)
     found = summary_of(*records)
-    assert (exact.sampled, found.sampled) == ("", ", from 300 rows a class")
+    assert (exact.sampled, found.sampled) == ("", ", from 300 rows per class")
     assert found.counts() == exact.counts()
     for name, of in exact.by_class().items():
         kept = found.by_class()[name]
@@ -242,7 +242,7 @@ def test_of_very_many_rows_some_are_kept_and_counts_are_of_all(monkeypatch):
 
 
 def test_repeats_do_not_crowd_out_other_prompts(monkeypatch):
-    monkeypatch.setattr(summaries, "_MOST_OF_CLASS", 50)
+    monkeypatch.setattr(summaries, "_MAX_OF_CLASS", 50)
     often = [make_record(1, "attack", 0.3)] * 500 + [make_record(n, "attack", 0.2) for n in range(2, 30)]
     (found,) = summary_of(*often, make_record(99, "benign", 0.1)).comparisons()
     assert (found.n_attack, found.n_benign) == (29, 1)

@@ -1,7 +1,7 @@
-"""A calibration at work in a run: whether it is for the run's model, and what it says of the rows in the end.
+"""A calibration in a run: whether it is for the run's model, and what it says of all rows at the end.
 
-What it says of each row, `flagged` and `p_value`, is in the parts (see scoring.Scoring). From these comes the list of
-rows of which few are benign, in two passes over the parts: memory is flat in their number.
+Each row's `flagged` and `p_value` are in the parts. The review list of rows of which few are benign is made from them
+in two passes over the parts: memory is flat in the number of rows.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from headrift.calibration.settings import CalibrationError
 from headrift.calibration.verdicts import Drift, cutoff, drift
 from headrift.runs.folder import atomic_path
+from headrift.runs.parts import column_types
 from headrift.runs.reading import read_batches
 from headrift.stats import exact_interval
 from headrift.terminal import print_table
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
     from headrift.calibration.record import Calibration
 
 LIST = "flagged-fdr.parquet"
-FDR = 0.1  # the fraction of rows on the list that may be benign, on average
-_ON_LIST = ["id", "source", "row", "score", "p_value"]
+FDR = 0.1  # fraction of the rows on the review list that may be benign, on average
+_LIST_COLUMNS = ["id", "source", "row", "score", "p_value"]
 _CLASSES = {"attack": "attack (found: TPR)", "benign": "benign (flagged: FPR)", "unlabelled": "unlabelled"}
 _SCORES_OF = {
     "benign": "benign scores",
@@ -42,27 +43,29 @@ _SCORES_OF = {
 
 
 def differences(calibration: Calibration, identity: Mapping[str, Any]) -> list[str]:
-    """What of the model in a run's identity (see ScoreJob) is not as in the runs that were calibrated on, in words;
-    before the engine has said what it is, as far as that is known."""
+    """Name, in words, what differs between the calibration's model and the one in a run's identity.
+
+    Before the engine has started, only what is known of it is compared.
+    """
     known = {"fingerprint": identity["model"]["fingerprint"], **(identity["engine"] or {})}
     same = {name: value for name, value in known.items() if name in type(calibration.model).model_fields}
     return calibration.model.differences(calibration.model.model_copy(update=same))
 
 
 def check(calibration: Calibration, identity: Mapping[str, Any], *, anyway: bool) -> list[str]:
-    """The differences; CalibrationError where there are any, unless it is to be used anyway."""
-    found = differences(calibration, identity)
-    if found and not anyway:
-        verb = "differs" if len(found) == 1 else "differ"
+    """Return the differences. CalibrationError if there are any, unless the calibration is to be used anyway."""
+    differs = differences(calibration, identity)
+    if differs and not anyway:
+        verb = "differs" if len(differs) == 1 else "differ"
         raise CalibrationError(
-            f"--calibration is for something else than this run: {' and '.join(found)} {verb}. Calibrate on runs of "
+            f"--calibration is for something else than this run: {' and '.join(differs)} {verb}. Calibrate on runs of "
             "this model and template; or give --calibration-anyway, and its promise does not hold"
         )
-    return found
+    return differs
 
 
 def particulars(calibration: Calibration, differs: list[str]) -> dict[str, Any]:
-    """What run.json says of the calibration itself. differs: see check."""
+    """Return what run.json says of the calibration itself; `differs` is what `check` returned."""
     setting = calibration.setting
     return {
         "sha256": calibration.sha256,
@@ -75,8 +78,13 @@ def particulars(calibration: Calibration, differs: list[str]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Flagged:
-    """Of a class: rows and how many of them are flagged; distinct prompts (at most 20,000, drawn) and how many of them
-    are, with the 95% interval of that rate (exact, Clopper-Pearson)."""
+    """How many rows, and how many distinct prompts, of a class are flagged.
+
+    Attributes:
+        rows, flagged: All rows, and the flagged ones.
+        prompts, prompts_flagged: Distinct prompts (at most 20,000, sampled), and the flagged ones.
+        interval: Exact 95% interval of the prompts' rate.
+    """
 
     rows: int
     flagged: int
@@ -86,16 +94,23 @@ class Flagged:
 
     @property
     def rate(self) -> float:
-        """The fraction of distinct prompts that are flagged."""
+        """Fraction of the distinct prompts that are flagged."""
         return self.prompts_flagged / self.prompts
 
 
 class Judged:
     """What a calibration says of the rows in a folder's parts, which have its columns.
 
-    prompt_scores: of each class (attack, benign, unlabelled) that has rows, the scores of its distinct prompts, NaN for
-    none. flagged: by class. cutoff: the highest p-value on the list, None where nothing is on it; listed: how many rows
-    are. drift: of the class `drift_of`, None without benign and unlabelled rows.
+    Args:
+        folder: The run's folder.
+        calibration: The one that the parts were written with.
+        prompt_scores: See `Summary.prompt_scores`.
+
+    Attributes:
+        flagged: Counts by class.
+        cutoff: The highest p-value on the review list; None if the list is empty.
+        listed: How many rows are on it.
+        drift: Of the scores of the class `drift_of`; None without benign and unlabelled rows.
     """
 
     def __init__(
@@ -124,56 +139,49 @@ class Judged:
             self.drift = drift(prompt_scores[self.drift_of], calibration, _SCORES_OF[self.drift_of])
 
     def numbers(self) -> dict[str, Any]:
-        """The figures for run.json."""
-        by_class = {name: {**asdict(of), "rate": of.rate} for name, of in self.flagged.items()}
+        """Return what run.json keeps."""
+        by_class = {name: {**asdict(counts), "rate": counts.rate} for name, counts in self.flagged.items()}
         listed = {"rate": FDR, "rows": self.listed, "highest_p_value": self.cutoff, "file": LIST}
         moved = None if self.drift is None else {"of": self.drift_of, **asdict(self.drift)}
         return {"flagged": by_class, "fdr_list": listed, "drift": moved}
 
     def write_list(self) -> None:
-        """Write the rows on the list, in their order, to flagged-fdr.parquet. OSError where that fails."""
-        fields = pa.schema(
-            {
-                "id": pa.string(),
-                "source": pa.string(),
-                "row": pa.int64(),
-                "score": pa.float64(),
-                "p_value": pa.float64(),
-            }
-        )
+        """Write the rows of the review list, in their order, to flagged-fdr.parquet. OSError if that fails."""
+        types = {**column_types(), "p_value": pa.float64()}
+        schema = pa.schema({name: types[name] for name in _LIST_COLUMNS})
         with (
             atomic_path(self._folder / LIST) as temporary,
-            pq.ParquetWriter(temporary, fields, compression="zstd") as writer,
+            pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
         ):
-            for batch in read_batches(self._folder, _ON_LIST) if self.cutoff is not None else ():
+            for batch in read_batches(self._folder, _LIST_COLUMNS) if self.cutoff is not None else ():
                 on_list = batch.filter(pc.less_equal(batch["p_value"], self.cutoff))
                 if len(on_list):
                     writer.write_batch(on_list)
 
     def print(self, console: Console) -> None:
-        """Print what is flagged, how long the list is, and whether scores have drifted."""
+        """Print what is flagged, how long the review list is, and whether scores have drifted."""
         rows = [
             (
                 _CLASSES[name],
-                f"{of.rows:,}",
-                f"{of.flagged:,}",
-                f"{of.rate:.1%}",
-                f"{of.interval[0]:.1%}-{of.interval[1]:.1%}",
+                f"{counts.rows:,}",
+                f"{counts.flagged:,}",
+                f"{counts.rate:.1%}",
+                f"{counts.interval[0]:.1%}-{counts.interval[1]:.1%}",
             )
-            for name, of in self.flagged.items()
+            for name, counts in self.flagged.items()
         ]
         head = f"score >= {self._calibration.threshold:.6f}"
         print_table(console, (head, "rows", "flagged", "of prompts", "95% interval"), rows)
-        said = f"{LIST} has {self.listed:,} rows, of which on average at most {FDR:.0%} are benign"
+        text = f"{LIST}: review list of {self.listed:,} rows, at most {FDR:.0%} expected false alarms"
         if not self.listed:
-            said += f": p-values begin at 1/{self._calibration.scores.n + 1:,} here, and too few rows have so low a one"
+            text = f"{LIST} is empty: too few calibration prompts for a {FDR:.0%} false-discovery list"
         if self.drift is not None and self.drift.warning is not None:
-            said += "; as the scores have drifted, that does not hold here"
-        _print(console, said)
+            text += "; as the scores have drifted, that does not hold here"
+        _print(console, text)
         self.print_warnings(console)
 
     def print_warnings(self, console: Console) -> None:
-        """Say whether scores have drifted."""
+        """Warn if scores have drifted."""
         if self.drift is not None and self.drift.warning is not None:
             _print(console, f"Warning: {self.drift.warning}")
 

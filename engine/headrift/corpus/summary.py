@@ -1,7 +1,7 @@
 """The closing table: what became of the rows, and how well the score tells attacks from benign prompts.
 
-Made from the parts and rejects on disk, so that a resumed run has the same one. Counts and means are of all rows; what
-needs the rows themselves (medians, the figure, AUROC) of at most 20,000 a class, drawn by a hash: memory is flat.
+Made from the parts and rejects on disk, so that a resumed run has the same one. Counts and means are over all rows;
+medians, the figure and AUROC are over at most 20,000 rows per class, chosen by a hash: memory is flat.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ SCORE = "score (no score: lowest)"
 SCORED = "score, scored rows only"
 _CLASSES = (*LABELS, None)
 _MAX_CATEGORIES = 1000
-_MOST_OF_CLASS = 20_000  # rows, or distinct prompts, that are kept of a class
+_MAX_OF_CLASS = 20_000  # rows, or distinct prompts, kept per class
 COLUMNS = ["label", "category", "score", "reason", "prompt_tokens", "answer_tokens", "n_steps", "group", "system_hash"]
 _OTHER = "(other)"
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Attacks against benign prompts, repeats counted once: how many, and what each measure says (see separation)."""
+    """Attacks against benign prompts, repeats counted once: how many, and how well each measure separates them."""
 
     title: str
     n_attack: int
@@ -46,46 +46,54 @@ class Comparison:
     measures: dict[str, Separation]
 
     def numbers(self) -> dict[str, Any]:
-        """The figures for run.json."""
+        """Return what run.json keeps."""
         measures = {name: measure.numbers() for name, measure in self.measures.items()}
         return {"title": self.title, "attack": self.n_attack, "benign": self.n_benign, "measures": measures}
 
 
 class _Sample:
-    """Rows with the smallest keys, at most _MOST_OF_CLASS of them; of rows with the same key the first. As keys are
-    hashes, that is a fair draw, and the same whichever way the rows came in pieces."""
+    """The rows with the smallest keys, at most _MAX_OF_CLASS of them; of rows with the same key the first.
+
+    As keys are hashes, that is a fair sample, and the same however the rows were divided into batches.
+    """
 
     def __init__(self) -> None:
         self._columns: dict[str, NDArray[Any]] = {}
         self.full = False
 
     def add(self, key: NDArray[np.uint64], **columns: NDArray[Any]) -> None:
-        """Further rows, the columns alike in length."""
-        given = {"key": key, **columns}
+        """Add rows: keys [n] and columns [n]."""
+        joined = {"key": key, **columns}
         if self._columns:
-            given = {name: np.concatenate([self._columns[name], column]) for name, column in given.items()}
-        first = np.unique(given["key"], return_index=True)[1]
-        self.full |= len(first) > _MOST_OF_CLASS
-        self._columns = {name: column[first[:_MOST_OF_CLASS]] for name, column in given.items()}
+            joined = {name: np.concatenate([self._columns[name], column]) for name, column in joined.items()}
+        first = np.unique(joined["key"], return_index=True)[1]
+        self.full |= len(first) > _MAX_OF_CLASS
+        self._columns = {name: column[first[:_MAX_OF_CLASS]] for name, column in joined.items()}
 
     def in_order(self, name: str) -> NDArray[Any]:
-        """A column, in the order in which the rows came."""
+        """Return a column, in the order in which the rows were added."""
         return self._columns[name][np.argsort(self._columns["order"])] if self._columns else np.array([])
 
 
 class _Class:
-    """What is kept of a class of rows."""
+    """What is kept of the rows of one class."""
 
     def __init__(self) -> None:
         self.n = self.n_scored = self.n_early = 0
-        self.total = 0.0  # of the scores
+        self.score_sum = 0.0
         self.rows, self.prompts = _Sample(), _Sample()
 
 
 class Summary:
-    """Accumulates one run's rows: `add` for those in the parts, `reject` for the others.
+    """Counts and samples of a run's rows: `add` those in the parts, `reject` the others.
 
-    last_step: the window's last step; an answer without it stopped early. judged: what a calibration says of the rows.
+    Args:
+        last_step: The window's last step; an answer that does not reach it stopped early.
+
+    Attributes:
+        no_score: How many rows have no score, by reason.
+        rejects: How many rows were rejected, by reason.
+        judged: What a calibration says of the rows; None without one.
     """
 
     def __init__(self, last_step: int = 0) -> None:
@@ -99,7 +107,7 @@ class Summary:
 
     @classmethod
     def of_folder(cls, folder: Path, last_step: int, calibration: Calibration | None = None) -> Summary:
-        """The summary of all parts and rejects in a folder. calibration: the one that the parts were written with."""
+        """Summarise all parts and rejects in a folder, whose parts were written with the calibration, if any."""
         from headrift.corpus.judging import Judged
         from headrift.runs.reading import read_batches
 
@@ -112,7 +120,7 @@ class Summary:
         return summary
 
     def add_rejects(self, folder: Path) -> None:
-        """All rejects in a folder."""
+        """Count all rejects in a folder."""
         import pyarrow.parquet as pq
 
         for path in sorted(folder.glob("rejects-*.parquet")):
@@ -120,35 +128,35 @@ class Summary:
                 self.reject(count["values"], count["counts"])
 
     def add(self, batch: pa.RecordBatch) -> None:
-        """Rows of a part, with COLUMNS as parts.part_schema has them."""
+        """Add rows of a part, which have COLUMNS."""
         named = {name: batch.column(name) for name in COLUMNS}
         labels, scores = named["label"].to_pylist(), named["score"].to_numpy(zero_copy_only=False).astype(np.float64)
         self.no_score.update(reason for reason in named["reason"].to_pylist() if reason is not None)
         classes = np.array([_CLASSES.index(label) for label in labels], np.int8)
-        group, system = (_numbers(named[name].to_pylist()) for name in ("group", "system_hash"))
-        order = np.arange(self._n_through, self._n_through + len(classes), dtype=np.uint64)
+        group, system = (_parse_hashes(named[name].to_pylist()) for name in ("group", "system_hash"))
+        order = np.arange(self._n_added, self._n_added + len(classes), dtype=np.uint64)
         columns = {
             "order": order,
             "score": scores,
-            "category": np.array([self._number(name) for name in named["category"].to_pylist()], np.int32),
+            "category": np.array([self._category_number(name) for name in named["category"].to_pylist()], np.int32),
             "group": group,
             **{name: named[name].to_numpy() for name in ("prompt_tokens", "answer_tokens", "n_steps")},
         }
         for number, of_class in enumerate(self._classes):
-            mine = classes == number
-            if not mine.any():
+            selected = classes == number
+            if not selected.any():
                 continue
-            there = mine & ~np.isnan(scores)
-            of_class.n += int(mine.sum())
-            of_class.n_scored += int(there.sum())
-            of_class.n_early += int((columns["n_steps"][mine] < self._last_step).sum())
-            of_class.total += float(scores[there].sum())
-            kept = {name: column[mine] for name, column in columns.items()}
-            of_class.rows.add(_mixed(order[mine]), **{name: kept[name] for name in ("order", "score", "category")})
-            of_class.prompts.add(_mixed(group[mine] ^ _mixed(system[mine])), **kept)
+            scored = selected & ~np.isnan(scores)
+            of_class.n += int(selected.sum())
+            of_class.n_scored += int(scored.sum())
+            of_class.n_early += int((columns["n_steps"][selected] < self._last_step).sum())
+            of_class.score_sum += float(scores[scored].sum())
+            kept = {name: column[selected] for name, column in columns.items()}
+            of_class.rows.add(_hash(order[selected]), **{name: kept[name] for name in ("order", "score", "category")})
+            of_class.prompts.add(_hash(group[selected] ^ _hash(system[selected])), **kept)
         self._comparisons = None
 
-    def _number(self, category: str | None) -> int:
+    def _category_number(self, category: str | None) -> int:
         numbers = self._category_numbers
         if category not in numbers and len(numbers) >= _MAX_CATEGORIES:
             hard = category is not None and category.startswith(HARD)
@@ -156,17 +164,17 @@ class Summary:
         return numbers.setdefault(category, len(numbers))
 
     def reject(self, reason: str, n: int = 1) -> None:
-        """Rows that went into the rejects."""
+        """Count rows that went into the rejects."""
         self.rejects[reason] += n
 
     @property
-    def _n_through(self) -> int:
+    def _n_added(self) -> int:
         return sum(of_class.n for of_class in self._classes)
 
     @property
     def rows(self) -> int:
-        """Rows that came by, rejects included."""
-        return self._n_through + self.rejects.total()
+        """All rows, rejects included."""
+        return self._n_added + self.rejects.total()
 
     @property
     def scored(self) -> int:
@@ -175,81 +183,83 @@ class Summary:
 
     @property
     def sampled(self) -> str:
-        """Where not every row is kept: how many are, in words that follow others."""
+        """If not every row is kept: how many are, as words that follow others."""
         full = any(of_class.rows.full or of_class.prompts.full for of_class in self._classes)
-        return f", from {_MOST_OF_CLASS:,} rows a class" if full else ""
+        return f", from {_MAX_OF_CLASS:,} rows per class" if full else ""
 
     def numbers(self) -> dict[str, Any]:
-        """The figures for run.json."""
-        found: dict[str, Any] = {"counts": self.counts(), "classes": self.by_class()}
-        found["comparisons"] = [comparison.numbers() for comparison in self.comparisons()]
-        return found | ({} if self.judged is None else {"judged": self.judged.numbers()})
+        """Return what run.json keeps."""
+        numbers: dict[str, Any] = {"counts": self.counts(), "classes": self.by_class()}
+        numbers["comparisons"] = [comparison.numbers() for comparison in self.comparisons()]
+        return numbers | ({} if self.judged is None else {"judged": self.judged.numbers()})
 
     def counts(self) -> dict[str, Any]:
-        """How many rows there are, have a score, and have none or were rejected, by reason."""
+        """Count all rows, those with a score and, by reason, those without one and those rejected."""
         reasons = {"no_score": dict(self.no_score), "rejected": dict(self.rejects)}
         return {"rows": self.rows, "scored": self.scored, **reasons}
 
     def by_class(self) -> dict[str, dict[str, float | int | None]]:
-        """Of each class with rows (attack, benign, unlabelled): n, and as fractions of it coverage (those with a score)
-        and early (answers that end before the window does); mean and median score, None without scores."""
-        found: dict[str, dict[str, float | int | None]] = {}
+        """Describe each class with rows: attack, benign, unlabelled.
+
+        Returns:
+            `n`; as fractions of it `coverage` (rows with a score) and `early` (answers that end before the window);
+            `mean` and `median` score, None without scores.
+        """
+        classes: dict[str, dict[str, float | int | None]] = {}
         for label, of_class in zip(_CLASSES, self._classes, strict=True):
             if not of_class.n:
                 continue
             scores = of_class.rows.in_order("score")
-            there = scores[~np.isnan(scores)]
-            found[label or "unlabelled"] = {
+            valid = scores[~np.isnan(scores)]
+            classes[label or "unlabelled"] = {
                 "n": of_class.n,
                 "coverage": of_class.n_scored / of_class.n,
                 "early": of_class.n_early / of_class.n,
-                "mean": of_class.total / of_class.n_scored if of_class.n_scored else None,
-                "median": float(np.median(there)) if len(there) else None,
+                "mean": of_class.score_sum / of_class.n_scored if of_class.n_scored else None,
+                "median": float(np.median(valid)) if len(valid) else None,
             }
-        return found
+        return classes
 
     def prompt_scores(self) -> dict[str, NDArray[np.float64]]:
-        """Of each class with rows (attack, benign, unlabelled) the scores, NaN for none, of its distinct prompts: rows
-        alike in group and system prompt count once (the first of them)."""
+        """Return the scores of each class's distinct prompts, NaN without one; classes without rows are left out.
+
+        Rows with the same group and system prompt count once, the first of them.
+        """
         named = zip((*LABELS, "unlabelled"), self._classes)
         return {name: of_class.prompts.in_order("score") for name, of_class in named if of_class.n}
 
     def by_category(self) -> dict[tuple[str, str], NDArray[np.float64]]:
-        """The scores, NaN for none, of each class and category that has rows, in order of first appearance."""
-        found = {}
+        """Return the scores of each class and category with rows, NaN without one, in order of first appearance."""
+        groups = {}
         for label, of_class in zip(_CLASSES, self._classes, strict=True):
             scores, categories = (of_class.rows.in_order(name) for name in ("score", "category"))
             for category, number in self._category_numbers.items():
-                of_both = scores[categories == number]
-                if len(of_both):
-                    found[label or "unlabelled", category or ""] = of_both
-        return found
+                in_category = scores[categories == number]
+                if len(in_category):
+                    groups[label or "unlabelled", category or ""] = in_category
+        return groups
 
     def samples(self) -> dict[str, NDArray[np.int64]]:
-        """Of each class with rows (attack, benign, unlabelled) the rows that stand for its distinct prompts in the
-        comparisons: numbers from 0, in the order in which rows were added."""
-        found = {}
-        for label, of_class in zip(_CLASSES, self._classes, strict=True):
-            if of_class.n:
-                found[label or "unlabelled"] = of_class.prompts.in_order("order").astype(np.int64)
-        return found
+        """Return the row numbers, from 0, of each class's distinct prompts, as the comparisons use them."""
+        named = zip((*LABELS, "unlabelled"), self._classes)
+        return {name: one.prompts.in_order("order").astype(np.int64) for name, one in named if one.n}
 
     def comparisons(self) -> list[Comparison]:
-        """Attacks against all benign prompts and, where some are hard and some not, against those that are not.
+        """Compare attacks with all benign prompts and, if only some of these are hard, with those that are not.
 
-        Rows alike in group, system prompt and label count once (the first of them). None unless both classes are there.
+        Rows with the same group, system prompt and label count once, the first of them. Empty without both classes.
         """
         if self._comparisons is None:
             hard = {number for name, number in self._category_numbers.items() if name and name.startswith(HARD)}
             is_hard = np.isin(self._classes[LABELS.index("benign")].prompts.in_order("category"), list(hard))
-            found = [self._compare("Attack against benign", np.ones(len(is_hard), np.bool_))]
+            comparisons = [self._compare("Attack against benign", np.ones(len(is_hard), np.bool_))]
             if is_hard.any() and not is_hard.all():
-                found.append(self._compare("Attack against benign that is not hard", ~is_hard))
-            self._comparisons = [comparison for comparison in found if comparison is not None]
+                comparisons.append(self._compare("Attack against benign that is not hard", ~is_hard))
+            self._comparisons = [comparison for comparison in comparisons if comparison is not None]
         return self._comparisons
 
     def _compare(self, title: str, benign: NDArray[np.bool_]) -> Comparison | None:
-        """All attacks against those of the benign prompts."""
+        """Compare all attacks with some of the benign prompts."""
         attacks, others = (self._classes[LABELS.index(label)].prompts for label in ("attack", "benign"))
 
         def both(name: str) -> NDArray[Any]:
@@ -261,24 +271,31 @@ class Summary:
         attack = np.arange(n_attack + n_benign) < n_attack
         groups, scores = np.unique(both("group"), return_inverse=True)[1], both("score")
         measures = {SCORE: separation(scores, attack, groups)}
-        there = ~np.isnan(scores)
-        if 0 < attack[there].sum() < there.sum():
-            common = np.unique(groups[there], return_inverse=True)[1]
-            measures[SCORED] = separation(scores[there], attack[there], common)
+        valid = ~np.isnan(scores)
+        if 0 < attack[valid].sum() < valid.sum():
+            common = np.unique(groups[valid], return_inverse=True)[1]
+            measures[SCORED] = separation(scores[valid], attack[valid], common)
         confounds = {"prompt length": "prompt_tokens", "answer length": "answer_tokens", "number of steps": "n_steps"}
         for name, column in confounds.items():
             measures[name] = separation(both(column).astype(np.float64), attack, groups)
         return Comparison(title, n_attack, n_benign, measures)
 
     def print(self, console: Console, *, rows: int, start_seconds: float, score_seconds: float) -> None:
-        """Print the tables. rows: how many the engine answered now, in score_seconds; start_seconds: to start it."""
+        """Print the tables.
+
+        Args:
+            console: Where to.
+            rows: How many rows the engine answered this time.
+            start_seconds: What starting it took.
+            score_seconds: What answering took.
+        """
         self.print_counts(console, rows=rows, start_seconds=start_seconds, score_seconds=score_seconds)
         self._print_comparisons(console)
         if self.judged is not None:
             self.judged.print(console)
 
     def print_counts(self, console: Console, *, rows: int, start_seconds: float, score_seconds: float) -> None:
-        """What became of the rows, and of each class."""
+        """Print what became of the rows, and of each class."""
 
         def line(name: str, n: int, more: str = "") -> None:
             console.print(f"{name:<10}{n:>9,}  {more}".rstrip(), markup=False, highlight=False)
@@ -290,9 +307,10 @@ class Summary:
             line(name, reasons.total(), ", ".join(f"{reason} {n:,}" for reason, n in reasons.most_common()))
 
         classes = []
-        for name, of in self.by_class().items():
-            fractions = (f"{of[key]:.1%}" for key in ("coverage", "early"))
-            classes.append((name, f"{of['n']:,}", *fractions, _digits(of["mean"]), _digits(of["median"])))
+        for name, values in self.by_class().items():
+            fractions = (f"{values[key]:.1%}" for key in ("coverage", "early"))
+            row = (name, f"{values['n']:,}", *fractions, _digits(values["mean"]), _digits(values["median"]))
+            classes.append(row)
         if classes:
             print_table(console, ("", "rows", "with score", "stop early", "mean score", "median"), classes)
 
@@ -303,32 +321,32 @@ class Summary:
             console.print(f"{comparison.title}: {n_attack} against {n_benign}", markup=False, highlight=False)
             names = ("", "AUROC", "95% interval", f"TPR at {TARGET_FPR:.0%} FPR", "95% interval")
             measures = [
-                (name, f"{of.auroc:.3f}", _range(of.auroc_interval), f"{of.tpr:.3f}", _range(of.tpr_interval))
-                for name, of in comparison.measures.items()
+                (name, f"{one.auroc:.3f}", _range(one.auroc_interval), f"{one.tpr:.3f}", _range(one.tpr_interval))
+                for name, one in comparison.measures.items()
             ]
             print_table(console, names, measures)
         if self.comparisons():
-            note = f"Higher counts as attack, repeats count once, no score is never flagged{self.sampled}."
+            note = f"Higher counts as attack, repeats count once, rows without a score are never flagged{self.sampled}."
             console.print(f"\n{note}", markup=False, highlight=False)
 
     def print_warnings(self, console: Console) -> None:
-        """Whether scores have drifted from the calibration's."""
+        """Warn if scores have drifted from the calibration's."""
         if self.judged is not None:
             self.judged.print_warnings(console)
 
 
-def _numbers(hashes: Iterable[str]) -> NDArray[np.uint64]:
+def _parse_hashes(hashes: Iterable[str]) -> NDArray[np.uint64]:
     return np.array([int(text, 16) for text in hashes], np.uint64)
 
 
-def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """A hash of each number (splitmix64), for a draw that does not hang on what the numbers are."""
+def _hash(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Hash each number (splitmix64), so that a sample does not depend on what the numbers are."""
     with np.errstate(over="ignore"):
         x = values + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed: NDArray[np.uint64] = x ^ (x >> np.uint64(31))
-        return mixed
+        hashed: NDArray[np.uint64] = x ^ (x >> np.uint64(31))
+        return hashed
 
 
 def _range(interval: Bounds | None) -> str:

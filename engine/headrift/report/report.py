@@ -14,11 +14,11 @@ from headrift._version import __version__
 from headrift.calibration.record import Calibration
 from headrift.calibration.settings import CalibrationError
 from headrift.calibration.side_by_side import side_by_side
-from headrift.explain import printable
 from headrift.fail_terms import FailTerms
 from headrift.report import comparisons, html, plots, sections
 from headrift.report.gather import ReportData, Say, common_range, gather, open_runs
 from headrift.report.measure import by_run
+from headrift.terminal import printable
 
 _NOT_OPTIONS = {"system_prompt", "system_prompt_sha256"}
 

@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrift.corpus.summary import SCORE, SCORED, Comparison
-from headrift.explain import printable
 from headrift.figures import Curve
 from headrift.report import html, measure, plots
 from headrift.report.gather import Floats, ReportData
 from headrift.stats import TARGET_FPR, Separation, exact_interval
+from headrift.terminal import printable
 
 _LOW_FPR = 0.1
 _MOST_TEXT = 600  # characters of a prompt or an answer
