@@ -99,7 +99,7 @@ def test_which_rows_stand_out(data):
 
 
 def test_of_many_rows_a_draw_is_read(write, tmp_path, monkeypatch):
-    monkeypatch.setattr(summaries, "_MOST_OF_CLASS", 30)
+    monkeypatch.setattr(summaries, "_MAX_OF_CLASS", 30)
     data = read(write(tmp_path / "run"))
     assert {label: int(data.samples.in_class(label).sum()) for label in data.classes} == {"attack": 30, "benign": 30}
     assert data.summary.by_class()["benign"]["n"] == 70

@@ -150,7 +150,7 @@ def test_redacted_with_a_calibration(write, tmp_path, monkeypatch):
     runs = [write(tmp_path / name, 20, 80, seed=seed) for seed, name in enumerate(("one", "two"))]
     made = calibrate([open_run(runs[0])], CalibrationSettings(window=Window(3, 5), resamples=0))
     made.save(tmp_path / "c.json")
-    monkeypatch.setattr(summaries, "_MOST_OF_CLASS", 60)
+    monkeypatch.setattr(summaries, "_MAX_OF_CLASS", 60)
     out = tmp_path / "r.html"
     config = ReportConfig(out, tmp_path / "c.json", redact=True, fail_terms=("terribly secret",), resamples=0)
     Report(runs, config).write()
