@@ -308,7 +308,7 @@ def test_what_is_held_out_is_never_trained_on(questions):
     with pytest.raises(ValueError, match="nothing is left to train on"):
         split(texts, held_out=sorted({w.family for w in library()}))
     with pytest.raises(ValueError, match="not between 0 and 1"):
-        split(texts, question_part=1.0)
+        split(texts, fraction=1.0)
 
 
 def test_pairs_without_a_family_are_held_out_by_question():

@@ -1,1 +1,1 @@
-"""Does a model attend to the question when a wrapper stands around it? Measured in bulk, and trained for."""
+"""Attention consistency: measure how a wrapper around a question moves attention, and train against it."""

@@ -47,11 +47,6 @@ class Wrapper:
         """Whether it names the wrong answer."""
         return _WRONG in self.text
 
-    def wrap(self, question: str, wrong: str) -> tuple[str, int]:
-        """The wrapped question, and where the question begins in it."""
-        before, after = (part.replace(_WRONG, wrong) for part in self.text.split(_QUESTION))
-        return before + question + after, len(before)
-
 
 @dataclass(frozen=True, slots=True)
 class Question:
@@ -97,14 +92,14 @@ def wrap(questions: Sequence[Question]) -> list[PairText]:
 
 
 def _pair_text(question: Question, wrapper: Wrapper) -> PairText:
-    wrapped, begin = wrapper.wrap(question.prompt, question.key.wrong or "")
+    before, after = (part.replace(_WRONG, question.key.wrong or "") for part in wrapper.text.split(_QUESTION))
     return PairText(
         id=f"{question.id}:{wrapper.name}",
         question=question.id,
         clean=question.prompt,
-        wrapped=wrapped,
+        wrapped=before + question.prompt + after,
         core=question.prompt,
-        wrapped_at=begin,
+        wrapped_at=len(before),
         system=question.system,
         key=question.key,
         family=wrapper.family,
@@ -116,10 +111,7 @@ def _pair_text(question: Question, wrapper: Wrapper) -> PairText:
 
 
 def read_pairs(inputs: Sequence[str], columns: Mapping[str, str] | None = None) -> PairInputs:
-    """Read the pairs and questions of files, globs and folders.
-
-    Args:
-        columns: what the files call a key.
+    """Read the pairs and questions of files, globs and folders. columns: what the files call a key.
 
     Raises:
         InputError: a file cannot be used at all, or there is neither a pair nor a question.
@@ -250,27 +242,23 @@ class Split:
 def split(
     pairs: Iterable[PairText],
     seed: int = 0,
-    question_part: float = QUESTION_PART,
-    held_out: Sequence[str] | None = None,
+    fraction: float = QUESTION_PART,
+    held_out: Iterable[str] | None = None,
 ) -> Split:
-    """Hold out a fraction of the questions, and families.
-
-    Args:
-        seed: draws the questions, and the family by default.
-        held_out: families; default: one of them if there are several.
+    """Hold out a fraction of the questions, and families (default: one of them if there are several), by seed.
 
     Raises:
         ValueError: a family is not among the pairs, or nothing would be left to train on or to evaluate with.
     """
     pairs = list(pairs)
     questions = sorted({pair.question for pair in pairs})
-    if not 0 < question_part < 1:
-        raise ValueError(f"--held-out-questions {question_part:g} is not between 0 and 1")
+    if not 0 < fraction < 1:
+        raise ValueError(f"--held-out-questions {fraction:g} is not between 0 and 1")
     draw, known = random.Random(seed), pair_families(pairs)
     # Drawn even if it is not used, so that the same questions are drawn either way.
     one = [draw.choice(known)] if len(known) > 1 else []
     check_families("--held-out-family", held_out or (), pairs)
-    n = round(question_part * len(questions))
+    n = round(fraction * len(questions))
     result = Split(frozenset(draw.sample(questions, n)), frozenset(one if held_out is None else held_out))
     for is_member, purpose in ((result.is_trained, "train on"), (result.is_held_out, "evaluate with")):
         if not any(map(is_member, pairs)):

@@ -87,11 +87,7 @@ class Measurements:
 
 
 class EvaluationJob:
-    """One evaluation.
-
-    Raises:
-        ValueError: the folder or the model cannot be used; before the model is loaded.
-    """
+    """One evaluation. ValueError if the folder or the model cannot be used, before the model is loaded."""
 
     def __init__(self, config: EvaluationConfig) -> None:
         self.config = config
@@ -111,16 +107,9 @@ class EvaluationJob:
         self.max_tokens: int = about["answer_tokens"]
         same = ("system_prompt", "columns", "split_seed", "held_out_questions", "limit")
         families = tuple(held_out["families"])
-        data = load_data(
-            DataConfig(
-                inputs=tuple(about["inputs"]),
-                model=self.model,
-                held_out_families=families,
-                **{name: about[name] for name in same},
-            ),
-            facts,
-            self.max_tokens,
-        )
+        of_training = {name: about[name] for name in same}
+        of_data = DataConfig(tuple(about["inputs"]), self.model, held_out_families=families, **of_training)
+        data = load_data(of_data, facts, self.max_tokens)
         self._tokenizer = data.renderer.tokenizer
         self._by_state: dict[str, Measurements] = {}
         self.families = frozenset(families)
@@ -328,16 +317,17 @@ def print_evaluation(result: Mapping[str, Any]) -> None:
     console.print(f"{result['questions']} held-out questions; held-out families: {held_out}", markup=False)
     rows = [(label, *_cells(result["held_out"][name], "change")) for name, label in MEASURES.items()]
     rows.append(("perplexity", *_cells(result["perplexity"], "ratio")))
-    print_table(console, ("", *STATES, "change (ratio)", "verdict"), rows)
+    print_table(console, ("", *STATES, "change (ratio) [95%]", "verdict"), rows)
     families = [
         (f"{name}{' (held out)' if estimates['held_out'] else ''}", *_cells(estimates["flipped"], "change"))
         for name, estimates in result["families"].items()
     ]
-    print_table(console, (MEASURES["flipped"], *STATES, "change", "verdict"), families)
+    print_table(console, (MEASURES["flipped"], *STATES, "change [95%]", "verdict"), families)
 
 
 def _cells(estimates: Mapping[str, Any], change: str) -> tuple[str, ...]:
-    """Before, after, the change or ratio, and whether the interval shows one."""
+    """Before and after, the change or ratio with its interval, and whether that shows one."""
+    states = ("-" if estimates[state] is None else f"{estimates[state]['value']:.3f}" for state in STATES)
     bounds = None if estimates[change] is None else estimates[change]["interval"]
     verdict = {None: "not shown", 1: "up", -1: "down"}[side(bounds, 1 if change == "ratio" else 0)]
-    return (*(cell(estimates[name]) for name in (*STATES, change)), verdict)
+    return (*states, cell(estimates[change]), verdict)

@@ -66,11 +66,7 @@ class ForwardPass:
 
 
 def load_model(folder: Path) -> Any:
-    """Load a model in float32 with the attention function here, on the GPU if there is one.
-
-    Raises:
-        UnsupportedModelError: see `install`.
-    """
+    """Load a model in float32 and `install` its attention function, on the GPU if there is one."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -82,11 +78,7 @@ def load_model(folder: Path) -> Any:
 
 
 def install(model: Any) -> None:
-    """Set a transformers model's attention function to the one here.
-
-    Raises:
-        UnsupportedModelError: the model caps attention scores or has attention sinks.
-    """
+    """Set a transformers model's attention function; UnsupportedModelError if it caps scores or has sinks."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -138,7 +130,6 @@ def forward_batch(
 
     Args:
         decoder: the model without its head, after `install`.
-        prompts: token ids.
         queries: per prompt, positions of query tokens.
         states, content: keep those too (see ForwardPass).
     """
@@ -204,16 +195,12 @@ def _attend(
 def softmax_rows(
     query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float, queries: torch.Tensor
 ) -> torch.Tensor:
-    """Attention rows of one prompt, softmax(q k^T * scaling), in at least float32.
+    """Attention rows [heads, n, tokens] of one prompt, softmax(q k^T * scaling), in at least float32.
 
     Args:
-        query: [heads, at least tokens, dim].
-        key: [kv_heads, tokens, dim], each for heads / kv_heads heads in a row.
+        query, key: [heads, at least tokens, dim] and [kv_heads, tokens, dim].
         mask: [at least tokens, at least tokens], True for keys that a query may see; None for all up to itself.
         queries: [n] positions.
-
-    Returns:
-        [heads, n, tokens].
     """
     import torch
 
@@ -221,10 +208,7 @@ def softmax_rows(
     # Heads that share a key head become more queries of it, so that K is not repeated.
     picked = query[:, queries].unflatten(0, (key.shape[0], -1)).flatten(1, 2)
     scores = torch.matmul(picked, key.transpose(1, 2)).unflatten(1, (-1, len(queries))).flatten(0, 1) * scaling
-    if mask is None:
-        visible = torch.arange(n_keys, device=key.device) <= queries[:, None]
-    else:
-        visible = mask[queries, :n_keys]
+    visible = torch.arange(n_keys, device=key.device) <= queries[:, None] if mask is None else mask[queries, :n_keys]
     scores = scores.masked_fill(~visible, -torch.inf)
     wide = torch.promote_types(scores.dtype, torch.float32)
     assert scores.shape == (n_heads, len(queries), n_keys)
@@ -238,16 +222,10 @@ def generate(
     max_tokens: int,
     on_done: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
-    """Answer prompts greedily, many at a time.
-
-    The same prompts in the same order give the same answers.
-
-    Args:
-        prompts: token ids.
-        on_done: called with the number of prompts that were answered, as they are.
+    """Answer prompts greedily, many at a time; the same prompts in the same order give the same answers.
 
     Returns:
-        Token ids per prompt, at most `max_tokens`, with the token that ended the answer.
+        Token ids per prompt, with the token that ended the answer.
     """
     import torch
 

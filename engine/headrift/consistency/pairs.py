@@ -122,11 +122,8 @@ class Pair:
 
     @property
     def first_query(self) -> int:
-        """Index of the first common token after a token that is not common.
-
-        By causality all common tokens before it attend alike in both prompts, so i >= first_query are the query rows to
-        compare.
-        """
+        """Index of the first common token after one that is not: by causality those before it attend alike, so
+        i >= first_query are the query rows to compare."""
         clean, wrapped = self.clean_positions, self.wrapped_positions
         index = np.arange(len(clean))
         # Before the first token that is not common, the n-th common token is the n-th token of both prompts.
@@ -172,7 +169,7 @@ class PairRenderer:
         self._renderer = ChatRenderer(tokenizer, max_prompt_tokens=max_tokens)
         self._system_prompt = system_prompt
         # A question has many wrappers, and its clean prompt is rendered once.
-        self._rendered = lru_cache(maxsize=64)(self._render_one)
+        self._rendered = lru_cache(64)(lambda user, system: self._renderer.render(chat_messages(user, system)))
 
     def render(self, text: PairText) -> Pair:
         """Render and align a pair.
@@ -193,12 +190,9 @@ class PairRenderer:
         if clean.token_ids == wrapped.token_ids:
             raise PromptError("identical_pair", "`clean` and `wrapped` have the same tokens: add a wrapper")
         core = _longest_run(clean, clean_core, wrapped, wrapped_core)
-        head, tail = _head(clean, wrapped), _tail(clean, wrapped)
+        head, tail = _head_and_tail(clean, wrapped)
         if not tail.length:
-            raise PromptError(
-                "no_common_end",
-                "the model's chat template ends the two prompts with different tokens, which cannot be aligned",
-            )
+            raise PromptError("no_common_end", "the model's chat template ends the two prompts with different tokens")
         return Pair(
             id=text.id,
             question=text.question,
@@ -223,9 +217,6 @@ class PairRenderer:
                 yield self.render(text)
             except PromptError as error:
                 yield RejectedPair(text.id, text.source, text.row, error.reason, str(error))
-
-    def _render_one(self, user: str, system: str) -> RenderedPrompt:
-        return self._renderer.render(chat_messages(user, system))
 
     def _core_span(self, rendered: RenderedPrompt, user: str, core: str, at: int | None, name: str) -> Span:
         """The tokens that overlap the core's characters in the user's text."""
@@ -260,17 +251,12 @@ def _longest_run(clean: RenderedPrompt, clean_span: Span, wrapped: RenderedPromp
     return CommonRun(clean_span[0] + match.a, wrapped_span[0] + match.b, match.size)
 
 
-def _head(clean: RenderedPrompt, wrapped: RenderedPrompt) -> CommonRun:
-    """The common tokens before the user's text."""
-    ends = clean.regions["user"][0], wrapped.regions["user"][0]
-    return CommonRun(0, 0, _n_equal(clean.token_ids[: ends[0]], wrapped.token_ids[: ends[1]]))
-
-
-def _tail(clean: RenderedPrompt, wrapped: RenderedPrompt) -> CommonRun:
-    """The common tokens after the user's text, from the last one backwards."""
-    starts = clean.regions["user"][1], wrapped.regions["user"][1]
-    n = _n_equal(clean.token_ids[starts[0] :][::-1], wrapped.token_ids[starts[1] :][::-1])
-    return CommonRun(len(clean.token_ids) - n, len(wrapped.token_ids) - n, n)
+def _head_and_tail(clean: RenderedPrompt, wrapped: RenderedPrompt) -> tuple[CommonRun, CommonRun]:
+    """The common tokens before the user's text, from the first on, and after it, from the last one backwards."""
+    (clean_start, clean_end), (wrapped_start, wrapped_end) = clean.regions["user"], wrapped.regions["user"]
+    head = _n_equal(clean.token_ids[:clean_start], wrapped.token_ids[:wrapped_start])
+    tail = _n_equal(clean.token_ids[clean_end:][::-1], wrapped.token_ids[wrapped_end:][::-1])
+    return CommonRun(0, 0, head), CommonRun(len(clean.token_ids) - tail, len(wrapped.token_ids) - tail, tail)
 
 
 def _n_equal(one: Sequence[int], other: Sequence[int]) -> int:

@@ -130,13 +130,8 @@ class _PairRun:
     def __init__(
         self, engine: ProbedEngine, groups: Iterator[list[Pair]], steps: int, answer_tokens: int, *, replay: bool
     ) -> None:
-        self._engine, self._groups, self._steps, self._tokens, self._replay = (
-            engine,
-            groups,
-            steps,
-            answer_tokens,
-            replay,
-        )
+        self._engine, self._groups, self._replay = engine, groups, replay
+        self._steps, self._tokens = steps, answer_tokens
         self._free = list(range(engine.row_references))
         self._in_flight: deque[_Group] = deque()
 

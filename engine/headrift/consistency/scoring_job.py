@@ -55,9 +55,7 @@ _COLUMNS = (
     ("distance clean_instability wrapped_instability clean_focus wrapped_focus", _FLOAT),
     ("distance_l2 distance_tv clean_mass wrapped_mass", pa.list_(pa.float32())),
 )
-_REJECT_SCHEMA = pa.schema(
-    [(name, _COUNT if name == "row" else _STRING) for name in (f.name for f in fields(RejectedPair))]
-)
+_REJECT_SCHEMA = pa.schema([(f.name, _COUNT if f.name == "row" else _STRING) for f in fields(RejectedPair)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +82,7 @@ class ConsistencyConfig:
 
 class ScoringJob:
     """Scores pairs into the folder `config.out`: parts, rejects.parquet (what cannot be scored, with the reason) and
-    summary.json (settings, versions and the summary).
-
-    Raises:
-        ValueError: the config cannot be used (JobError, InputError, LoraError, ModelError); before the model is loaded.
-        EngineError: vLLM cannot load the adapter, or the engine did not start.
-    """
+    summary.json. ValueError or EngineError if the config cannot be used, before the model is loaded."""
 
     def __init__(self, config: ConsistencyConfig, verbose: bool = False) -> None:
         self.config, self._verbose = config, verbose
@@ -109,12 +102,8 @@ class ScoringJob:
             first = self.rejected[0]
             raise JobError(f"none of {len(texts)} pairs can be scored; {first.id}: {first.detail}")
         self._decode = tokenizer.decode
-        about = {
-            "model": str(config.model),
-            "lora": None if config.lora is None else str(config.lora),
-            "inputs": list(config.inputs),
-            "versions": versions(),
-        }
+        adapter = None if config.lora is None else str(config.lora)
+        about = {"model": str(config.model), "lora": adapter, "inputs": list(config.inputs), "versions": versions()}
         self._parts = ResumableParts(config.out, SUMMARY, self._settings(), about, resume=config.resume)
         if self.rejected and not self._parts.resumed:
             self._parts.write_records(REJECTS, map(asdict, self.rejected), _REJECT_SCHEMA)
@@ -153,24 +142,15 @@ class ScoringJob:
             schema = part_schema(*self._shape, config.steps)
             with self._engine(keys_needed(pairs, config.steps)) as engine:
                 begin = time.monotonic()
-                with closing(
-                    score_pairs(
-                        engine,
-                        pairs,
-                        steps=config.steps,
-                        answer_tokens=config.answer_tokens,
-                        answers=config.answers,
-                        on_pairs=on_pairs,
-                    )
-                ) as scores:
+                how: Any = {"answer_tokens": config.answer_tokens, "answers": config.answers, "on_pairs": on_pairs}
+                with closing(score_pairs(engine, pairs, steps=config.steps, **how)) as scores:
                     records = (record(score, self._decode) for score in scores)
                     for name in missing:
                         self._parts.write_records(name, islice(records, len(parts[name])), schema)
                 seconds = time.monotonic() - begin
         summary = summarise(self._parts.read(parts), config.seed)
-        return self._parts.write_summary(
-            {"engine_seconds": round(seconds, 2), "rejected": len(self.rejected), **summary}
-        )
+        counts = {"engine_seconds": round(seconds, 2), "rejected": len(self.rejected)}
+        return self._parts.write_summary({**counts, **summary})
 
     def _engine(self, keys: int) -> ProbedEngine:
         config = self.config

@@ -19,12 +19,12 @@ from headrift.terminal import print_table
 # What may predict that an answer flips, and its label. The wrapper's length is the baseline.
 PREDICTORS = {
     "distance": "attention distance, TV",
-    "core_mass_lost": "attention that the core loses",
+    "core_mass_lost": "attention the core loses",
     "wrapped_instability": "instability, wrapped",
     "instability_change": "instability, wrapped - clean",
     "wrapped_focus": "focus, wrapped",
     "focus_change": "focus, wrapped - clean",
-    "wrapper_tokens": "length of the wrapper, tokens",
+    "wrapper_tokens": "length of the wrapper",
 }
 # Means over all pairs and of each family.
 RATES = {
@@ -37,13 +37,10 @@ RATES = {
 
 
 def summarise(table: pa.Table, seed: int = 0) -> dict[str, Any]:
-    """Summarise scored pairs (rows of `scoring_job.schema`) as plain values.
+    """Summarise scored pairs (rows of `scoring_job.part_schema`) as plain values.
 
-    Returns:
-        predicts_flips: by predictor, the AUROC of flipped against other pairs with its interval (below 0.5, flipped
-            pairs have the lower values); None if none or all of the pairs with a value flip.
-        all, families: means of RATES.
-        by_layer: mean distance over steps, and masses on core, wrapper and system at step 0.
+    `predicts_flips` has the AUROC of flipped against other pairs: below 0.5, flipped pairs have the lower values.
+    `by_layer` has mean distances over steps, and masses at step 0.
     """
     values = _values(table)
     question = np.unique(np.array(table["question"].to_pylist()), return_inverse=True)[1]
@@ -93,7 +90,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         print_table(console, ("family", RATES["flipped"], RATES["distance"]), rows)
     predictors = [(label, summary["predicts_flips"][name]) for name, label in PREDICTORS.items()]
     rows = [(label, cell(own, "auroc"), f"{own['pairs']:,}", _verdict(own)) for label, own in predictors]
-    print_table(console, ("which answers flip, told by", "AUROC [95%]", "pairs", "verdict"), rows)
+    print_table(console, ("which answers flip", "AUROC [95%]", "pairs", "verdict"), rows)
 
 
 def cell(estimate: Mapping[str, Any] | None, key: str = "value") -> str:

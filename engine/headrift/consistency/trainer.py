@@ -84,11 +84,7 @@ class TrainResult:
 
 
 class TrainingJob:
-    """One training.
-
-    Raises:
-        ValueError: the config cannot be used (JobError, InputError, LoraError, ModelError); before the model is loaded.
-    """
+    """One training. ValueError if the config cannot be used, before the model is loaded."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
@@ -147,14 +143,12 @@ class TrainingJob:
 
     def _about(self) -> dict[str, Any]:
         data = self.config.data
+        names = ("system_prompt", "split_seed", "held_out_questions", "limit")
         return {
             "model": str(data.model),
             "inputs": list(data.inputs),
             "columns": dict(data.columns or {}),
-            "system_prompt": data.system_prompt,
-            "split_seed": data.split_seed,
-            "held_out_questions": data.held_out_questions,
-            "limit": data.limit,
+            **{name: getattr(data, name) for name in names},
             "answer_tokens": self.config.answer_tokens,
             "versions": versions(),
         }
@@ -236,16 +230,15 @@ class Trainer:
             sums[losses.KEEP] = float(kept.detach())
             total += self._config.keep * sums[losses.KEEP]
         torch.nn.utils.clip_grad_norm_(self._weights.values(), _MAX_NORM)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._config.learning_rate * _schedule(self.step + 1)
+        for param_group in self._optimizer.param_groups:
+            param_group["lr"] = self._config.learning_rate * _schedule(self.step + 1)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return {"step": self.step, "loss": total, **sums, "pairs": [pair.id for pair in pairs]}
 
     def pair_losses(self, pairs: Sequence[Pair]) -> list[dict[str, torch.Tensor]]:
-        """The losses of each pair that have a weight, by name; one pass over all wrapped prompts, one over all clean
-        ones."""
+        """Each pair's losses with a weight, by name; one pass over all wrapped prompts, one over all clean ones."""
         import torch
 
         weights = {name: weight for name, weight in self._config.weights.items() if weight}

@@ -1,1 +1,1 @@
-"""Which attention heads a model's refusals hang on: every head ablated in turn, as rows of the engine's batches."""
+"""Attention heads that refusals depend on: ablated one by one, or together, in the engine's batches."""

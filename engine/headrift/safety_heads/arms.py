@@ -55,17 +55,13 @@ class PairedDifference:
 
 @dataclass(frozen=True, slots=True)
 class ArmAnswers:
-    """What an arm answered.
-
-    refused, changed: [queries]. same_tokens: [queries] leading tokens shared with the clean answer. log_likelihood:
-    [passages] of the neutral text, in nats.
-    """
+    """What an arm answered."""
 
     heads: tuple[Head, ...]
-    refused: Bools
-    same_tokens: NDArray[np.int64]
-    changed: Bools
-    log_likelihood: Floats
+    refused: Bools  # [queries]
+    same_tokens: NDArray[np.int64]  # [queries] leading tokens shared with the clean answer
+    changed: Bools  # [queries]
+    log_likelihood: Floats  # [passages] of the neutral text, in nats
 
 
 @dataclass(frozen=True, slots=True)

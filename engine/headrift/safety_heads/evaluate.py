@@ -107,12 +107,7 @@ class Evaluation:
 
 class EvaluateJob:
     """Evaluates chosen heads into the folder `config.out`: evaluate.json, answers.parquet (a row per query and arm) and
-    arms.png.
-
-    Raises:
-        ValueError: the config cannot be used (JobError, InputError, ModelError); before the model is loaded.
-        EngineError: the engine did not start.
-    """
+    arms.png. ValueError if the config cannot be used, before the model is loaded."""
 
     def __init__(self, config: EvaluateConfig):
         self.config = config

@@ -27,35 +27,26 @@ DRAWS = 200
 
 @dataclass(frozen=True, slots=True)
 class HeadSetScore:
-    """The score of a set of heads against that of all heads.
-
-    rank_correlation: Spearman's. auroc: attacks against benign prompts, None if a class is missing. of_draws: values
-    are means over draws of heads, and intervals the range of 95% of the draws, not 95% intervals over prompts.
-    """
+    """The score of a set of heads against that of all heads."""
 
     heads: str
-    rank_correlation: Interval
-    auroc: Interval | None
-    of_draws: bool
+    rank_correlation: Interval  # Spearman's
+    auroc: Interval | None  # attacks against benign prompts, None if a class is missing
+    of_draws: bool  # means over draws of heads, with the range of 95% of the draws instead of an interval over prompts
 
 
 @dataclass(frozen=True, slots=True)
 class Instability:
-    """What chosen heads contribute to the scores of a run.
-
-    prompts: number of prompts with a score. layers: [first, end) that the score is the mean of. heads: those of the
-    first `top` that are in these layers. variance: their fraction of the variance over heads, mean over the prompts.
-    variance_of_draws: that of as many heads of the same layers. p_value: how often those have as much or more.
-    """
+    """What chosen heads contribute to the scores of a run."""
 
     run: str
-    prompts: int
-    layers: tuple[int, int]
+    prompts: int  # with a score
+    layers: tuple[int, int]  # [first, end) that the score is the mean of
     top: int
-    heads: list[Head]
-    variance: float
-    variance_of_draws: Interval
-    p_value: float
+    heads: list[Head]  # those of the first `top` that are in these layers
+    variance: float  # their fraction of the variance over heads, mean over the prompts
+    variance_of_draws: Interval  # that of as many heads of the same layers
+    p_value: float  # how often those have as much or more
     lines: list[HeadSetScore]
 
     def to_json(self) -> dict[str, Any]:
@@ -73,19 +64,6 @@ class Instability:
         return {**fields, "variance_of_draws": _to_json(self.variance_of_draws), "lines": lines}
 
 
-@dataclass(frozen=True, slots=True)
-class _Scores:
-    """Scores of V sets of heads and n prompts.
-
-    full: [n], of all heads. without, alone: [V, n], without a set and of it alone. variance: [V, n], its fraction.
-    """
-
-    full: Floats
-    without: Floats
-    alone: Floats
-    variance: Floats
-
-
 def instability(run: Path, scores: Path, top: int, draws: int = DRAWS, seed: int = 0) -> Instability:
     """Compare the first `top` heads of a run of `ships` or `sahara` with the scores of a run of `headrift score`.
 
@@ -101,7 +79,7 @@ def instability(run: Path, scores: Path, top: int, draws: int = DRAWS, seed: int
     heads = _scored_heads(leading, scored, run, top, first, end)
     rows = read_rows([scored])
     sets = _head_sets(heads, (end - first, scored.model.heads or 1), first, draws, np.random.default_rng(seed))
-    selected, set_scores = _score_sets(scored, sets, rows.counts["n_steps"])
+    selected, full, without, alone, variance = _score_sets(scored, sets, rows.counts["n_steps"])
     label = rows.label[selected]
     labelled = label != UNLABELLED
     attack = label[labelled] == ATTACK
@@ -109,7 +87,7 @@ def instability(run: Path, scores: Path, top: int, draws: int = DRAWS, seed: int
     has_both_classes = bool(attack.any()) and not attack.all()
 
     def compare(name: str, values: Floats, of_draws: bool = False) -> HeadSetScore:
-        correlations = [_spearman(set_scores.full, one) for one in np.atleast_2d(values)]
+        correlations = [_spearman(full, one) for one in np.atleast_2d(values)]
         auroc = None
         if has_both_classes and of_draws:
             auroc = _over_draws([separation(one[labelled], attack, groups, resamples=0).auroc for one in values])
@@ -120,7 +98,7 @@ def instability(run: Path, scores: Path, top: int, draws: int = DRAWS, seed: int
         return HeadSetScore(name, correlation, auroc, of_draws)
 
     n = len(heads)
-    variance = set_scores.variance.mean(axis=1)
+    variance = variance.mean(axis=1)
     return Instability(
         run=str(scores),
         prompts=len(selected),
@@ -131,11 +109,11 @@ def instability(run: Path, scores: Path, top: int, draws: int = DRAWS, seed: int
         variance_of_draws=_over_draws(variance[1:]),
         p_value=float((1 + (variance[1:] >= variance[0]).sum()) / (1 + draws)),
         lines=[
-            compare("all heads", set_scores.full),
-            compare(f"without the first {n}", set_scores.without[0]),
-            compare(f"without {n} at random", set_scores.without[1:], True),
-            compare(f"the first {n} alone", set_scores.alone[0]),
-            compare(f"{n} at random alone", set_scores.alone[1:], True),
+            compare("all heads", full),
+            compare(f"without the first {n}", without[0]),
+            compare(f"without {n} at random", without[1:], True),
+            compare(f"the first {n} alone", alone[0]),
+            compare(f"{n} at random alone", alone[1:], True),
         ],
     )
 
@@ -183,8 +161,8 @@ def _head_sets(
     return np.stack([chosen, *(random.permuted(chosen, axis=1) for _ in range(draws))])
 
 
-def _score_sets(scored: Run, sets: Bools, n_steps: NDArray[np.int32]) -> tuple[Ints, _Scores]:
-    """The numbers of the rows that have a score, and their scores."""
+def _score_sets(scored: Run, sets: Bools, n_steps: NDArray[np.int32]) -> tuple[Ints, Floats, Floats, Floats, Floats]:
+    """The numbers of the n rows with a score; their scores [n]; and as of `_score_row`, for V sets, [V, n] each."""
     selected, scores = [], []
     for number, row in reading.rows([scored], np.arange(len(n_steps)), ["shares"]):
         if row.shares is None:
@@ -196,7 +174,8 @@ def _score_sets(scored: Run, sets: Bools, n_steps: NDArray[np.int32]) -> tuple[I
     if not scores:
         raise JobError(f"{scored.name} has no row with a score")
     full, *by_set = zip(*scores)
-    return np.array(selected), _Scores(np.array(full), *(np.stack(values, axis=1) for values in by_set))
+    without, alone, variance = (np.stack(values, axis=1) for values in by_set)
+    return np.array(selected), np.array(full), without, alone, variance
 
 
 def _score_row(

@@ -86,12 +86,7 @@ class HeadsConfig:
 
 
 class HeadsJob:
-    """Queries, heads and the folder `config.out` of a job.
-
-    Raises:
-        ValueError: the config cannot be used (JobError, InputError, ModelError); before the model is loaded.
-        EngineError: the engine did not start.
-    """
+    """Queries, heads and folder of a job. ValueError if the config cannot be used, before the model is loaded."""
 
     result_file: ClassVar[str]
 
@@ -173,7 +168,7 @@ class ShipsResult:
 
 class ShipsJob(HeadsJob):
     """Scores queries into the folder: scores/ (a Parquet file per query, a row per head), ships.json (settings,
-    versions and the ranking) and heatmap.png. Raises as `HeadsJob`."""
+    versions and the ranking) and heatmap.png."""
 
     result_file = SHIPS_FILE
 
@@ -248,10 +243,7 @@ class SaharaResult:
 
 class SaharaJob(HeadsJob):
     """Searches into the folder: angles/ (Parquet, a row per step and head), sahara.json (settings, versions, the chosen
-    heads and the ranking of each step) and heatmap.png (of step 1). Raises as `HeadsJob`.
-
-    It may be resumed with more steps.
-    """
+    heads and the ranking of each step) and heatmap.png (of step 1). It may be resumed with more steps."""
 
     result_file = SAHARA_FILE
 
