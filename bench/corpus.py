@@ -277,7 +277,7 @@ def ratios(model: Path) -> dict[str, Any]:
         for case, (options, more) in RATIOS.items()
     }
     for case, other in (("shared", "unshared"), ("replay", "generate")):
-        over = {of: results[other][of] / results[case][of] for of in ("seconds", "cpu_seconds")}
+        over = {clock: results[other][clock] / results[case][clock] for clock in ("seconds", "cpu_seconds")}
         results[f"{case}_over_{other}"] = over
     return results
 

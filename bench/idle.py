@@ -53,13 +53,17 @@ class Parts:
         builders = [builder for groups in runner.attn_groups for group in groups for builder in group.metadata_builders]
         self._classes = [(impl, type(impl), CPUAttentionBackendImpl) for impl in impls]
         self._classes += [(builder, type(builder), CPUAttentionMetadataBuilder) for builder in builders]
+        # A layer with nothing to do before or after attention has its method as an attribute.
+        self._forward = {impl: vars(impl)["forward"] for impl in impls if "forward" in vars(impl)}
         self._batch, self._front = runner.input_batch, llm_engine.input_processor
         self._lists = [
             (items, list(items), [each for each in items if not overhead.is_headrift(type(each).__module__)])
             for items in (self._batch.logitsprocs.argmax_invariant, self._batch.logitsprocs.non_argmax_invariant)
         ]
         self._needs_ids = self._batch.logitsprocs_need_output_token_ids
-        self._checks = {name: of for name, of in vars(self._front).items() if getattr(of, "func", None) is validate}
+        self._checks = {
+            name: check for name, check in vars(self._front).items() if getattr(check, "func", None) is validate
+        }
         unchanged = [part for part, ours, plain in self._classes if ours is plain]
         if unchanged or not builders or all(ours == plain for _, ours, plain in self._lists) or not self._checks:
             raise RuntimeError("headrift's parts of this engine are not where this script looks for them")
@@ -68,6 +72,11 @@ class Parts:
         """Put them into the engine or take them out."""
         for part, ours, plain in self._classes:
             part.__class__ = ours if present else plain
+        for impl, forward in self._forward.items():
+            if present:
+                impl.forward = forward
+            else:
+                vars(impl).pop("forward", None)
         for items, ours, plain in self._lists:
             items[:] = ours if present else plain
         self._batch.logitsprocs_need_output_token_ids = self._needs_ids and present
@@ -124,11 +133,7 @@ def in_one_process(settings: dict[str, Any], turns: int) -> list[dict[str, Any]]
             runs = utils.run_in_turns(arms, turns)
             overhead.check_work(case.name, {f"{arm} {i}": run for arm in runs for i, run in enumerate(runs[arm])})
             samples = utils.columns(runs, TIMES)
-            over = {
-                arm: {of: utils.median_ratio(samples[PLAIN][of], samples[arm][of]) for of in TIMES}
-                for arm in ARMS
-                if arm != PLAIN
-            }
+            over = {arm: utils.median_ratios(samples[PLAIN], samples[arm], TIMES) for arm in ARMS if arm != PLAIN}
             results.append({"name": case.name, "calls": calls, "over": over, "samples": samples})
             for arm, ratios in over.items():
                 print(f"one process, {case.name}: {arm}: {utils.cell(ratios['seconds'], 3)}", flush=True)
@@ -174,7 +179,7 @@ def compare(seconds: Mapping[str, list[list[float]]]) -> dict[str, Any]:
 def table(report: Mapping[str, Any]) -> list[str]:
     """Return the lines of the report's page."""
     one = [
-        [case["name"], arm, *(utils.cell(over[of], 3) for of in TIMES)]
+        [case["name"], arm, *(utils.cell(over[kind], 3) for kind in TIMES)]
         + [f"{case['calls'][arm]:,}; {case['calls'][PLAIN]}"]
         for case in report["one_process"]
         for arm, over in case["over"].items()

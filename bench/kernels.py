@@ -29,6 +29,7 @@ CONTEXTS = (64, 300, 1024, 4096)
 PAGE = 32
 # The largest K and V of one layer that is measured, in bytes: more needs more memory than a small machine has.
 MOST_BYTES = 1 << 30
+RATIOS = ("speedup", "mass_over_plain")
 
 
 def make_arms(batch: int, context: int, heads: int, kv_heads: int, head_dim: int) -> dict[str, Callable[[], None]]:
@@ -73,7 +74,7 @@ def make_arms(batch: int, context: int, heads: int, kv_heads: int, head_dim: int
     unmeasured = measured.copy()
     unmeasured[:, SLOT] = -1
     attention = PagedAttention(mass, 0, cache, bounds, scale=scale)
-    with_mass, without = Queries.of(measured, PAGE), Queries.of(unmeasured, PAGE)
+    with_mass, without = Queries.ratio(measured, PAGE), Queries.ratio(unmeasured, PAGE)
 
     def ours(queries: Queries, into: torch.Tensor | None) -> Callable[[], None]:
         return lambda: attention.attend(query, table, queries, output=into)
@@ -116,7 +117,7 @@ def instructions() -> str:
 
 def table(report: Mapping[str, Any]) -> list[str]:
     """Return the lines of the report's page."""
-    means, machine, rows = report["geometric_means"], report["machine"], []
+    means, host, rows = report["geometric_means"], report["machine"], []
     for case in report["cases"]:
         us = case["microseconds"]
         times = [us["vllm"], us["plain"], us["mass"], us["vllm"] + us["mass_only"]]
@@ -125,8 +126,7 @@ def table(report: Mapping[str, Any]) -> list[str]:
         rows.append(row)
     head = ["heads", "batch", "keys", "vLLM", "ours, no masses", "ours", "apart", "vLLM / ours", "masses on / off"]
     return [
-        f"# The CPU kernel and vLLM's own operation: {machine['cpu']}, {machine['cores']} cores, "
-        f"{machine['instructions']}",
+        f"# The CPU kernel and vLLM's own operation: {host['cpu']}, {host['cores']} cores, {host['instructions']}",
         "",
         "Made by `bench/kernels.py`; microseconds a call, lower quartiles. **apart**: vLLM's operation, then a pass",
         "over K for the masses, as a backend would do that kept vLLM's operation.",
@@ -173,7 +173,7 @@ def main() -> None:
     report = {
         "machine": {**utils.host(), "instructions": instructions()},
         "versions": utils.versions(),
-        "geometric_means": {of: geometric_mean([case[of] for case in cases]) for of in ("speedup", "mass_over_plain")},
+        "geometric_means": {name: geometric_mean([case[name] for case in cases]) for name in RATIOS},
         "slower_than_apart": slower,
         "cases": cases,
     }

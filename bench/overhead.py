@@ -261,7 +261,9 @@ class Engine:
         if kind == PLAIN and loaded:
             raise RuntimeError(f"vLLM without headrift was to run here, and {loaded[0]} is loaded")
         config = self.engine.llm_engine.vllm_config
-        resolved = {name: str(getattr(getattr(config, part), name)) for part, of in _SECTIONS.items() for name in of}
+        resolved = {
+            name: str(getattr(getattr(config, part), name)) for part, names in _SECTIONS.items() for name in names
+        }
         gpu = {
             "attention_backend": str(config.attention_config.backend),
             "model_runner_v2": bool(config.use_v2_model_runner),
@@ -355,7 +357,7 @@ def engine_settings(model: Path, cases: tuple[Case, ...]) -> dict[str, Any]:
     from headrift.engine_setup import machine_defaults
 
     tokens = sum(case.kv_tokens for case in {(c.batch, c.context): c for c in cases}.values())
-    room = int(KV_ROOM * Shapes.of(model).kv_bytes(tokens, 4))
+    room = int(KV_ROOM * Shapes.read(model).kv_bytes(tokens, 4))
     longest = max(case.context + case.steps + 1 for case in cases)
     return {
         "model": str(model),
@@ -442,7 +444,7 @@ def evaluate(case: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
     for name, samples in case["samples"].items():
         seconds = float(np.median(samples["seconds"]))
         plain = case["samples"][PLAIN]
-        ratios = {of: utils.median_ratio(plain[of], samples[of]) for of in TIMES} if name != PLAIN else None
+        ratios = utils.median_ratios(plain, samples, TIMES) if name != PLAIN else None
         arms[name] = {
             "tokens_per_second": case["tokens"] / seconds,
             "prompts_per_second": case["batch"] / seconds,
@@ -463,11 +465,11 @@ def table(report: Mapping[str, Any]) -> list[str]:
             rates.append(f"{arm['peak_bytes'] / 1e9:.2f}")
             out = f"{arm['bytes_per_prompt']:,.0f}" + (f" (at most {case['bytes_bound']:,})" if arm["over"] else "")
             for plain, ratios in arm["over"].items() or [("", None)]:
-                cells = [utils.cell(ratios[of], 3) if ratios else "" for of in TIMES]
+                cells = [utils.cell(ratios[kind], 3) if ratios else "" for kind in TIMES]
                 rows.append([case["name"], name, plain, *cells, *rates, out])
     head = ["case", "arm", "over", "wall", "CPU", "decode steps", "tokens/s", "prompts/s", "peak GB"]
     worst = min(min(case["answers_equal"].values()) for case in report["cases"])
-    idle = max(max(of["idle_cpu_seconds"]) for case in report["cases"] for of in case["samples"].values())
+    idle = max(max(arm["idle_cpu_seconds"]) for case in report["cases"] for arm in case["samples"].values())
     return [
         utils.title(report, "What probing costs"),
         "",
@@ -490,7 +492,7 @@ def main() -> None:
     cases = tuple(c for c in (SHORT_CASES if args.short else CASES) if args.case in (None, c.name))
     if not cases:
         raise SystemExit(f"there is no case '{args.case}'; there are: {', '.join(c.name for c in CASES)}")
-    pairs, shapes = args.pairs or (4 if args.short else 20), Shapes.of(args.model)
+    pairs, shapes = args.pairs or (4 if args.short else 20), Shapes.read(args.model)
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     settings = engine_settings(args.model, cases)
     report = utils.new_report(args, pairs=pairs, settings=settings | {"model": args.model.name}, engines={}, cases=[])

@@ -419,7 +419,7 @@ def summary(case: Case, runs: list[dict[str, Any]], plain: list[dict[str, Any]])
 def overhead_table(cases: Mapping[str, Any]) -> list[str]:
     rows = [
         [name, arm, f"{result['ms_per_step']:.2f}", f"{result['tokens_per_second']:,.0f}"]
-        + [utils.cell(result[of], 3) for of in ("speed_over_plain", "steps_over_plain")]
+        + [utils.cell(result[speed], 3) for speed in ("speed_over_plain", "steps_over_plain")]
         for name, case in cases.items()
         for arm, result in case.get("arms", {}).items()
     ]

@@ -60,7 +60,7 @@ class Scored:
     def start(self, model: str, **options: Any) -> dict[str, Any]:
         from headrift import Scorer
 
-        self._shapes = Shapes.of(Path(model))
+        self._shapes = Shapes.read(Path(model))
         self._scorer = Scorer(model, repeat_bytes=0, **options)
         self._finished: list[Any] = []
         engine, step = self._scorer.engine, self._scorer.engine.step
@@ -415,7 +415,7 @@ def main() -> None:
 
     from headrift.preparing import load_tokenizer
 
-    prompts, shapes = render(rows, system, args.model), Shapes.of(args.model)
+    prompts, shapes = render(rows, system, args.model), Shapes.read(args.model)
     eos = load_tokenizer(str(args.model), False).eos_token_id
     every = list(range(len(rows)))
     kept: dict[str, dict[str, list]] = {}
@@ -444,14 +444,14 @@ def main() -> None:
                     _keep(kept.setdefault(name, {"masses": [], "answers": []}), ways.arrays(name), len(which))
             turns.append(samples)
             rates.append(utils.matrix_product_rates(shapes))
-            print({name: round(of["prompts"] / of["seconds"], 2) for name, of in samples.items()}, flush=True)
+            print({name: round(run["prompts"] / run["seconds"], 2) for name, run in samples.items()}, flush=True)
         for name in (name for name in ways.names if name not in SLOW):
             ways.run(name, every, keep=True)
             _keep(kept.setdefault(name, {"masses": [], "answers": []}), ways.arrays(name), len(every))
         names = ways.names
-    for of in kept.values():
-        of.setdefault("scores", scores_of(of["masses"], of["answers"], args.steps))
-    done = {name: tuple([t[name][of] for t in turns] for of in ("prompts", "seconds")) for name in names}
+    for way in kept.values():
+        way.setdefault("scores", scores_of(way["masses"], way["answers"], args.steps))
+    done = {name: tuple([t[name][column] for t in turns] for column in ("prompts", "seconds")) for name in names}
     report |= {
         "prompts": {
             "file": args.prompts.name,
@@ -487,9 +487,9 @@ def _keep(into: dict[str, list], arrays: dict[str, np.ndarray], n: int) -> None:
 
 def _ratio(ours: tuple[list[float], ...], theirs: tuple[list[float], ...]) -> dict[str, float]:
     """Of two ways' prompts and seconds by turn: the ratio of their rates over all, and the least and most of a turn."""
-    rates = [[n / seconds for n, seconds in zip(*of)] for of in (ours, theirs)]
+    rates = [[n / seconds for n, seconds in zip(*way)] for way in (ours, theirs)]
     each = [a / b for a, b in zip(*rates)]
-    over_all = [utils.over_all(*of)["all"] for of in (ours, theirs)]
+    over_all = [utils.over_all(*way)["all"] for way in (ours, theirs)]
     return {"all": over_all[0] / over_all[1], "low": min(each), "high": max(each)}
 
 

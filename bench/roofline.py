@@ -46,10 +46,7 @@ MODELS = {
     "Mistral-7B v0.3": Shapes(32, 4096, 32, 8, 128, 14336, 32768),
     "Llama-3-70B": Shapes(80, 8192, 64, 8, 128, 28672, 128256),
 }
-DEVICES = {
-    "H100 SXM": Device(3.35e12, 989e12, 80e9),
-    "MI300X": Device(5.3e12, 1307e12, 192e9),
-}
+DEVICES = {"H100 SXM": Device(3.35e12, 989e12, 80e9), "MI300X": Device(5.3e12, 1307e12, 192e9)}
 H200 = Device(4.8e12, 989e12, 141e9)
 
 
@@ -97,14 +94,14 @@ def extra_attention_bytes(traffic: dict[str, Any]) -> float:
 def extra_instructions(aot: dict[str, Any]) -> float:
     """Instructions in the loop over K and V with masses over those without: sm_90, heads of 128, 2,048 keys, split."""
     (compiled,) = [
-        of
-        for of in aot["compiled"]
-        if (of["target"], of["shape"]["kernel"], of["shape"]["head_dim"]) == ("sm_90", "decode", 128)
-        and of["shape"]["dtype"] == "bf16"
-        and not of["shape"]["cache"]
-        and of["shape"]["splits"] > 1
-        and of["shape"]["regions"] == REGIONS
-        and of["shape"]["flags"] == ["MASS"]
+        entry
+        for entry in aot["compiled"]
+        if (entry["target"], entry["shape"]["kernel"], entry["shape"]["head_dim"]) == ("sm_90", "decode", 128)
+        and entry["shape"]["dtype"] == "bf16"
+        and not entry["shape"]["cache"]
+        and entry["shape"]["splits"] > 1
+        and entry["shape"]["regions"] == REGIONS
+        and entry["shape"]["flags"] == ["MASS"]
     ]
     return compiled["ratios"][str(CONTEXT)]
 
@@ -248,7 +245,8 @@ def ships_table() -> list[str]:
             n = devices_needed(shapes, device, rows, prompt)
             loop = passes * forward(shapes, 1, 0, prompt).seconds(device, n)
             full, left = divmod(passes, rows)
-            batched = sum(forward(shapes, of, 0, prompt).seconds(device, n) for of in [rows] * full + [left] if of)
+            batched = full * forward(shapes, rows, 0, prompt).seconds(device, n)
+            batched += forward(shapes, left, 0, prompt).seconds(device, n) if left else 0.0
             lines.append(
                 [model, f"{n} x {name}", str(prompt), f"{passes:,}", f"{loop:.2f}", f"{batched:.2f}"]
                 + [f"{loop / batched:.1f}"]

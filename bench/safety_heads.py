@@ -96,7 +96,7 @@ def make_report(args, results: dict, queries: list[list[int]], n_heads: int, dty
     from scipy.stats import spearmanr
 
     ours, loop = (np.array(results["scores"][name]) for name in ("headrift", "loop"))
-    shapes = Shapes.of(args.model)
+    shapes = Shapes.read(args.model)
     rows = n_heads + 1
     flops = sum(rows * shapes.flops(len(ids), keys_attended(0, len(ids)), 1) for ids in queries)
     seconds = results["seconds"]

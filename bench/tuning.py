@@ -122,7 +122,7 @@ def compare(model: Path, changes: Sequence[Change], prompts: list[dict[str, str]
                 engines = {"without": default, "with": changed}
                 arms = {name: lambda child=child: child.call("run", rows=prompts) for name, child in engines.items()}
                 samples = utils.columns(utils.run_in_turns(arms, turns), TIMES)
-            ratios = {of: utils.median_ratio(samples["without"][of], samples["with"][of]) for of in TIMES}
+            ratios = utils.median_ratios(samples["without"], samples["with"], TIMES)
             results.append({"change": change.name, "ratios": ratios, "samples": samples})
             print(f"{change.name}: {utils.cell(ratios['seconds'], 3)}", flush=True)
     return results
@@ -143,7 +143,7 @@ def starts(model: Path, turns: int, short: bool) -> dict[str, list[float]]:
                 if name == COMPILING:
                     more = {"VLLM_CACHE_ROOT": str(Path(folder, str(turn)))}
                 seconds[name].append(_seconds_of(STARTS[name], model, environment | more))
-            print(f"starts, turn {turn}: " + ", ".join(f"{of[-1]:.1f}" for of in seconds.values()), flush=True)
+            print(f"starts, turn {turn}: " + ", ".join(f"{times[-1]:.1f}" for times in seconds.values()), flush=True)
     return seconds
 
 
@@ -157,7 +157,7 @@ def _seconds_of(code: str, model: Path, environment: dict[str, str]) -> float:
 
 def table(report: Mapping[str, Any]) -> list[str]:
     """Return the lines of the report's page."""
-    changes = [[row["change"], *(utils.cell(row["ratios"][of], 3) for of in TIMES)] for row in report["changes"]]
+    changes = [[row["change"], *(utils.cell(row["ratios"][kind], 3) for kind in TIMES)] for row in report["changes"]]
     starts = [[name, utils.cell(utils.spread(seconds))] for name, seconds in report["starts"].items()]
     return [
         utils.title(report, "What settings are worth"),

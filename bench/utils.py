@@ -193,6 +193,13 @@ def median_ratio(over: Sequence[float], under: Sequence[float], resamples: int =
     return {"median": float(np.median(ratios)), **bounds, "pairs": len(ratios)}
 
 
+def median_ratios(
+    over: Mapping[str, Sequence[float]], under: Mapping[str, Sequence[float]], names: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Return the median ratios of several values by name."""
+    return {name: median_ratio(over[name], under[name]) for name in names}
+
+
 def spread(samples: Sequence[float]) -> dict[str, float]:
     """Return median, least and most."""
     return {"median": statistics.median(samples), "low": min(samples), "high": max(samples)}
@@ -355,7 +362,7 @@ class Shapes:
     tied: bool = False
 
     @classmethod
-    def of(cls, model: Path) -> Shapes:
+    def read(cls, model: Path) -> Shapes:
         """Read the shapes of a model's folder."""
         return cls.from_config(read_json(model / "config.json"))
 

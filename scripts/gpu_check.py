@@ -71,7 +71,7 @@ print(json.dumps({"device": device, "capability": capability, "driver": driver, 
 
 
 @dataclass(frozen=True)
-class Run:
+class StageRun:
     """What a stage's commands are made from: its folder, the seconds it has, and whether this is a dry run."""
 
     folder: Path
@@ -103,17 +103,17 @@ class Stage:
     name: str
     limit: float
     least: float
-    commands: Callable[[Run], list[list[str]]]
-    environment: Callable[[Run], dict[str, str]] = lambda run: {}
+    commands: Callable[[StageRun], list[list[str]]]
+    environment: Callable[[StageRun], dict[str, str]] = lambda run: {}
 
 
-def pytest_command(run: Run, number: int, path: str, *options: str) -> list[str]:
+def pytest_command(run: StageRun, number: int, path: str, *options: str) -> list[str]:
     """Run the tests of one file. Files are named: collecting all of tests/ needs packages that a GPU machine lacks."""
     common = ["-q", "-p", "no:cacheprovider", "--maxfail=20", f"--junitxml={run.folder / f'tests-{number}.xml'}"]
     return ["-m", "pytest", path, "-m", "gpu", *common, *options]
 
 
-def kernel_tests(run: Run) -> list[list[str]]:
+def kernel_tests(run: StageRun) -> list[list[str]]:
     path = "tests/kernels/test_gpu.py"
     if not run.dry_run:
         return [pytest_command(run, 0, path, "-n", str(run.processes), "--dist", "load")]
@@ -122,7 +122,7 @@ def kernel_tests(run: Run) -> list[list[str]]:
     return [pytest_command(run, 0, path, "-p", "tools.cuda_on_cpu", "-k", narrow, "-n", str(run.processes))]
 
 
-def engine_tests(run: Run) -> list[list[str]]:
+def engine_tests(run: StageRun) -> list[list[str]]:
     path = "tests/engine/test_gpu_engine.py"
     # First, since no engine works without it; and alone, since other processes disturb vLLM's memory profiling.
     first = pytest_command(run, 0, path, "-k", "profiling")
@@ -130,19 +130,19 @@ def engine_tests(run: Run) -> list[list[str]]:
     return [first, pytest_command(run, 1, path, "-k", "not profiling", *parallel)]
 
 
-def benchmark(script: str, *options: str) -> Callable[[Run], list[list[str]]]:
-    def commands(run: Run) -> list[list[str]]:
+def benchmark(script: str, *options: str) -> Callable[[StageRun], list[list[str]]]:
+    def commands(run: StageRun) -> list[list[str]]:
         own = [str(ROOT / "bench" / script), *options, "--out", str(run.results), "--seconds", str(run.seconds)]
         return [[*own, "--dry-run"] if run.dry_run else own]
 
     return commands
 
 
-def interpreted(run: Run) -> dict[str, str]:
+def interpreted(run: StageRun) -> dict[str, str]:
     return {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "tests/kernels")} if run.dry_run else {}
 
 
-def of_engine_tests(run: Run) -> dict[str, str]:
+def of_engine_tests(run: StageRun) -> dict[str, str]:
     # vLLM's Triton kernel multiplies float32 in tf32 by default, whose 10 bits the tests' tolerance does not allow.
     return {"TRITON_F32_DEFAULT": "ieee", "HEADRIFT_GPU_DRY_RUN": str(int(run.dry_run))}
 
@@ -235,7 +235,7 @@ def run_stage(stage: Stage, seconds: float, dry_run: bool, before: Mapping[str, 
     log.unlink(missing_ok=True)
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix=f"headrift-{stage.name}-") as name:
-        run = Run(Path(name), max(seconds - GRACE, 0.75 * seconds), dry_run)
+        run = StageRun(Path(name), max(seconds - GRACE, 0.75 * seconds), dry_run)
         if before:
             write_json(run.results, before)
         environment = {"PYTHONSAFEPATH": "1", **stage.environment(run)}

@@ -45,11 +45,11 @@ def assert_within_units() -> Callable[..., None]:
     one processor.
     """
 
-    def check(found, expected, units: float) -> None:
+    def check(result, expected, units: float) -> None:
         import torch
 
-        atol = units * torch.finfo(found.dtype).eps * float(expected.abs().max())
-        torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+        atol = units * torch.finfo(result.dtype).eps * float(expected.abs().max())
+        torch.testing.assert_close(result, expected, rtol=0, atol=atol)
 
     return check
 

@@ -52,7 +52,7 @@ def columns_of(instability, label, group=None, category=None, n_steps=None, **ot
         "prompt_tokens": np.arange(n) % 7,
         "answer_tokens": n_steps + 1,
         **{name: pa.nulls(n, pa.float64()) for name in SIGNALS},
-        "instability": [of[: last + 1].ravel() for of, last in zip(instability, n_steps)],
+        "instability": [row[: last + 1].ravel() for row, last in zip(instability, n_steps)],
         **others,
     }
 
@@ -69,7 +69,7 @@ def run_of(instability, label, name="made-up", regions=(), **columns) -> Run:
     identity = {"fingerprint": "f", "dtype": "float32", "layers": layers, "heads": 4, "chat_template_sha256": "t"}
 
     def batches(names):
-        yield from table.select([of for of in names if of in table.column_names]).to_batches(max_chunksize=64)
+        yield from table.select([name for name in names if name in table.column_names]).to_batches(max_chunksize=64)
 
     return Run(name, ModelIdentity(name="m", **identity), steps, ScoreRange(Window(1, steps)), False, batches)
 
@@ -111,9 +111,9 @@ def run_with_mass(mass, label, *, n_steps=None, save=("mass", "focus_heads"), co
     share = signal.share(system, prompt)
     n_steps = np.full(len(mass), mass.shape[1] - 1) if n_steps is None else np.asarray(n_steps)
     arrays = {
-        "mass": [of[: last + 1].ravel() for of, last in zip(mass, n_steps)],
-        "shares": [of[: last + 1].astype(np.float16).ravel() for of, last in zip(share, n_steps)],
-        "focus_heads": [of.astype(np.float32).ravel() for of in signal.focus_heads(system, user)[:, 0]],
+        "mass": [row[: last + 1].ravel() for row, last in zip(mass, n_steps)],
+        "shares": [row[: last + 1].astype(np.float16).ravel() for row, last in zip(share, n_steps)],
+        "focus_heads": [row.astype(np.float32).ravel() for row in signal.focus_heads(system, user)[:, 0]],
     }
     saved = {name: arrays[name] for name in save}
     instability = np.where(counted, signal.instability(share), np.nan).astype(np.float32)

@@ -27,26 +27,26 @@ def write_run(folder: Path, instability, label, *, window=WINDOW, save=("text",)
     n, rows, layers = instability.shape
     last = np.full(n, rows - 1) if n_steps is None else np.asarray(n_steps)
     random = np.random.default_rng(n)
-    scores = [signal.score(of, window, n_steps=int(at)) for of, at in zip(instability, last)]
+    scores = [signal.score(one, window, n_steps=int(at)) for one, at in zip(instability, last)]
     schema = part_schema(save, layers=layers, heads=HEADS, regions=("system", "user", "prompt"))
     given = {
         "id": [f"{folder.name}-{i:03d}" for i in range(n)],
         "source": ["in.jsonl"] * n,
         "row": np.arange(1, n + 1),
         "label": list(label),
-        "category": [None if of is None else ("direct", "hard_topic", "plain")[i % 3] for i, of in enumerate(label)],
+        "category": [None if one is None else ("direct", "hard_topic", "plain")[i % 3] for i, one in enumerate(label)],
         "group": [f"{i:016x}" for i in range(n)],
         "system_hash": ["0" * 16] * n,
-        "score": [of.value for of in scores],
-        "reason": [of.reason for of in scores],
+        "score": [one.value for one in scores],
+        "reason": [one.reason for one in scores],
         "n_steps": last,
-        "n_scored": [of.n_scored for of in scores],
+        "n_scored": [one.n_scored for one in scores],
         "prompt_tokens": random.integers(20, 90, n),
         "answer_tokens": last + 1,
         "head_agreement": random.uniform(-1, 1, n),
         "entropy": random.uniform(0, 5, n),
         "flags": [["truncated"]] * n,
-        "instability": [of[: at + 1].ravel() for of, at in zip(instability, last)],
+        "instability": [one[: at + 1].ravel() for one, at in zip(instability, last)],
         "prompt": [f"prompt {i} {NASTY}" for i in range(n)],
         "text": [f"answer {i} {NASTY}" for i in range(n)],
         **columns,

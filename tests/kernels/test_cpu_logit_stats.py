@@ -33,9 +33,9 @@ def test_agrees_with_the_oracle(seed, vocab, spread, masked, shift):
     if masked:
         logits[:, rng.integers(0, vocab, vocab // 2)] = -torch.inf
         logits[:, :2] = torch.tensor([shift, shift + 1.0])
-    found = run(logits, np.arange(3), np.ones(3), np.full(8, 4))
+    result = run(logits, np.arange(3), np.ones(3), np.full(8, 4))
     expected = reference.logit_statistics(logits).numpy()
-    np.testing.assert_allclose(found[:3, 1], expected, rtol=1e-5, atol=TOLERANCE)
+    np.testing.assert_allclose(result[:3, 1], expected, rtol=1e-5, atol=TOLERANCE)
 
 
 def test_only_probed_rows_within_their_steps_are_written():

@@ -70,7 +70,7 @@ def run(case, layer=1, decode_rows=True, with_output=True, threads=None, entropy
     names = ("query_start_loc", "seq_lens", "row_slot", "prompt_len", "n_rows")
     table = measured_queries(*(case[name].numpy() for name in names), mass.shape[1], decode_rows)
     if len(table):
-        queries = Queries.of(table, case["keys"].shape[1])
+        queries = Queries.from_table(table, case["keys"].shape[1])
         attention = PagedAttention(mass, layer, packed(case), case["bounds"], entropy=entropy, **how)
         into = output if with_output else None
         attention.attend(case["query"], case["block_table"], queries, output=into, threads=threads)

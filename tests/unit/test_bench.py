@@ -60,7 +60,7 @@ def test_arms_take_turns_as_abba_does_it():
     arms = list(overhead.ALL)
     order = [arm for turn in utils.orders(arms, 4) for arm in turn]
     places = {arm: [i for i, other in enumerate(order) if other == arm] for arm in arms}
-    assert {np.mean(of) for of in places.values()} == {(len(order) - 1) / 2}, "what drifts must fall to all arms alike"
+    assert {np.mean(at) for at in places.values()} == {(len(order) - 1) / 2}, "what drifts must fall to all arms alike"
     for turn in utils.orders(arms, 2):
         assert abs(turn.index("plain") - turn.index("probing")) == abs(turn.index("plain") - turn.index("idle")) == 1
 
@@ -143,7 +143,7 @@ def test_shapes_are_read_from_a_model_folder(tmp_path):
     (tmp_path / "config.json").write_text(
         '{"num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 4, "intermediate_size": 16, "vocab_size": 9}'
     )
-    assert utils.Shapes.of(tmp_path) == utils.Shapes(2, 8, 4, 4, 2, 16, 9)
+    assert utils.Shapes.read(tmp_path) == utils.Shapes(2, 8, 4, 4, 2, 16, 9)
 
 
 def test_flops_by_hand():

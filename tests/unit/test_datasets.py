@@ -44,7 +44,7 @@ class Text(NamedTuple):
 
     whole: str
     words: frozenset[str]
-    asked: str
+    prompt: str
     labelled: str | None
 
 
@@ -86,12 +86,12 @@ def read(name: str) -> list[Row]:
 @cache
 def texts() -> dict[str, Text]:
     """Of the rows of every set, by id."""
-    found = {}
+    by_id = {}
     for row in (row for name in SETS for row in read(name)):
         whole = normalise(contents(row))
-        asked = normalise(contents(row, ("user",)))
-        found[row["id"]] = Text(whole, frozenset(whole.split()), asked, row["label"] if "messages" in row else None)
-    return found
+        prompt = normalise(contents(row, ("user",)))
+        by_id[row["id"]] = Text(whole, frozenset(whole.split()), prompt, row["label"] if "messages" in row else None)
+    return by_id
 
 
 def candidates() -> Iterator[tuple[str, str]]:
@@ -100,19 +100,19 @@ def candidates() -> Iterator[tuple[str, str]]:
     difflib's ratio is at most that of the characters two texts share, in whatever order; the overlap of their words is
     at most that of the numbers of words.
     """
-    ids, found = list(texts()), list(texts().values())
-    places = {sign: place for place, sign in enumerate(sorted({sign for text in found for sign in text.whole}))}
+    ids, matches = list(texts()), list(texts().values())
+    places = {sign: place for place, sign in enumerate(sorted({sign for text in matches for sign in text.whole}))}
     counts = np.zeros((len(ids), len(places)), np.int32)
-    for row, text in zip(counts, found, strict=True):
+    for row, text in zip(counts, matches, strict=True):
         for sign, count in Counter(text.whole).items():
             row[places[sign]] = count
-    lengths, words = counts.sum(1), np.array([len(text.words) for text in found])
+    lengths, words = counts.sum(1), np.array([len(text.words) for text in matches])
     for i, one in enumerate(ids):
         shared = np.minimum(counts[i], counts[i + 1 :]).sum(1)
         by_signs = 2 * shared > NEAR * (lengths[i] + lengths[i + 1 :])
         by_words = np.minimum(words[i], words[i + 1 :]) > NEAR * np.maximum(words[i], words[i + 1 :])
         for j in np.flatnonzero(by_signs | by_words) + i + 1:
-            common = len(found[i].words & found[j].words)
+            common = len(matches[i].words & matches[j].words)
             if by_signs[j - i - 1] or common > NEAR * (words[i] + words[j] - common):
                 yield one, ids[j]
 
@@ -217,7 +217,7 @@ def test_no_duplicates_nor_near_duplicates() -> None:
     for one, other in candidates():
         a, b = texts()[one], texts()[other]
         if (value := similarity(a.whole, b.whole)) > NEAR:
-            twin = None not in (a.labelled, b.labelled) and a.labelled != b.labelled and a.asked == b.asked
+            twin = None not in (a.labelled, b.labelled) and a.labelled != b.labelled and a.prompt == b.prompt
             (twins if twin else near).append(f"{one} {other} {value:.3f}")
     print(f"near-duplicates: {', '.join(near) or 'none'}; twins: {len(twins)}")
     assert not near
@@ -245,7 +245,7 @@ def test_near_duplicates_are_found_among_many(monkeypatch: pytest.MonkeyPatch) -
             ("longer", text.whole + " x"),
             ("half", text.whole[::2]),
         ):
-            some[f"{row_id} {kind}"] = Text(whole, frozenset(whole.split()), text.asked, None)
+            some[f"{row_id} {kind}"] = Text(whole, frozenset(whole.split()), text.prompt, None)
     monkeypatch.setitem(globals(), "texts", lambda: some)
 
     def near(pairs: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:

@@ -185,5 +185,9 @@ def test_engines_that_do_not_fit_together_run_one_after_the_other(tmp_path):
     assert cases.pop(overhead_gpu.PROFILED)["values"] > 0
     assert set(cases) == {case.name for case in overhead_gpu.TINY_CASES}
     for case in cases.values():
-        assert {arm: len(of["runs"]) for arm, of in case["arms"].items()} == {"plain": 2, "idle": 2, "probing": 2}
+        assert {arm: len(result["runs"]) for arm, result in case["arms"].items()} == {
+            "plain": 2,
+            "idle": 2,
+            "probing": 2,
+        }
         assert all(run["values"] > 0 for run in case["arms"]["probing"]["runs"])

@@ -120,7 +120,7 @@ def test_a_command_that_fails_fails_its_stage_and_the_next_one_still_runs(check,
 
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_the_engine_stage_begins_with_memory_profiling(dry_run, tmp_path):
-    first, second = gpu_check.engine_tests(gpu_check.Run(tmp_path, 60, dry_run))
+    first, second = gpu_check.engine_tests(gpu_check.StageRun(tmp_path, 60, dry_run))
     assert first[first.index("-k") + 1] == "profiling"
     assert "-n" not in first, "other processes disturb memory profiling"
     assert second[second.index("-k") + 1] == "not profiling"
@@ -201,7 +201,7 @@ def test_the_dry_run_runs_every_stage(tmp_path):
     report = json.loads(out.read_text())
     assert report["passed"]
     assert report["dry_run"]
-    stages = {name: of["results"] for name, of in report["stages"].items()}
+    stages = {name: stage["results"] for name, stage in report["stages"].items()}
     assert list(stages) == [s.name for s in gpu_check.STAGES]
     assert stages["kernels"]["tests"]["passed"] > 3
     assert stages["engine"]["tests"]["passed"] > 8

@@ -49,8 +49,8 @@ def library(*containers):
 def images(data):
     """Capability and kind of the entries of each container."""
     ((offset, size),) = ((at, n) for name, at, n in slim_cuda_library.sections(data) if name == ".nv_fatbin")
-    found = slim_cuda_library.containers(data, offset, size)
-    return [[(e.sm, e.kind) for e in entries] for _, _, entries in found]
+    result = slim_cuda_library.containers(data, offset, size)
+    return [[(e.sm, e.kind) for e in entries] for _, _, entries in result]
 
 
 def test_what_is_kept_of_each_container():

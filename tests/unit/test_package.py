@@ -94,15 +94,15 @@ def texts() -> list[tuple[str, str]]:
     )
     if listed.returncode:
         pytest.skip("not a git checkout")
-    found = []
+    files = []
     for name in sorted(filter(None, listed.stdout.split("\0"))):
         path = ROOT / name
         if path.is_file() and path.stat().st_size < 20_000_000:
             try:
-                found.append((name, path.read_text(encoding="utf-8")))
+                files.append((name, path.read_text(encoding="utf-8")))
             except UnicodeDecodeError:
                 pass
-    return found
+    return files
 
 
 def matching(pattern: str, files: list[tuple[str, str]]) -> list[str]:

@@ -54,12 +54,12 @@ def test_what_was_measured_is_exact_and_within_its_bounds():
             assert arm["bytes_per_prompt"] <= case["bytes_bound"], (case["name"], name)
     peers = json.loads((RESULTS / "peers.json").read_text(encoding="utf-8"))
     for way in ("generate", "replay", "generate, compiled"):
-        found = peers["agreement"][way]
-        assert found["same_answers"] == peers["prompts"]["n"]
-        assert found["masses_compared"] > 1e5
+        result = peers["agreement"][way]
+        assert result["same_answers"] == peers["prompts"]["n"]
+        assert result["masses_compared"] > 1e5
         # 2e-5: float32 sums of softmax weights in another order; measured 7e-6 at most.
-        assert found["largest_difference"] <= 2e-5
-        assert found["spearman_of_scores"] > 0.999
+        assert result["largest_difference"] <= 2e-5
+        assert result["spearman_of_scores"] > 0.999
 
 
 def test_an_engine_without_headrifts_parts_calls_none_of_it():

@@ -20,7 +20,7 @@ def measured_queries(query_start_loc, seq_lens, row_slot, prompt_len, n_rows, st
     prompt_len and n_rows: [slots], all int32; steps: the buffer's. A query at position p has step p - (prompt_len - 1).
     decode_rows: list the query of every row with a single one too, measured or not (SLOT -1).
     """
-    found = np.empty((query_start_loc[row_slot.shape[0]], 5), np.int32)
+    table = np.empty((query_start_loc[row_slot.shape[0]], 5), np.int32)
     n = 0
     for row in range(row_slot.shape[0]):
         slot = row_slot[row]
@@ -33,13 +33,13 @@ def measured_queries(query_start_loc, seq_lens, row_slot, prompt_len, n_rows, st
             step = keys - prompt_len[slot] if slot >= 0 else -1
             measured = slot >= 0 and 0 <= step < min(n_rows[slot], steps)
             if measured or alone:
-                found[n, ROW] = row
-                found[n, TOKEN] = token
-                found[n, SLOT] = slot if measured else -1
-                found[n, STEP] = step
-                found[n, KEYS] = keys
+                table[n, ROW] = row
+                table[n, TOKEN] = token
+                table[n, SLOT] = slot if measured else -1
+                table[n, STEP] = step
+                table[n, KEYS] = keys
                 n += 1
-    return found[:n]
+    return table[:n]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Queries:
     addresses: tuple[int, int, int]
 
     @classmethod
-    def of(cls, table: np.ndarray, page: int) -> Queries:
+    def from_table(cls, table: np.ndarray, page: int) -> Queries:
         """From `measured_queries`, at least one, and the size of a cache block."""
         blocks = (table[:, KEYS].astype(np.int64) + page - 1) // page
         work = np.concatenate([np.zeros(1, np.int64), np.cumsum(blocks)])

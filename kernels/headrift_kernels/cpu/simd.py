@@ -254,8 +254,8 @@ def sums_between(typing_context, heads, values, value_head, start, end, out, out
             row = _skip(builder, values, value_head, head.index)
             total = cgutils.alloca_once_value(builder, zero)
             with cgutils.for_range_slice(builder, start, whole, _INT64(LEAST_TILE)) as (j, _):
-                found = _load(builder, _skip(builder, row, four, j), vector)
-                builder.store(builder.fadd(builder.load(total), found), total)
+                loaded = _load(builder, _skip(builder, row, four, j), vector)
+                builder.store(builder.fadd(builder.load(total), loaded), total)
             tail = builder.select(in_tail, _load(builder, _skip(builder, row, four, whole), vector), zero)
             result = _folded(builder, builder.fadd(builder.load(total), tail), builder.fadd)
             _store(builder, result, _skip(builder, out, out_head, head.index))

@@ -138,8 +138,8 @@ def attend(
         if recorded:
             mass = mass * tl.exp2(mark - m)[:, None]
             for r in tl.static_range(REGIONS):
-                holds = (tl.load(bounds_ptr + 2 * r) <= run_start) & (run_start < tl.load(bounds_ptr + 2 * r + 1))
-                mass += tl.where((column == r)[None, :], tl.where(holds, run, 0.0)[:, None], 0.0)
+                covers = (tl.load(bounds_ptr + 2 * r) <= run_start) & (run_start < tl.load(bounds_ptr + 2 * r + 1))
+                mass += tl.where((column == r)[None, :], tl.where(covers, run, 0.0)[:, None], 0.0)
     return m, l, moment, acc, mass
 
 

@@ -228,8 +228,8 @@ def test_caches_past_two_to_the_31_elements():
         cache = getattr(case, name)
         far = torch.empty(stride * 4, dtype=cache.dtype)  # pages of memory that nothing touches cost nothing
         view = far.as_strided((4, *cache.shape[1:]), (stride, *cache.stride()[1:]))
-        for block, there in zip((2, 3, 1), case.block_table[0]):
-            view[block] = cache[there]
+        for block, present in zip((2, 3, 1), case.block_table[0]):
+            view[block] = cache[present]
         setattr(case, name, view)
     case.block_table = torch.tensor([[2, 3, 1]], dtype=torch.int32)
     assert_agrees(case)

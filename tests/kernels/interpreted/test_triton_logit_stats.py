@@ -41,10 +41,10 @@ def test_agrees_with_the_oracle(seed, vocab, spread, masked, shift, dtype):
         logits[:, :2] = torch.tensor([shift, shift + 1.0])
     wide = torch.full((3, vocab + 5), torch.nan, dtype=dtype)  # rows lie further apart than they are long
     wide[:, :vocab] = logits.to(dtype)
-    found = run(wide[:, :vocab], range(3), [1, 1, 1], [4] * 8)
+    result = run(wide[:, :vocab], range(3), [1, 1, 1], [4] * 8)
     expected = reference.logit_statistics(wide[:, :vocab]).numpy()
     # a logit of 300 in base 2 is rounded to 1.5e-5
-    np.testing.assert_allclose(found[:3, 1], expected, rtol=2e-5, atol=TOLERANCE + 3e-5 * bool(shift))
+    np.testing.assert_allclose(result[:3, 1], expected, rtol=2e-5, atol=TOLERANCE + 3e-5 * bool(shift))
 
 
 def test_only_probed_rows_within_their_steps_are_written():

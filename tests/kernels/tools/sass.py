@@ -67,8 +67,8 @@ def _run_on(cubin: bytes, *command: str) -> str:
 
 def resources(cubin: bytes) -> tuple[int, int]:
     """Registers a thread takes, and bytes a thread spills."""
-    found = _run_on(cubin, tool("cuobjdump"), "--dump-resource-usage")
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", found).groups()  # type: ignore[union-attr]
+    usage = _run_on(cubin, tool("cuobjdump"), "--dump-resource-usage")
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()  # type: ignore[union-attr]
     return int(registers), int(stack)
 
 
@@ -95,10 +95,10 @@ def parse(text: str) -> Code:
         last = blocks[start][-1]
         instruction = lines[last][1]
         conditional = instruction.startswith("@") or " UP" in instruction or "!UP" in instruction
-        found = [target[last]] if last in target else []
+        next_blocks = [target[last]] if last in target else []
         if (last not in target and not re.match(r"EXIT", instruction)) or conditional:
-            found.append(last + 1)
-        return [s for s in found if s in blocks]
+            next_blocks.append(last + 1)
+        return [s for s in next_blocks if s in blocks]
 
     following = {start: successors(start) for start in blocks}
     reached, front = {0}, [0]

@@ -46,18 +46,18 @@ class Traffic:
 
     def add(self, counter: Counter[str], pointers: Any, mask: Any) -> None:
         size = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
-        addresses, there = np.broadcast_arrays(np.asarray(pointers.data), np.asarray(mask.data))
-        addresses = addresses[there.astype(bool)].ravel().astype(np.uint64)
+        addresses, valid = np.broadcast_arrays(np.asarray(pointers.data), np.asarray(mask.data))
+        addresses = addresses[valid.astype(bool)].ravel().astype(np.uint64)
         if not addresses.size:
             return
         span = np.searchsorted(self.starts, addresses, side="right").astype(np.int64) - 1
         if (span < 0).any() or (addresses >= self.ends[span]).any():
             raise IndexError("a kernel touched memory outside of every tensor it was given")
         for i in np.unique(span):
-            mine = addresses[span == i]
-            counter[self.names[i]] += mine.size * size
+            own = addresses[span == i]
+            counter[self.names[i]] += own.size * size
             if counter is self.loaded and self.names[i] in self.reads:
-                np.add.at(self.reads[self.names[i]], ((mine - self.starts[i]) // np.uint64(size)).astype(np.int64), 1)
+                np.add.at(self.reads[self.names[i]], ((own - self.starts[i]) // np.uint64(size)).astype(np.int64), 1)
 
     def total(self, *names: str) -> int:
         """Bytes loaded and stored, of all tensors or of those named."""

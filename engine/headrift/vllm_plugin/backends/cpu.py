@@ -114,7 +114,7 @@ class CPUMassBuilder(MeasuringBuilder, CPUAttentionMetadataBuilder):
         return metadata, step
 
     def _queries(self, table: np.ndarray) -> Queries | None:
-        return Queries.of(np.ascontiguousarray(table), self.block_size) if len(table) else None
+        return Queries.from_table(np.ascontiguousarray(table), self.block_size) if len(table) else None
 
     def _run(self, metadata: CPUAttentionMetadata, first: int, end: int) -> Run:
         """vLLM's metadata for rows first..end-1 alone, as CPUAttentionMetadataBuilder.build makes it for a batch."""
