@@ -240,23 +240,17 @@ def why_no_plugin() -> str:
     return f"{PLUGIN_PACKAGE} can be installed here, but this script does not drive it"
 
 
-class Ways:
+class Ways(ExitStack):
     """The processes, started one after another, each with its cold run."""
 
     def __init__(self, args: Namespace, rows: list[dict[str, Any]], prompts: list[dict[str, Any]], eos: int):
+        super().__init__()
         self._args, self._rows, self._prompts, self._eos = args, rows, prompts, eos
-        self._open = ExitStack()
-        self._folder = Path(self._open.enter_context(tempfile.TemporaryDirectory()))
+        self._folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
         self._children: dict[str, Child] = {}
         self.cold: dict[str, dict[str, float]] = {}
         self.versions: dict[str, str] = {}
         self.answers: list[list[int]] = []
-
-    def __enter__(self) -> Ways:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._open.close()
 
     @property
     def names(self) -> list[str]:
@@ -275,7 +269,7 @@ class Ways:
             child, options = Child("peers.py", "nnsight", environment=environment, python=self._args.nnsight), {}
         else:
             child, options = Child("peers.py", "headrift"), self._headrift(name)
-        self._children[name] = self._open.enter_context(child)
+        self._children[name] = self.enter_context(child)
         about = child.call("start", model=model, **options)
         self.versions |= about.get("versions", {})
         started = child.seconds_since_start
@@ -479,6 +473,7 @@ def main() -> None:
 
 
 def _keep(into: dict[str, list], arrays: dict[str, np.ndarray], n: int) -> None:
+    """Add a run's masses, answers and, if it has them, scores."""
     into["masses"] += [arrays[f"m{i}"] for i in range(n)]
     into["answers"] += [arrays[f"a{i}"].tolist() for i in range(n)]
     if "s0" in arrays:  # headrift's own; of the others they are worked out from the masses
