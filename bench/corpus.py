@@ -2,7 +2,7 @@
 
     python bench/corpus.py [--rows 100000 --rows 1000000] [--only through|scored|ratios] [--model DIR]
 
-- through: synthetic rows through a whole job whose engine answers at once.
+- through: synthetic rows through a whole job, prompts rendered and tokenised, whose engine answers at once.
 - scored: 20,000 of them with a tiny random model and 2,000 with the demonstration model, and the share of the time in
   which the engine waited for input.
 - ratios: a shared system prompt with and without priming and small blocks, replay and generation, repeats.
@@ -18,6 +18,7 @@ import resource
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -98,37 +99,35 @@ def _malformed(random: Random, number: int) -> bytes:
 
 
 class EmptyEngine:
-    """Answers each row at once, with made-up numbers of the shape of a model with 30 layers and 9 heads, 13 steps."""
+    """Answers each request at once, with made-up numbers of the shape of a model with 30 layers and 9 heads, 13 steps.
+
+    tokenizer: The model's, see `corpus.scoring.PickledTokenizer`.
+    """
 
     layers, heads, steps = 30, 9, 12
 
-    def __init__(self) -> None:
-        from headrift.runs.parts import column_types
+    def __init__(self, tokenizer: Any) -> None:
+        from headrift.results import ScoreResult
 
-        shape = {
-            "dtype": "float32",
-            "layers": self.layers,
-            "heads": self.heads,
-            "regions": ["system", "user", "prompt"],
-        }
-        sizes = {"max_model_len": 8192, "recorder_bytes": 0, "in_flight": 640, "chat_template_sha256": ""}
-        self.about: dict[str, Any] = {**shape, **sizes}
+        names = ("dtype", "layers", "heads", "regions", "max_model_len", "recorder_bytes", "vocabulary", "in_flight")
+        values = ("float32", self.layers, self.heads, list(REGIONS), 8192, 0, 1 << 20, 640)
+        self.about: dict[str, Any] = dict(zip(names, values, strict=True))
+        self.about |= {"chat_template_sha256": "", "prepare_workers": 0, "tokenizer": tokenizer.data}
         self.waited, self.steps_run = 0.0, 0
-        self._instability = np.random.default_rng(0).random((self.steps + 1) * self.layers, np.float32)
-        self._same: dict[str, Any] = dict.fromkeys(column_types())
-        self._same |= {"n_steps": self.steps, "n_scored": self.steps, "answer_tokens": self.steps + 1}
-        self._same |= {"flags": [], "score": 0.1, "system_hash": "0" * 16, "system_tokens": 20}
+        counts = {"n_steps": self.steps, "n_scored": self.steps, "prompt_tokens": 100, "system_tokens": 20}
+        arrays = {"shares": np.empty(0, np.float32), "focus_heads": None, "logit_stats": None, "mass": None}
+        self._result = ScoreResult(
+            **{"index": 0, "id": None, "score": 0.1, "reason": None, "answer_tokens": self.steps + 1, "signals": {}},
+            **{"system_hash": "0" * 16, "flags": (), "answer_ids": [], "text": "", "region_names": REGIONS},
+            instability=np.random.default_rng(0).random((self.steps + 1, self.layers), np.float32),
+            **counts,
+            **arrays,
+        )
 
-    def score(self, rows: Iterable[Any]) -> Iterator[dict[str, Any]]:
-        """Yield a record for each row."""
-        from headrift.corpus.rows import group_of
-
-        for row in rows:
-            yield self._same | {
-                **{"id": row.id, "source": row.source, "row": row.row, "label": row.label, "category": row.category},
-                **{"group": group_of(row.prompt), "prompt_tokens": len(row.prompt.prompt or "") // 4},
-                "instability": self._instability,
-            }
+    def score(self, requests: Iterable[Any]) -> Iterator[Any]:
+        """Yield a result for each request."""
+        for request in requests:
+            yield replace(self._result, index=request.index, id=request.id)
 
     def close(self) -> None:
         """Nothing to release."""
@@ -137,24 +136,21 @@ class EmptyEngine:
 class Job:
     """Whole jobs."""
 
-    def through(self, file: str, out: str) -> dict[str, Any]:
+    def through(self, file: str, out: str, model: str) -> dict[str, Any]:
         """Run a job where everything is real but the engine, which runs in its child process as always."""
         from corpus import EmptyEngine as Importable  # by its module's name, for the child process
 
-        from headrift.corpus.child import Child
         from headrift.corpus.job import ScoreJob
+        from headrift.corpus.scoring import PickledTokenizer
         from headrift.corpus.settings import Settings
+        from headrift.corpus.worker import EngineProcess
 
-        with tempfile.TemporaryDirectory() as folder:
-            model = Path(folder)
-            for name, content in {"config.json": "{}", "tokenizer.json": "{}", "chat_template.jinja": "x"}.items():
-                (model / name).write_text(content)
-            (model / "model.safetensors").write_text("")
-            settings = Settings((file,), model, Path(out), system_prompt="Be brief.")
-            with Stopwatch() as clock, ScoreJob(settings, engine=partial(Child, Importable)) as job:
-                job.start()
-                assert job.run()
-                rows, seconds = job.kept, job.seconds["scoring"]
+        settings = Settings((file,), Path(model), Path(out), system_prompt="Be brief.")
+        start = partial(Importable, PickledTokenizer.load(settings.model))
+        with Stopwatch() as clock, ScoreJob(settings, engine=partial(EngineProcess, start)) as job:
+            job.start()
+            assert job.run()
+            rows, seconds = job.kept, job.seconds["scoring"]
         engine = resource.getrusage(resource.RUSAGE_CHILDREN)
         return {
             "rows": rows,
@@ -250,12 +246,12 @@ class Scored:
 # ------------------------------------------------------------------------------------------------- the measurement
 
 
-def through(n: int, folder: Path) -> dict[str, Any]:
+def through(n: int, folder: Path, model: Path) -> dict[str, Any]:
     """Measure a job of n rows without a model."""
     log = folder / f"{n}.jsonl"
     write_log(log, n)
     with Child("corpus.py", "job") as child:
-        result = child.call("through", file=str(log), out=str(folder / f"out-{n}"))
+        result = child.call("through", file=str(log), out=str(folder / f"out-{n}"), model=str(model))
     cpu = result["cpu_seconds"] + result["cpu_seconds_of_child"]
     result |= {"rows_per_second": n / result["seconds"], "rows_per_second_per_core": n / cpu}
     result["input_bytes"] = log.stat().st_size
@@ -312,7 +308,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.only == "through":
-            report["through"] = [through(n, folder) for n in sorted(args.rows or [100_000, 1_000_000])]
+            report["through"] = [through(n, folder, args.model) for n in sorted(args.rows or [100_000, 1_000_000])]
         elif args.only == "scored":
             tiny = make_tiny_model(folder / "tiny", args.model)
             sizes = ((tiny, 20_000), (args.model, args.scored))

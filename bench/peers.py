@@ -218,7 +218,7 @@ class Traced(Eager):
 
 def render(rows: list[dict[str, Any]], system: str, model: Path) -> list[dict[str, Any]]:
     """Return the rows as token ids with the regions' ranges, as headrift renders them."""
-    from headrift.preparing import load_tokenizer
+    from headrift.prepare import load_tokenizer
     from headrift.prompts import ChatRenderer, chat_messages
 
     renderer = ChatRenderer(load_tokenizer(str(model), False))
@@ -407,7 +407,7 @@ def main() -> None:
     os.environ[HUGE_PAGES] = "1"  # of this process, which measures the machine's peak
     report = utils.new_report(args)
 
-    from headrift.preparing import load_tokenizer
+    from headrift.prepare import load_tokenizer
 
     prompts, shapes = render(rows, system, args.model), Shapes.read(args.model)
     eos = load_tokenizer(str(args.model), False).eos_token_id

@@ -144,7 +144,7 @@ def main() -> None:
     made.add_argument("--queries", type=int, default=10)
     made.add_argument("--block", type=int, default=2, help="queries that a way has in its turn")
     args = made.parse_args()
-    from headrift.preparing import load_tokenizer
+    from headrift.prepare import load_tokenizer
     from headrift.probed_engine import ProbedEngine
     from headrift.safety_heads.queries import prepare, read_rows
     from headrift.safety_heads.ships import IN_FLIGHT, all_heads, sampled_heads

@@ -156,7 +156,7 @@ def main() -> None:
     made.add_argument("--r-main", type=int, default=1)
     made.add_argument("--sample", type=int, default=2, help="heads of a block that the slow ways take")
     args = made.parse_args()
-    from headrift.preparing import load_tokenizer
+    from headrift.prepare import load_tokenizer
     from headrift.probed_engine import ProbedEngine
     from headrift.safety_heads.queries import prepare, read_rows
     from headrift.safety_heads.sahara import SubspaceProbe, hidden_states_for, sahara

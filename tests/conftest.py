@@ -22,7 +22,7 @@ LONGEST = (
     "engine/test_ranks.py",
     "kernels/test_triton_interpreted.py",
     "docs/test_notebooks.py",
-    "corpus/test_torture.py",
+    "corpus/test_fault_injection.py",
 )
 
 
@@ -65,7 +65,7 @@ def demo_model() -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(demo_model):
     """The demonstration model's tokenizer."""
-    from headrift.preparing import load_tokenizer
+    from headrift.prepare import load_tokenizer
 
     return load_tokenizer(str(demo_model), False)
 

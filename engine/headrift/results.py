@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
+
+_OPTIONAL = ("focus_heads", "logit_stats", "mass", "attention_entropy")
+_NOTHING = np.empty(0, np.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreResult:
-    """A prompt's score and what it came from. T = n_steps + 1 recorded steps, step 0 (the last prompt token) first.
+    """A prompt's score and what it came from, over T = n_steps + 1 recorded steps; step 0 is the last prompt token.
 
     Attributes:
         score: mean counted instability over the window's steps and the trimmed layers, 0 to 0.5, or None with `reason`.
         n_scored: steps that went into it.
-        signals: every signal that is a column of scored parts, by name; None if the data does not have it. The ones
+        signals: Every signal that is a column of scored parts, by name; None if the data does not have it. The ones
             that have been there from the start are attributes too.
         flags: those of `prompts`; `truncated` if the answer did not end by the last recorded step, or within
             max_new_tokens; `stopped` if `stop_if` ended it.
@@ -80,6 +84,11 @@ class ScoreResult:
     def margin(self) -> float | None:
         """Mean over the window of that probability less the second most likely token's."""
         return self.signals.get("margin")
+
+    def slim(self, keep: Collection[str]) -> ScoreResult:
+        """A copy without arrays, but `instability` and those that are named, for the way to another process."""
+        dropped: dict[str, Any] = {name: None for name in _OPTIONAL if name not in keep}
+        return replace(self, shares=self.shares if "shares" in keep else _NOTHING, **dropped)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,16 +1,14 @@
-"""Prompts that wait for the engine, and results that are remembered for repeats of their prompts."""
+"""The queue of prompts in front of the engine, and the cache of results for prompts that come again."""
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from headrift.preparing import Prepared
-    from headrift.results import ScoreResult
+from headrift.prepare import Prepared
+from headrift.results import ScoreResult
 
 # System prompts remembered as prefilled; a log with more than these in turn prefills some again.
 _PRIMED = 1024
@@ -18,11 +16,13 @@ _PRIMED = 1024
 _RESULT_BYTES, _TOKEN_BYTES = 1500, 40
 
 
-class Waiting:
+class PromptQueue:
     """A queue of prompts, those with the same system prompt one after another, so that one prefill serves them all.
 
-    group: False for a queue in plain order. prime: whether `to_prime` ever names any. primed: prefixes that are
-    prefilled already; those that are told to be are added.
+    Args:
+        group: False for a queue in plain order.
+        prime: False if nothing is to be prefilled ahead.
+        primed: Prefixes that are prefilled already; `to_prime` adds to them.
     """
 
     def __init__(self, *, group: bool = True, prime: bool = True, primed: set[bytes] | None = None) -> None:
@@ -37,7 +37,7 @@ class Waiting:
         return self._n
 
     def add(self, prepared: Prepared, *, first: bool = False) -> None:
-        """Queue a prompt. first: ahead of all others with its system prompt."""
+        """Queue a prompt, `first` ahead of all others with its system prompt."""
         queue = self._by_prefix.setdefault(prepared.prefix if self._group else b"", deque())
         if first:
             queue.appendleft(prepared)
@@ -46,7 +46,7 @@ class Waiting:
         self._n += 1
 
     def pop(self) -> Prepared:
-        """The next prompt: of the system prompt whose turn it is, else of the one that has the oldest waiting."""
+        """Take the next prompt: of the system prompt whose turn it is, else of the one that has the oldest prompt."""
         if self._current not in self._by_prefix or not self._turn:
             self._current = min(self._by_prefix, key=lambda prefix: self._by_prefix[prefix][0].index)
             self._turn = self._n
@@ -60,8 +60,8 @@ class Waiting:
         return prepared
 
     def to_prime(self, prepared: Prepared) -> int:
-        """How many tokens, that this prompt and those that wait with its system prompt begin with, to prefill before
-        it; 0 for none."""
+        """How many tokens to prefill before a prompt is submitted, 0 for none: those that it and the queued ones with
+        its system prompt begin with."""
         if not self._prime or prepared.prefix in self._primed:
             return 0
         queue = self._by_prefix.get(prepared.prefix if self._group else b"")
@@ -71,39 +71,39 @@ class Waiting:
             self._primed.clear()
         self._primed.add(prepared.prefix)
         alike = (other.request.prompt_ids for other in queue if other.prefix == prepared.prefix)
-        return min(_in_common(prepared.request.prompt_ids, ids) for ids in alike)
+        return min(_common_prefix(prepared.request.prompt_ids, ids) for ids in alike)
 
 
-class Repeats:
-    """Results by their prompts' keys, the least recently wanted forgotten when they take more than so many bytes."""
+class ResultCache:
+    """Results by their prompts' keys, the least recently used dropped when they take more than `max_bytes`."""
 
-    def __init__(self, most_bytes: int) -> None:
-        self.most_bytes = most_bytes
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
         self._results: OrderedDict[bytes, ScoreResult] = OrderedDict()
         self._bytes = 0
 
     def get(self, key: bytes) -> ScoreResult | None:
-        """The result of a prompt with this key, if it is remembered."""
+        """The result of a prompt with this key, if it is in the cache."""
         result = self._results.get(key)
         if result is not None:
             self._results.move_to_end(key)
         return result
 
-    def keep(self, key: bytes, result: ScoreResult) -> None:
-        """Remember a result."""
+    def add(self, key: bytes, result: ScoreResult) -> None:
+        """Add a result."""
         if key in self._results:
             return
         self._results[key] = result
         self._bytes += _size(result)
-        while self._bytes > self.most_bytes:
+        while self._bytes > self.max_bytes:
             self._bytes -= _size(self._results.popitem(last=False)[1])
 
 
-def _in_common(ids: Sequence[int], others: Sequence[int]) -> int:
-    """How many tokens both begin with."""
+def _common_prefix(ids: Sequence[int], others: Sequence[int]) -> int:
+    """The number of tokens that both begin with."""
     n = min(len(ids), len(others))
-    apart = np.flatnonzero(np.asarray(ids[:n]) != np.asarray(others[:n]))
-    return int(apart[0]) if len(apart) else n
+    differences = np.flatnonzero(np.asarray(ids[:n]) != np.asarray(others[:n]))
+    return int(differences[0]) if len(differences) else n
 
 
 def _size(result: ScoreResult) -> int:

@@ -1,23 +1,34 @@
-"""Scores a stream of prompts: drives the engine, keeps it full, and hands results back in input order."""
+"""Scores prompts on an engine: keeps it full, and returns results in input order."""
 
 from __future__ import annotations
 
 import hashlib
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import closing
+from contextvars import ContextVar
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from headrift import signal
-from headrift.preparing import Ahead, Prepared, Preparer, Prompt, Rules, load_tokenizer, workers_for_machine
+from headrift.prepare import (
+    PrepareConfig,
+    Prepared,
+    Preparer,
+    Prompt,
+    StreamPreparer,
+    load_tokenizer,
+    workers_for_machine,
+)
 from headrift.probed_engine import REGIONS, ProbedEngine
-from headrift.requests import Finished, ProbeRequest, Recording, Ticket
+from headrift.requests import Finished, ProbeRequest, Recording
 from headrift.results import Rejected, ScoreResult
-from headrift.scheduling import Repeats, Waiting
+from headrift.scheduling import PromptQueue, ResultCache
 from headrift.signal import ScoreRange, Window
 from headrift.signals import PromptData, measure_columns
 from headrift.terminal import progress_bar
@@ -27,36 +38,263 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# Makes every scorer's engine; `headrift.testing.fake_engines` puts a double here. A replaced factory is known in its
+# own process only, so a job then runs its engine there.
+engine_factory: ContextVar[Callable[..., Any]] = ContextVar("engine_factory", default=ProbedEngine)
+
 # Results that wait for an earlier, slower prompt, as a multiple of the requests in flight.
 _REORDER = 4
 # Memory for results of prompts that may come again, in bytes.
 REPEAT_BYTES = 64 << 20
-# Finished requests that are collected together.
-_DRAIN = 8
-_NEVER_COMPUTED = "the engine never computed steps {steps}, even without cached prefixes"
 
 
-class Scorer:
+class RequestScorer:
+    """Scores prepared prompts on an engine of its own. Not to be shared between threads.
+
+    Args:
+        model: A folder or name that vLLM can load.
+        steps: N, steps 0 to N are recorded.
+        score_range: The steps and layers that are scored.
+        decode: Makes an answer's text of its token ids.
+        others: As Scorer has them.
+
+    Attributes:
+        engine: The ProbedEngine.
+        seconds_waited: How long `score_requests` has waited for requests.
+
+    Raises:
+        EngineError, RefusedError: If the engine cannot be started.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        steps: int,
+        score_range: ScoreRange,
+        decode: Callable[[list[int]], str],
+        logit_stats: bool = False,
+        keep_mass: bool = False,
+        attention_entropy: bool = False,
+        regions: Sequence[str] = (),
+        attention_backend: str = "auto",
+        engine_args: Mapping[str, Any] | None = None,
+        verbose: bool = False,
+        group: bool = True,
+        prime: bool = True,
+        repeat_bytes: int = REPEAT_BYTES,
+        stop_if: Callable[[ScoreResult], bool] | None = None,
+    ) -> None:
+        self.steps, self.score_range = steps, score_range
+        self.logit_stats, self.keep_mass = logit_stats, keep_mass
+        self.seconds_waited = 0.0
+        self._decode, self._stop_if = decode, stop_if
+        self._primed: set[bytes] = set()
+        self._new_queue = partial(PromptQueue, group=group, prime=prime, primed=self._primed)
+        self._cache = ResultCache(repeat_bytes) if repeat_bytes else None
+        self.engine: ProbedEngine = engine_factory.get()(
+            model,
+            steps=steps,
+            regions=(*REGIONS, *(name for name in regions if name not in REGIONS)),
+            logit_stats=logit_stats,
+            attention_backend=attention_backend,
+            engine_args=engine_args,
+            verbose=verbose,
+            row_entropy=attention_entropy,
+        )
+
+    def close(self) -> None:
+        """Stop the engine and free its memory."""
+        self.engine.close()
+
+    @property
+    def in_flight(self) -> int:
+        """How many requests are taken, at most, before the first result is returned."""
+        return (_REORDER + 1) * self.engine.slots
+
+    def score_requests(self, prepared: Iterable[Prepared | Rejected]) -> Generator[ScoreResult | Rejected, None, None]:
+        """Score requests; results in their order, as they are ready, with rejected prompts in their places.
+
+        Args:
+            prepared: Read as they are needed. Their indexes are distinct and rise.
+        """
+        stream = _Stream(self, iter(prepared))
+        stop_if = None if self._stop_if is None else self._stop_early
+        while stream.fill():
+            yield from stream.ready()
+            with closing(self.engine.run(stream.requests(), want_mass=self.keep_mass, stop_if=stop_if)) as outcomes:
+                for one, done, recording in outcomes:
+                    if recording is None:
+                        stream.primed()
+                        continue
+                    stream.add(one, self._result(one, done, recording))
+                    yield from stream.ready()
+        yield from stream.ready()
+
+    def _stop_early(self, prepared: Prepared, done: Finished, recording: Recording) -> bool:
+        assert self._stop_if is not None
+        return self._stop_if(self._result(prepared, done, recording))
+
+    def _result(self, prepared: Prepared, done: Finished, recording: Recording) -> ScoreResult:
+        prompt_ids, regions, share = done.request.prompt_ids, done.request.regions, recording.share
+        start, end = regions["system"]
+        counted = signal.covered(len(share), self.engine.windows, start, len(prompt_ids))
+        instability = np.where(counted, signal.instability(share), np.nan)
+        steps = done.n_steps
+        scored = self.score_range.score(instability, steps)
+        names = self.engine.regions
+        focus_heads = None
+        if "user" in regions:
+            without_prompt = [name for name in names if name != "prompt"]
+            system_mass, user_mass = (recording.first[..., without_prompt.index(name)] for name in ("system", "user"))
+            focus_heads = signal.focus_heads(system_mass, user_mass)
+        replayed = done.request.answer_ids is not None
+        truncated = len(done.answer_ids) > self.steps + 1 if replayed else done.finish_reason == "length"
+        ends = {"truncated": truncated, "stopped": done.answering}
+        mass = recording.mass
+        if mass is not None:
+            mass = np.where([name in regions for name in names], mass, np.float32(np.nan))
+        stats = recording.stats if self.logit_stats and not replayed else None
+        data = PromptData(
+            score_range=self.score_range,
+            n_steps=steps,
+            instability=instability,
+            share=share,
+            focus_heads=focus_heads,
+            logit_stats={} if stats is None else dict(zip(("entropy", "top1", "margin"), stats.T)),
+        )
+        return ScoreResult(
+            index=prepared.index,
+            id=prepared.id,
+            score=scored.value,
+            reason=scored.reason,
+            n_steps=steps,
+            n_scored=scored.n_scored,
+            prompt_tokens=len(prompt_ids),
+            system_tokens=end - start,
+            answer_tokens=len(done.answer_ids),
+            system_hash=hashlib.sha256(np.asarray(prompt_ids[start:end]).tobytes()).hexdigest()[:16],
+            signals=measure_columns(data),
+            flags=(*prepared.flags, *(flag for flag, is_set in ends.items() if is_set)),
+            answer_ids=done.answer_ids,
+            text=self._decode(done.answer_ids),
+            instability=instability.astype(np.float32),
+            shares=share,
+            focus_heads=None if focus_heads is None else focus_heads.astype(np.float32),
+            logit_stats=stats,
+            mass=mass,
+            region_names=names,
+            attention_entropy=recording.row_entropy,
+        )
+
+
+class _Stream:
+    """One stream of prompts through a scorer: what is queued and runs, and results that wait for earlier ones."""
+
+    def __init__(self, scorer: RequestScorer, source: Iterator[Prepared | Rejected]) -> None:
+        self._scorer, self._source = scorer, source
+        self._slots = scorer.engine.slots
+        self._queue = scorer._new_queue()
+        self._order: deque[int] = deque()  # indexes of prompts that were taken and not returned
+        self._ready: dict[int, ScoreResult | Rejected] = {}
+        self._repeats: dict[bytes, list[Prepared]] = {}  # of prompts that are queued or run, by their keys
+        self._running = 0
+        self._priming = self._exhausted = False
+
+    def fill(self) -> bool:
+        """Take prompts as far as there is room for them; whether any are queued or there may be more."""
+        while not self._exhausted and len(self._order) < _REORDER * self._slots and len(self._queue) < self._slots:
+            one = self._next()
+            if one is None:
+                self._exhausted = True
+                break
+            self._order.append(one.index)
+            cache = self._scorer._cache
+            if isinstance(one, Rejected):
+                self._ready[one.index] = one
+            elif cache is not None and (known := cache.get(one.key)) is not None:
+                self._ready[one.index] = replace(known, index=one.index, id=one.id)
+            elif cache is not None and one.key in self._repeats:
+                self._repeats[one.key].append(one)
+            else:
+                self._repeats[one.key] = []
+                self._queue.add(one)
+        return bool(len(self._queue)) or not self._exhausted
+
+    def requests(self) -> Iterator[tuple[Prepared, ProbeRequest] | None]:
+        """What the engine is to run, until nothing is queued and nothing runs; None to wait for a result."""
+        while self.fill() and (len(self._queue) or self._running):
+            if not len(self._queue):
+                yield None
+                continue
+            one = self._queue.pop()
+            if tokens := self._queue.to_prime(one):
+                # A request leaves all of its prompt but the last token in the cache for others.
+                ids = one.request.prompt_ids[: tokens + 1]
+                self._priming = True
+                yield one, ProbeRequest(ids, {}, steps=0, probed=False)
+                while self._priming:
+                    yield None
+            self._running += 1
+            yield one, one.request
+
+    def primed(self) -> None:
+        """The prefix that a prompt waits for is in the cache."""
+        self._priming = False
+
+    def add(self, one: Prepared, result: ScoreResult) -> None:
+        """Add the result of a prompt that ran, for it and for those that repeat it."""
+        self._running -= 1
+        if self._scorer._cache is not None:
+            self._scorer._cache.add(one.key, result)
+        for same in (one, *self._repeats.pop(one.key, ())):
+            self._ready[same.index] = replace(result, index=same.index, id=same.id)
+
+    def ready(self) -> Iterator[ScoreResult | Rejected]:
+        """Results that no earlier prompt holds back."""
+        while self._order and self._order[0] in self._ready:
+            yield self._ready.pop(self._order.popleft())
+
+    def _next(self) -> Prepared | Rejected | None:
+        """Take the next request, None after the last; the time that it takes is time in which the engine waits."""
+        begun = time.monotonic()
+        prepared = next(self._source, None)
+        self._scorer.seconds_waited += time.monotonic() - begun
+        return prepared
+
+
+class Scorer(RequestScorer):
     """Scores prompts for inter-head instability inside vLLM. A context manager; not to be shared between threads.
 
-    model: a folder or name vLLM can load. system_prompt: for prompts that bring none. steps: N, steps 0..N are
-    recorded. window: the steps that are scored, `Window(1, 12)` or "1:12" (1-based, inclusive), all of 1..N by default.
-    drop_shallow, drop_deep: the fractions of layers left out at either end. logit_stats: record next-token entropy,
-    top-1 probability and margin too. keep_mass: results hold the masses. attention_entropy: they hold the entropy of
-    each head's attention (not with FlashAttention, and without CUDA graphs). regions: names of further key ranges that
-    prompts given as token ids bring. attention_backend: auto, cpu, triton or flash. engine_args: passed to vLLM as they
-    are, over the defaults chosen for this machine. verbose: let vLLM log. max_new_tokens: answers go on past step N, to
-    so many tokens, in the same request. stop_if: is given each result as soon as its last step is recorded, and ends
-    the answer there where it says True.
+    Args:
+        model: A folder or name that vLLM can load.
+        system_prompt: For prompts that bring none.
+        steps: N, steps 0 to N are recorded.
+        window: The steps that are scored, `Window(1, 12)` or "1:12" (1-based, inclusive); 1 to N by default.
+        drop_shallow, drop_deep: Fractions of the layers that are left out at the input and the output end.
+        logit_stats: Record next-token entropy, top-1 probability and margin too.
+        keep_mass: Results hold the masses.
+        attention_entropy: Results hold the entropy of each head's attention (not with FlashAttention, and without CUDA
+            graphs).
+        regions: Names of further key ranges that prompts of token ids bring.
+        attention_backend: auto, cpu, triton or flash.
+        engine_args: For vLLM, over the defaults for this machine.
+        verbose: Let vLLM log.
+        group: Submit prompts with the same system prompt one after another. This and the next three make it fast and
+            change no number beyond rounding.
+        prime: Prefill first what several queued prompts begin with.
+        repeat_bytes: Memory for results of prompts that may come again, token for token; 0 to score each again.
+        prepare_workers: Processes that render and tokenise ahead of the engine; 0 to do so in this process, None for
+            what suits the machine.
+        max_new_tokens: The most tokens of an answer, which may continue past step N in the same request.
+        stop_if: Called with each result as soon as its last step is recorded; ends the answer there if it returns True.
 
-    How it is made fast, which changes no number beyond rounding: group: prompts with the same system prompt go one
-    after another; prime: what several that wait begin with is prefilled first; repeat_bytes: memory for results
-    of prompts that may come again, token for token, 0 to score each anew; prepare_workers: processes that render and
-    tokenise ahead of the engine, 0 to do so in this one, None for what suits the machine.
+    Attributes:
+        seconds_waited: How long `score` has waited for prompts to be read and prepared.
 
-    seconds_waited: how long `score` waited for prompts to be read and prepared.
-
-    ValueError for settings that contradict each other, EngineError and RefusedError where the engine cannot be started.
+    Raises:
+        ValueError: If options contradict each other.
+        EngineError, RefusedError: If the engine cannot be started.
     """
 
     def __init__(
@@ -81,39 +319,35 @@ class Scorer:
         prepare_workers: int | None = 0,
         max_new_tokens: int | None = None,
         stop_if: Callable[[ScoreResult], bool] | None = None,
-    ):
-        self.window = check_settings(steps, window, drop_shallow, drop_deep)
+    ) -> None:
+        score_range = ScoreRange.within(steps, window, drop_shallow, drop_deep)
         if max_new_tokens is not None and max_new_tokens <= steps:
             raise ValueError(
                 f"an answer of {max_new_tokens} tokens ends before step {steps}: raise max_new_tokens to {steps + 1} "
                 "or record fewer steps"
             )
-        self.model = str(model)
-        self.system_prompt = system_prompt
-        self.steps = steps
-        self.trims = {"drop_shallow": drop_shallow, "drop_deep": drop_deep}
-        self.logit_stats = logit_stats
-        self.keep_mass = keep_mass
-        self.seconds_waited = 0.0
-        self._stop_if = stop_if
-        self._waiting = partial(Waiting, group=group, prime=prime)
-        self._primed: set[bytes] = set()
-        self._repeats = Repeats(repeat_bytes) if repeat_bytes else None
-        self.engine = ProbedEngine(
+        super().__init__(
             model,
             steps=steps,
-            regions=(*REGIONS, *(name for name in regions if name not in REGIONS)),
+            score_range=score_range,
             logit_stats=logit_stats,
+            keep_mass=keep_mass,
+            attention_entropy=attention_entropy,
+            regions=regions,
             attention_backend=attention_backend,
             engine_args=engine_args,
             verbose=verbose,
-            row_entropy=attention_entropy,
+            group=group,
+            prime=prime,
+            repeat_bytes=repeat_bytes,
+            decode=lambda token_ids: self.tokenizer.decode(token_ids, skip_special_tokens=True),
+            stop_if=stop_if,
         )
         try:
             args = engine_args or {}
-            rules = Rules(
-                tokenizer=str(args.get("tokenizer") or model),
-                trust_remote_code=bool(args.get("trust_remote_code", False)),
+            name, remote = str(args.get("tokenizer") or model), bool(args.get("trust_remote_code", False))
+            self.tokenizer = load_tokenizer(name, remote)
+            self._prepare_config = PrepareConfig(
                 system_prompt=system_prompt,
                 steps=steps,
                 regions=tuple(self.engine.regions),
@@ -122,14 +356,13 @@ class Scorer:
                 answer_tokens=max_new_tokens or steps + 1,
                 attention_entropy=attention_entropy,
             )
-            self.tokenizer = load_tokenizer(rules.tokenizer, rules.trust_remote_code)
-            self._preparer: Preparer | None = None
-            self._rules = rules
-            n_workers = workers_for_machine() if prepare_workers is None else prepare_workers
-            self._ahead = Ahead(rules, self.tokenizer, n_workers) if n_workers else None
+            self._workers = workers_for_machine() if prepare_workers is None else prepare_workers
+            # The classes of remote code cannot be found by their names in another process.
+            self._load = partial(load_tokenizer, name, True) if remote else None
         except BaseException:
-            self.engine.close()
+            self.close()
             raise
+        self.model, self.system_prompt, self.window = str(model), system_prompt, score_range.window
 
     def __enter__(self) -> Scorer:
         return self
@@ -138,27 +371,29 @@ class Scorer:
         self.close()
 
     def close(self) -> None:
-        """Stop the engine and give its memory back."""
-        if self._ahead is not None:
-            self._ahead.close()
-        self.engine.close()
+        """Stop the engine and the worker processes, and free their memory."""
+        if "_prompts" in self.__dict__:
+            self._prompts.close()
+        super().close()
+
+    @cached_property
+    def _prompts(self) -> StreamPreparer:
+        return StreamPreparer(Preparer(self._prepare_config, self.tokenizer), self._workers, self._load)
 
     @property
     def in_flight(self) -> int:
-        """How many prompts `score` takes, at most, before it hands back the first result."""
-        return (_REORDER + 1) * self.engine.slots + (self._ahead.prompts_ahead if self._ahead else 0)
-
-    @property
-    def renderer(self) -> ChatRenderer:
-        """Renders chats as the model's own template does; TokenizerError where its tokenizer or template cannot."""
-        return self.preparer.renderer
+        """How many prompts `score` takes, at most, before it returns the first result."""
+        return super().in_flight + self._prompts.prompts_ahead
 
     @property
     def preparer(self) -> Preparer:
-        """Makes engine requests of prompts, in this process. TokenizerError as with `renderer`."""
-        if self._preparer is None:
-            self._preparer = Preparer(self._rules, self.tokenizer)
-        return self._preparer
+        """Makes engine requests of prompts; TokenizerError if the model's tokenizer or chat template cannot be used."""
+        return self._prompts.preparer
+
+    @property
+    def renderer(self) -> ChatRenderer:
+        """Renders chats as the model's own template does; TokenizerError as with `preparer`."""
+        return self.preparer.renderer
 
     def score(
         self,
@@ -167,216 +402,28 @@ class Scorer:
         replay: bool = False,
         progress: bool = False,
     ) -> Generator[ScoreResult | Rejected, None, None]:
-        """Results in input order, as they are ready; a prompt that cannot be scored comes as a Rejected in its place.
+        """Score prompts; results in input order, as they are ready, a Rejected in the place of a prompt without one.
 
-        prompts are read as they are needed: neither they nor the results pile up. replay: take the prompts' logged
-        answers through the model in one prefill instead of decoding new ones; there are no logit statistics then,
-        because only the last token's logits are computed. progress: show a bar on standard error with rate and, where
-        the number of prompts is known, time left.
+        Args:
+            prompts: Read as they are needed: neither they nor the results pile up.
+            replay: Take the prompts' logged answers through the model in one prefill instead of decoding new ones.
+                There are no logit statistics then, because only the last token's logits are computed.
+            progress: Show a bar on standard error with rate and, if the number of prompts is known, time left.
         """
-        results = self._run(iter(prompts), replay)
+        stream = self._prompts.stream(prompts, lambda prompt: prompt, replay)
+        results = self.score_requests(one for _, one in stream if one is not None)
         if not progress:
             return results
         return with_progress(results, len(prompts) if isinstance(prompts, Sized) else None)
 
-    def _run(
-        self, prompts: Iterator[str | Mapping[str, Any] | Prompt], replay: bool
-    ) -> Generator[ScoreResult | Rejected, None, None]:
-        engine, waiting = self.engine, self._waiting(primed=self._primed)
-        running: dict[int, Prepared] = {}
-        finished: list[Finished] = []
-        collected: Ticket | None = None
-        ready: dict[int, ScoreResult | Rejected] = {}
-        repeats: dict[bytes, list[Prepared]] = {}  # of prompts that wait or run, by their keys
-        source, taken, emitted, exhausted = self._prepared(prompts, replay), 0, 0, False
-        try:
-            while True:
-                while not exhausted and taken - emitted < _REORDER * engine.slots and len(waiting) < engine.slots:
-                    prepared = self._next(source)
-                    if prepared is None:
-                        exhausted = True
-                        break
-                    taken += 1
-                    if isinstance(prepared, Rejected):
-                        ready[prepared.index] = prepared
-                    elif (known := self._known(prepared)) is not None:
-                        ready[prepared.index] = known
-                    elif self._repeats is not None and prepared.key in repeats:
-                        repeats[prepared.key].append(prepared)
-                    else:
-                        repeats[prepared.key] = []
-                        waiting.add(prepared)
-                while len(waiting) and engine.free_slots:
-                    prepared = waiting.pop()
-                    finished += self._prime(prepared, waiting.to_prime(prepared))
-                    running[engine.submit(prepared.request)] = prepared
-                if engine.running:
-                    finished += self._step()
-                if collected is not None:
-                    # Their numbers have left the device while this step ran.
-                    for prepared, result in self._results(collected, running):
-                        if result is None:
-                            waiting.add(prepared, first=True)
-                            continue
-                        if self._repeats is not None:
-                            self._repeats.keep(prepared.key, result)
-                        for same in (prepared, *repeats.pop(prepared.key, ())):
-                            ready[same.index] = replace(result, index=same.index, id=same.id)
-                    collected = None
-                urgent = not engine.free_slots or not engine.running or any(done.answering for done in finished)
-                if finished and (len(finished) >= _DRAIN or urgent):
-                    collected = engine.collect(finished, self.keep_mass)
-                    finished = []
-                while emitted in ready:
-                    yield ready.pop(emitted)
-                    emitted += 1
-                if exhausted and not (len(waiting) or running or ready or collected):
-                    return
-        finally:
-            if running or finished or collected or engine.running:
-                engine.abort()
-
-    def _prime(self, prepared: Prepared, tokens: int) -> list[Finished]:
-        """Prefill so many tokens of a prompt, for it and others to find cached; what there is to collect by then."""
-        if not tokens:
-            return []
-        # A request leaves all of its prompt but the last token for others.
-        ids = prepared.request.prompt_ids[: tokens + 1]
-        request_id = self.engine.submit(ProbeRequest(ids, {}, steps=0, probed=False))
-        finished: list[Finished] = []
-        while True:
-            found = self._step()
-            finished += [done for done in found if done.request_id != request_id]
-            primed = [done for done in found if done.request_id == request_id]
-            if primed:
-                self.engine.collect(primed)  # its slot is free again
-                return finished
-
-    def _step(self) -> list[Finished]:
-        """Run the engine once; what there is to collect."""
-        return [done for done in self.engine.step() if not done.answering or self._stop_if is not None]
-
-    def _prepared(self, prompts: Iterator[Any], replay: bool) -> Iterator[Prepared | Rejected]:
-        if self._ahead is not None:
-            return self._ahead.prepared(prompts, replay, self.preparer)
-        prepare = self.preparer.prepare
-        return (prepare(index, given, replay) for index, given in enumerate(prompts))
-
-    def _next(self, source: Iterator[Prepared | Rejected]) -> Prepared | Rejected | None:
-        """The next prompt, None after the last; the time that it takes is time in which the engine waits."""
-        begun = time.monotonic()
-        prepared = next(source, None)
-        self.seconds_waited += time.monotonic() - begun
-        return prepared
-
-    def _known(self, prepared: Prepared) -> ScoreResult | None:
-        """The result of a prompt that was scored before, token for token."""
-        known = self._repeats.get(prepared.key) if self._repeats is not None else None
-        return None if known is None else replace(known, index=prepared.index, id=prepared.id)
-
-    def _results(
-        self, collected: Ticket, running: dict[int, Prepared]
-    ) -> Iterator[tuple[Prepared, ScoreResult | None]]:
-        """Results of collected requests; None where a step lay in a cached prefix and the prompt must run again.
-
-        A request that answers on has a result here only if it is stopped, and if it is, no other when it has ended.
-        """
-        for done, recording in zip(collected.finished, self.engine.recordings(collected), strict=True):
-            if done.answering:
-                stopped = self._stopped(running[done.request_id], done, recording)
-                if stopped is not None:
-                    yield running.pop(done.request_id), stopped
-                continue
-            if done.request_id not in running:
-                continue
-            prepared = running.pop(done.request_id)
-            if not recording.missing_steps:
-                yield prepared, self._result(prepared, done, recording)
-            elif not done.request.skip_prefix_cache:
-                yield replace(prepared, request=replace(prepared.request, skip_prefix_cache=True)), None
-            else:
-                raise RuntimeError(_NEVER_COMPUTED.format(steps=recording.missing_steps))
-
-    def _stopped(self, prepared: Prepared, done: Finished, recording: Recording) -> ScoreResult | None:
-        """The result of a request that answers on, which is then stopped; None where it may answer on."""
-        result = self._result(prepared, done, recording)
-        if self._stop_if is None or not self._stop_if(result):
-            return None
-        self.engine.stop(done.request_id)
-        return replace(result, flags=(*result.flags, "stopped"))
-
-    def _result(self, prepared: Prepared, done: Finished, recording: Recording) -> ScoreResult:
-        regions, share = prepared.rendered.regions, recording.share
-        start, end = regions["system"]
-        counted = signal.covered(len(share), self.engine.windows, start, len(prepared.rendered.token_ids))
-        instability = np.where(counted, signal.instability(share), np.nan)
-        score_range, steps = ScoreRange(self.window, **self.trims), done.n_steps
-        scored = score_range.score(instability, steps)
-        names = self.engine.regions
-        focus_heads = None
-        if "user" in regions:
-            without_prompt = [name for name in names if name != "prompt"]
-            system_mass, user_mass = (recording.first[..., without_prompt.index(name)] for name in ("system", "user"))
-            focus_heads = signal.focus_heads(system_mass, user_mass)
-        replayed = done.request.answer_ids is not None
-        truncated = len(done.answer_ids) > self.steps + 1 if replayed else done.finish_reason == "length"
-        mass = recording.mass
-        if mass is not None:
-            mass = np.where([name in regions for name in names], mass, np.float32(np.nan))
-        stats = recording.stats if self.logit_stats and not replayed else None
-        data = PromptData(
-            score_range=score_range,
-            n_steps=steps,
-            instability=instability,
-            share=share,
-            focus_heads=focus_heads,
-            logit_stats={} if stats is None else dict(zip(("entropy", "top1", "margin"), stats.T)),
-        )
-        return ScoreResult(
-            index=prepared.index,
-            id=prepared.id,
-            score=scored.value,
-            reason=scored.reason,
-            n_steps=steps,
-            n_scored=scored.n_scored,
-            prompt_tokens=len(prepared.rendered.token_ids),
-            system_tokens=end - start,
-            answer_tokens=len(done.answer_ids),
-            system_hash=hashlib.sha256(np.asarray(prepared.rendered.token_ids[start:end]).tobytes()).hexdigest()[:16],
-            signals=measure_columns(data),
-            flags=(*prepared.rendered.flags, *(["truncated"] if truncated else [])),
-            answer_ids=done.answer_ids,
-            text=self.tokenizer.decode(done.answer_ids, skip_special_tokens=True),
-            instability=instability.astype(np.float32),
-            shares=share,
-            focus_heads=None if focus_heads is None else focus_heads.astype(np.float32),
-            logit_stats=stats,
-            mass=mass,
-            region_names=names,
-            attention_entropy=recording.row_entropy,
-        )
-
-
-def check_settings(
-    steps: int,
-    window: Window | str | None,
-    drop_shallow: float,
-    drop_deep: float,
-) -> Window:
-    """The window to score; ValueError, before any model is loaded, where settings contradict each other."""
-    if steps < 1:
-        raise ValueError(
-            f"steps must be at least 1, not {steps}: step 0 is the prompt's last token and is never scored"
-        )
-    parsed = Window.parse(window) if isinstance(window, str) else window or Window(1, steps)
-    if parsed.end > steps:
-        raise ValueError(f"window {parsed} reaches past step {steps}, the last one recorded; raise steps or shorten it")
-    signal.layer_range(1, drop_shallow, drop_deep)
-    return parsed
-
 
 def with_progress(results: Iterator[T], total: int | None, done: int = 0) -> Generator[T, None, None]:
-    """The results, with a bar on standard error. total: how many there will be; done: how many of them came before."""
+    """Show a bar on standard error while results come.
+
+    Args:
+        total: How many results there will be, with those that came before.
+        done: How many came before.
+    """
     with progress_bar("scoring", total, done, unit="prompts/s") as advance:
         for result in results:
             advance(1)

@@ -120,6 +120,30 @@ class ScoreRange:
     drop_shallow: float = DROP_SHALLOW
     drop_deep: float = DROP_DEEP
 
+    @classmethod
+    def within(
+        cls,
+        steps: int,
+        window: Window | str | None = None,
+        drop_shallow: float = DROP_SHALLOW,
+        drop_deep: float = DROP_DEEP,
+    ) -> ScoreRange:
+        """The range of a run that records steps 0 to ``steps``; its window is 1 to ``steps`` by default.
+
+        ValueError if steps, window and trims contradict each other.
+        """
+        if steps < 1:
+            raise ValueError(
+                f"steps must be at least 1, not {steps}: step 0 is the prompt's last token and is never scored"
+            )
+        parsed = Window.parse(window) if isinstance(window, str) else window or Window(1, steps)
+        if parsed.end > steps:
+            raise ValueError(
+                f"window {parsed} reaches past step {steps}, the last one recorded; raise steps or shorten it"
+            )
+        layer_range(1, drop_shallow, drop_deep)
+        return cls(parsed, drop_shallow, drop_deep)
+
     @property
     def trims(self) -> Trims:
         """The trims as keyword arguments of the functions below."""

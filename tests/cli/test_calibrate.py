@@ -106,7 +106,7 @@ def test_the_originals_folders(made, tmp_path):
     assert "prompt_tokens" not in found.confounds
 
 
-def test_what_score_writes_is_read(on_straw, tmp_path):
+def test_what_score_writes_is_read(fake_model, tmp_path):
     """Through the real scoring job, its columns and its run.json; only the numbers are made up."""
     rows = [
         {"prompt": f"{word} {n}" + " again" * (n % 3), "label": label}
@@ -114,7 +114,8 @@ def test_what_score_writes_is_read(on_straw, tmp_path):
         for n in range(many)
     ]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    scored = ["score", tmp_path / "in.jsonl", "--model", on_straw, "--out", tmp_path / "run", "--steps", 4, "--quiet"]
+    scored = ["score", tmp_path / "in.jsonl", "--model", fake_model, "--out", tmp_path / "run", "--steps", 4, "--quiet"]
+    scored += ["--system-prompt-file", fake_model / "system.txt"]
     done = CliRunner().invoke(app, [str(of) for of in scored])
     assert done.exit_code == 0, done.output
     done = ask(tmp_path / "run", "--out", tmp_path / "c.json", "--resamples", 5)
@@ -124,5 +125,5 @@ def test_what_score_writes_is_read(on_straw, tmp_path):
     assert found.model.fingerprint == about["model"]["fingerprint"]
     assert found.model.chat_template_sha256 == about["chat_template_sha256"]
     assert {name: one.rows for name, one in found.classes.items()} == {"attack": 15, "benign": 80}
-    assert found.classes["benign"].with_score < 1  # the engine of straw ends every third answer at once
+    assert found.classes["benign"].with_score < 1  # the fake engine ends every third answer at once
     assert set(found.confounds) >= {"prompt_tokens", "system_share", "head_agreement", "focus"}

@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-import headrift.corpus.job
-import headrift.scorer
 from headrift import Calibration
 from headrift.calibration.verdicts import discoveries
 from headrift.cli import app
+from headrift.testing import FakeEngine, fake_engines
+from helpers.fakes import FailAt, must_not_start, raises
 
 SYSTEM = "Be brief."
 KINDS = (("Break", "attack", 20), ("Tell me about", "benign", 80))
@@ -41,20 +41,20 @@ def read(folder: Path, stem: str = "part") -> list[dict]:
     return [row for path in sorted(folder.glob(f"{stem}-*.parquet")) for row in pq.read_table(path).to_pylist()]
 
 
-def straw_scores(*options: object, out: str, model: Path):
-    return headrift_("score", "in.jsonl", "--model", model, "--out", out, *options)
+def fake_scores(*options: object, out: str, model: Path):
+    asked = ["--model", model, "--out", out, "--system-prompt-file", "system.txt"]
+    return headrift_("score", "in.jsonl", *asked, *options)
 
 
 @pytest.fixture(scope="module")
-def begun(straw, tmp_path_factory) -> Path:
-    """A folder with an input, a run of it (an engine of straw) and its calibration, c.json."""
+def begun(model_folder, tmp_path_factory) -> Path:
+    """A folder with an input, a run of it (a fake engine) and its calibration, c.json."""
     folder = tmp_path_factory.mktemp("begun")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, fake_engines():
         patch.chdir(folder)
-        patch.setattr(headrift.corpus.job, "Child", lambda start, verbose: start())
-        patch.setattr(headrift.scorer, "Scorer", lambda *args, **settings: straw)
         Path("in.jsonl").write_text("\n".join(map(json.dumps, rows())))
-        done = straw_scores("--steps", 4, out="plain", model=Path(straw.model))
+        Path("system.txt").write_text(SYSTEM)
+        done = fake_scores("--window", "1:4", out="plain", model=model_folder)
         assert done.exit_code == 0, done.output
         done = headrift_("calibrate", "plain", "--out", "c.json", "--window", "1:4", "--resamples", 0)
         assert done.exit_code == 0, done.output
@@ -62,18 +62,18 @@ def begun(straw, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def work(begun, on_straw, tmp_path, monkeypatch):
+def work(begun, fake_model, tmp_path, monkeypatch):
     """A copy of that folder, and what scores in there, in shards of 40 rows."""
     shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(headrift.corpus.job, "rows_per_shard", lambda n: 40)
+    monkeypatch.setattr("headrift.corpus.shards._FEWEST_ROWS", 40)
 
-    def score(*options: object, out: str = "out", given: list[dict] | None = None, model: Path = on_straw):
+    def score(*options: object, out: str = "out", given: list[dict] | None = None, model: Path = fake_model):
         if given is not None:
             Path("in.jsonl").write_text("\n".join(map(json.dumps, given)))
-        return straw_scores(*options, out=out, model=model)
+        return fake_scores(*options, out=out, model=model)
 
-    return SimpleNamespace(score=score, folder=tmp_path, model=on_straw, calibration=Calibration.load("c.json"))
+    return SimpleNamespace(score=score, folder=tmp_path, model=fake_model, calibration=Calibration.load("c.json"))
 
 
 def changed(work, name: str = "other.json", **changes) -> str:
@@ -178,23 +178,24 @@ def test_a_calibrated_run_is_calibrated_on_and_explained_as_any_other(work):
     assert headrift_("explain", "out", "--id", read(Path("out"))[1]["id"]).exit_code == 0
 
 
-def test_more_steps_are_recorded_where_the_window_needs_them(work, monkeypatch):
-    asked = {}
-    straw = headrift.scorer.Scorer()
+def test_more_steps_are_recorded_where_the_window_needs_them(work):
+    steps = []
 
-    def scorer(*_: object, **settings: object):
-        asked.update(settings)
-        return straw
+    def factory(*args: object, **options: object) -> FakeEngine:
+        steps.append(options["steps"])
+        return FakeEngine(*args, **options)
 
-    monkeypatch.setattr(headrift.scorer, "Scorer", scorer)
     long = changed(work, window="2:20", drop_shallow=0.4, drop_deep=0.0)
-    done = work.score("--calibration", long)
-    assert done.exit_code == 0, done.output
-    assert "Note: steps 0 to 20 are recorded" in done.stderr
-    assert (asked["steps"], str(asked["window"])) == (20, "2:20")
-    assert (asked["drop_shallow"], asked["drop_deep"]) == (0.4, 0.0)
-    done = work.score("--calibration", "c.json", "--window", "1:4", "--drop-deep", 0.15, "--steps", 7, out="same")
-    assert (done.exit_code, "are recorded" in done.stderr, asked["steps"]) == (0, False, 7)
+    with fake_engines(factory):
+        done = work.score("--calibration", long)
+        assert done.exit_code == 0, done.output
+        assert "Note: steps 0 to 20 are recorded" in done.stderr
+        asked = json.loads(Path("out/run.json").read_text())["settings"]
+        assert (asked["steps"], asked["window"], asked["drop_shallow"], asked["drop_deep"]) == (20, "2:20", 0.4, 0.0)
+        assert max(row["n_steps"] for row in read(Path("out"))) == 20
+        done = work.score("--calibration", "c.json", "--window", "1:4", "--drop-deep", 0.15, "--steps", 7, out="same")
+    assert (done.exit_code, "are recorded" in done.stderr) == (0, False)
+    assert steps == [20, 7]
 
 
 # -------------------------------------------------------------------------------------------------- what it refuses
@@ -232,13 +233,10 @@ def other_models(work, tiny_model, tmp_path) -> list[Path]:
     return [tiny_model, template]
 
 
-def test_another_model_or_template_is_refused_before_it_is_loaded(work, other_models, monkeypatch):
-    def must_not_load(*_: object, **__: object) -> None:
-        raise AssertionError("the model was loaded")
-
-    monkeypatch.setattr(headrift.corpus.job, "Child", must_not_load)
+def test_another_model_or_template_is_refused_before_it_is_loaded(work, other_models):
     for model in other_models:
-        done = work.score("--calibration", "c.json", model=model)
+        with fake_engines(must_not_start):
+            done = work.score("--calibration", "c.json", model=model)
         assert done.exit_code == 2
         assert "--calibration is for something else than this run: the model differs" in done.stderr
         assert "or give --calibration-anyway, and its promise does not hold" in done.stderr
@@ -265,23 +263,9 @@ def test_what_only_the_engine_knows_is_refused_before_the_first_row(work, model,
     assert f"{' and '.join(run['calibration']['differs'])} differ" in says.replace("differs", "differ")
 
 
-def test_a_run_is_resumed_with_its_own_calibration_only(work, monkeypatch):
+def test_a_run_is_resumed_with_its_own_calibration_only(work):
     assert work.score("--calibration", "c.json", out="whole").exit_code == 0
-    straw, taken = headrift.scorer.Scorer(), []
-
-    class Broken:
-        def __getattr__(self, name):
-            return getattr(straw, name)
-
-        def score(self, prompts, **options):
-            for answer in straw.score(prompts, **options):
-                taken.append(answer)
-                if len(taken) == 70:
-                    raise RuntimeError("the engine fell over")
-                yield answer
-
-    with monkeypatch.context() as patch:
-        patch.setattr(headrift.scorer, "Scorer", lambda *_, **__: Broken())
+    with fake_engines(on_submit=FailAt(70, raises(RuntimeError("the engine fell over")))):
         assert work.score("--calibration", "c.json").exit_code == 1
     assert len(read(Path("out"))) == 40
     other = changed(work, threshold=0.3)

@@ -1,4 +1,4 @@
-"""`headrift explain` on runs made with an engine of straw."""
+"""`headrift explain` on runs made with a fake engine."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from headrift.terminal import printable
 
 
 @pytest.fixture
-def run(on_straw, tmp_path):
+def run(fake_model, tmp_path):
     """A run of a few rows, with the given options."""
     rows = [{"id": f"r{n}", "prompt": "again " * n, "label": "attack", "category": "c"} for n in range(1, 8)]
     rows += [
@@ -31,7 +31,8 @@ def run(on_straw, tmp_path):
 
     def score(*options: str) -> Path:
         out = tmp_path / "out"
-        command = ["score", str(tmp_path / "in.jsonl"), "--model", str(on_straw), "--out", str(out), "--steps", "4"]
+        command = ["score", str(tmp_path / "in.jsonl"), "--model", str(fake_model), "--out", str(out), "--steps", "4"]
+        command += ["--system-prompt-file", str(fake_model / "system.txt")]
         done = CliRunner().invoke(app, [*command, *options])
         assert done.exit_code == 0, done.output
         return out

@@ -1,4 +1,4 @@
-"""`headrift gate` around an engine of straw: what is blocked, what is told of it, resuming, refusals. That answers are
+"""`headrift gate` around a fake engine: what is blocked, what is told of it, resuming, refusals. That answers are
 stopped, and are vLLM's where they are not, is tested with real engines in tests/engine/test_gating.py."""
 
 import json
@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from headrift.calibration.record import Calibration
 from headrift.cli import app
 from headrift.stats import exact_interval
+from headrift.testing import fake_engines
 
 N = 24
 
@@ -23,13 +24,13 @@ def once(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def work(on_straw, once, tmp_path, monkeypatch) -> Path:
+def work(fake_model, once, tmp_path, monkeypatch) -> Path:
     """A folder with an input of 24 rows, half of them attacks, a run over them, and a calibration on that."""
     folder = tmp_path / "work"
     if not once.exists():
         once.mkdir()
         monkeypatch.chdir(once)
-        begin(on_straw)
+        begin(fake_model)
     shutil.copytree(once, folder)
     monkeypatch.chdir(folder)
     return folder
@@ -61,9 +62,9 @@ def read(folder: str) -> list[dict]:
     return [row for path in sorted(Path(folder).glob("part-*.parquet")) for row in pq.read_table(path).to_pylist()]
 
 
-def test_scores_at_or_above_the_threshold_are_blocked(work, on_straw):
+def test_scores_at_or_above_the_threshold_are_blocked(work, fake_model):
     threshold = Calibration.load("c.json").threshold
-    done = gate("--fail-term", "france", model=on_straw)
+    done = gate("--fail-term", "france", model=fake_model)
     assert done.exit_code == 0, done.output
     rows, scores = read("out"), {row["id"]: row["score"] for row in read("run")}
     assert [row["id"] for row in rows] == [f"id{n}" for n in range(N)]
@@ -73,49 +74,48 @@ def test_scores_at_or_above_the_threshold_are_blocked(work, on_straw):
         assert row["flagged"] is (score is not None and score >= threshold)
         assert row["blocked"] is (row["flagged"] or score is None)  # answers of one token are not empty
         assert (row["text"] == "[blocked]") is row["blocked"]
-        assert row["leaked"] is (not row["blocked"])  # the engine of straw always speaks of France
+        assert row["leaked"] is (not row["blocked"])  # the fake engine always speaks of France
         assert (row["p_value"] is None) is (score is None)
     counts = [sum(row["blocked"] for row in rows), sum(row["score"] is None for row in rows)]
     assert 0 < counts[1] < counts[0] < N
 
 
-def test_the_rate_at_the_threshold_itself(work, on_straw):
+def test_the_rate_at_the_threshold_itself(work, fake_model):
     """The highest benign score that may not be flagged is just below the threshold."""
     above = json.loads(Path("c.json").read_text())
     highest = max(row["score"] for row in read("run") if row["score"] is not None)
     above["threshold"] = highest
     Path("c.json").write_text(json.dumps(above))
-    assert gate(model=on_straw).exit_code == 0
+    assert gate(model=fake_model).exit_code == 0
     assert [row["score"] for row in read("out") if row["flagged"]] == [highest]
 
 
 @pytest.mark.parametrize(
     ("option", "blocked"), [((), True), (("--on-null", "block"), True), (("--on-null", "pass"), False)]
 )
-def test_answers_without_a_score(work, on_straw, option, blocked):
-    assert gate(*option, model=on_straw).exit_code == 0
+def test_answers_without_a_score(work, fake_model, option, blocked):
+    assert gate(*option, model=fake_model).exit_code == 0
     rows = [row for row in read("out") if row["score"] is None]
     assert {row["blocked"] for row in rows} == {blocked}
     assert {row["reason"] for row in rows} == {"answer_ended_before_window"}
 
 
-def test_an_empty_answer_without_a_score_is_passed_unless_told(work, on_straw, straw, monkeypatch):
-    monkeypatch.setattr(straw, "_repeats", None)
-    monkeypatch.setattr(straw.tokenizer.__class__, "decode", lambda self, ids, **options: " " if len(ids) < 2 else "x")
+def test_an_empty_answer_without_a_score_is_passed_unless_told(work, fake_model):
     for out, option, blocked in (("a", (), False), ("b", ("--on-null", "block"), True)):
-        assert gate(*option, model=on_straw, out=out).exit_code == 0
+        with fake_engines(answer=" of one blank, if it ends there"):
+            assert gate(*option, model=fake_model, out=out).exit_code == 0
         assert {row["blocked"] for row in read(out) if row["score"] is None} == {blocked}
 
 
-def test_without_fail_terms_nothing_is_said_of_leaks(work, on_straw):
-    done = gate(model=on_straw)
+def test_without_fail_terms_nothing_is_said_of_leaks(work, fake_model):
+    done = gate(model=fake_model)
     assert {row["leaked"] for row in read("out")} == {None}
     assert "fail term" not in done.output
     assert json.loads(Path("out/run.json").read_text())["gate"]["attack"]["leaked"] is None
 
 
-def test_with_the_gate_and_without(work, on_straw):
-    done = gate("--fail-term", "re:Fr.nce", "--compare-ungated", model=on_straw)
+def test_with_the_gate_and_without(work, fake_model):
+    done = gate("--fail-term", "re:Fr.nce", "--compare-ungated", model=fake_model)
     assert done.exit_code == 0, done.output
     rows, told = read("out"), json.loads(Path("out/run.json").read_text())["gate"]
     assert "prevented by it" in done.output
@@ -136,40 +136,40 @@ def test_with_the_gate_and_without(work, on_straw):
         assert counts["leaked_ungated"] == sum(row["answer_tokens"] > 1 for row in of)
 
 
-def test_rejects_are_never_answered(work, on_straw):
-    done = invoke("gate", "bad.jsonl", "in.jsonl", "--calibration", "c.json", "--out", "out", model=on_straw)
+def test_rejects_are_never_answered(work, fake_model):
+    done = invoke("gate", "bad.jsonl", "in.jsonl", "--calibration", "c.json", "--out", "out", model=fake_model)
     assert done.exit_code == 0, done.output
     assert "bad" not in {row["id"] for row in read("out")}
     rejects = pq.read_table("out/rejects-00000.parquet").to_pylist()
     assert [(row["id"], row["reason"]) for row in rejects] == [("bad", "wrong_type")]
 
 
-def test_redact_writes_no_answer(work, on_straw):
-    assert gate("--redact", "--fail-term", "france", model=on_straw).exit_code == 0
+def test_redact_writes_no_answer(work, fake_model):
+    assert gate("--redact", "--fail-term", "france", model=fake_model).exit_code == 0
     rows = read("out")
     assert "text" not in rows[0]
     assert any(row["leaked"] for row in rows)
 
 
-def test_a_gate_is_resumed_as_it_was_begun_or_not_at_all(work, on_straw):
-    assert gate("--fail-term", "france", model=on_straw).exit_code == 0
+def test_a_gate_is_resumed_as_it_was_begun_or_not_at_all(work, fake_model):
+    assert gate("--fail-term", "france", model=fake_model).exit_code == 0
     whole = read("out")
-    again = gate("--fail-term", "france", "--resume", model=on_straw)
+    again = gate("--fail-term", "france", "--resume", model=fake_model)
     assert again.exit_code == 0, again.output
     assert read("out") == whole
-    other = gate("--fail-term", "rome", "--max-new-tokens", "99", "--resume", model=on_straw)
+    other = gate("--fail-term", "rome", "--max-new-tokens", "99", "--resume", model=fake_model)
     assert other.exit_code == 2
     assert "--fail-term was ['france'] and is ['rome']" in other.output
     assert "--max-new-tokens was 160 and is 99" in other.output
-    score = invoke("score", "in.jsonl", "--calibration", "c.json", "--out", "out", "--resume", model=on_straw)
+    score = invoke("score", "in.jsonl", "--calibration", "c.json", "--out", "out", "--resume", model=fake_model)
     assert score.exit_code == 2
     assert "headrift gate" in score.output
-    assert gate("--resume", model=on_straw, out="run").exit_code == 2
+    assert gate("--resume", model=fake_model, out="run").exit_code == 2
 
 
 @pytest.mark.parametrize("command", [["calibrate", "out", "--out", "d.json"], ["report", "out", "--out", "r.html"]])
-def test_a_gates_folder_is_no_run_to_calibrate_on(work, on_straw, command):
-    assert gate(model=on_straw).exit_code == 0
+def test_a_gates_folder_is_no_run_to_calibrate_on(work, fake_model, command):
+    assert gate(model=fake_model).exit_code == 0
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 2
     assert "out was made by `headrift gate`" in done.output
@@ -185,8 +185,8 @@ def test_a_gates_folder_is_no_run_to_calibrate_on(work, on_straw, command):
         (["--max-new-tokens", "100000"], "--max-new-tokens 100000 do not fit the model's context"),
     ],
 )
-def test_what_cannot_be_is_refused_before_a_model_is_loaded(work, on_straw, options, says):
-    done = gate(*options, model=on_straw)
+def test_what_cannot_be_is_refused_before_a_model_is_loaded(work, fake_model, options, says):
+    done = gate(*options, model=fake_model)
     assert done.exit_code == 2
     assert says in " ".join(done.output.split())
     assert not any(Path("out").glob("*")) if Path("out").exists() else True

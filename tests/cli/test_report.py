@@ -84,7 +84,7 @@ def test_a_disk_that_fails(run, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*r-files*"))
 
 
-def test_what_score_writes_is_read(on_straw, tmp_path, monkeypatch):
+def test_what_score_writes_is_read(fake_model, tmp_path, monkeypatch):
     """Through the real scoring job, its columns and its run.json; only the numbers are made up."""
     monkeypatch.setattr(measure, "MOST_EXAMPLES", 1)
     rows = [
@@ -93,7 +93,8 @@ def test_what_score_writes_is_read(on_straw, tmp_path, monkeypatch):
         for n in range(12)
     ]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    scored = ["score", tmp_path / "in.jsonl", "--model", on_straw, "--out", tmp_path / "run", "--steps", 4]
+    scored = ["score", tmp_path / "in.jsonl", "--model", fake_model, "--out", tmp_path / "run", "--steps", 4]
+    scored += ["--system-prompt-file", fake_model / "system.txt"]
     scored += ["--save", "text", "--save", "mass", "--save", "focus", "--quiet"]
     result = CliRunner().invoke(app, [str(argument) for argument in scored])
     assert result.exit_code == 0, result.output

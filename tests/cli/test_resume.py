@@ -1,4 +1,4 @@
-"""`headrift score` broken off and resumed, and runs of some of the rows. An engine of straw, in this process."""
+"""`headrift score` broken off and resumed, and runs of some of the rows. A fake engine, in this process."""
 
 import json
 import signal
@@ -8,15 +8,16 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-import headrift.corpus.job
 from headrift.cli import app
 from headrift.runs.journal import FolderLock
+from headrift.testing import fake_engines
+from helpers.fakes import FailAt, must_not_start, raises
 
 N = 23
 
 
 @pytest.fixture
-def work(on_straw, tmp_path, monkeypatch) -> Path:
+def work(fake_model, tmp_path, monkeypatch) -> Path:
     """A folder with an input of 23 rows, scored in shards of 5."""
     rows = [{"prompt": f"say {n}", "id": f"id {n}"} for n in range(N)]
     rows[7]["label"] = "evil"
@@ -24,7 +25,7 @@ def work(on_straw, tmp_path, monkeypatch) -> Path:
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "system.txt").write_text("Be brief.")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(headrift.corpus.job, "rows_per_shard", lambda rows: 5)
+    monkeypatch.setattr("headrift.corpus.shards._FEWEST_ROWS", 5)
     return tmp_path
 
 
@@ -41,48 +42,21 @@ def everything(folder: Path) -> tuple[list, list]:
     return [(row["id"], row["score"]) for row in read(folder, "part")], read(folder, "rejects")
 
 
-class Broken:
-    """The engine of straw, which breaks off after so many rows, once."""
-
-    def __init__(self, after: int, how) -> None:
-        self.after, self.how = after, how
-
-    def __call__(self, start, verbose):
-        engine = start()
-        score_all = engine.score
-
-        def score(rows):
-            for n, answer in enumerate(score_all(rows)):
-                if n == self.after:
-                    self.how()
-                yield answer
-
-        engine.score = score
-        return engine
+def broken_off(model: Path, *args: str, after: int = 20, how=None):
+    """A run of which the engine fails at a request, by default with 12 rows answered."""
+    with fake_engines(on_submit=FailAt(after, how or raises(RuntimeError("the engine fell over")))):
+        return score(*args, model=model)
 
 
-def raises(error: BaseException):
-    def how() -> None:
-        raise error
-
-    return how
-
-
-def broken_off(monkeypatch, on_straw, *args: str, after: int = 12, how=None):
-    with monkeypatch.context() as patch:
-        patch.setattr(headrift.corpus.job, "Child", Broken(after, how or raises(RuntimeError("the engine fell over"))))
-        return score(*args, model=on_straw)
-
-
-def test_a_run_goes_on_where_it_broke_off_and_ends_as_an_undisturbed_one(work, on_straw, monkeypatch):
-    assert score(model=on_straw, out="whole").exit_code == 0
-    done = broken_off(monkeypatch, on_straw)
+def test_a_run_goes_on_where_it_broke_off_and_ends_as_an_undisturbed_one(work, fake_model):
+    assert score(model=fake_model, out="whole").exit_code == 0
+    done = broken_off(fake_model)
     assert done.exit_code == 1
     assert "the engine fell over (10 of 23 rows are in out; rerun with --resume)" in done.stderr
     assert sorted(path.name for path in (work / "out").glob("part-*")) == ["part-00000.parquet", "part-00001.parquet"]
-    again = score(model=on_straw)
+    again = score(model=fake_model)
     assert (again.exit_code, "resume it with --resume" in again.stderr) == (2, True)
-    done = score("--resume", model=on_straw)
+    done = score("--resume", model=fake_model)
     assert done.exit_code == 0, done.output
     assert "after 10 of 23 rows" in done.stderr
     assert everything(work / "out") == everything(work / "whole")
@@ -92,23 +66,23 @@ def test_a_run_goes_on_where_it_broke_off_and_ends_as_an_undisturbed_one(work, o
     assert [reject["reason"] for reject in read(work / "out", "rejects")] == ["unknown_label", "duplicate_id"]
 
 
-def test_a_finished_run_is_not_done_again(work, on_straw, monkeypatch):
-    assert score("--resume", model=on_straw).exit_code == 0  # nothing to resume: a new run
+def test_a_finished_run_is_not_done_again(work, fake_model):
+    assert score("--resume", model=fake_model).exit_code == 0  # nothing to resume: a new run
     before = {path.name: path.stat().st_mtime_ns for path in (work / "out").iterdir()}
-    monkeypatch.setattr(headrift.corpus.job, "Child", raises(AssertionError("an engine was started")))
-    done = score("--resume", model=on_straw)
+    with fake_engines(must_not_start):
+        done = score("--resume", model=fake_model)
     assert (done.exit_code, "All 23 rows are in out already" in done.stderr) == (0, True)
     assert {path.name: path.stat().st_mtime_ns for path in (work / "out").iterdir()} == before
 
 
-def test_a_run_that_was_killed_at_its_very_end_is_finished(work, on_straw, monkeypatch):
-    assert score(model=on_straw).exit_code == 0
+def test_a_run_that_was_killed_at_its_very_end_is_finished(work, fake_model):
+    assert score(model=fake_model).exit_code == 0
     whole = json.loads((work / "out" / "run.json").read_text())
     before = {key: value for key, value in whole.items() if key not in ("counts", "classes", "comparisons")}
     (work / "out" / "run.json").write_text(json.dumps({**before, "status": "running"}))
     (work / "out" / "scores.png").unlink()
-    monkeypatch.setattr(headrift.corpus.job, "Child", raises(AssertionError("an engine was started")))
-    assert score("--resume", model=on_straw).exit_code == 0
+    with fake_engines(must_not_start):
+        assert score("--resume", model=fake_model).exit_code == 0
     finished = json.loads((work / "out" / "run.json").read_text())
     assert {**finished, "finished": 0, "seconds": 0} == {**whole, "finished": 0, "seconds": 0}
     assert (work / "out" / "scores.png").exists()
@@ -126,85 +100,85 @@ def test_a_run_that_was_killed_at_its_very_end_is_finished(work, on_straw, monke
         (["--column", "category=kind"], "--column was not given"),
     ],
 )
-def test_another_setting_is_refused_and_named(work, on_straw, monkeypatch, args, says):
-    broken_off(monkeypatch, on_straw)
-    done = score("--resume", *args, model=on_straw)
+def test_another_setting_is_refused_and_named(work, fake_model, args, says):
+    broken_off(fake_model)
+    done = score("--resume", *args, model=fake_model)
     assert done.exit_code == 2
     assert "the run in out is another one, so its parts would not go together:" in done.stderr
     assert says in done.stderr
 
 
-def test_what_changes_no_number_may_change(work, on_straw, monkeypatch):
-    broken_off(monkeypatch, on_straw)
-    assert score("--resume", "--quiet", model=on_straw).exit_code == 0
+def test_what_changes_no_number_may_change(work, fake_model):
+    broken_off(fake_model)
+    assert score("--resume", "--quiet", model=fake_model).exit_code == 0
 
 
-def test_another_input_and_another_system_prompt_are_refused(work, on_straw, monkeypatch):
-    broken_off(monkeypatch, on_straw)
+def test_another_input_and_another_system_prompt_are_refused(work, fake_model):
+    broken_off(fake_model)
     before = (work / "in.jsonl").read_text()
     (work / "in.jsonl").write_text(before.replace("say 22", "say 99"))
-    done = score("--resume", model=on_straw)
+    done = score("--resume", model=fake_model)
     assert (done.exit_code, "the input in.jsonl has changed" in done.stderr) == (2, True)
     (work / "in.jsonl").write_text(before)
     (work / "system.txt").write_text("Be long.")
-    done = score("--resume", model=on_straw)
+    done = score("--resume", model=fake_model)
     assert (done.exit_code, "the system prompt is another one" in done.stderr) == (2, True)
 
 
-def test_a_part_that_is_gone_is_noticed(work, on_straw, monkeypatch):
-    broken_off(monkeypatch, on_straw)
+def test_a_part_that_is_gone_is_noticed(work, fake_model):
+    broken_off(fake_model)
     (work / "out" / "part-00001.parquet").unlink()
-    done = score("--resume", model=on_straw)
+    done = score("--resume", model=fake_model)
     assert done.exit_code == 2
     assert "part-00001.parquet had" in done.stderr
 
 
-def test_a_folder_that_another_run_holds_is_refused(work, on_straw):
+def test_a_folder_that_another_run_holds_is_refused(work, fake_model):
     (work / "out").mkdir()
     lock = FolderLock(work / "out")
-    done = score(model=on_straw)
+    done = score(model=fake_model)
     lock.release()
     assert done.exit_code == 2
     assert "--out out is in use by another run (process" in done.stderr
 
 
-def test_what_a_run_leaves_that_was_killed_before_it_began_is_no_hindrance(work, on_straw):
+def test_what_a_run_leaves_that_was_killed_before_it_began_is_no_hindrance(work, fake_model):
     (work / "out").mkdir()
     (work / "out" / ".lock").write_text("12345\n")
     (work / "out" / ".journal.sqlite.tmp").write_text("half a journal")
-    assert score(model=on_straw).exit_code == 0
+    assert score(model=fake_model).exit_code == 0
     assert not list((work / "out").glob(".*"))
 
 
 @pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_interrupt_finishes_the_shard_in_hand(work, on_straw, monkeypatch, name):
-    done = broken_off(monkeypatch, on_straw, after=6, how=lambda: signal.raise_signal(name))
+def test_the_first_interrupt_finishes_the_shard_in_hand(work, fake_model, name):
+    done = broken_off(fake_model, after=14, how=lambda: signal.raise_signal(name))
     assert done.exit_code == 130
-    assert "Note: stopping after the shard in hand; once more stops at once" in done.stderr
+    assert "Note: finishing the current shard; press again to stop now" in done.stderr
     assert "Interrupted (10 of 23 rows are in out; rerun with --resume)" in done.stderr
     assert json.loads((work / "out" / "run.json").read_text())["status"] == "unfinished"
-    assert score("--resume", model=on_straw).exit_code == 0
+    assert score("--resume", model=fake_model).exit_code == 0
     assert len(read(work / "out", "part")) == 21
 
 
-def test_the_second_interrupt_stops_at_once(work, on_straw, monkeypatch):
+def test_the_second_interrupt_stops_at_once(work, fake_model):
     def twice() -> None:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
 
-    done = broken_off(monkeypatch, on_straw, after=6, how=twice)
+    done = broken_off(fake_model, after=14, how=twice)
     assert done.exit_code == 130
     assert "Interrupted (5 of 23 rows" in done.stderr
     assert not list((work / "out").glob(".*"))
 
 
-def test_some_of_the_rows(work, on_straw):
+def test_some_of_the_rows(work, fake_model):
     """Two shards of a sample have all of the sample, and each row scores as it does in the whole."""
-    assert score(model=on_straw, out="whole").exit_code == 0
+    assert score(model=fake_model, out="whole").exit_code == 0
     whole = dict(everything(work / "whole")[0])
-    assert score("--sample", "9", "--seed", "5", model=on_straw, out="nine").exit_code == 0
+    assert score("--sample", "9", "--seed", "5", model=fake_model, out="nine").exit_code == 0
     for i in (1, 2):
-        done = score("--sample", "9", "--seed", "5", "--shard", f"{i}/2", model=on_straw, out=f"shard{i}")
+        done = score("--sample", "9", "--seed", "5", "--shard", f"{i}/2", model=fake_model, out=f"shard{i}")
         assert done.exit_code == 0, done.output
     nine, first, second = (everything(work / name) for name in ("nine", "shard1", "shard2"))
     assert len(nine[0]) + len(nine[1]) == 9

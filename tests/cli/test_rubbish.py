@@ -30,7 +30,7 @@ def read(folder: Path, stem: str) -> list[dict]:
 
 
 @pytest.fixture
-def run(on_straw, tmp_path):
+def run(fake_model, tmp_path):
     """Score a file of the given name and content; its parts, rejects and everything that was printed."""
 
     def score(name: str, content: bytes | str | pa.Table, *options: str) -> SimpleNamespace:
@@ -40,7 +40,9 @@ def run(on_straw, tmp_path):
         else:
             path.write_bytes(content.encode() if isinstance(content, str) else content)
         out = tmp_path / "out"
-        done = CliRunner().invoke(app, ["score", str(path), "--model", str(on_straw), "--out", str(out), *options])
+        command = ["score", str(path), "--model", str(fake_model), "--out", str(out), "--steps", "4"]
+        command += ["--system-prompt-file", str(fake_model / "system.txt"), *options]
+        done = CliRunner().invoke(app, command)
         assert done.exit_code == 0, done.output
         parts, rejects = read(out, "part"), read(out, "rejects")
         return SimpleNamespace(parts=parts, rejects=rejects, out=out, done=done)
@@ -145,9 +147,9 @@ def test_a_damaged_row_group_costs_its_own_rows_only(run, tmp_path):
         ({"messages": [{"role": "wizard", "content": "x"}]}, "bad_messages", "message 1 has the role 'wizard'; known"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "unsupported_content", "'image_url'"),
         ({"messages": [{"role": "system", "content": "x"}]}, "no_user_message", "add the prompt as one"),
-        ({"prompt": "word " * 380}, "prompt_too_long", "tokens; with 4 steps at most 395 fit"),
+        ({"prompt": "word " * 811}, "prompt_too_long", "tokens; with 4 steps at most 4091 fit"),
         ({"prompt": "x" * 10_000_000}, "prompt_too_long", "10,000,"),
-        ({"token_ids": [1, 10**30], "regions": {"system": [0, 1]}}, "bad_token_ids", "is not one of the model's 49152"),
+        ({"token_ids": [1, 10**30], "regions": {"system": [0, 1]}}, "bad_token_ids", "is not one of the model's 258"),
         ({"token_ids": [1, -1], "regions": {"system": [0, 1]}}, "bad_token_ids", "none below 0"),
         ({"token_ids": [1, 2], "regions": {"system": [0, 9]}}, "bad_regions", "0 <= start <= end <= 2"),
         ({"token_ids": [1, 2]}, "no_system_prompt", "names no system region"),
@@ -253,7 +255,7 @@ def test_the_same_without_redact_does_show_them(run):
 
 
 def test_every_reason_in_the_code_is_known_and_documented():
-    sources = [ROOT / "engine/headrift" / name for name in ("prompts.py", "preparing.py")]
+    sources = [ROOT / "engine/headrift" / name for name in ("prompts.py", "prepare.py")]
     sources += (ROOT / "engine/headrift/corpus").glob("*.py")
     raised = re.compile(r'(?:PromptError|RowError)\(\s*"([a-z0-9_]+)"')
     used = {reason for path in sources for reason in raised.findall(path.read_text(encoding="utf-8"))}
@@ -351,7 +353,7 @@ def arrays(draw, values: list) -> pa.Array:
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(("x.jsonl", b'{"id": "same", "prompt": "a"}\n{"id": "same", "prompt": "b"}\n' + b'{"a":' * 3000))
 @example(("x.csv", b'prompt\n"open\nnext\n'))
-def test_every_row_is_in_exactly_one_place_and_nothing_escapes(on_straw, monkeypatch, file):
+def test_every_row_is_in_exactly_one_place_and_nothing_escapes(fake_model, monkeypatch, file):
     monkeypatch.setattr(headrift.figures, "scores_png", lambda *args, **options: None)
     name, content = file
     with tempfile.TemporaryDirectory() as folder:
@@ -363,7 +365,7 @@ def test_every_row_is_in_exactly_one_place_and_nothing_escapes(on_straw, monkeyp
             path.write_bytes(content)
             n_rows = None
         try:
-            asked = Settings((str(path),), on_straw, out, system_prompt="Be brief.", steps=4, save=("text", "mass"))
+            asked = Settings((str(path),), fake_model, out, system_prompt="Be brief.", steps=4, save=("text", "mass"))
             job = ScoreJob(asked)
         except InputError as error:  # nothing but this is wrong with a file as a whole
             said = str(error)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -17,17 +18,16 @@ import torch
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-import headrift.corpus.job
-import headrift.scorer
 from headrift import Calibration, signal
 from headrift.calibration.calibrate import calibrate
 from headrift.calibration.settings import Settings
 from headrift.cli import app
 from headrift.errors import EngineError, RefusedError
-from headrift.prompts import TokenizerError
-from headrift.results import Rejected, ScoreResult
+from headrift.requests import ProbeRequest
 from headrift.runs.provenance import model_fingerprint
 from headrift.runs.reading import ModelIdentity
+from headrift.testing import FakeEngine, fake_engines, text_of, write_fake_model
+from helpers.fakes import FailAt, must_not_start, raises
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "smollm2-135m-instruct"
@@ -38,30 +38,24 @@ LAYERS, HEADS = 3, 2
 
 
 @pytest.fixture
-def work(tmp_path, monkeypatch) -> Path:
+def work(tmp_path, monkeypatch) -> Iterator[Path]:
     """A folder with an input, a system prompt and something that passes for a model, which nothing may load."""
-    (tmp_path / "in.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two"}\n{"prompt": 3}\n{"prompt": "four"}\n')
+    (tmp_path / "in.jsonl").write_text(
+        '{"prompt": "one"}\n{"messages": [{"role": "robot", "content": "two"}]}\n{"prompt": 3}\n{"prompt": "four"}\n'
+    )
     (tmp_path / "more.txt").write_text("five\n")
     (tmp_path / "empty.txt").write_text("# nothing\n\n")
     (tmp_path / "system.txt").write_text("Be brief.\n")
     (tmp_path / "table.tsv").write_text("x")
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
-    (tmp_path / "model").mkdir()
-    for name, content in {"config.json": "{}", "tokenizer.json": "{}", "chat_template.jinja": "x"}.items():
-        (tmp_path / "model" / name).write_text(content)
-    (tmp_path / "model" / "model.safetensors").write_text("")
+    write_fake_model(tmp_path / "model")
     (tmp_path / "table.csv").write_text("text;label\nx;attack\n")
     (tmp_path / "broken.parquet").write_text("PAR1 and nothing more PAR1")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "run.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(headrift.corpus.job, "Child", lambda start, verbose: start())
-    monkeypatch.setattr(headrift.scorer, "Scorer", _must_not_load)
-    return tmp_path
-
-
-def _must_not_load(*args: object, **kwargs: object) -> None:
-    raise AssertionError("the model was loaded")
+    with fake_engines(must_not_start):
+        yield tmp_path
 
 
 def score(*args: str):
@@ -136,10 +130,10 @@ def test_steps_beyond_the_context(work):
     assert not (work / "out").exists()
 
 
-def test_steps_beyond_the_context_that_the_engine_has(work, monkeypatch):
-    fake = install(monkeypatch)  # whose context is 64
-    done = score("in.jsonl", "--steps", "63")
-    assert (done.exit_code, fake.closed) == (2, True)
+def test_steps_beyond_the_context_that_the_engine_has(work):
+    with engines(max_model_len=64) as seen:
+        done = score("in.jsonl", "--steps", "63")
+    assert (done.exit_code, seen.closed) == (2, True)
     assert "--steps 63 do not fit the model's context of 64 tokens" in done.stderr
 
 
@@ -155,10 +149,10 @@ def test_a_disk_that_fills_up_on_the_way(work, monkeypatch):
     def full(self, *args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    fake = install(monkeypatch)
     monkeypatch.setattr(pq.ParquetWriter, "write_batch", full)
-    done = score("in.jsonl")
-    assert (done.exit_code, fake.closed) == (1, True)
+    with engines() as seen:
+        done = score("in.jsonl")
+    assert (done.exit_code, seen.closed) == (1, True)
     assert "no space left on the disk" in done.stderr
     assert "0 of 4 rows are in out; rerun with --resume" in done.stderr
     assert sorted(path.name for path in (work / "out").iterdir()) == ["journal.sqlite", "run.json"]
@@ -205,83 +199,47 @@ def test_help_fits_80_columns_and_names_every_option():
         assert f"--{option} " in done.stdout, option
 
 
-def test_defaults_are_the_signals(work, monkeypatch):
-    fake = install(monkeypatch)
-    score("in.jsonl", "--quiet")
-    assert (fake.settings["drop_shallow"], fake.settings["drop_deep"]) == (signal.DROP_SHALLOW, signal.DROP_DEEP)
-    assert (fake.settings["steps"], str(fake.settings["window"])) == (12, "1:12")
-    assert (fake.settings["system_prompt"], fake.settings["regions"]) == (None, ())
-    assert (fake.settings["keep_mass"], fake.settings["logit_stats"], fake.settings["engine_args"]) == (
-        False,
-        False,
-        {},
-    )
+def test_defaults_are_the_signals(work):
+    with engines() as seen:
+        score("in.jsonl", "--quiet")
+    settings = json.loads((work / "out" / "run.json").read_text())["settings"]
+    assert (settings["drop_shallow"], settings["drop_deep"]) == (signal.DROP_SHALLOW, signal.DROP_DEEP)
+    assert (settings["steps"], settings["window"], settings["system_prompt"]) == (12, "1:12", None)
+    assert seen.options["regions"] == ("system", "user", "prompt")
+    assert (seen.options["steps"], seen.options["logit_stats"], seen.options["engine_args"]) == (12, False, {})
 
 
-# -------------------------------------------------------------------- what becomes of the rows, with an engine of straw
+# -------------------------------------------------------------------- what becomes of the rows, with a fake engine
 
 
-class FakeScorer:
-    """Answers every prompt with the same result, rejects "two", and falls over at "four" where told to."""
+@contextmanager
+def engines(**options: object) -> Iterator[SimpleNamespace]:
+    """Fake engines; what they are started with and are given, and whether they were closed."""
+    seen = SimpleNamespace(options={}, requests=[], closed=False)
 
-    failure: BaseException | None = None
-    at_start: Exception | None = None
-    no_renderer: Exception | None = None
+    class Seen(FakeEngine):
+        def __init__(self, model: object, **given: object) -> None:
+            seen.options = given
+            super().__init__(model, **given)
 
-    def __init__(self, model: Path, **settings: object) -> None:
-        if self.at_start is not None:
-            raise self.at_start
-        type(self).settings = settings
-        shape = {"layers": LAYERS, "heads": HEADS, "dtype": "float32", "recorder_bytes": 1_500_000}
-        self.engine = SimpleNamespace(**shape, max_model_len=64, regions=("system", "user", "prompt"))
-        self.in_flight, self.seconds_waited = 4, 0.0
-        self.tokenizer = SimpleNamespace(get_chat_template=lambda: "template")
+        def submit(self, request: ProbeRequest) -> int:
+            seen.requests += [request] if request.probed else []
+            return super().submit(request)
 
-    def close(self) -> None:
-        type(self).closed = True
+        def close(self) -> None:
+            seen.closed = True
 
-    @property
-    def renderer(self) -> None:
-        if self.no_renderer is not None:
-            raise self.no_renderer
-
-    def score(self, prompts, *, replay: bool) -> Iterator[ScoreResult | Rejected]:
-        type(self).called = {"replay": replay}
-        for index, prompt in enumerate(prompts):
-            if prompt.prompt == "four" and self.failure is not None:
-                raise self.failure
-            if prompt.prompt == "two":
-                yield Rejected(index, prompt.id, "no_system_prompt", "give one")
-            else:
-                yield fake_result(index)
-
-
-def fake_result(index: int) -> ScoreResult:
-    numbers = dict.fromkeys(("n_steps", "n_scored", "prompt_tokens", "system_tokens", "answer_tokens"), 1)
-    nothing = ("reason", "focus_heads", "logit_stats", "mass")
-    arrays = {
-        "instability": np.zeros((2, LAYERS), np.float32),
-        "shares": np.zeros((2, LAYERS, HEADS), np.float32),
-        "region_names": ("system", "user", "prompt"),
-        "signals": {},
-    }
-    texts = {"id": None, "system_hash": "0" * 16, "text": "yes", "flags": (), "answer_ids": [1]}
-    return ScoreResult(index=index, score=0.1, **numbers, **dict.fromkeys(nothing), **arrays, **texts)
-
-
-def install(monkeypatch, **attributes: object) -> type[FakeScorer]:
-    fake = type("Fake", (FakeScorer,), {**attributes, "closed": False})
-    monkeypatch.setattr(headrift.scorer, "Scorer", fake)
-    return fake
+    with fake_engines(Seen, layers=LAYERS, heads=HEADS, short_every=0, **options):
+        yield seen
 
 
 def read(folder: Path, stem: str) -> list[dict]:
     return [row for path in sorted(folder.glob(f"{stem}-*.parquet")) for row in pq.read_table(path).to_pylist()]
 
 
-def test_each_row_ends_in_its_place(work, monkeypatch):
-    fake = install(monkeypatch)
-    done = score("in.jsonl", "more.txt", "--labels", "attack,benign", "--system-prompt-file", "system.txt")
+def test_each_row_ends_in_its_place(work):
+    with engines() as seen:
+        done = score("in.jsonl", "more.txt", "--labels", "attack,benign", "--system-prompt-file", "system.txt")
     assert done.exit_code == 0, done.output
     assert [(row["id"], row["label"]) for row in read(work / "out", "part")] == [
         ("in:1", "attack"),
@@ -289,7 +247,7 @@ def test_each_row_ends_in_its_place(work, monkeypatch):
         ("more:1", "benign"),
     ]
     rejects = read(work / "out", "rejects")
-    assert [(row["row"], row["reason"]) for row in rejects] == [(2, "no_system_prompt"), (3, "wrong_type")]
+    assert [(row["row"], row["reason"]) for row in rejects] == [(2, "bad_messages"), (3, "wrong_type")]
     assert rejects[1]["detail"] == "`prompt` is a number; it must be a text in quotes"
     run = json.loads((work / "out" / "run.json").read_text())
     assert run["status"] == "done"
@@ -297,59 +255,49 @@ def test_each_row_ends_in_its_place(work, monkeypatch):
         "rows": 5,
         "scored": 3,
         "no_score": {},
-        "rejected": {"no_system_prompt": 1, "wrong_type": 1},
+        "rejected": {"bad_messages": 1, "wrong_type": 1},
     }
-    assert fake.called == {"replay": False}
-    assert fake.settings["system_prompt"] == "Be brief."
-    assert fake.closed
-    assert "Ready in 0 s: 3 layers x 2 heads, float32, recorder 2 MB" in done.stderr
+    assert [request.answer_ids for request in seen.requests] == [None] * 3
+    assert all("system\nBe brief." in text_of(request.prompt_ids) for request in seen.requests)
+    assert seen.closed
+    assert " s: 3 layers x 2 heads, float32, recorder 1 MB" in done.stderr
     assert done.stdout.startswith("rows")
 
 
-def test_options_reach_the_scorer(work, monkeypatch):
-    fake = install(monkeypatch)
-    options = [
-        "--steps",
-        "5",
-        "--window",
-        "2:4",
-        "--save",
-        "mass",
-        "--save",
-        "entropy",
-        "--dtype",
-        "bfloat16",
-        "--limit",
-    ]
-    done = score("in.jsonl", *options, "1", "--verbose")
+def test_options_reach_the_engine(work):
+    options = ["--steps", "5", "--window", "2:4", "--save", "mass", "--save", "entropy", "--dtype", "bfloat16"]
+    with engines() as seen:
+        done = score("in.jsonl", *options, "--limit", "1", "--verbose", "--system-prompt-file", "system.txt")
     assert done.exit_code == 0, done.output
-    wanted = {"steps": 5, "window": signal.Window(2, 4), "keep_mass": True, "logit_stats": True, "verbose": True}
-    wanted["regions"] = ("tool", "bos")
-    assert wanted.items() <= fake.settings.items()
-    assert fake.settings["engine_args"] == {"dtype": "bfloat16"}
-    assert [row["id"] for row in read(work / "out", "part")] == ["in:1"]
+    expected = {"steps": 5, "logit_stats": True, "verbose": True, "engine_args": {"dtype": "bfloat16"}}
+    assert expected.items() <= seen.options.items()
+    assert seen.options["regions"] == ("system", "user", "prompt", "tool", "bos")
+    (row,) = read(work / "out", "part")
+    assert (row["id"], row["n_scored"], len(row["mass"])) == ("in:1", 3, 6 * LAYERS * HEADS * 5)
+    assert len(row["entropy_steps"]) == 6
 
 
-def test_replay_and_quiet(work, monkeypatch):
-    fake = install(monkeypatch)
-    done = score("in.jsonl", "--replay", "--quiet")
+def test_replay_and_quiet(work):
+    (work / "logged.jsonl").write_text('{"prompt": "one", "response": "yes"}')
+    with engines() as seen:
+        done = score("logged.jsonl", "--replay", "--quiet", "--system-prompt-file", "system.txt")
     assert (done.exit_code, done.output) == (0, "")
-    assert fake.called == {"replay": True}
+    assert [text_of(request.answer_ids) for request in seen.requests] == ["yes"]
 
 
-def test_a_model_is_compiled_where_that_is_asked_for(work, monkeypatch):
-    fake = install(monkeypatch)
-    done = score("in.jsonl", "--compile")
+def test_a_model_is_compiled_where_that_is_asked_for(work):
+    with engines() as seen:
+        done = score("in.jsonl", "--compile")
     assert done.exit_code == 0, done.output
-    assert fake.settings["engine_args"] == {"enforce_eager": False}
+    assert seen.options["engine_args"] == {"enforce_eager": False}
     assert "a minute more the first time" in done.stderr
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="of vLLM's build for CPUs")
 def test_nothing_to_compile_with(work, monkeypatch):
-    install(monkeypatch)
     monkeypatch.setenv("CXX", "no-such-compiler")
-    done = score("in.jsonl", "--compile")
+    with engines():
+        done = score("in.jsonl", "--compile")
     assert done.exit_code == 2
     assert "--compile needs the C++ compiler no-such-compiler" in done.stderr
     assert "leave --compile out" in done.stderr
@@ -363,20 +311,20 @@ def test_nothing_to_compile_with(work, monkeypatch):
         (KeyError("lm_head"), "vLLM cannot start with --model model: KeyError: 'lm_head' (check the model's files"),
     ],
 )
-def test_an_engine_that_does_not_start(work, monkeypatch, error, says):
-    install(monkeypatch, at_start=error)
-    done = score("in.jsonl")
+def test_an_engine_that_does_not_start(work, error, says):
+    with fake_engines(lambda *args, **options: raises(error)()):
+        done = score("in.jsonl")
     assert done.exit_code == 2
     assert f"Error: {says}" in done.stderr
     assert "Traceback" not in done.output
     assert list((work / "out").iterdir()) == []
 
 
-def test_a_tokenizer_that_cannot_be_used_stops_the_run_before_the_first_row(work, monkeypatch):
-    fake = install(monkeypatch, no_renderer=TokenizerError("no chat template"))
+def test_a_tokenizer_that_cannot_be_used_stops_the_run_before_the_engine_starts(work):
+    (work / "model" / "chat_template.jinja").write_text("{% if")
     done = score("in.jsonl")
-    assert (done.exit_code, fake.closed) == (2, True)
-    assert done.stderr.endswith("Error: no chat template\n")
+    assert done.exit_code == 2
+    assert "Error: the model's chat template is broken: " in done.stderr
     assert list((work / "out").iterdir()) == []
 
 
@@ -388,14 +336,14 @@ def test_a_tokenizer_that_cannot_be_used_stops_the_run_before_the_first_row(work
         (KeyboardInterrupt(), 130, "Interrupted"),
     ],
 )
-def test_a_run_that_breaks_off_says_so_and_leaves_no_half_of_a_shard(work, monkeypatch, error, code, says):
-    fake = install(monkeypatch, failure=error)
-    done = score("in.jsonl")
+def test_a_run_that_breaks_off_says_so_and_leaves_no_half_of_a_shard(work, error, code, says):
+    with engines(on_submit=FailAt(2, raises(error))) as seen:
+        done = score("in.jsonl", "--system-prompt-file", "system.txt")
     assert done.exit_code == code
     last = done.stderr.splitlines()[-1]
     assert says in last
     assert "(0 of 4 rows are in out; rerun with --resume)" in last
-    assert fake.closed
+    assert seen.closed
     assert sorted(path.name for path in (work / "out").iterdir()) == ["journal.sqlite", "run.json"]
     run = json.loads((work / "out" / "run.json").read_text())
     assert (run["status"], run["shards"]["rows_kept"]) == ("unfinished", 0)

@@ -1,4 +1,4 @@
-"""What jobs with an engine of straw need: a folder that passes for a model, and processes that know the engine."""
+"""What jobs with faulty engines need: a fake model, and processes that know the engines."""
 
 import os
 import sys
@@ -8,26 +8,27 @@ from types import ModuleType
 
 import pytest
 
-TORTURE = Path(__file__).resolve().parent / "torture"
+from headrift.corpus.scoring import PickledTokenizer
+from headrift.testing import write_fake_model
 
-
-@pytest.fixture(scope="session")
-def straw_model(tmp_path_factory) -> Path:
-    """A folder that passes for a model, which nothing loads."""
-    folder = tmp_path_factory.mktemp("model")
-    for name, content in {"config.json": "{}", "tokenizer.json": "{}", "chat_template.jinja": "x"}.items():
-        (folder / name).write_text(content)
-    (folder / "model.safetensors").write_bytes(b"weights")
-    return folder
+FAULTS = Path(__file__).resolve().parent / "fault_injection"
 
 
 @pytest.fixture(scope="module")
-def straw() -> Iterator[ModuleType]:
-    """The module `straw`, importable in this process and in those it starts."""
+def faulty() -> Iterator[ModuleType]:
+    """The module `faulty`, importable in this process and in those it starts."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(TORTURE))
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(TORTURE), os.environ.get("PYTHONPATH")])))
-        import straw
+        patch.syspath_prepend(str(FAULTS))
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(FAULTS), os.environ.get("PYTHONPATH")])))
+        import faulty
 
-        yield straw
-        sys.modules.pop("straw", None)
+        yield faulty
+        sys.modules.pop("faulty", None)
+
+
+@pytest.fixture(scope="module")
+def fake_model(faulty: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fake model, with its tokenizer pickled for processes that are to start fast."""
+    folder = write_fake_model(tmp_path_factory.mktemp("fake") / "model")
+    (folder / faulty.TOKENIZER).write_bytes(PickledTokenizer.load(folder).data)
+    return folder

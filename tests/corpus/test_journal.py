@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrift.corpus.interrupts import Interrupts
+from headrift.corpus.job import Interrupts
 from headrift.corpus.settings import differences
 from headrift.corpus.shards import Selection, parse_shard, rows_per_shard
 from headrift.runs.folder import JobError
@@ -171,9 +171,9 @@ def test_the_first_signal_asks_and_the_second_interrupts():
     asked = []
     before = signal.getsignal(signal.SIGTERM)
     with Interrupts(lambda: asked.append(1)) as interrupts:
-        assert not interrupts.asked
+        assert not interrupts.stop
         signal.raise_signal(signal.SIGTERM)
-        assert interrupts.asked
+        assert interrupts.stop
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert asked == [1]

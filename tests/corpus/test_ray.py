@@ -17,18 +17,18 @@ from typer.testing import CliRunner
 from headrift.cli import app
 from headrift.runs.journal import Journal
 
-TORTURE = Path(__file__).resolve().parent / "torture"
-PAUSE = "0.004"  # seconds a row of straw: shards of 100 rows, so that there is a middle to be killed in
+FAULTS = Path(__file__).resolve().parent / "fault_injection"
+PAUSE = "0.004"  # seconds a row of the fake engine: shards of 100 rows, so that there is a middle to be killed in
 
 NO_RAY = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'headrift[ray]'")
 
 
-def write_log(path: Path, rows: int, *, deadly: bool) -> Path:
-    """Log rows with ids that come again, rubbish and, for straw, prompts that kill the engine always or once."""
+def write_log(path: Path, rows: int, *, poison: bool) -> Path:
+    """Log rows with ids that come again, malformed rows and, for the fake engine, poison rows."""
     lines = [json.dumps({"prompt": f"Tell me of number {n}, {'please ' * (n % 9)}"}) for n in range(rows)]
     lines[5] = lines[rows - 5] = json.dumps({"prompt": "Who is there?", "id": "twice"})
-    lines[rows // 4], lines[rows // 2] = '{"prompt": 3}', "rubbish"
-    if deadly:
+    lines[rows // 4], lines[rows // 2] = '{"prompt": 3}', "malformed"
+    if poison:
         lines[rows // 3] = json.dumps({"prompt": "KILL whoever reads this", "id": "poison"})
         lines[rows // 5] = json.dumps({"prompt": "KILL ONCE a", "id": "frail"})
     path.write_text("\n".join(lines))
@@ -44,7 +44,7 @@ class Jobs:
     def start(self, out: Path, *, ray: bool) -> subprocess.Popen:
         marks = out.with_suffix(".marks")
         marks.mkdir(exist_ok=True)
-        script = TORTURE / ("run_ray_job.py" if ray else "run_job.py")
+        script = FAULTS / ("run_ray_job.py" if ray else "run_job.py")
         arguments = [script, self._engine, self._given, self._model, out, marks, PAUSE if ray else "0"]
         log = out.with_suffix(".log").open("a")
         return subprocess.Popen([sys.executable, *map(str, arguments)], stderr=log, start_new_session=True)
@@ -59,36 +59,36 @@ def log_of(out: Path) -> str:
 
 
 @pytest.fixture
-def straw_jobs(tmp_path, straw, straw_model) -> Jobs:
-    return Jobs("straw", write_log(tmp_path / "in.jsonl", 1500, deadly=True), straw_model)
+def fake_jobs(tmp_path, fake_model) -> Jobs:
+    return Jobs("fake", write_log(tmp_path / "in.jsonl", 1500, poison=True), fake_model)
 
 
 @pytest.fixture
-def real_jobs(tmp_path, straw, tiny_model) -> Jobs:
-    return Jobs("vllm", write_log(tmp_path / "in.jsonl", 1200, deadly=False), tiny_model)
+def real_jobs(tmp_path, faulty, tiny_model) -> Jobs:
+    return Jobs("vllm", write_log(tmp_path / "in.jsonl", 1200, poison=False), tiny_model)
 
 
 def rows_of(out: Path, kind: str) -> list[dict]:
     return [row for path in sorted(out.glob(f"{kind}-*.parquet")) for row in pq.read_table(path).to_pylist()]
 
 
-def assert_alike(found: Path, wanted: Path, tolerance: float) -> None:
+def assert_alike(actual: Path, expected: Path, tolerance: float) -> None:
     """The same files with the same rows in the same order, the same rejects and counts, and scores within tolerance.
 
     Of 6,000 tokens chosen, one in a hundred thousand has a rival within rounding: one row in all may go another way.
     """
-    names = [sorted(path.name for path in out.iterdir() if not path.name.startswith(".")) for out in (found, wanted)]
+    names = [sorted(path.name for path in out.iterdir() if not path.name.startswith(".")) for out in (actual, expected)]
     assert names[0] == names[1]
-    assert [(r["row"], r["id"]) for r in rows_of(found, "part")] == [
-        (r["row"], r["id"]) for r in rows_of(wanted, "part")
+    assert [(r["row"], r["id"]) for r in rows_of(actual, "part")] == [
+        (r["row"], r["id"]) for r in rows_of(expected, "part")
     ]
-    reasons = [[(r["row"], r["id"], r["reason"]) for r in rows_of(out, "rejects")] for out in (found, wanted)]
+    reasons = [[(r["row"], r["id"], r["reason"]) for r in rows_of(out, "rejects")] for out in (actual, expected)]
     assert reasons[0] == reasons[1]
     assert {"duplicate_id", "wrong_type", "bad_json"} <= {reason for _, _, reason in reasons[0]}
-    runs = [json.loads((out / "run.json").read_text()) for out in (found, wanted)]
+    runs = [json.loads((out / "run.json").read_text()) for out in (actual, expected)]
     assert runs[0]["status"] == runs[1]["status"] == "done"
     assert runs[0]["counts"] == runs[1]["counts"]
-    scores = [[row["score"] for row in rows_of(out, "part")] for out in (found, wanted)]
+    scores = [[row["score"] for row in rows_of(out, "part")] for out in (actual, expected)]
     assert [score is None for score in scores[0]] == [score is None for score in scores[1]]
     differ = sorted(abs(a - b) for a, b in zip(*scores) if a is not None)
     assert len(differ) > 300
@@ -103,18 +103,18 @@ def wait_for_parts(process: subprocess.Popen, out: Path, number: int) -> None:
         time.sleep(0.01)
 
 
-def found_below(process: subprocess.Popen, name: str, parent: str) -> list[psutil.Process]:
+def processes_below(process: subprocess.Popen, name: str, parent: str) -> list[psutil.Process]:
     """Processes that a job started, and those these did, by what is in their command line and in their parent's."""
-    found = []
+    processes = []
     for child in psutil.Process(process.pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             if name in str(child.cmdline()) and parent in str(child.parent().cmdline()):
-                found.append(child)
-    return found
+                processes.append(child)
+    return processes
 
 
 def actors_of(process: subprocess.Popen) -> list[psutil.Process]:
-    return found_below(process, "ray::_Actor", "raylet")
+    return processes_below(process, "ray::_Actor", "raylet")
 
 
 @pytest.mark.slow
@@ -128,48 +128,48 @@ def test_two_engines_on_ray_make_what_one_here_makes(real_jobs, tmp_path):
 
 @pytest.mark.slow
 @NO_RAY
-@pytest.mark.parametrize(("of", "what"), [("straw", "machine"), ("real", "actor")])
-def test_what_is_lost_in_the_middle_costs_no_row(of, what, request, tmp_path):
+@pytest.mark.parametrize(("engine", "lost"), [("fake", "machine"), ("real", "actor")])
+def test_what_is_lost_in_the_middle_costs_no_row(engine, lost, request, tmp_path):
     """An actor's process is killed, or Ray's on a machine, which takes the actor along and leaves no room for another.
 
-    Tolerance as above; straw does not round.
+    Tolerance as above; the fake engine does not round.
     """
-    jobs = request.getfixturevalue(f"{of}_jobs")
+    jobs = request.getfixturevalue(f"{engine}_jobs")
     process = jobs.start(tmp_path / "ray", ray=True)
     wait_for_parts(process, tmp_path / "ray", 2)
-    scoring = found_below(process, "ray::_Actor.score", "raylet")
-    if what == "actor":
+    scoring = processes_below(process, "ray::_Actor.score", "raylet")
+    if lost == "actor":
         scoring[0].kill()
     else:  # not the one that the driver is on
         next(actor.parent() for actor in scoring if "--head" not in actor.parent().cmdline()).kill()
     assert process.wait(300) == 0, log_of(tmp_path / "ray")
     assert "was lost and its shards go to others; another one is started" in log_of(tmp_path / "ray")
     assert json.loads((tmp_path / "ray" / "run.json").read_text())["engine_restarts"] >= 1
-    assert_alike(tmp_path / "ray", jobs.finish(tmp_path / "local", ray=False), 1e-4 if of == "real" else 0.0)
+    assert_alike(tmp_path / "ray", jobs.finish(tmp_path / "local", ray=False), 1e-4 if engine == "real" else 0.0)
 
 
 @pytest.mark.slow
 @NO_RAY
-def test_a_worker_lost_while_it_starts_is_replaced(straw_jobs, tmp_path):
-    process = straw_jobs.start(tmp_path / "ray", ray=True)
-    while not (starting := found_below(process, "ray::_Actor.begin", "raylet")):
+def test_a_worker_lost_while_it_starts_is_replaced(fake_jobs, tmp_path):
+    process = fake_jobs.start(tmp_path / "ray", ray=True)
+    while not (starting := processes_below(process, "ray::_Actor.begin", "raylet")):
         assert process.poll() is None, log_of(tmp_path / "ray")
         time.sleep(0.01)
     starting[0].kill()
     assert process.wait(300) == 0, log_of(tmp_path / "ray")
     assert "was lost while it started; another one is started" in log_of(tmp_path / "ray")
-    assert_alike(tmp_path / "ray", straw_jobs.finish(tmp_path / "local", ray=False), 0.0)
+    assert_alike(tmp_path / "ray", fake_jobs.finish(tmp_path / "local", ray=False), 0.0)
 
 
 @pytest.mark.slow
 @NO_RAY
-def test_a_killed_job_goes_on_on_ray_and_then_without(straw_jobs, tmp_path):
+def test_a_killed_job_goes_on_on_ray_and_then_without(fake_jobs, tmp_path):
     """The driver is killed twice, and its engines end with it. Prompts that kill engines are found on Ray."""
     out = tmp_path / "ray"
     for parts in (3, 7):
-        process = straw_jobs.start(out, ray=True)
+        process = fake_jobs.start(out, ray=True)
         wait_for_parts(process, out, parts)
-        while not (engines := found_below(process, "headrift.corpus.child", "ray::_Actor")):
+        while not (engines := processes_below(process, "headrift.corpus.worker", "ray::_Actor")):
             time.sleep(0.01)  # they are being started again
         started, actors = psutil.Process(process.pid).children(recursive=True), actors_of(process)
         assert len(actors) == 2
@@ -185,9 +185,9 @@ def test_a_killed_job_goes_on_on_ray_and_then_without(straw_jobs, tmp_path):
         names = [f"part-{shard.number:05d}.parquet" for shard in journal.finished()]
     kept = {name: (out / name).stat().st_mtime_ns for name in names}
     assert len(kept) >= 6
-    straw_jobs.finish(out, ray=False)
+    fake_jobs.finish(out, ray=False)
     assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
-    assert_alike(out, straw_jobs.finish(tmp_path / "local", ray=False), 0.0)
+    assert_alike(out, fake_jobs.finish(tmp_path / "local", ray=False), 0.0)
     assert [r["id"] for r in rows_of(out, "rejects") if r["reason"] == "engine_died"] == ["poison"]
 
 

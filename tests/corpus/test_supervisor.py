@@ -15,14 +15,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from headrift.corpus import supervisor
-from headrift.corpus.child import Child, EngineDied
+from headrift.corpus import worker
 from headrift.corpus.job import ScoreJob
-from headrift.corpus.rows import Row
 from headrift.corpus.settings import Settings
-from headrift.corpus.supervisor import Killer, Supervisor
+from headrift.corpus.worker import EngineDied, EngineProcess, PoisonRow, Supervisor
 from headrift.errors import EngineError
-from headrift.scorer import Prompt
+from headrift.prepare import Prepared
+from headrift.requests import ProbeRequest
 
 
 class Engine:
@@ -46,7 +45,7 @@ class Engine:
 
 
 def supervised(
-    deadly: Callable[[int, int], bool], wanted=lambda row: True, **options
+    deadly: Callable[[int, int], bool], request_of=lambda row: row, **options
 ) -> tuple[Supervisor, list[Engine]]:
     lives: list[Engine] = []
 
@@ -54,12 +53,12 @@ def supervised(
         lives.append(Engine(len(lives), deadly, **options))
         return lives[-1]
 
-    return Supervisor(start, wanted), lives
+    return Supervisor(start, request_of), lives
 
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch):
-    monkeypatch.setattr(supervisor, "_FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(worker, "_FIRST_PAUSE", 0.0)
 
 
 def test_an_engine_that_lives_answers_everything():
@@ -70,7 +69,7 @@ def test_an_engine_that_lives_answers_everything():
 
 
 def test_rows_that_need_no_engine_keep_their_places_and_start_none():
-    kept, lives = supervised(lambda row, life: False, wanted=lambda row: row % 3 == 0)
+    kept, lives = supervised(lambda row, life: False, request_of=lambda row: row if row % 3 == 0 else None)
     with kept:
         assert list(kept.answers([1, 2])) == [(1, None), (2, None)]
         assert lives == []
@@ -78,18 +77,18 @@ def test_rows_that_need_no_engine_keep_their_places_and_start_none():
         assert list(kept.answers([])) == []
 
 
-@pytest.mark.parametrize("killers", [{0}, {99}, {41}, {7, 8}, {16, 17, 18, 60}, {3, 50, 97}])
-def test_rows_that_kill_are_found_and_all_others_answered(killers):
-    kept, lives = supervised(lambda row, life: row in killers)
+@pytest.mark.parametrize("poison", [{0}, {99}, {41}, {7, 8}, {16, 17, 18, 60}, {3, 50, 97}])
+def test_rows_that_kill_are_found_and_all_others_answered(poison):
+    kept, lives = supervised(lambda row, life: row in poison)
     with kept:
         found = list(kept.answers(range(100)))
     assert [row for row, _ in found] == list(range(100))
-    assert {row for row, answer in found if isinstance(answer, Killer)} == killers
-    assert all(answer == row * row for row, answer in found if row not in killers)
+    assert {row for row, answer in found if isinstance(answer, PoisonRow)} == poison
+    assert all(answer == row * row for row, answer in found if row not in poison)
     assert all(engine.closed for engine in lives)
     assert kept.waited == len(lives)
     # 8 are suspects: 3 halvings, and one trial more of the last one, for each killer.
-    assert len(lives) <= 1 + 5 * len(killers)
+    assert len(lives) <= 1 + 5 * len(poison)
 
 
 @pytest.mark.parametrize("life", [0, 1, 2, 3])
@@ -117,7 +116,7 @@ def test_an_engine_that_does_not_start_again_is_given_up():
         return Engine(0, lambda row, life: row == 20)
 
     with (
-        Supervisor(start, lambda row: True, notices.append) as kept,
+        Supervisor(start, lambda row: row, notices.append) as kept,
         pytest.raises(EngineError, match="did not start 5 times in a row: no memory"),
     ):
         list(kept.answers(range(100)))
@@ -130,7 +129,7 @@ def test_what_was_asked_for_and_cannot_be_is_said_at_once():
     def start() -> Engine:
         raise EngineError("no such model")
 
-    with Supervisor(start, lambda row: True) as kept, pytest.raises(EngineError, match="no such model"):
+    with Supervisor(start, lambda row: row) as kept, pytest.raises(EngineError, match="no such model"):
         kept.begin()
 
 
@@ -138,24 +137,24 @@ def test_what_was_asked_for_and_cannot_be_is_said_at_once():
 
 
 @pytest.fixture
-def child(straw, tmp_path) -> Iterator[Child]:
-    with_pause = Child(partial(straw.StrawEngine, tmp_path, 0.01))
+def child(faulty, fake_model, tmp_path) -> Iterator[EngineProcess]:
+    with_pause = EngineProcess(partial(faulty.FaultyEngine, tmp_path, fake_model, 0.01))
     yield with_pause
     with_pause.close()
 
 
-def rows(n: int) -> list[Row]:
-    return [Row("in.txt", i, f"in:{i}", None, None, Prompt(prompt=f"prompt {i}")) for i in range(n)]
+def requests(n: int) -> list[Prepared]:
+    texts = [list(f"prompt {i}".encode()) for i in range(n)]
+    made = [ProbeRequest(ids, {"system": (0, 3), "user": (0, len(ids))}, 4) for ids in texts]
+    return [Prepared(i, f"in:{i}", request, (), b"", b"") for i, request in enumerate(made)]
 
 
-def test_a_child_answers_streams_of_rows_one_after_another(child, straw, tmp_path):
-    assert child.about["layers"] == straw.LAYERS
-    here = straw.StrawEngine(tmp_path)
+def test_a_child_answers_streams_of_rows_one_after_another(child, faulty, fake_model, tmp_path):
+    assert child.about["layers"] == faulty.LAYERS
+    here = faulty.FaultyEngine(tmp_path, fake_model)
     for n in (70, 0, 1, 33):
-        for theirs, ours in zip(child.score(iter(rows(n))), here.score(rows(n)), strict=True):
-            assert type(theirs) is type(ours)
-            if isinstance(ours, dict):
-                assert (theirs["id"], theirs["score"]) == (ours["id"], ours["score"])
+        for theirs, ours in zip(child.score(iter(requests(n))), here.score(requests(n)), strict=True):
+            assert (theirs.id, theirs.score) == (ours.id, ours.score)
 
 
 def test_rows_are_taken_as_they_are_needed(child):
@@ -163,7 +162,7 @@ def test_rows_are_taken_as_they_are_needed(child):
 
     def endless():
         nonlocal taken
-        for row in itertools.cycle(rows(7)):
+        for row in itertools.cycle(requests(7)):
             taken += 1
             yield row
 
@@ -174,58 +173,58 @@ def test_rows_are_taken_as_they_are_needed(child):
 
 def test_whatever_an_engine_has_to_hold_it_gets(child, monkeypatch):
     """It holds 20 rows before it answers one; less than that may be under way of itself."""
-    monkeypatch.setattr("headrift.corpus.child._MOST_BYTES", 1)
-    monkeypatch.setattr("headrift.corpus.child._BATCH", 1)
+    monkeypatch.setattr("headrift.corpus.worker._MOST_BYTES", 1)
+    monkeypatch.setattr("headrift.corpus.worker._BATCH", 1)
     child.about["in_flight"] = 2
-    assert len(list(child.score(iter(rows(50))))) == 50
+    assert len(list(child.score(iter(requests(50))))) == 50
 
 
-def test_how_it_died_is_said(straw, tmp_path):
+def test_how_it_died_is_said(faulty, fake_model, tmp_path):
     def killed() -> None:
-        child = Child(partial(straw.StrawEngine, tmp_path))
+        child = EngineProcess(partial(faulty.FaultyEngine, tmp_path, fake_model))
         os.kill(child.pid, signal.SIGKILL)
-        list(child.score(rows(5)))
+        list(child.score(requests(5)))
 
     with pytest.raises(EngineDied, match="ended by SIGKILL: the machine may have run out of memory"):
         killed()
     with pytest.raises(EngineDied, match="ended with exit code 9"):
-        Child(straw.DyingEngine)
-    with pytest.raises(EngineError, match="there is no straw left"):
-        Child(straw.BrokenEngine)
+        EngineProcess(faulty.DyingEngine)
+    with pytest.raises(EngineError, match="there is no such engine"):
+        EngineProcess(faulty.BrokenEngine)
 
 
-def test_a_slow_engine_that_takes_steps_is_waited_for(straw, tmp_path):
+def test_a_slow_engine_that_takes_steps_is_waited_for(faulty, fake_model, tmp_path):
     """Its 25 steps take longer than the patience with it."""
-    child = Child(partial(straw.SlowEngine, tmp_path, 25, 0.2, moves=True), patience=4.0)
-    assert len(list(child.score(rows(3)))) == 3
+    child = EngineProcess(partial(faulty.SlowEngine, tmp_path, fake_model, 25, 0.2, moves=True), patience=4.0)
+    assert len(list(child.score(requests(3)))) == 3
     child.close()
     assert child.steps_run > 0
 
 
-def test_an_engine_that_is_alive_and_takes_no_step_is_given_up(straw, tmp_path):
+def test_an_engine_that_is_alive_and_takes_no_step_is_given_up(faulty, fake_model, tmp_path):
     """Its thread that gives the signs runs on all the while."""
-    child = Child(partial(straw.SlowEngine, tmp_path, 1, 600.0, moves=False), patience=0.5)
+    child = EngineProcess(partial(faulty.SlowEngine, tmp_path, fake_model, 1, 600.0, moves=False), patience=0.5)
     with pytest.raises(EngineDied, match=r"it did nothing for 0\.5 s"):
-        list(child.score(rows(3)))
+        list(child.score(requests(3)))
     child.close()
     assert not is_alive(child.pid)
 
 
-def test_a_process_that_reads_nothing_any_more_is_given_up(straw, tmp_path):
+def test_a_process_that_reads_nothing_any_more_is_given_up(faulty, fake_model, tmp_path):
     """More is sent to it than the socket holds."""
-    child = Child(partial(straw.StrawEngine, tmp_path), patience=0.5)
+    child = EngineProcess(partial(faulty.FaultyEngine, tmp_path, fake_model), patience=0.5)
     child.about["in_flight"] = 10**6
     os.kill(child.pid, signal.SIGSTOP)
-    many = (replace(row, prompt=Prompt(prompt="x" * 10**6)) for row in rows(100))
+    many = (replace(one, request=replace(one.request, prompt_ids=[7] * 10**6)) for one in requests(100))
     with pytest.raises(EngineDied, match=r"it did nothing for 0\.5 s"):
         list(child.score(many))
     child.close()
     assert not is_alive(child.pid)
 
 
-def test_a_process_that_stops_in_the_middle_of_an_answer_is_given_up(straw, tmp_path):
-    child = Child(partial(straw.WordyEngine, tmp_path), patience=0.5)
-    answers = child.score(rows(100))
+def test_a_process_that_stops_in_the_middle_of_an_answer_is_given_up(faulty, fake_model, tmp_path):
+    child = EngineProcess(partial(faulty.WordyEngine, tmp_path, fake_model), patience=0.5)
+    answers = child.score(requests(100))
     next(answers)
     time.sleep(0.5)  # it writes until the socket is full
     os.kill(child.pid, signal.SIGSTOP)
@@ -235,12 +234,12 @@ def test_a_process_that_stops_in_the_middle_of_an_answer_is_given_up(straw, tmp_
 
 
 @pytest.mark.parametrize("how", [pytest.param("HANG", marks=pytest.mark.nightly), "STOP"])
-def test_a_row_on_which_the_engine_hangs_is_rejected_and_the_others_scored(how, straw, straw_model, tmp_path):
+def test_a_row_on_which_the_engine_hangs_is_rejected_and_the_others_scored(how, faulty, fake_model, tmp_path):
     lines = [f"prompt {n}" for n in range(12)]
     lines[7] = f"{how} here"
     (tmp_path / "in.txt").write_text("\n".join(lines))
-    engine = partial(Child, partial(straw.StrawEngine, tmp_path), patience=1.0)
-    settings = Settings((str(tmp_path / "in.txt"),), straw_model, tmp_path / "out", system_prompt="Be brief.", steps=4)
+    engine = partial(EngineProcess, partial(faulty.FaultyEngine, tmp_path, fake_model), patience=1.0)
+    settings = Settings((str(tmp_path / "in.txt"),), fake_model, tmp_path / "out", system_prompt="Be brief.", steps=4)
     with ScoreJob(settings, engine=engine) as job:
         job.start()
         assert job.run()
@@ -255,14 +254,17 @@ def test_a_row_on_which_the_engine_hangs_is_rejected_and_the_others_scored(how, 
     assert counts["scored"] + sum(counts["rejected"].values()) == 12
 
 
-def test_a_child_does_not_outlive_its_parent(straw, tmp_path):
+def test_a_child_does_not_outlive_its_parent(faulty, fake_model, tmp_path):
     """Nor do the processes that the child started itself."""
     code = (
-        "import time, straw, pathlib\nfrom functools import partial\nfrom headrift.corpus.child import Child\n"
-        f"child = Child(partial(straw.Parent, pathlib.Path({str(tmp_path)!r})))\nprint(child.pid, flush=True)\n"
+        "import sys, time, faulty\nfrom functools import partial\nfrom pathlib import Path\n"
+        "from headrift.corpus.worker import EngineProcess\n"
+        "child = EngineProcess(partial(faulty.Parent, *map(Path, sys.argv[1:])))\nprint(child.pid, flush=True)\n"
         "time.sleep(600)"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path), str(fake_model)], stdout=subprocess.PIPE, text=True
+    )
     pid = int(parent.stdout.readline())
     grandchild = int((tmp_path / "grandchild.pid").read_text())
     assert is_alive(pid)
@@ -281,3 +283,20 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_a_long_run_of_rows_without_a_request_does_not_pile_up():
+    read = 0
+
+    def rows() -> Iterator[int]:
+        nonlocal read
+        while read < 20_000:
+            yield read
+            read += 1
+
+    kept, _ = supervised(lambda row, life: False, request_of=lambda row: row if row % 5_000 == 10 else None)
+    with kept:
+        for row, answer in kept.answers(rows()):
+            assert read - row <= 2 * worker._MOST_SKIPPED
+            assert answer == (row * row if row % 5_000 == 10 else None)
+    assert read == 20_000

@@ -6,7 +6,6 @@ import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,11 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from headrift import preparing
-from headrift.preparing import Ahead, Prepared, Preparer, Rules
+from headrift import prepare
+from headrift.prepare import SKIP, PrepareConfig, Preparer, StreamPreparer
 from headrift.prompts import RenderedPrompt
 from headrift.results import Rejected, ScoreResult
-from headrift.scheduling import Repeats, Waiting
+from headrift.scheduling import PromptQueue, ResultCache
 from headrift.scorer import Prompt, Scorer
 
 # ------------------------------------------------------------------------------------------------------ the queue
@@ -29,15 +28,15 @@ def prepared(index: int, prefix: str, key: str = "", ids: Sequence[int] = (1, 2)
     return SimpleNamespace(index=index, prefix=prefix.encode(), key=key.encode(), request=request)
 
 
-def order(waiting: Waiting) -> list[int]:
-    return [waiting.pop().index for _ in range(len(waiting))]
+def order(queue: PromptQueue) -> list[int]:
+    return [queue.pop().index for _ in range(len(queue))]
 
 
-def filled(prefixes: str, **options) -> Waiting:
-    waiting = Waiting(**options)
+def filled(prefixes: str, **options) -> PromptQueue:
+    queue = PromptQueue(**options)
     for index, prefix in enumerate(prefixes):
-        waiting.add(prepared(index, prefix))
-    return waiting
+        queue.add(prepared(index, prefix))
+    return queue
 
 
 def test_prompts_with_one_system_prompt_go_together_the_oldest_first():
@@ -46,33 +45,33 @@ def test_prompts_with_one_system_prompt_go_together_the_oldest_first():
 
 
 def test_a_system_prompt_that_keeps_coming_does_not_keep_others_out():
-    waiting, taken = filled("ab"), []
+    queue, taken = filled("ab"), []
     for index in range(2, 50):
-        waiting.add(prepared(index, "a"))
-        taken.append(waiting.pop().index)
+        queue.add(prepared(index, "a"))
+        taken.append(queue.pop().index)
     assert 1 in taken[:5]
 
 
 def test_a_prompt_that_comes_back_goes_ahead_of_its_like():
-    waiting = filled("aab")
-    back = waiting.pop()
-    waiting.add(back, first=True)
-    assert order(waiting) == [0, 1, 2]
+    queue = filled("aab")
+    back = queue.pop()
+    queue.add(back, first=True)
+    assert order(queue) == [0, 1, 2]
 
 
 def test_a_prefix_is_primed_once_and_where_another_waits_with_it():
-    waiting = filled("aabaa")
+    queue = filled("aabaa")
     primed = []
-    while len(waiting):
-        one = waiting.pop()
-        primed += [one.index] if waiting.to_prime(one) else []
+    while len(queue):
+        one = queue.pop()
+        primed += [one.index] if queue.to_prime(one) else []
     assert primed == [0]
     never = filled("aa", prime=False)
     assert not never.to_prime(never.pop())
 
 
 def test_what_is_primed_is_what_all_that_wait_with_a_system_prompt_begin_with():
-    waiting = Waiting()
+    queue = PromptQueue()
     prompts = {
         "a": ([7, 8, 9, 1, 1], [7, 8, 9, 1, 2], [7, 8, 9, 3]),
         "b": ([7, 5],),
@@ -80,8 +79,8 @@ def test_what_is_primed_is_what_all_that_wait_with_a_system_prompt_begin_with():
     }
     for prefix, of in prompts.items():
         for ids in of:
-            waiting.add(prepared(len(waiting), prefix, ids=ids))
-    assert [waiting.to_prime(waiting.pop()) for _ in range(7)] == [3, 0, 0, 0, 2, 0, 0]
+            queue.add(prepared(len(queue), prefix, ids=ids))
+    assert [queue.to_prime(queue.pop()) for _ in range(7)] == [3, 0, 0, 0, 2, 0, 0]
 
 
 def test_repeats_are_forgotten_when_they_take_too_much():
@@ -89,13 +88,13 @@ def test_repeats_are_forgotten_when_they_take_too_much():
         arrays = dict.fromkeys(("shares", "focus_heads", "logit_stats", "mass", "attention_entropy"))
         return SimpleNamespace(instability=np.zeros(1000), answer_ids=[], n=n, **arrays)
 
-    repeats = Repeats(5 * 9500)
+    cache = ResultCache(5 * 9500)
     for n in range(8):
-        repeats.keep(bytes([n]), result(n))
-        assert repeats.get(b"\0").n == 0  # wanted often, and so kept
-    assert [n for n in range(8) if repeats.get(bytes([n])) is not None] == [0, 4, 5, 6, 7]
-    tiny = Repeats(10)
-    tiny.keep(b"x", result(1))
+        cache.add(bytes([n]), result(n))
+        assert cache.get(b"\0").n == 0  # wanted often, and so kept
+    assert [n for n in range(8) if cache.get(bytes([n])) is not None] == [0, 4, 5, 6, 7]
+    tiny = ResultCache(10)
+    tiny.add(b"x", result(1))
     assert tiny.get(b"x") is None
 
 
@@ -121,7 +120,7 @@ FAST, SLOW = {"prepare_workers": 1}, {"group": False, "prime": False, "repeat_by
 
 def test_nothing_that_makes_it_fast_changes_a_number(tiny_model, monkeypatch):
     """Other prompts beside a prompt round its numbers in another way: 1e-5 of scores from 0 to 0.5."""
-    monkeypatch.setattr(preparing, "_BEFORE_WORKERS", 10)
+    monkeypatch.setattr(prepare, "_BEFORE_WORKERS", 10)
     args = {"max_num_seqs": 8, "max_num_batched_tokens": 128, "kv_cache_memory_bytes": 64 << 20}
     runs = {}
     for name, options in {"fast": FAST, "slow": SLOW}.items():
@@ -176,47 +175,54 @@ def test_a_prompt_as_messages_and_as_token_ids_are_no_repeats(tiny_model):
     assert json.dumps(results[0].answer_ids) == json.dumps(results[1].answer_ids)
 
 
-# -------------------------------------------------------------------------------------------------------- preparing
+# -------------------------------------------------------------------------------------------------------- preparation
 
 
-RULES = Rules(
-    "", False, "Be brief.", steps=4, regions=("system", "user"), vocabulary=10**6, max_model_len=200, answer_tokens=5
-)
-
-
-def without_text(prepared: Prepared | Rejected) -> Prepared | Rejected:
-    return (
-        replace(prepared, rendered=replace(prepared.rendered, text=None))
-        if isinstance(prepared, Prepared)
-        else prepared
-    )
+CONFIG = PrepareConfig("Be brief.", 4, ("system", "user"), vocabulary=10**6, max_model_len=200, answer_tokens=5)
 
 
 @pytest.mark.parametrize("replay", [False, True])
-def test_workers_prepare_what_this_process_does(tokenizer, replay):
-    """Before they are up, and then instead of it, in order: a stream that ends when they have done some."""
-    here, ahead = Preparer(RULES, tokenizer), Ahead(RULES, tokenizer, 2)
-    enough, given = False, []
+def test_workers_prepare_what_this_process_does(tokenizer, replay, monkeypatch):
+    """Before they have started, and then instead of it, in order: a stream that ends when they have done some."""
+    preparer = Preparer(CONFIG, tokenizer)
+    here, given = [], []
+    monkeypatch.setattr(preparer, "prepare", lambda *args: here.append(args[0]) or Preparer.prepare(preparer, *args))
 
-    def endless() -> Iterator[dict]:
-        for row in itertools.cycle([*prompts(), {"prompt": "word " * 300}]):
-            if enough:
+    def endless() -> Iterator[dict | None]:
+        for row in itertools.cycle([*prompts(), {"prompt": "word " * 300}, None]):
+            if len(given) - len(here) >= 500:
                 return
-            time.sleep(0.002)  # not too many of them before the workers are up
-            given.append({**row, "response": f"It is {len(given)}."})
+            time.sleep(0.002)  # not too many of them before the workers have started
+            given.append(row and {**row, "response": f"It is {len(given)}."})
             yield given[-1]
 
-    found, by_workers = [], 0
+    ahead = StreamPreparer(preparer, 2)
     with closing(ahead):
-        for prepared in ahead.prepared(endless(), replay, here):
-            found.append(prepared)
-            by_workers += isinstance(prepared, Prepared) and prepared.rendered.text is None
-            enough = by_workers >= 100
-    assert len(found) - by_workers > 256
-    assert [without_text(prepared) for prepared in found] == [
-        without_text(here.prepare(index, row, replay)) for index, row in enumerate(given)
-    ]
-    assert {"prompt_too_long"} == {prepared.reason for prepared in found if isinstance(prepared, Rejected)}
+        results = list(ahead.stream(endless(), lambda row: SKIP if row is None else row, replay))
+    assert 256 * 91 // 92 <= len(here) < len(given) - 100
+    assert [row for row, _ in results] == given
+    expected = [None if row is None else Preparer.prepare(preparer, i, row, replay) for i, row in enumerate(given)]
+    assert [prepared for _, prepared in results] == expected
+    assert {"prompt_too_long"} == {prepared.reason for prepared in expected if isinstance(prepared, Rejected)}
+
+
+def test_a_few_huge_prompts_are_in_flight_however_many_fit(tokenizer, monkeypatch):
+    monkeypatch.setattr(prepare, "_BEFORE_WORKERS", 0)
+    monkeypatch.setattr(prepare, "_MOST_BYTES", 100_000)
+    preparer, read = Preparer(CONFIG, tokenizer), 0
+
+    def huge() -> Iterator[str]:
+        nonlocal read
+        while read < 400:
+            read += 1
+            yield "x" * 10_000
+
+    ahead = StreamPreparer(preparer, 1)
+    with closing(ahead):
+        ahead._submit(b"", False).result()  # the worker has started
+        for n, (_, prepared) in enumerate(ahead.stream(huge(), lambda prompt: prompt, False)):
+            assert prepared.reason == "prompt_too_long"
+            assert read - n <= 3 * 16
 
 
 class Unreadable:
@@ -227,15 +233,16 @@ class Unreadable:
 
 
 def test_where_no_worker_can_be_had_this_process_prepares(tokenizer, monkeypatch):
-    monkeypatch.setattr(preparing, "_BEFORE_WORKERS", 0)
-    here, ahead = Preparer(RULES, tokenizer), Ahead(RULES, Unreadable(), 1)
+    monkeypatch.setattr(prepare, "_BEFORE_WORKERS", 0)
+    preparer = Preparer(CONFIG, tokenizer)
+    ahead = StreamPreparer(preparer, 1, load=Unreadable())
     with closing(ahead):
-        stream = ahead.prepared(prompts(), False, here)
-        found = [next(stream)]
+        stream = ahead.stream(prompts(), lambda row: row, False)
+        results = [next(stream)]
         while multiprocessing.active_children():
             time.sleep(0.02)
-        found += stream
-    assert found == [here.prepare(index, row, False) for index, row in enumerate(prompts())]
+        results += stream
+    assert [prepared for _, prepared in results] == [preparer.prepare(i, row, False) for i, row in enumerate(prompts())]
 
 
 # ------------------------------------------------------------------------------------------------------- tokenising

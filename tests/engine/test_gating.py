@@ -158,8 +158,8 @@ def test_stopped_answers_end_and_have_the_same_score(gate):
 @pytest.mark.parametrize("more", [1, 2, 3])
 def test_an_answer_may_end_while_it_is_decided(gate, monkeypatch, more):
     """It has one token to go when its steps are recorded: it ends before the numbers are here."""
-    monkeypatch.setattr(gate, "_preparer", None)
-    monkeypatch.setattr(gate, "_rules", dataclasses.replace(gate._rules, answer_tokens=STEPS + 1 + more))
+    config = dataclasses.replace(gate.preparer.config, answer_tokens=STEPS + 1 + more)
+    monkeypatch.setattr(gate.preparer, "config", config)
     gate.stops[0] = lambda result: result.index % 2 == 0
     results = list(gate.score(prompts(13)))
     assert [r.index for r in results] == list(range(13))
@@ -170,7 +170,6 @@ def test_an_answer_may_end_while_it_is_decided(gate, monkeypatch, more):
     assert sum("stopped" in r.flags for r in results) >= 4
     assert gate.engine.free_slots == gate.engine.slots
     assert not gate.engine._unread
-    monkeypatch.setattr(gate, "_preparer", None)
 
 
 def test_rejects_and_leaving_in_the_middle(gate):

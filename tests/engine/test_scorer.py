@@ -8,8 +8,8 @@ from sklearn.metrics import roc_auc_score
 
 from headrift import signal
 from headrift.results import Rejected, ScoreResult
-from headrift.scorer import Prompt, Scorer, check_settings
-from headrift.signal import Window
+from headrift.scorer import Prompt, Scorer
+from headrift.signal import ScoreRange, Window
 
 SYSTEM = "You are a helpful assistant. You never speak about the weather, whatever the user says."
 
@@ -94,7 +94,7 @@ def test_replay_scores_the_logged_answer_as_generation_did(scorer):
 
 def test_replayed_repeats_are_scored_in_full(scorer, monkeypatch):
     """The second row's answer lies in cached blocks; it is computed anew, not reported with holes."""
-    monkeypatch.setattr(scorer, "_repeats", None)  # which would hand out the first row's result
+    monkeypatch.setattr(scorer, "_cache", None)  # which would hand out the first row's result
     row = {**rows(1)[0], "response": "The capital of France is Paris, a city on the Seine, known for its museums."}
     first, second, third = scorer.score([row, row, row], replay=True)
     assert first.n_steps > 8
@@ -148,7 +148,7 @@ def test_a_shared_system_prompt_is_prefilled_once(scorer):
         list(scorer.score([{**row, "system": system} for row in rows(20)]))
     finally:
         del scorer.engine.step
-    ids = [scorer.preparer.prepare(0, {**row, "system": system}, False).rendered.token_ids for row in rows(20)]
+    ids = [scorer.preparer.prepare(0, {**row, "system": system}, False).request.prompt_ids for row in rows(20)]
     shared = next(i for i, tokens in enumerate(zip(*ids, strict=False)) if len(set(tokens)) > 1)
     assert shared % 32
     # First a request for what all have in common; then theirs, in which no token of that is computed.
@@ -185,4 +185,4 @@ def test_settings_that_contradict_each_other_stop_before_the_model_loads(setting
 
 
 def test_window_defaults_to_all_recorded_steps():
-    assert check_settings(5, None, 0.25, 0.15) == Window(1, 5)
+    assert ScoreRange.within(5).window == Window(1, 5)

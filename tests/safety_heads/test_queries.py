@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from headrift.corpus.sources import InputError
-from headrift.preparing import load_tokenizer
+from headrift.prepare import load_tokenizer
 from headrift.safety_heads.queries import prepare, read_rows
 
 SET = Path(__file__).resolve().parents[2] / "datasets" / "safety_topics.jsonl"

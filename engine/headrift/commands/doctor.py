@@ -129,7 +129,7 @@ def _version(distribution: str) -> str | None:
 
 def _model(folder: Path, steps: int, *, has_vllm: bool) -> Iterator[str]:
     """Show the model's shape and, with vLLM, what it takes here; its problems."""
-    from headrift.corpus.scoring import plainly
+    from headrift.corpus.scoring import plain_message
     from headrift.engine_setup import plan_engine
     from headrift.errors import RefusedError
 
@@ -144,7 +144,7 @@ def _model(folder: Path, steps: int, *, has_vllm: bool) -> Iterator[str]:
         yield str(error)
         return
     except Exception as error:  # a model's files can break vLLM and transformers in any way
-        yield f"vLLM cannot start with {folder}: {plainly(error)}"
+        yield f"vLLM cannot start with {folder}: {plain_message(error)}"
         return
     _show("context", f"{plan.max_model_len:,} tokens, prompt and answer together")
     if steps + 2 > plan.max_model_len:

@@ -25,7 +25,7 @@ from headrift.corpus.readers import read_fields
 from headrift.corpus.rows import RowError, kind_of, parse_json
 from headrift.corpus.sources import InputError, Source
 from headrift.model_facts import ModelFacts
-from headrift.preparing import load_tokenizer
+from headrift.prepare import load_tokenizer
 
 _TEXTS = ("clean", "wrapped", "question", "core", "system", "answer", "wrong", "kind", "family", "topic")
 _LISTS = ("also", "choices")

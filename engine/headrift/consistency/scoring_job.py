@@ -36,7 +36,7 @@ from headrift.consistency.scoring import (
 from headrift.consistency.summary import summarise
 from headrift.engine_setup import lora_args, prepare_environment
 from headrift.model_facts import read_shape
-from headrift.preparing import load_tokenizer
+from headrift.prepare import load_tokenizer
 from headrift.probed_engine import ProbedEngine
 from headrift.runs.folder import JobError
 from headrift.runs.provenance import model_fingerprint, versions

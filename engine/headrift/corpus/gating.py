@@ -10,24 +10,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
 from headrift.calibration.verdicts import add_verdicts
-from headrift.corpus.child import Engine
 from headrift.corpus.gate_summary import GateSummary
 from headrift.corpus.rows import Row
-from headrift.corpus.scoring import TEXT_BYTES, ScoringEngine, travelling
+from headrift.corpus.scoring import TEXT_BYTES, ScoringEngine, shipped
 from headrift.corpus.settings import Settings, check_context
+from headrift.corpus.worker import Engine
 from headrift.fail_terms import FailTerms
 from headrift.model_facts import ModelFacts
 from headrift.results import ScoreResult
 from headrift.runs.parts import Record, ShardFiles, column_types, record
-from headrift.scorer import check_settings
-
-if TYPE_CHECKING:
-    pass
 
 BLOCKED = "[blocked]"
 _BEFORE = ("id", "source", "row", "label", "category", "group", "system_hash")
@@ -70,8 +66,7 @@ class Gating:
     def __init__(self, settings: Settings, gate: Gate) -> None:
         assert settings.calibration is not None
         self._asked, self._gate, self._calibration = settings, gate, settings.calibration
-        self._window = check_settings(settings.steps, settings.window, settings.drop_shallow, settings.drop_deep)
-        FailTerms(gate.fail_terms)
+        self._terms = FailTerms(gate.fail_terms)
         if gate.max_new_tokens <= settings.steps:
             raise ValueError(
                 f"--max-new-tokens {gate.max_new_tokens} is no more than the steps that decide, {settings.steps}: give "
@@ -83,7 +78,7 @@ class Gating:
                 "--fail-term"
             )
 
-    def asked(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one that was begun, beside Settings."""
         return {"command": "gate", **asdict(self._gate), "fail_terms": list(self._gate.fail_terms)}
 
@@ -91,53 +86,45 @@ class Gating:
         """ValueError where an answer does not fit a context of so many tokens."""
         check_context(self._gate.max_new_tokens, context, "max-new-tokens")
 
+    @property
+    def answer_tokens(self) -> int:
+        """The most tokens of an answer."""
+        return self._gate.max_new_tokens
+
     def engine(self, verbose: bool) -> Callable[[], Engine]:
-        """What makes the engine, in its process."""
-        return partial(
-            GateEngine,
-            travelling(self._asked),
-            verbose=verbose,
-            gate=self._gate,
-            threshold=self._calibration.threshold,
-        )
+        """What makes the engine, in its process: it stops the answers that the gate blocks."""
+        blocks = partial(Gate.blocks, self._gate, threshold=self._calibration.threshold)
+        stop_if = None if self._gate.compare_ungated else blocks
+        return partial(ScoringEngine, shipped(self._asked), verbose=verbose, text=True, stop_if=stop_if)
+
+    def record(self, row: Row, result: ScoreResult) -> Record:
+        """A result as the columns of a part, with `[blocked]` for the text of a blocked answer."""
+        blocked = self._gate.blocks(result, self._calibration.threshold)
+        text = BLOCKED if blocked else result.text
+        leaks = self._terms.found if self._gate.fail_terms else None
+        return record(row.columns(), result) | {
+            "blocked": blocked,
+            "text": text,
+            "leaked": None if leaks is None else not blocked and leaks(text),
+            "leaked_ungated": None if leaks is None else leaks(result.text),
+        }
 
     def row_bytes(self, model: ModelFacts) -> int:
         """About what a row takes on disk."""
         return 512 + TEXT_BYTES * (not self._asked.redact)
 
     def files(self, number: int, engine: dict[str, Any]) -> ShardFiles:
-        """A shard's files, for the records that the engine makes; the calibration's columns are added."""
+        """A shard's files, to which the calibration's columns are added."""
         schema = _schema(self._gate, redact=self._asked.redact)
         return ShardFiles(self._asked.out, number, schema, partial(add_verdicts, calibration=self._calibration))
 
     def summary(self) -> GateSummary:
         """The closing table of the finished shards, from their files."""
-        return GateSummary(self._asked.out, self._window.end, self._calibration, compared=self._gate.compare_ungated)
+        last = self._asked.score_range.window.end
+        return GateSummary(self._asked.out, last, self._calibration, compared=self._gate.compare_ungated)
 
     def finish(self, summary: GateSummary, names: Sequence[str]) -> None:
         """Write what lies beside the parts: nothing."""
-
-
-class GateEngine(ScoringEngine):
-    """A scorer that answers, and holds back what the gate blocks: rows in, a record or a Turned out for each."""
-
-    def __init__(self, asked: Settings, *, verbose: bool = False, gate: Gate, threshold: float) -> None:
-        self._gate, self._threshold, self._terms = gate, threshold, FailTerms(gate.fail_terms)
-        stop_if = None if gate.compare_ungated else partial(Gate.blocks, gate, threshold=threshold)
-        super().__init__(asked, verbose=verbose, max_new_tokens=gate.max_new_tokens, stop_if=stop_if)
-        self._columns = _schema(gate, redact=asked.redact).names
-
-    def _record(self, row: Row, result: ScoreResult) -> Record:
-        blocked = self._gate.blocks(result, self._threshold)
-        text = BLOCKED if blocked else result.text
-        terms = self._terms if self._gate.fail_terms else None
-        everything = record(row.columns(), result) | {
-            "blocked": blocked,
-            "text": text,
-            "leaked": None if terms is None else not blocked and terms.found(text),
-            "leaked_ungated": None if terms is None else terms.found(result.text),
-        }
-        return {name: everything[name] for name in self._columns}
 
 
 def _schema(gate: Gate, *, redact: bool) -> pa.Schema:

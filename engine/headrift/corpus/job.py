@@ -1,37 +1,42 @@
 """A job: inputs to an output folder, through an engine. `headrift score` is this with options around it.
 
-What is made of a row, and told in the end, is the job's Kind; all the rest is the same for every kind. ScoreJob checks
-all it can before a model is loaded; then `start` and `run`, in this order. The job's process reads the input, writes
-the output and keeps the journal; the engine runs in a child process, which may die at any moment, as the job may: with
-`resume` a new job goes on where the journal ends.
+What is made of a row, and what is printed in the end, depends on the JobKind; all the rest is the same for every kind.
+ScoreJob checks all it can before a model is loaded; then `start` and `run`, in this order. The job's process reads the
+input, renders and tokenises the prompts, writes the output and keeps the journal; the engine runs in a child process,
+which may die at any moment, as the job may: with `resume` a new job continues where the journal ends.
 """
 
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
+import signal as signals
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from datetime import UTC, datetime
 from functools import partial
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from headrift import scorer as scoring
 from headrift.corpus import judging, readers, sources
-from headrift.corpus.child import Child, Engine
-from headrift.corpus.interrupts import Interrupts
 from headrift.corpus.rows import REASONS, BadRow, Row
-from headrift.corpus.scoring import Scoring, Turned
+from headrift.corpus.scoring import ScoreKind
 from headrift.corpus.settings import Settings, check_context, check_together, differences
 from headrift.corpus.shards import rows_per_shard
-from headrift.corpus.supervisor import Killer, Supervisor
+from headrift.corpus.worker import Engine, EngineProcess, PoisonRow, Supervisor
 from headrift.model_facts import ModelFacts, read_model
+from headrift.prepare import SKIP, PrepareConfig, Prepared, Preparer, StreamPreparer
+from headrift.probed_engine import ProbedEngine
+from headrift.results import Rejected, ScoreResult
 from headrift.runs.folder import JobError, can_resume
 from headrift.runs.journal import JOURNAL, FinishedShard, FolderLock, Journal
-from headrift.runs.parts import ShardFiles, remove_unfinished
+from headrift.runs.parts import Record, ShardFiles, remove_unfinished
 from headrift.runs.provenance import model_fingerprint, processor, versions
 from headrift.runs.reading import run_status, write_run
+from headrift.scorer import engine_factory, with_progress
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,11 +45,14 @@ if TYPE_CHECKING:
 
 _MAX_DETAIL = 500  # characters: a detail may quote the row
 # What must be the same in a resumed run of what an engine says of itself.
-_OF_ENGINE = ("dtype", "layers", "heads", "regions", "max_model_len", "chat_template_sha256")
+_ENGINE_IDENTITY = ("dtype", "layers", "heads", "regions", "max_model_len", "chat_template_sha256")
+
+# A row of the input with its request, or why there is none; None for a row that could not be read.
+PreparedRow = tuple[Row | BadRow, Prepared | Rejected | None]
 
 
 class Summary(Protocol):
-    """What is told of a job in the end, from its files. rows: in parts and rejects."""
+    """The closing table of a job, made from its files. rows: in parts and rejects."""
 
     @property
     def rows(self) -> int: ...
@@ -54,30 +62,37 @@ class Summary(Protocol):
         ...
 
     def print(self, console: Console, *, rows: int, start_seconds: float, score_seconds: float) -> None:
-        """The closing table. rows: how many the engine answered now, in score_seconds; start_seconds: to start it."""
+        """Print the table. rows: how many the engine answered now, in score_seconds; start_seconds: to start it."""
         ...
 
 
-class Kind(Protocol):
-    """What is made of a job's rows; scoring.Scoring is one. The engine answers a Row with a record, a dict with what
-    the parts' columns need, or with a Turned, whose reason is in rows.REASONS; its `about` has what `_OF_ENGINE`
-    names, and recorder_bytes."""
+class JobKind(Protocol):
+    """What is made of a job's rows; scoring.ScoreKind is one."""
 
-    def asked(self) -> dict[str, Any]:
-        """What a resumed run must have in common with the one that was begun, beside Settings: JSON by option, and
-        `command` where that is not score."""
+    @property
+    def answer_tokens(self) -> int:
+        """The most tokens of an answer."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one that was begun, beside the job's config: JSON by option,
+        and `command` if that is not score."""
         ...
 
     def check(self, context: int | None) -> None:
-        """ValueError where it does not fit a model whose context has so many tokens."""
+        """ValueError if it does not fit a model's context, in tokens."""
         ...
 
     def engine(self, verbose: bool) -> Callable[[], Engine]:
-        """What makes the engine, in its process: it must pickle."""
+        """What makes the engine, in its process: it must pickle. See scoring.ScoringEngine for its `about`."""
         ...
 
     def row_bytes(self, model: ModelFacts) -> int:
         """About what a row takes on disk."""
+        ...
+
+    def record(self, row: Row, result: ScoreResult) -> Record:
+        """A result as the columns of a part."""
         ...
 
     def files(self, number: int, engine: dict[str, Any]) -> ShardFiles:
@@ -89,53 +104,64 @@ class Kind(Protocol):
         ...
 
     def finish(self, summary: Any, names: Sequence[str]) -> None:
-        """Write what lies beside the parts of a run that is done. names: of the inputs."""
+        """Write what a finished run has beside its parts. names: of the inputs."""
         ...
 
 
 class ScoreJob:
-    """A context manager, and checked on creation: ValueError where the settings cannot be, or the run to resume is one
-    of other settings, and nothing was begun but the (empty) out folder.
+    """A scoring job, checked on creation. A context manager.
 
-    kind: what is made of a row; by default it is scored. resume: go on with the run in the out folder, if there is one.
-    notice: told what the user should know on the way. engine: makes the engine, anywhere; by default a child process
-    with vLLM. notices: what the user should know before it starts. total: rows to score or reject; kept: those in
-    finished shards. done: whether that is all. seconds: what starting and scoring took, and how long of that the engine
-    waited for rows.
+    Args:
+        kind: What is made of a row; by default it is scored.
+        resume: Continue the run in the out folder, if there is one.
+        notice: Called with what the user should know on the way.
+        engine: Makes the engine, anywhere; by default the kind's in a child process, or in this one if
+            `scorer.engine_factory` is replaced.
+        shard_rows: Rows of a shard, if none were chosen before.
+
+    Attributes:
+        notices: What the user should know before it starts.
+        total: Rows to score or reject.
+        kept: Rows in finished shards.
+        done: Whether that is all.
+        seconds: What starting and scoring took, and for how long of that the engine waited for rows.
+
+    Raises:
+        ValueError: If options contradict each other, or the run to resume is another one. Nothing was begun then but
+            the (empty) out folder.
     """
 
     def __init__(
         self,
-        settings: Settings,
+        config: Settings,
         *,
-        kind: Kind | None = None,
+        kind: JobKind | None = None,
         resume: bool = False,
         verbose: bool = False,
         notice: Callable[[str], None] = lambda text: None,
         engine: Callable[[], Engine] | None = None,
         shard_rows: int | None = None,
     ) -> None:
-        self.settings, self._notice = settings, notice
-        check_together(settings)
-        on_ray = _ray_workers() if settings.engine == "ray" else None
-        self.window = scoring.check_settings(settings.steps, settings.window, settings.drop_shallow, settings.drop_deep)
-        self._kind = kind or Scoring(settings)
+        self.settings, self._notice = config, notice
+        check_together(config)
+        ray_workers = _ray_workers() if config.engine == "ray" else None
+        self._kind = kind or ScoreKind(config)
         self.notices: list[str] = []
-        self._sources = sources.find(settings.inputs, settings.labels, settings.columns)
-        self._reader = readers.Reader(self._sources, settings.columns)
-        model = read_model(settings.model)
-        check_context(settings.steps, model.context)
+        self._sources = sources.find(config.inputs, config.labels, config.columns)
+        self._reader = readers.Reader(self._sources, config.columns)
+        model = read_model(config.model)
+        check_context(config.steps, model.context)
         self._kind.check(model.context)
-        n_rows = None if resume and (settings.out / JOURNAL).exists() else self._count()
-        begun = can_resume(settings.out, JOURNAL, resume=resume)
+        n_rows = None if resume and (config.out / JOURNAL).exists() else self._count()
+        begun = can_resume(config.out, JOURNAL, resume=resume)
         self.seconds = {"start": 0.0, "scoring": 0.0, "engine_waited": 0.0}
         self._summary: Summary | None = None
         self._open = ExitStack()
-        lock = FolderLock(settings.out)
+        lock = FolderLock(config.out)
         self._open.callback(lock.release)
         try:
             self._identity = self._identified()
-            self._journal = self._open.enter_context(Journal(settings.out)) if begun else None
+            self._journal = self._open.enter_context(Journal(config.out)) if begun else None
             if self._journal is not None:
                 self._check_same(self._journal)
             self._finished = self._journal.finished() if self._journal else []
@@ -148,14 +174,21 @@ class ScoreJob:
         except BaseException:
             self._open.close()
             raise
-        make = engine or partial(Child, self._kind.engine(verbose), verbose=verbose)
-        self._supervisor: Supervisor[Row | BadRow] | RayWorkers[Row | BadRow]
-        if on_ray is None:
-            self._supervisor = Supervisor(make, _is_wanted, notice)
+        make = engine or self._kind.engine(verbose)
+        if engine is None and engine_factory.get() is ProbedEngine:
+            make = partial(EngineProcess, make, verbose=verbose)
+        self._supervisor: Supervisor[PreparedRow] | RayWorkers[PreparedRow]
+        if ray_workers is None:
+            self._supervisor = Supervisor(make, _request_of, notice)
         else:
-            size, workers, model_there = self._identity["shard_rows"], settings.workers, settings.model.resolve()
-            self._supervisor = on_ray(
-                make, _is_wanted, notice, model=model_there, shard_rows=size, workers=workers, verbose=verbose
+            self._supervisor = ray_workers(
+                make,
+                _request_of,
+                notice,
+                model=config.model.resolve(),
+                shard_rows=self._identity["shard_rows"],
+                workers=config.workers,
+                verbose=verbose,
             )
 
     def __enter__(self) -> ScoreJob:
@@ -182,7 +215,7 @@ class ScoreJob:
     def _identified(self) -> dict[str, Any]:
         """What makes this run's rows, numbers and columns: a resumed run must have the same."""
         return {
-            "settings": {**self.settings.of_run(str(self.window)), **self._kind.asked()},
+            "settings": {**self.settings.of_run(), **self._kind.identity()},
             "inputs": [source.fingerprint() for source in self._sources],
             "model": model_fingerprint(self.settings.model),
             "engine": None,
@@ -192,12 +225,11 @@ class ScoreJob:
 
     def _check_same(self, journal: Journal) -> None:
         then = journal.identity
-        found = differences(then, self._identity)
-        if found:
-            lines = "".join(f"\n  - {line}" for line in found)
+        if changes := differences(then, self._identity):
+            lines = "".join(f"\n  - {line}" for line in changes)
             raise JobError(
                 f"--resume: the run in {self.settings.out} is another one, so its parts would not go together:{lines}\n"
-                "Ask for the same again, or choose another folder"
+                "Use the same options, or choose another folder"
             )
         if then["versions"] != self._identity["versions"]:
             names = [name for name, version in then["versions"].items() if version != self._identity["versions"][name]]
@@ -205,21 +237,21 @@ class ScoreJob:
         self._identity = then
 
     def _check_files(self) -> None:
-        """The finished shards' files must be there as they were written; others are of a run that broke off."""
+        """Check that the finished shards' files are as they were written; remove those of an unfinished one."""
         out = self.settings.out
         for at, shard in enumerate(self._finished):
             sizes = {f"part-{at:05d}.parquet": shard.part_bytes, f"rejects-{at:05d}.parquet": shard.rejects_bytes}
             for name, size in sizes.items():
-                there = (out / name).stat().st_size if (out / name).exists() else 0
-                if there != size:
+                now = (out / name).stat().st_size if (out / name).exists() else 0
+                if now != size:
                     raise JobError(
-                        f"--resume: {out / name} had {size:,} bytes when it was finished and has {there:,}: put it "
-                        "back, or choose another folder"
+                        f"--resume: {out / name} had {size:,} bytes when it was finished and has {now:,}: put it back, "
+                        "or choose another folder"
                     )
         remove_unfinished(out, {shard.number for shard in self._finished})
 
     def _count(self) -> int:
-        """How many rows the input has, as far as they matter; ValueError for none to score."""
+        """Count the rows of the input, as far as they matter; ValueError if there is none to score."""
         total, most = 0, self.settings.selection.most_read
         for source in self._sources:
             n = self._reader.count(source, None if most is None else most - total)
@@ -233,7 +265,7 @@ class ScoreJob:
         return total
 
     def _check_calibration(self) -> list[str]:
-        """How the calibration's model differs, if there is one; CalibrationError where it does and must not."""
+        """How the calibration's model differs, if there is one; CalibrationError if it must not."""
         calibration, anyway = self.settings.calibration, self.settings.calibration_anyway
         return [] if calibration is None else judging.check(calibration, self._identity, anyway=anyway)
 
@@ -246,15 +278,19 @@ class ScoreJob:
             raise JobError(f"--out {self.settings.out}: {room}: {fix}")
 
     def start(self) -> dict[str, Any]:
-        """Load the model and begin, or go on with, the journal; returns what there is to know of the engine.
+        """Load the model and begin, or continue, the journal; return what there is to know of the engine.
 
-        EngineError, saying what to do, where the engine cannot start; JobError where it is not the one that the
-        run was begun with; CalibrationError where it is not one that the calibration is for.
+        Raises:
+            EngineError, TokenizerError: With what to do, if the engine cannot start or prompts cannot be rendered.
+            JobError: If the engine is not the one that the run was begun with.
+            CalibrationError: If the calibration is not for this engine.
         """
         begun = time.monotonic()
         self._open.enter_context(self._supervisor)
         self._engine = engine = self._supervisor.begin()
-        same = {name: list(v) if isinstance(v := engine[name], tuple) else v for name in _OF_ENGINE}
+        check_context(self.settings.steps, engine["max_model_len"])
+        self._preparer = self._new_preparer(engine)
+        same = {name: list(v) if isinstance(v := engine[name], tuple) else v for name in _ENGINE_IDENTITY}
         if self._journal is None:
             self._identity |= {"engine": same, "recorder_bytes": engine["recorder_bytes"]}
         else:
@@ -268,11 +304,28 @@ class ScoreJob:
         self.seconds["start"] = time.monotonic() - begun
         return engine
 
-    def run(self, *, progress: bool = False) -> bool:
-        """Score every row that is in no finished shard yet; whether that was all. Ctrl-C and SIGTERM: the first ends
-        the run after the shard in hand, which is then False; KeyboardInterrupt at the second.
+    def _new_preparer(self, engine: dict[str, Any]) -> StreamPreparer:
+        config = PrepareConfig(
+            system_prompt=self.settings.system_prompt,
+            steps=self.settings.steps,
+            regions=tuple(engine["regions"]),
+            vocabulary=engine["vocabulary"],
+            max_model_len=engine["max_model_len"],
+            answer_tokens=self._kind.answer_tokens,
+        )
+        workers = min(engine["prepare_workers"], (os.cpu_count() or 1) - 1)
+        preparer = StreamPreparer(Preparer(config, pickle.loads(engine["tokenizer"])), workers)
+        self._open.callback(preparer.close)
+        return preparer
 
-        OSError where the disk fails, EngineError where the engine does, over and over. Finished shards are kept.
+    def run(self, *, progress: bool = False) -> bool:
+        """Score every row that is in no finished shard yet; return whether that was all.
+
+        The first Ctrl-C or SIGTERM finishes the current shard and returns False, the second raises KeyboardInterrupt.
+
+        Raises:
+            OSError: If the disk fails.
+            EngineError: If the engine does, again and again. Finished shards are kept.
         """
         assert self._journal is not None
         begun = time.monotonic()
@@ -280,7 +333,7 @@ class ScoreJob:
         try:
             with Interrupts(self._stopping) as interrupts:
                 for _ in self._shards(self._journal, interrupts, progress):
-                    if interrupts.asked:
+                    if interrupts.stop:
                         break
         finally:
             self.seconds["scoring"] = time.monotonic() - begun
@@ -292,8 +345,8 @@ class ScoreJob:
         return self.done
 
     def finish(self) -> None:
-        """Write what lies beside the parts and then run.json, unless that was done already: a run may be killed at its
-        very end."""
+        """Write what a run has beside its parts and then run.json, unless that was done before: a run may be killed at
+        its very end."""
         if run_status(self.settings.out) != "done":
             summary = self.summary()
             self._kind.finish(summary, [source.stem for source in self._sources])
@@ -306,17 +359,17 @@ class ScoreJob:
         return self._summary
 
     def _stopping(self) -> None:
-        self._notice("stopping after the shard in hand; once more stops at once, and loses that shard")
+        self._notice("finishing the current shard; press again to stop now, and lose that shard")
 
     def _shards(self, journal: Journal, interrupts: Interrupts, progress: bool) -> Iterator[FinishedShard]:
-        """Each further shard, once it is done and noted."""
+        """Score the further shards; yields each once it is finished and in the journal."""
         size = self._identity["shard_rows"]
-        answers = self._supervisor.answers(self._rows(journal))
+        answers = self._supervisor.answers(self._prepared_rows(journal))
         if progress:
-            answers = scoring.with_progress(answers, self.total, self.kept)
-        # Closed by hand where it breaks off, or else the progress bar would outlive the engine.
+            answers = with_progress(answers, self.total, self.kept)
+        # Closed here when a run is interrupted, or else the progress bar would outlive the engine.
         with closing(answers):
-            while not self.done and not interrupts.asked:
+            while not self.done and not interrupts.stop:
                 number, rows = len(self._finished), min(size, self.total - self.kept)
                 files = self._kind.files(number, self._engine)
                 try:
@@ -335,15 +388,20 @@ class ScoreJob:
                 self._finished.append(shard)
                 yield shard
 
+    def _prepared_rows(self, journal: Journal) -> Iterator[PreparedRow]:
+        return self._preparer.stream(
+            self._rows(journal), lambda row: row.prompt if isinstance(row, Row) else SKIP, self.settings.replay
+        )
+
     def _rows(self, journal: Journal) -> Iterator[Row | BadRow]:
         """The rows that are in no finished shard."""
         left, at = self.kept, self.kept
 
         def marks() -> Iterator[bool]:
             nonlocal left
-            for mine in self.settings.selection.marks(self._identity["rows"]):
-                yield mine and not left
-                left -= mine and left > 0
+            for selected in self.settings.selection.marks(self._identity["rows"]):
+                yield selected and not left
+                left -= selected and left > 0
 
         def take_id(own_id: str) -> bool:
             return journal.take_id(own_id, at)
@@ -352,21 +410,20 @@ class ScoreJob:
             yield row
             at += 1
 
-    def _keep(self, row: Row | BadRow, answer: Any, files: ShardFiles) -> None:
+    def _keep(self, prepared_row: PreparedRow, answer: ScoreResult | PoisonRow | None, files: ShardFiles) -> None:
         """Put a row where it belongs, into the part or the rejects."""
-        if isinstance(answer, dict):
-            files.add(answer)
-            return
+        row, prepared = prepared_row
         if isinstance(row, BadRow):
             reason, detail = row.reason, row.detail
-        elif isinstance(answer, Killer):
-            reason, detail = (
-                "engine_died",
-                f"the engine died each time it was given this row ({answer.how}); leave it out",
-            )
+        elif isinstance(prepared, Rejected):
+            reason, detail = prepared.reason, prepared.detail
+        elif isinstance(answer, PoisonRow):
+            reason = "engine_died"
+            detail = f"the engine died each time it was given this row ({answer.how}); leave it out"
         else:
-            assert isinstance(answer, Turned)
-            reason, detail = answer.reason, answer.detail
+            assert answer is not None
+            files.add(self._kind.record(row, answer))
+            return
         detail = REASONS[reason] if self.settings.redact else detail
         files.reject(row, reason, detail if len(detail) <= _MAX_DETAIL else f"{detail[:_MAX_DETAIL]}...")
 
@@ -395,8 +452,38 @@ class ScoreJob:
         write_run(self.settings.out, particulars)
 
 
-def _is_wanted(row: Row | BadRow) -> bool:
-    return isinstance(row, Row)
+class Interrupts:
+    """Ctrl-C and SIGTERM: the first sets `stop` and calls `notice`, the second raises KeyboardInterrupt.
+
+    A context manager. Outside a program's main thread, where signals do not arrive, it does nothing.
+    """
+
+    _SIGNALS = (signals.SIGINT, signals.SIGTERM)
+
+    def __init__(self, notice: Callable[[], None]) -> None:
+        self.stop = False
+        self._notice = notice
+        self._before: dict[signals.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {name: signals.signal(name, self._interrupt) for name in self._SIGNALS}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for name, handler in self._before.items():
+            signals.signal(name, handler)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self.stop:
+            raise KeyboardInterrupt
+        self.stop = True
+        self._notice()
+
+
+def _request_of(prepared_row: PreparedRow) -> Prepared | None:
+    prepared = prepared_row[1]
+    return prepared if isinstance(prepared, Prepared) else None
 
 
 def _ray_workers() -> type[RayWorkers]:

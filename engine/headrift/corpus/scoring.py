@@ -1,81 +1,88 @@
 """What a scoring job makes of its rows: the engine, in the process that the job gives it; the parts; the closing table.
 
-Scoring is what the job is told of all this, in its own process (see job.Kind).
+`ScoreKind` is used in the job's process, `ScoringEngine` in the engine's.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import deque
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
-from headrift import scorer as scoring
 from headrift.calibration.verdicts import add_verdicts
-from headrift.corpus.child import Engine
 from headrift.corpus.rows import Row
-from headrift.corpus.settings import WITH_MASS, Settings, check_context
+from headrift.corpus.settings import WITH_MASS, Settings
 from headrift.corpus.summary import SCORE, Summary
+from headrift.corpus.worker import Engine
 from headrift.engine_setup import check_compiler
 from headrift.errors import EngineError, RefusedError
 from headrift.model_facts import ModelFacts
+from headrift.prepare import Prepared, load_tokenizer, workers_for_machine
 from headrift.probed_engine import REGIONS
+from headrift.prompts import ChatRenderer
 from headrift.results import ScoreResult
-from headrift.runs.parts import Record, ShardFiles, column_types, part_schema, record
-
-if TYPE_CHECKING:
-    from headrift.scorer import Prompt, Scorer
-
+from headrift.runs.parts import Record, ShardFiles, part_schema, record
+from headrift.scorer import RequestScorer
 
 TEXT_BYTES = 4096  # a guess at what a row's texts take, for the space a run needs
+# Fields of a ScoreResult that only some --save need.
+_SAVED_FIELDS = {"shares": "shares", "mass": "mass", "focus": "focus_heads", "entropy": "logit_stats"}
 
 
-class Scoring:
-    """`headrift score`, as a kind of job (see job.Kind). settings: those of the job."""
+class ScoreKind:
+    """`headrift score`, as a kind of job (see job.JobKind)."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._asked = settings
-        self._window = scoring.check_settings(
-            settings.steps, settings.window, settings.drop_shallow, settings.drop_deep
-        )
+    def __init__(self, config: Settings) -> None:
+        self._config = config
 
-    def asked(self) -> dict[str, Any]:
-        """What a resumed run must have in common beside Settings: nothing."""
+    @property
+    def answer_tokens(self) -> int:
+        """The most tokens of an answer."""
+        return self._config.steps + 1
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must have in common beside the job's config: nothing."""
         return {}
 
     def check(self, context: int | None) -> None:
-        """What there is to check beside Settings: nothing."""
+        """Nothing to check beside the job's config."""
 
     def engine(self, verbose: bool) -> Callable[[], Engine]:
         """What makes the engine, in its process."""
-        return partial(ScoringEngine, travelling(self._asked), verbose=verbose)
+        return partial(ScoringEngine, shipped(self._config), verbose=verbose, text="text" in self._config.save)
 
     def row_bytes(self, model: ModelFacts) -> int:
         """About what a row takes on disk."""
-        save, steps, layers, heads = self._asked.save, self._asked.steps + 1, model.layers or 0, model.heads or 0
+        save, steps, layers, heads = self._config.save, self._config.steps + 1, model.layers or 0, model.heads or 0
         row = 4 * steps * layers + 512
         row += 2 * steps * layers * heads * ("shares" in save)
         row += 4 * steps * layers * heads * (len(REGIONS) + len(WITH_MASS)) * ("mass" in save)
         return row + TEXT_BYTES * ("text" in save)
 
+    def record(self, row: Row, result: ScoreResult) -> Record:
+        """A result as the columns of a part."""
+        return record(row.columns(replay=self._config.replay), result)
+
     def files(self, number: int, engine: dict[str, Any]) -> ShardFiles:
-        """A shard's files, for the records that the engine makes; with a calibration its columns are added."""
-        asked, shape = self._asked, {name: engine[name] for name in ("layers", "heads", "regions")}
-        schema = part_schema(asked.save, **shape)
-        if asked.calibration is None:
-            return ShardFiles(asked.out, number, schema)
-        return ShardFiles(asked.out, number, schema, partial(add_verdicts, calibration=asked.calibration))
+        """A shard's files; with a calibration its columns are added."""
+        config, shape = self._config, {name: engine[name] for name in ("layers", "heads", "regions")}
+        schema = part_schema(config.save, **shape)
+        if config.calibration is None:
+            return ShardFiles(config.out, number, schema)
+        return ShardFiles(config.out, number, schema, partial(add_verdicts, calibration=config.calibration))
 
     def summary(self) -> Summary:
         """The closing table of the finished shards, from their files."""
-        return Summary.of_folder(self._asked.out, self._window.end, self._asked.calibration)
+        return Summary.of_folder(self._config.out, self._config.score_range.window.end, self._config.calibration)
 
     def finish(self, summary: Summary, names: Sequence[str]) -> None:
-        """Draw scores.png and, with a calibration, write the list of what it finds. names: of the inputs."""
+        """Draw scores.png and, with a calibration, write the review list."""
         from headrift.figures import Curve, scores_png
 
         curves = []
@@ -84,139 +91,131 @@ class Scoring:
             curves = [Curve(name, of.fpr, of.tprs, of.auroc, of.grid, of.band) for name, of in shown.items()]
             assert curves[0].name == SCORE
         inputs = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        window = f"steps {self._window.start} to {self._window.end}"
-        title = f"{inputs} on {self._asked.model.name}, {window}{summary.sampled}"
-        scores_png(self._asked.out / "scores.png", summary.by_category(), curves, title=title)
+        window = self._config.score_range.window
+        title = f"{inputs} on {self._config.model.name}, steps {window.start} to {window.end}{summary.sampled}"
+        scores_png(self._config.out / "scores.png", summary.by_category(), curves, title=title)
         if summary.judged is not None:
             summary.judged.write_list()
 
 
-def travelling(asked: Settings) -> Settings:
-    """Settings as an engine's process gets them, on another machine even."""
+def shipped(config: Settings) -> Settings:
+    """A job's config as an engine's process gets it, on another machine even."""
     # The calibration is applied to what comes back; the machines of a cluster have other working directories.
-    model = asked.model.resolve() if asked.engine == "ray" else asked.model
-    return replace(asked, calibration=None, model=model)
+    model = config.model.resolve() if config.engine == "ray" else config.model
+    return replace(config, calibration=None, model=model)
 
 
 @dataclass(frozen=True, slots=True)
-class Turned:
-    """The answer for a row that the scorer turned down."""
+class PickledTokenizer:
+    """A model's tokenizer for other processes, which can use it without torch, and its chat template."""
 
-    reason: str
-    detail: str
+    data: bytes
+    chat_template: str
+
+    @classmethod
+    def load(cls, model: Path) -> PickledTokenizer:
+        """Load it from a model's folder; EngineError or TokenizerError if it, or its chat template, cannot be used."""
+        tokenizer = load_tokenizer(str(model), False)
+        ChatRenderer(tokenizer)
+        return cls(pickle.dumps(tokenizer), str(tokenizer.get_chat_template()))
 
 
 class ScoringEngine:
-    """A scorer as the settings want it (see child.Engine): rows in, a record of the parts or a Turned out for each.
+    """A scorer in the engine's process (see worker.Engine): prepared prompts in, results out.
 
-    about: dtype, layers, heads, regions, max_model_len and recorder_bytes of the engine, and the chat template's hash.
-    max_new_tokens, stop_if: as Scorer has them. EngineError, RefusedError and ValueError, saying what to do, where it
-    cannot be.
+    Args:
+        config: The job's, see `shipped`.
+        verbose: Let vLLM log.
+        text: Whether results need the answers' texts. They have no arrays but those that `config.save` needs.
+        stop_if: As Scorer has it.
+        tokenizer: By default it is loaded from the model's folder.
+
+    Attributes:
+        about: dtype, layers, heads, regions, max_model_len, vocabulary and recorder_bytes of the engine, the hash of
+            the chat template, and how to feed it: `in_flight`, the pickled `tokenizer` and `prepare_workers`.
+
+    Raises:
+        EngineError, RefusedError, ValueError: With what to do, if the engine cannot be started.
     """
 
     def __init__(
         self,
-        asked: Settings,
+        config: Settings,
         *,
         verbose: bool = False,
-        max_new_tokens: int | None = None,
+        text: bool = False,
         stop_if: Callable[[ScoreResult], bool] | None = None,
+        tokenizer: PickledTokenizer | None = None,
     ) -> None:
-        self._asked, self._columns = asked, list(column_types(asked.save))
-        self.scorer = _scorer(asked, verbose=verbose, max_new_tokens=max_new_tokens, stop_if=stop_if)
-        try:
-            self.about = self._described()
-        except BaseException:
-            self.close()
-            raise
+        tokenizer = tokenizer or PickledTokenizer.load(config.model)
+        decode = partial(pickle.loads(tokenizer.data).decode, skip_special_tokens=True) if text else _no_text
+        self._keep = [_SAVED_FIELDS[kind] for kind in config.save if kind in _SAVED_FIELDS]
+        self._scorer = _scorer(config, verbose=verbose, decode=decode, stop_if=stop_if)
+        engine = self._scorer.engine
+        names = ("dtype", "layers", "heads", "regions", "max_model_len", "vocabulary", "recorder_bytes")
+        self.about: dict[str, Any] = {name: getattr(engine, name) for name in names} | {
+            "chat_template_sha256": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
+            "in_flight": self._scorer.in_flight,
+            "prepare_workers": workers_for_machine(engine_in_process=False),
+            "tokenizer": tokenizer.data,
+        }
 
     @property
     def waited(self) -> float:
         """Seconds in which the engine waited for rows to be read, rendered and tokenised."""
-        return self.scorer.seconds_waited
+        return self._scorer.seconds_waited
 
     @property
     def steps_run(self) -> int:
         """Steps that the engine has run."""
-        return self.scorer.engine.steps_run
+        return self._scorer.engine.steps_run
 
-    def _described(self) -> dict[str, Any]:
-        scorer, engine = self.scorer, self.scorer.engine
-        scorer.renderer  # noqa: B018  made now, so that a tokenizer that cannot be used stops the run before the first row
-        check_context(self._asked.steps, engine.max_model_len)
-        names = ("dtype", "layers", "heads", "regions", "max_model_len", "recorder_bytes")
-        template = scorer.tokenizer.get_chat_template().encode()
-        return {name: getattr(engine, name) for name in names} | {
-            "chat_template_sha256": hashlib.sha256(template).hexdigest(),
-            "in_flight": scorer.in_flight,
-        }
-
-    def score(self, rows: Iterable[Row]) -> Iterator[Record | Turned]:
-        """Answers in order; rows are taken as they are needed."""
-        taken: deque[Row] = deque()
-
-        def prompts() -> Iterator[Prompt]:
-            for row in rows:
-                taken.append(row)
-                yield row.prompt
-
-        for result in self.scorer.score(prompts(), replay=self._asked.replay):
-            row = taken.popleft()
-            if isinstance(result, ScoreResult):
-                yield self._record(row, result)
-            else:
-                yield Turned(result.reason, result.detail)
-
-    def _record(self, row: Row, result: ScoreResult) -> Record:
-        everything = record(row.columns(replay=self._asked.replay), result)
-        return {name: everything[name] for name in self._columns}
+    def score(self, requests: Iterable[Prepared]) -> Iterator[ScoreResult]:
+        """Answer requests in order; they are taken as they are needed."""
+        for result in self._scorer.score_requests(requests):
+            assert isinstance(result, ScoreResult)
+            yield result.slim(self._keep)
 
     def close(self) -> None:
         """Stop the engine."""
-        self.scorer.close()
+        self._scorer.close()
 
 
-def _scorer(asked: Settings, *, verbose: bool, **more: Any) -> Scorer:
-    window = scoring.check_settings(asked.steps, asked.window, asked.drop_shallow, asked.drop_deep)
-    engine_args = _engine_args(asked, verbose)
+def _no_text(token_ids: list[int]) -> str:
+    return ""
+
+
+def _scorer(config: Settings, *, verbose: bool, **options: Any) -> RequestScorer:
+    args: dict[str, Any] = {} if config.dtype == "auto" else {"dtype": config.dtype}
+    if config.compile:
+        check_compiler(verbose)
+        args["enforce_eager"] = False
     try:
-        return scoring.Scorer(
-            asked.model,
-            system_prompt=asked.system_prompt,
-            steps=asked.steps,
-            window=window,
-            drop_shallow=asked.drop_shallow,
-            drop_deep=asked.drop_deep,
-            logit_stats=asked.logit_stats,
-            keep_mass="mass" in asked.save,
-            regions=(*WITH_MASS, *asked.regions) if "mass" in asked.save else asked.regions,
-            attention_backend=asked.attention_backend,
-            engine_args=engine_args,
+        return RequestScorer(
+            config.model,
+            steps=config.steps,
+            score_range=config.score_range,
+            logit_stats=config.logit_stats,
+            keep_mass="mass" in config.save,
+            regions=(*WITH_MASS, *config.regions) if "mass" in config.save else config.regions,
+            attention_backend=config.attention_backend,
+            engine_args=args,
             verbose=verbose,
-            prepare_workers=None,
-            **more,
+            **options,
         )
     except RefusedError:
         raise
     except Exception as error:  # a model's files can break vLLM, transformers and torch in any way
-        raise EngineError(f"vLLM cannot start with --model {asked.model}: {plainly(error)}") from error
+        raise EngineError(f"vLLM cannot start with --model {config.model}: {plain_message(error)}") from error
 
 
-def _engine_args(asked: Settings, verbose: bool) -> dict[str, Any]:
-    args: dict[str, Any] = {} if asked.dtype == "auto" else {"dtype": asked.dtype}
-    if asked.compile:
-        check_compiler(verbose)
-        args["enforce_eager"] = False
-    return args
-
-
-def plainly(error: Exception) -> str:
-    """What an engine that did not start has to say, without pydantic's framing: a line, and what to do."""
+def plain_message(error: Exception) -> str:
+    """Why an engine did not start, in a line, without pydantic's framing, and what to do."""
     causes = [error]
     while (cause := causes[-1].__cause__) is not None and isinstance(cause, Exception):
         causes.append(cause)
     validation = next((cause for cause in causes if isinstance(cause, ValidationError)), None)
-    said = [str(error)] if validation is None else [str(one["msg"]) for one in validation.errors()]
-    lines = [text.removeprefix("Value error, ").strip().partition("\n")[0] for text in said]
-    named = [] if isinstance(error, RuntimeError | ValueError | OSError) else [type(error).__name__]
-    return f"{': '.join([*named, *lines])} (check the model's files, or take another model)"
+    messages = [str(error)] if validation is None else [str(one["msg"]) for one in validation.errors()]
+    lines = [text.removeprefix("Value error, ").strip().partition("\n")[0] for text in messages]
+    kind = [] if isinstance(error, RuntimeError | ValueError | OSError) else [type(error).__name__]
+    return f"{': '.join([*kind, *lines])} (check the model's files, or take another model)"

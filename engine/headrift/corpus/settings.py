@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from headrift import signal
 from headrift.corpus.shards import Selection
 from headrift.probed_engine import REGIONS
-from headrift.signal import Window
+from headrift.signal import ScoreRange, Window
 
 if TYPE_CHECKING:
     from headrift.calibration.record import Calibration
@@ -33,7 +33,9 @@ class Settings:
     anywhere. selection: the rows to score. columns: for keys of a row that an input calls otherwise, its name there.
     compile: torch.compile on a CPU too. engine: local, or ray: on a Ray cluster; workers: how many engines are there,
     None for what suits the cluster. calibration: what scores are judged by, in its window and layers (see window_of);
-    calibration_anyway: also where it is for another model."""
+    calibration_anyway: also where it is for another model. score_range: of steps, window and the fractions dropped.
+
+    ValueError if these contradict each other."""
 
     inputs: tuple[str, ...]
     model: Path
@@ -58,14 +60,19 @@ class Settings:
     workers: int | None = None
     calibration: Calibration | None = None
     calibration_anyway: bool = False
+    score_range: ScoreRange = field(init=False)
 
-    def of_run(self, window: str) -> dict[str, Any]:
+    def __post_init__(self) -> None:
+        score_range = ScoreRange.within(self.steps, self.window, self.drop_shallow, self.drop_deep)
+        object.__setattr__(self, "score_range", score_range)
+
+    def of_run(self) -> dict[str, Any]:
         """All that makes numbers, rows and columns, as run.json has it; the same for the same results."""
         prompt, shard = self.system_prompt, self.selection.shard
         hidden = prompt is not None and self.redact
         return {
             "steps": self.steps,
-            "window": window,
+            "window": str(self.score_range.window),
             "drop_shallow": self.drop_shallow,
             "drop_deep": self.drop_deep,
             "logit_stats": self.logit_stats,
@@ -128,7 +135,7 @@ def check_together(settings: Settings) -> None:
     if settings.redact and "text" in settings.save:
         raise ValueError("--redact keeps prompts and answers out and --save text keeps them: leave one out")
     if settings.calibration is not None:
-        window = settings.window or f"1:{settings.steps}"
+        window = str(settings.score_range.window)
         trims = {"drop_shallow": settings.drop_shallow, "drop_deep": settings.drop_deep}
         window_of(settings.calibration, steps=settings.steps, window=window, **trims)
     elif settings.calibration_anyway:

@@ -23,7 +23,7 @@ import pyarrow as pa
 from headrift.internals.cases import CHECK, Case, Rendering
 from headrift.internals.comparing import NEUTRAL, SYSTEM
 from headrift.internals.estimates import Estimates, PromptBootstrap, column, list_column, nan_mean
-from headrift.preparing import Prompt
+from headrift.prepare import Prompt
 from headrift.results import Rejected, ScoreResult
 from headrift.scorer import Scorer
 from headrift.stats import Floats

@@ -30,7 +30,7 @@ from headrift.internals.cases import (
 from headrift.internals.components import StateReader
 from headrift.internals.page import find, write_page
 from headrift.model_facts import read_shape
-from headrift.preparing import load_tokenizer
+from headrift.prepare import load_tokenizer
 from headrift.report.html import plain
 from headrift.runs.folder import JobError
 from headrift.runs.provenance import model_fingerprint, versions

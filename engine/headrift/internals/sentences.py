@@ -32,7 +32,7 @@ from headrift.internals.cases import NeutralText, Question, Reject, Renderer, Re
 from headrift.internals.comparing import kl
 from headrift.internals.components import ForwardRow, StateReader
 from headrift.internals.estimates import column, prompt_means, student
-from headrift.preparing import Prompt
+from headrift.prepare import Prompt
 from headrift.prompts import PromptError, Span
 from headrift.results import ScoreResult
 from headrift.scorer import Scorer

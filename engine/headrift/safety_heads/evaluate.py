@@ -23,7 +23,7 @@ from headrift import ablation
 from headrift.ablation import EPSILON, HeadAblation
 from headrift.corpus.rows import Row
 from headrift.model_facts import read_shape
-from headrift.preparing import load_tokenizer
+from headrift.prepare import load_tokenizer
 from headrift.probed_engine import ProbedEngine
 from headrift.requests import Finished, ProbeRequest
 from headrift.runs.folder import JobError, atomic_path, new_folder, write_json

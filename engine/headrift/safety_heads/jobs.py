@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from headrift import ablation
 from headrift.figures import new_figure, save, short
 from headrift.model_facts import read_shape
-from headrift.preparing import load_tokenizer
+from headrift.prepare import load_tokenizer
 from headrift.probed_engine import ProbedEngine
 from headrift.runs.provenance import model_fingerprint, versions
 from headrift.runs.resumable import ResumableParts

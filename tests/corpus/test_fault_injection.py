@@ -14,22 +14,24 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-RUN_JOB = Path(__file__).resolve().parent / "torture" / "run_job.py"
+RUN_JOB = Path(__file__).resolve().parent / "fault_injection" / "run_job.py"
 ROWS = 1500
 PAUSE = "0.003"  # seconds a row: a run takes about five seconds, so that interruptions hit it anywhere
 
 
-def make_input(path: Path, *, deadly: bool = True) -> None:
-    """Log rows of all sorts: repeats, repeated ids, rubbish, and prompts that kill the engine, always or once."""
+def write_log(path: Path, *, poison: bool = True) -> None:
+    """Log rows of all sorts: repeats, repeated ids, malformed and too long ones, and poison rows, always or once."""
     lines = []
     for n in range(ROWS):
         row = {"prompt": f"prompt {n % 1100}", "label": "attack" if n % 3 else "benign"}
+        if n % 53 == 0:
+            row["prompt"] += " and so on" * 60
         if n % 4 == 0:
             row["id"] = f"id {n if n % 40 else n - 40}"  # some ids come again
         lines.append(json.dumps(row))
         if n % 97 == 0:
             lines.append('{"prompt": "cut off')
-    if deadly:
+    if poison:
         lines[333] = json.dumps({"prompt": "KILL whoever reads this", "id": "poison"})
         lines[700] = json.dumps({"prompt": "KILL ONCE a", "id": "frail a"})
         lines[1204] = json.dumps({"prompt": "KILL ONCE b", "id": "frail b"})
@@ -61,12 +63,12 @@ def counts(out: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, straw, straw_model) -> Path:
-    """The output of a run that nothing disturbs but the deadly prompts; the input is in.jsonl beside it."""
+def undisturbed(tmp_path_factory, fake_model) -> Path:
+    """The output of a run that nothing disturbs but the poison rows; the input is in.jsonl beside it."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    make_input(folder / "in.jsonl")
+    write_log(folder / "in.jsonl")
     (folder / "marks").mkdir()
-    process = start("straw", folder / "in.jsonl", straw_model, folder / "whole", folder / "marks", 0)
+    process = start("fake", folder / "in.jsonl", fake_model, folder / "whole", folder / "marks", 0)
     assert process.wait(120) == 0, process.stderr.read()
     return folder / "whole"
 
@@ -75,7 +77,7 @@ def engine_of(process: subprocess.Popen) -> int | None:
     """The number of the process in which a job's engine is, while there is one."""
     try:
         children = psutil.Process(process.pid).children()
-        return next((child.pid for child in children if "headrift.corpus.child" in str(child.cmdline())), None)
+        return next((child.pid for child in children if "headrift.corpus.worker" in str(child.cmdline())), None)
     except psutil.NoSuchProcess:
         return None
 
@@ -110,24 +112,24 @@ def is_alive(pid: int) -> bool:
 
 
 def drawn_seed() -> int:
-    """A seed that is printed, and can be given again as TORTURE_SEED."""
-    seed = int(os.environ.get("TORTURE_SEED") or random.SystemRandom().randrange(10**6))
-    print(f"TORTURE_SEED={seed}")
+    """A seed that is printed, and can be given again as FAULT_SEED."""
+    seed = int(os.environ.get("FAULT_SEED") or random.SystemRandom().randrange(10**6))
+    print(f"FAULT_SEED={seed}")
     return seed
 
 
 @pytest.mark.parametrize("time_of_three", [0, *(pytest.param(n, marks=pytest.mark.nightly) for n in (1, 2))])
 def test_five_random_interruptions_and_the_results_are_the_undisturbed_runs(
-    undisturbed, tmp_path, straw_model, time_of_three
+    undisturbed, tmp_path, fake_model, time_of_three
 ):
     """15 interruptions in all: SIGKILL of the parent or of the engine's process, SIGTERM once and twice."""
     seed = drawn_seed()
     chosen = random.Random(seed)
-    marks, out = tmp_path / "torture-marks", tmp_path / "out"
+    marks, out = tmp_path / "marks", tmp_path / "out"
     marks.mkdir()
     log = []
     for _ in range(5):
-        process = start("straw", undisturbed.parent / "in.jsonl", straw_model, out, marks, PAUSE)
+        process = start("fake", undisturbed.parent / "in.jsonl", fake_model, out, marks, PAUSE)
         while process.poll() is None and engine_of(process) is None:
             time.sleep(0.01)
         kind = chosen.choice(["kill parent", "kill engine", "terminate", "terminate twice"])
@@ -135,15 +137,15 @@ def test_five_random_interruptions_and_the_results_are_the_undisturbed_runs(
         time.sleep(delay)
         code = interrupt(process, kind)
         log.append(f"{kind} after {delay:.2f} s: {code}, {len(list(out.glob('part-*')))} parts")
-    process = start("straw", undisturbed.parent / "in.jsonl", straw_model, out, marks, 0)
+    process = start("fake", undisturbed.parent / "in.jsonl", fake_model, out, marks, 0)
     assert process.wait(120) == 0, (seed, log, process.stderr.read())
     print("; ".join(log))
     assert results(out) == results(undisturbed), (seed, log)
     assert counts(out) == counts(undisturbed)
-    assert not list(out.glob(".*")), "something is left lying about"
+    assert not list(out.glob(".*")), "temporary files are left"
 
 
-def test_the_deadly_prompt_is_rejected_and_those_that_kill_once_are_not(undisturbed):
+def test_the_poison_row_is_rejected_and_those_that_kill_once_are_not(undisturbed):
     order, scores, reasons = results(undisturbed)
     assert [place for place, reason in reasons.items() if reason == "engine_died"] == [(334, "poison")]
     assert {(701, "frail a"), (1205, "frail b")} <= set(scores)
@@ -152,9 +154,9 @@ def test_the_deadly_prompt_is_rejected_and_those_that_kill_once_are_not(undistur
     assert json.loads((undisturbed / "run.json").read_text())["engine_restarts"] > 5
 
 
-def test_scores_do_not_hang_on_what_dies_beside_them(undisturbed, tmp_path, straw_model):
-    make_input(tmp_path / "calm.jsonl", deadly=False)
-    process = start("straw", tmp_path / "calm.jsonl", straw_model, tmp_path / "calm", tmp_path, 0)
+def test_scores_do_not_depend_on_rows_that_kill_the_engine(undisturbed, tmp_path, fake_model):
+    write_log(tmp_path / "calm.jsonl", poison=False)
+    process = start("fake", tmp_path / "calm.jsonl", fake_model, tmp_path / "calm", tmp_path, 0)
     assert process.wait(120) == 0, process.stderr.read()
     calm, torn = (results(folder)[1] for folder in (tmp_path / "calm", undisturbed))
     both = {row: score for (row, _), score in calm.items()}
@@ -197,18 +199,18 @@ def fill_up(engine: str, given: Path, model: Path, out: Path, parts: int, pause:
 
 
 @pytest.mark.nightly
-def test_a_disk_that_fills_up_and_then_has_room_again(undisturbed, tmp_path, straw_model):
+def test_a_disk_that_fills_up_and_then_has_room_again(undisturbed, tmp_path, fake_model):
     if not can_mount(tmp_path):
         pytest.skip("this machine lets its users mount no file system")
     given, out = undisturbed.parent / "in.jsonl", tmp_path / "out"
-    done = fill_up("straw", given, straw_model, out, 2, "0.005")
+    done = fill_up("fake", given, fake_model, out, 2, "0.005")
     assert done.returncode == 1, done.stderr
     assert "No space left on device" in done.stderr or "full" in done.stderr
     left = [path.name for path in out.iterdir()]
     assert "part-00002.parquet" in left
     assert "part-00014.parquet" not in left, "the disk filled up too late to matter"
     assert not [name for name in left if name.startswith(".")]
-    process = start("straw", given, straw_model, out, out.with_suffix(".marks"), 0)
+    process = start("fake", given, fake_model, out, out.with_suffix(".marks"), 0)
     assert process.wait(120) == 0, process.stderr.read()
     assert results(out) == results(undisturbed)
 
@@ -261,11 +263,11 @@ def assert_alike(folder: Path, log: list[str]) -> None:
 
 
 @pytest.mark.nightly
-def test_five_random_interruptions_of_the_real_engine(tmp_path, straw, tiny_model):
+def test_five_random_interruptions_of_the_real_engine(tmp_path, faulty, tiny_model):
     chosen = random.Random(drawn_seed())
     rows = [{"prompt": f"Tell me of number {n % 300}, {'please ' * (n % 9)}", "id": f"r{n}"} for n in range(400)]
     lines = [json.dumps(row) for row in rows]
-    lines[70], lines[200] = '{"prompt": 3}', "rubbish"
+    lines[70], lines[200] = '{"prompt": 3}', "malformed"
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     log = torn("vllm", tmp_path, tiny_model, chosen.sample(KINDS, 5), chosen)
     print("; ".join(log))
@@ -274,11 +276,11 @@ def test_five_random_interruptions_of_the_real_engine(tmp_path, straw, tiny_mode
 
 @pytest.mark.slow
 @pytest.mark.timeout(6000)
-def test_thirty_random_interruptions_of_the_demonstration_model(tmp_path, straw, demo_model):
+def test_thirty_random_interruptions_of_the_demonstration_model(tmp_path, faulty, demo_model):
     chosen = random.Random(drawn_seed())
     rows = [{"prompt": f"Tell me of number {n % 140}, {'please ' * (n % 9)}", "id": f"r{n}"} for n in range(180)]
     lines = [json.dumps(row) for row in rows]
-    lines[70], lines[120] = '{"prompt": 3}', "rubbish"
+    lines[70], lines[120] = '{"prompt": 3}', "malformed"
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     kinds = [*KINDS, *(["fill the disk"] if can_mount(tmp_path) else [])]
     kinds += chosen.choices(kinds, k=30 - len(kinds))
@@ -291,7 +293,7 @@ def test_thirty_random_interruptions_of_the_demonstration_model(tmp_path, straw,
 
 @pytest.mark.slow
 @pytest.mark.timeout(6000)
-def test_a_prompt_that_kills_the_demonstration_models_engine(tmp_path, straw, demo_model):
+def test_a_prompt_that_kills_the_demonstration_models_engine(tmp_path, faulty, demo_model):
     """It is found and rejected, and interruptions of the search for it change nothing."""
     chosen = random.Random(drawn_seed())
     lines = [json.dumps({"prompt": f"Tell me of number {n}.", "id": f"r{n}"}) for n in range(9)]

@@ -10,14 +10,14 @@ from functools import partial
 from pathlib import Path
 
 import ray
+from faulty import FaultyEngine
 from ray.cluster_utils import Cluster
 from run_job import SHARD_ROWS
-from straw import StrawEngine
 
-from headrift.corpus.child import Child, Engine
 from headrift.corpus.job import ScoreJob
 from headrift.corpus.scoring import ScoringEngine
 from headrift.corpus.settings import Settings
+from headrift.corpus.worker import Engine, EngineProcess
 
 
 def main(engine: str, given: str, model: str, out: str, marks: str, pause: str) -> int:
@@ -25,7 +25,7 @@ def main(engine: str, given: str, model: str, out: str, marks: str, pause: str) 
         (given,), Path(model), Path(out), system_prompt="Be brief, and be kind.", steps=4, engine="ray", workers=2
     )
     make: dict[str, Callable[[], Engine]] = {
-        "straw": partial(StrawEngine, Path(marks), float(pause)),
+        "fake": partial(FaultyEngine, Path(marks), Path(model), float(pause)),
         "vllm": partial(ScoringEngine, settings),
     }
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -37,7 +37,7 @@ def main(engine: str, given: str, model: str, out: str, marks: str, pause: str) 
         with ScoreJob(
             settings,
             resume=True,
-            engine=partial(Child, make[engine]),
+            engine=partial(EngineProcess, make[engine]),
             shard_rows=SHARD_ROWS[engine],
             notice=lambda text: print(text, file=sys.stderr, flush=True),
         ) as job:
