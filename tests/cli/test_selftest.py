@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from headrift.selftest import checks
-from headrift.selftest.chats import chats, load_tokenizer, token_prompts
 from headrift.selftest.checks import bars_of, gaps_along, same_masses, same_shares, same_tokens
-from headrift.selftest.run import Options, SelfTest
+from headrift.selftest.prompts import chats, load_tokenizer, token_prompts
+from headrift.selftest.run import SelfTest, SelfTestConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"max_num_seqs": 8, "kv_cache_memory_bytes": 64 << 20}
@@ -93,7 +93,7 @@ def test_a_model_that_computes_something_else_fails(model, tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--engine-arg", "nonsense"], "--engine-arg nonsense is not KEY=VALUE, as in max_model_len=2048"),
+        (["--engine-arg", "nonsense"], "--engine-arg nonsense is not KEY="),
         (["--engine-arg", "no_such_argument=1"], "vLLM does not take these engine settings"),
         (["--out", "/no/such/folder/out.json"], "is a folder, or is in none"),
         (["--model", "/no/such/model"], "vLLM cannot load /no/such/model"),
@@ -116,11 +116,11 @@ def test_what_cannot_be_begun(tmp_path, model, options, says):
 @pytest.fixture(scope="module")
 def recorded(model) -> SimpleNamespace:
     """What a real engine recorded: masses and shares by prompt, its answers, and transformers' masses of the same."""
-    from headrift.selftest.eager import EagerModel
+    from headrift.selftest.references import EagerModel
     from headrift.selftest.run import _by_transformers
 
-    options = Options(str(model), prompts=4, steps=5, rounds=1, engine_args=SETTINGS)
-    test = SelfTest(options, lambda line: None, lambda text: contextlib.nullcontext())
+    config = SelfTestConfig(str(model), prompts=4, steps=5, rounds=1, engine_args=SETTINGS)
+    test = SelfTest(config, lambda line: None, lambda text: contextlib.nullcontext())
     test.start()
     try:
         answers = test._record().probed

@@ -35,7 +35,7 @@ def selftest(
     by transformers. Each check is a line with its figure and the limit that it has to keep. The cost of probing is
     measured too, without a limit. About two minutes with the demonstration model on two cores.
     """
-    from headrift.selftest.run import Options, SelfTest
+    from headrift.selftest.run import SelfTest, SelfTestConfig
 
     reporter = options.Messages(verbose=verbose).reporter()
     with reporter.errors(2):
@@ -45,7 +45,9 @@ def selftest(
         if out is not None:
             options.check_file_to_write(out)
         test = SelfTest(
-            Options(str(model), prompts, steps, rounds, reference, engine.attention_backend, engine_args, verbose),
+            SelfTestConfig(
+                str(model), prompts, steps, rounds, reference, engine.attention_backend, engine_args, verbose
+            ),
             typer.echo,
             reporter.step,
         )

