@@ -7,6 +7,7 @@ from safetensors.numpy import load, save
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm import SamplingParams
 
+from headrift import signal
 from headrift.ranks import RanksError, merge_descriptions, merge_recordings
 from headrift.vllm_plugin.drain import Drain, Place
 from headrift.vllm_plugin.recorder import Recorder, Settings
@@ -56,6 +57,21 @@ def grid(masses: torch.Tensor, stages: list[range], shares: list[range]) -> list
         for layers in stages
         for heads in shares
     ]
+
+
+def test_shares_on_the_device_are_the_signals(masses):
+    """Of masses of all sizes, missing ones among them: equal to the last bit of float32, zeros and NaN in their places.
+
+    float32(a) / float32(b) is rounded once, and the signal's float64 quotient twice when it becomes a float32.
+    """
+    sizes = 10.0 ** torch.linspace(-14, 0, masses[..., 0].numel()).reshape(masses[..., 0].shape)
+    masses[..., SYSTEM] *= sizes
+    masses[..., PROMPT] = sizes * (1 + masses[..., PROMPT]) / 2
+    whole = merge_recordings([answer(rank(masses, range(LAYERS), range(HEADS), logits=True))], LAYERS, HEADS)
+    expected = signal.share(whole["mass"][..., SYSTEM], whole["mass"][..., PROMPT])
+    np.testing.assert_allclose(whole["share"], expected.astype(np.float32), rtol=2**-23, atol=0)
+    assert np.isnan(expected).any()
+    assert 0 < (expected == 0).mean() < 0.9
 
 
 ALL_LAYERS, ALL_HEADS = [range(LAYERS)], [range(HEADS)]
