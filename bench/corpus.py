@@ -101,18 +101,18 @@ def _malformed(random: Random, number: int) -> bytes:
 class EmptyEngine:
     """Answers each request at once, with made-up numbers of the shape of a model with 30 layers and 9 heads, 13 steps.
 
-    tokenizer: The model's, see `corpus.scoring.PickledTokenizer`.
+    tokenizer: A file with the model's, pickled.
     """
 
     layers, heads, steps = 30, 9, 12
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Path) -> None:
         from headrift.results import ScoreResult
 
         names = ("dtype", "layers", "heads", "regions", "max_model_len", "recorder_bytes", "vocabulary", "in_flight")
         values = ("float32", self.layers, self.heads, list(REGIONS), 8192, 0, 1 << 20, 640)
         self.about: dict[str, Any] = dict(zip(names, values, strict=True))
-        self.about |= {"chat_template_sha256": "", "prepare_workers": 0, "tokenizer": tokenizer.data}
+        self.about |= {"chat_template_sha256": "", "prepare_workers": 0, "tokenizer": tokenizer.read_bytes()}
         self.waited, self.steps_run = 0.0, 0
         counts = {"n_steps": self.steps, "n_scored": self.steps, "prompt_tokens": 100, "system_tokens": 20}
         arrays = {"shares": np.empty(0, np.float32), "focus_heads": None, "logit_stats": None, "mass": None}
@@ -136,17 +136,22 @@ class EmptyEngine:
 class Job:
     """Whole jobs."""
 
-    def through(self, file: str, out: str, model: str) -> dict[str, Any]:
+    def pickle_tokenizer(self, model: str, path: str) -> None:
+        """Write a model's tokenizer, in a process of its own: it loads torch, and the job is measured without."""
+        from headrift.corpus.scoring import PickledTokenizer
+
+        Path(path).write_bytes(PickledTokenizer.load(Path(model)).data)
+
+    def through(self, file: str, out: str, model: str, tokenizer: str) -> dict[str, Any]:
         """Run a job where everything is real but the engine, which runs in its child process as always."""
         from corpus import EmptyEngine as Importable  # by its module's name, for the child process
 
         from headrift.corpus.job import ScoreJob
-        from headrift.corpus.scoring import PickledTokenizer
         from headrift.corpus.settings import Settings
         from headrift.corpus.worker import EngineProcess
 
         settings = Settings((file,), Path(model), Path(out), system_prompt="Be brief.")
-        start = partial(Importable, PickledTokenizer.load(settings.model))
+        start = partial(Importable, Path(tokenizer))
         with Stopwatch() as clock, ScoreJob(settings, engine=partial(EngineProcess, start)) as job:
             job.start()
             assert job.run()
@@ -250,8 +255,12 @@ def through(n: int, folder: Path, model: Path) -> dict[str, Any]:
     """Measure a job of n rows without a model."""
     log = folder / f"{n}.jsonl"
     write_log(log, n)
+    tokenizer = folder / "tokenizer.pickle"
     with Child("corpus.py", "job") as child:
-        result = child.call("through", file=str(log), out=str(folder / f"out-{n}"), model=str(model))
+        child.call("pickle_tokenizer", model=str(model), path=str(tokenizer))
+    with Child("corpus.py", "job") as child:
+        out = folder / f"out-{n}"
+        result = child.call("through", file=str(log), out=str(out), model=str(model), tokenizer=str(tokenizer))
     cpu = result["cpu_seconds"] + result["cpu_seconds_of_child"]
     result |= {"rows_per_second": n / result["seconds"], "rows_per_second_per_core": n / cpu}
     result["input_bytes"] = log.stat().st_size

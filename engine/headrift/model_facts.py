@@ -110,8 +110,8 @@ def _facts(config: dict[str, Any]) -> ModelFacts:
     text = text if isinstance(text, dict) else config
 
     def number(*names: str) -> int | None:
-        found = (text.get(name) for name in names)
-        return next((n for n in found if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)
+        values = (text.get(name) for name in names)
+        return next((n for n in values if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)
 
     heads, width = number("num_attention_heads", "n_head"), number("hidden_size", "n_embd")
     architectures = config.get("architectures")

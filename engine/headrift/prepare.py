@@ -72,7 +72,7 @@ class Prompt:
     id: str | None = None
 
     @classmethod
-    def of(cls, given: str | Mapping[str, Any] | Prompt) -> Prompt:
+    def from_any(cls, given: str | Mapping[str, Any] | Prompt) -> Prompt:
         """A Prompt from a text, a row (keys that are not fields of Prompt are left out), or a Prompt."""
         if isinstance(given, Prompt):
             return given
@@ -147,7 +147,7 @@ class Preparer:
         config = self.config
         name = given.get("id") if isinstance(given, Mapping) else getattr(given, "id", None)
         try:
-            prompt = Prompt.of(given)
+            prompt = Prompt.from_any(given)
             rendered, answer_ids = self._render(prompt, replay)
             if BOS in config.regions:
                 rendered = replace(rendered, regions={BOS: (0, 1), **rendered.regions})

@@ -170,15 +170,15 @@ class ChatRenderer:
             flags.append("control_tokens")
         mark = next(mark for mark in map(self._mark.format, count()) if mark not in text)
         spans = {}
-        for name, wanted in slots.items():
+        for name, places in slots.items():
             try:
-                found = [_find(arranged, slot, text, mark, apply, name) for slot in wanted]
+                texts = [_find(arranged, slot, text, mark, apply, name) for slot in places]
             except PromptError:
                 if name != "tool":  # which the score does not need
                     raise
                 flags.append("tool_not_found")
             else:
-                spans[name] = min(start for start, _ in found), max(end for _, end in found)
+                spans[name] = min(start for start, _ in texts), max(end for _, end in texts)
         if spans["system"][0] < spans["user"][1] and spans["user"][0] < spans["system"][1]:
             raise PromptError("span_not_found", "the model's chat template puts the user text between system messages")
         return self._tokenize(text, spans, tuple(flags))
@@ -245,9 +245,9 @@ class ChatRenderer:
             )
         except Exception as error:  # a template is a program: it can raise anything
             # transformers adds the whole rendered chat to its complaint about a prefill
-            said = str(error).partition("Final message to continue:")[0].strip()[:300]
+            reason = str(error).partition("Final message to continue:")[0].strip()[:300]
             what = "a conversation ending with an assistant message to continue" if prefill else "this conversation"
-            message = f"the model's chat template rejects {what}: {type(error).__name__}: {said}"
+            message = f"the model's chat template rejects {what}: {type(error).__name__}: {reason}"
             raise PromptError("template_rejected", message) from error
 
     def _shape(self, conversation: list[Message], tools: list[dict] | None, apply: _Apply) -> str:

@@ -49,59 +49,38 @@ REPEAT_BYTES = 64 << 20
 
 
 class RequestScorer:
-    """Scores prepared prompts on an engine of its own. Not to be shared between threads.
+    """Scores prepared prompts on an engine, which it closes.
 
     Args:
-        model: A folder or name that vLLM can load.
-        steps: N, steps 0 to N are recorded.
+        engine: Made by `engine_factory`.
         score_range: The steps and layers that are scored.
         decode: Makes an answer's text of its token ids.
         others: As Scorer has them.
 
     Attributes:
-        engine: The ProbedEngine.
         seconds_waited: How long `score_requests` has waited for requests.
-
-    Raises:
-        EngineError, RefusedError: If the engine cannot be started.
     """
 
     def __init__(
         self,
-        model: str | Path,
+        engine: ProbedEngine,
         *,
-        steps: int,
         score_range: ScoreRange,
         decode: Callable[[list[int]], str],
         logit_stats: bool = False,
         keep_mass: bool = False,
-        attention_entropy: bool = False,
-        regions: Sequence[str] = (),
-        attention_backend: str = "auto",
-        engine_args: Mapping[str, Any] | None = None,
-        verbose: bool = False,
         group: bool = True,
         prime: bool = True,
         repeat_bytes: int = REPEAT_BYTES,
         stop_if: Callable[[ScoreResult], bool] | None = None,
     ) -> None:
-        self.steps, self.score_range = steps, score_range
+        self.engine, self.score_range = engine, score_range
         self.logit_stats, self.keep_mass = logit_stats, keep_mass
         self.seconds_waited = 0.0
         self._decode, self._stop_if = decode, stop_if
         self._primed: set[bytes] = set()
         self._new_queue = partial(PromptQueue, group=group, prime=prime, primed=self._primed)
         self._cache = ResultCache(repeat_bytes) if repeat_bytes else None
-        self.engine: ProbedEngine = engine_factory.get()(
-            model,
-            steps=steps,
-            regions=(*REGIONS, *(name for name in regions if name not in REGIONS)),
-            logit_stats=logit_stats,
-            attention_backend=attention_backend,
-            engine_args=engine_args,
-            verbose=verbose,
-            row_entropy=attention_entropy,
-        )
 
     def close(self) -> None:
         """Stop the engine and free its memory."""
@@ -149,7 +128,7 @@ class RequestScorer:
             system_mass, user_mass = (recording.first[..., without_prompt.index(name)] for name in ("system", "user"))
             focus_heads = signal.focus_heads(system_mass, user_mass)
         replayed = done.request.answer_ids is not None
-        truncated = len(done.answer_ids) > self.steps + 1 if replayed else done.finish_reason == "length"
+        truncated = len(done.answer_ids) > done.request.steps + 1 if replayed else done.finish_reason == "length"
         ends = {"truncated": truncated, "stopped": done.answering}
         mass = recording.mass
         if mass is not None:
@@ -326,21 +305,25 @@ class Scorer(RequestScorer):
                 f"an answer of {max_new_tokens} tokens ends before step {steps}: raise max_new_tokens to {steps + 1} "
                 "or record fewer steps"
             )
-        super().__init__(
+        engine = engine_factory.get()(
             model,
             steps=steps,
-            score_range=score_range,
+            regions=(*REGIONS, *(name for name in regions if name not in REGIONS)),
             logit_stats=logit_stats,
-            keep_mass=keep_mass,
-            attention_entropy=attention_entropy,
-            regions=regions,
             attention_backend=attention_backend,
             engine_args=engine_args,
             verbose=verbose,
+            row_entropy=attention_entropy,
+        )
+        super().__init__(
+            engine,
+            score_range=score_range,
+            decode=lambda token_ids: self.tokenizer.decode(token_ids, skip_special_tokens=True),
+            logit_stats=logit_stats,
+            keep_mass=keep_mass,
             group=group,
             prime=prime,
             repeat_bytes=repeat_bytes,
-            decode=lambda token_ids: self.tokenizer.decode(token_ids, skip_special_tokens=True),
             stop_if=stop_if,
         )
         try:
@@ -362,7 +345,7 @@ class Scorer(RequestScorer):
         except BaseException:
             self.close()
             raise
-        self.model, self.system_prompt, self.window = str(model), system_prompt, score_range.window
+        self.model, self.system_prompt, self.steps, self.window = str(model), system_prompt, steps, score_range.window
 
     def __enter__(self) -> Scorer:
         return self

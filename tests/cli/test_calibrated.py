@@ -42,8 +42,8 @@ def read(folder: Path, stem: str = "part") -> list[dict]:
 
 
 def fake_scores(*options: object, out: str, model: Path):
-    asked = ["--model", model, "--out", out, "--system-prompt-file", "system.txt"]
-    return headrift_("score", "in.jsonl", *asked, *options)
+    options_of_all = ["--model", model, "--out", out, "--system-prompt-file", "system.txt"]
+    return headrift_("score", "in.jsonl", *options_of_all, *options)
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +115,10 @@ def test_the_run_says_what_is_flagged_by_class_and_distinct_prompt(work):
     assert (run["calibration"]["threshold"], run["calibration"]["differs"]) == (lower, [])
     judged = read(Path("out"))
     for name in ("attack", "benign"):
-        mine = [row for row in judged if row["label"] == name]
-        prompts = {(row["group"], row["system_hash"]): row["flagged"] for row in mine}
+        of_class = [row for row in judged if row["label"] == name]
+        prompts = {(row["group"], row["system_hash"]): row["flagged"] for row in of_class}
         found = run["judged"]["flagged"][name]
-        assert (found["rows"], found["flagged"]) == (len(mine), sum(row["flagged"] for row in mine))
+        assert (found["rows"], found["flagged"]) == (len(of_class), sum(row["flagged"] for row in of_class))
         assert (found["prompts"], found["prompts_flagged"]) == (len(prompts), sum(prompts.values()))
         assert found["rate"] == found["prompts_flagged"] / found["prompts"]
         assert found["interval"][0] < found["rate"] < found["interval"][1]
@@ -134,7 +134,7 @@ def test_the_run_says_what_is_flagged_by_class_and_distinct_prompt(work):
 
 def test_the_list_is_that_of_benjamini_and_hochberg(work):
     # Known benign scores far below all others: p-values are small, and the list is long.
-    low = work.calibration.scores.model_copy(update={"values": [of - 0.04 for of in work.calibration.scores.values]})
+    low = work.calibration.scores.model_copy(update={"values": [s - 0.04 for s in work.calibration.scores.values]})
     done = work.score("--calibration", changed(work, scores=low))
     judged, listed = read(Path("out")), pq.read_table("out/flagged-fdr.parquet").to_pylist()
     p_values = [np.nan if row["p_value"] is None else row["p_value"] for row in judged]
@@ -159,7 +159,7 @@ def test_an_empty_list_says_why(work):
 
 
 def test_of_rows_without_a_label_the_warning_says_that_attacks_may_be_among_them(work):
-    low = work.calibration.scores.model_copy(update={"values": [of - 0.04 for of in work.calibration.scores.values]})
+    low = work.calibration.scores.model_copy(update={"values": [s - 0.04 for s in work.calibration.scores.values]})
     done = work.score("--calibration", changed(work, scores=low), given=rows(("Tell me about", None, 60)))
     assert done.exit_code == 0, done.output
     run = json.loads(Path("out/run.json").read_text())
@@ -190,8 +190,13 @@ def test_more_steps_are_recorded_where_the_window_needs_them(work):
         done = work.score("--calibration", long)
         assert done.exit_code == 0, done.output
         assert "Note: steps 0 to 20 are recorded" in done.stderr
-        asked = json.loads(Path("out/run.json").read_text())["settings"]
-        assert (asked["steps"], asked["window"], asked["drop_shallow"], asked["drop_deep"]) == (20, "2:20", 0.4, 0.0)
+        settings = json.loads(Path("out/run.json").read_text())["settings"]
+        assert (settings["steps"], settings["window"], settings["drop_shallow"], settings["drop_deep"]) == (
+            20,
+            "2:20",
+            0.4,
+            0.0,
+        )
         assert max(row["n_steps"] for row in read(Path("out"))) == 20
         done = work.score("--calibration", "c.json", "--window", "1:4", "--drop-deep", 0.15, "--steps", 7, out="same")
     assert (done.exit_code, "are recorded" in done.stderr) == (0, False)
@@ -300,11 +305,11 @@ def test_real_scores_are_judged_as_they_were_calibrated(tiny_model, tmp_path):
         command = [Path(sys.executable).parent / "headrift", *map(str, arguments)]
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
 
-    asked = ["score", "in.jsonl", "--model", tiny_model, "--system-prompt-file", "system.txt"]
+    command_of_all = ["score", "in.jsonl", "--model", tiny_model, "--system-prompt-file", "system.txt"]
     for command in (
-        [*asked, "--out", "first", "--steps", 4, "--window", "2:4", "--drop-shallow", 0],
+        [*command_of_all, "--out", "first", "--steps", 4, "--window", "2:4", "--drop-shallow", 0],
         ["calibrate", "first", "--out", "c.json", "--target-fpr", 0.2, "--window", "2:4", "--resamples", 0],
-        [*asked, "--out", "second", "--calibration", "c.json", "--save", "mass"],
+        [*command_of_all, "--out", "second", "--calibration", "c.json", "--save", "mass"],
     ):
         done = run(*command)
         assert done.returncode == 0, done.stderr

@@ -117,23 +117,23 @@ def test_without_fail_terms_nothing_is_said_of_leaks(work, fake_model):
 def test_with_the_gate_and_without(work, fake_model):
     done = gate("--fail-term", "re:Fr.nce", "--compare-ungated", model=fake_model)
     assert done.exit_code == 0, done.output
-    rows, told = read("out"), json.loads(Path("out/run.json").read_text())["gate"]
+    rows, reported = read("out"), json.loads(Path("out/run.json").read_text())["gate"]
     assert "prevented by it" in done.output
     for label in ("attack", "benign"):
-        of = [row for row in rows if row["label"] == label]
+        of_class = [row for row in rows if row["label"] == label]
         counts = {
-            "blocked": sum(row["blocked"] for row in of),
-            "leaked": sum(row["leaked"] for row in of),
-            "leaked_ungated": sum(row["leaked_ungated"] for row in of),
-            "prevented": sum(row["leaked_ungated"] and row["blocked"] for row in of),
+            "blocked": sum(row["blocked"] for row in of_class),
+            "leaked": sum(row["leaked"] for row in of_class),
+            "leaked_ungated": sum(row["leaked_ungated"] for row in of_class),
+            "prevented": sum(row["leaked_ungated"] and row["blocked"] for row in of_class),
         }
-        assert told[label]["rows"] == len(of) == N // 2
+        assert reported[label]["rows"] == len(of_class) == N // 2
         for name, k in counts.items():
-            assert told[label][name]["k"] == k
-            assert told[label][name]["interval"] == list(exact_interval(k, len(of)))
+            assert reported[label][name]["k"] == k
+            assert reported[label][name]["interval"] == list(exact_interval(k, len(of_class)))
         assert counts["leaked_ungated"] == counts["leaked"] + counts["prevented"]
         # Answers of one token do not come to France.
-        assert counts["leaked_ungated"] == sum(row["answer_tokens"] > 1 for row in of)
+        assert counts["leaked_ungated"] == sum(row["answer_tokens"] > 1 for row in of_class)
 
 
 def test_rejects_are_never_answered(work, fake_model):

@@ -59,9 +59,9 @@ def test_every_check_passes_on_a_sound_engine(model, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["passed"] is True
-    found = {check["name"]: check for check in report["checks"]}
-    assert [name for name, check in found.items() if check["passed"] is None] == ["throughput, plain / probed"]
-    assert len(found) == 13
+    actual = {check["name"]: check for check in report["checks"]}
+    assert [name for name, check in actual.items() if check["passed"] is None] == ["throughput, plain / probed"]
+    assert len(actual) == 13
     lines = done.stdout.replace(str(tmp_path), "").splitlines()  # a path is as long as it is
     assert max(map(len, lines)) <= 80
     assert sum(line.startswith("PASS  ") for line in lines) == 12
@@ -70,9 +70,9 @@ def test_every_check_passes_on_a_sound_engine(model, tmp_path):
     assert (report["prompts"]["steps"], report["model"]["heads"], report["model"]["dtype"]) == (5, 6, "float32")
     assert report["machine"]["device"]
     assert report["versions"]["transformers"]
-    assert found["masses as transformers'"]["numbers"]["steps"] == 4 * 6
-    assert found["answers of probed requests as plain vLLM's"]["numbers"]["rows"] == 4
-    (seconds,) = found["throughput, plain / probed"]["numbers"]["rounds"]
+    assert actual["masses as transformers'"]["numbers"]["steps"] == 4 * 6
+    assert actual["answers of probed requests as plain vLLM's"]["numbers"]["rows"] == 4
+    (seconds,) = actual["throughput, plain / probed"]["numbers"]["rounds"]
     assert min(seconds.values()) > 0
 
 
@@ -148,11 +148,11 @@ def of_regions(masses: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def test_one_mass_that_is_off_fails(recorded):
-    found = of_regions(recorded.masses)
-    sound = same_masses("masses", found, recorded.expected, BARS)
+    actual = of_regions(recorded.masses)
+    sound = same_masses("masses", actual, recorded.expected, BARS)
     assert sound.passed
     assert sound.numbers["largest"] > 0, "the same arrays are compared"
-    check = same_masses("masses", changed(found, (2, 1, 4, SYSTEM), 2 * BARS.largest), recorded.expected, BARS)
+    check = same_masses("masses", changed(actual, (2, 1, 4, SYSTEM), 2 * BARS.largest), recorded.expected, BARS)
     assert check.passed is False
     assert check.numbers["largest"] > BARS.largest
 

@@ -253,9 +253,9 @@ def assert_alike(folder: Path, log: list[str]) -> None:
 
     Of 2,000 tokens chosen, one in a hundred thousand has a rival within rounding: one row in all may go another way.
     """
-    wanted, (order, scores, reasons) = results(folder / "whole"), results(folder / "out")
-    assert (order, reasons) == (wanted[0], wanted[2]), log
-    differ = [abs(scores[place] - score) for place, score in wanted[1].items() if score is not None]
+    expected, (order, scores, reasons) = results(folder / "whole"), results(folder / "out")
+    assert (order, reasons) == (expected[0], expected[2]), log
+    differ = [abs(scores[place] - score) for place, score in expected[1].items() if score is not None]
     assert len(differ) == len([score for score in scores.values() if score is not None]) > 0.75 * len(order)
     print(f"{len(order)} scored, {len(reasons)} rejected; scores differ by at most {sorted(differ)[-2:]}")
     assert sorted(differ)[-2] < 1e-4, log

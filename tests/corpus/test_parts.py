@@ -331,7 +331,7 @@ def test_no_two_prompts_of_the_projects_own_sets_are_one_group():
     seen = 0
     for path in sorted((Path(__file__).resolve().parents[2] / "datasets").glob("*.jsonl")):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        prompts = [Prompt.of(row) for row in rows if "prompt" in row]  # not the questions of consistency
+        prompts = [Prompt.from_any(row) for row in rows if "prompt" in row]  # not the questions of consistency
         seen += len(prompts)
         assert len(set(map(group_of, prompts))) == len(prompts)
     assert seen > 800

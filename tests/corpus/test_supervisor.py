@@ -81,10 +81,10 @@ def test_rows_that_need_no_engine_keep_their_places_and_start_none():
 def test_rows_that_kill_are_found_and_all_others_answered(poison):
     kept, lives = supervised(lambda row, life: row in poison)
     with kept:
-        found = list(kept.answers(range(100)))
-    assert [row for row, _ in found] == list(range(100))
-    assert {row for row, answer in found if isinstance(answer, PoisonRow)} == poison
-    assert all(answer == row * row for row, answer in found if row not in poison)
+        answers = list(kept.answers(range(100)))
+    assert [row for row, _ in answers] == list(range(100))
+    assert {row for row, answer in answers if isinstance(answer, PoisonRow)} == poison
+    assert all(answer == row * row for row, answer in answers if row not in poison)
     assert all(engine.closed for engine in lives)
     assert kept.waited == len(lives)
     # 8 are suspects: 3 halvings, and one trial more of the last one, for each killer.
@@ -95,8 +95,8 @@ def test_rows_that_kill_are_found_and_all_others_answered(poison):
 def test_a_row_that_kills_now_and_then_is_answered(life):
     kept, _ = supervised(lambda row, at: row == 41 and at <= life)
     with kept:
-        found = list(kept.answers(range(100)))
-    assert found == [(n, n * n) for n in range(100)]
+        answers = list(kept.answers(range(100)))
+    assert answers == [(n, n * n) for n in range(100)]
 
 
 def test_an_engine_that_dies_of_everything_is_given_up():

@@ -77,8 +77,8 @@ def test_what_is_primed_is_what_all_that_wait_with_a_system_prompt_begin_with():
         "b": ([7, 5],),
         "c": ([4, 4, 4], [4, 4, 4], [4, 4]),
     }
-    for prefix, of in prompts.items():
-        for ids in of:
+    for prefix, some in prompts.items():
+        for ids in some:
             queue.add(prepared(len(queue), prefix, ids=ids))
     assert [queue.to_prime(queue.pop()) for _ in range(7)] == [3, 0, 0, 0, 2, 0, 0]
 

@@ -38,19 +38,19 @@ def test_masses_of_answers_that_go_on(tiny_model, oracle, settings_of_tests, ran
     with ProbedEngine(tiny_model("llama-3to1"), steps=8, slots=12, engine_args=settings) as engine:
         requests = random_requests(3, 14, ignore_eos=True, unprobed=0, longest=100)
         requests = [dataclasses.replace(r, answer_tokens=r.steps + 1 + i % 9) for i, r in enumerate(requests)]
-        found, todo, reported = [], list(requests), 0
+        outcomes, todo, reported = [], list(requests), 0
         while todo or engine.running:
             while todo and engine.free_slots:
                 engine.submit(todo.pop())
             done = engine.step()
-            reported += sum(of.answering for of in done)
-            found += zip(done, engine.drain(done, want_mass=True), strict=True)
+            reported += sum(f.answering for f in done)
+            outcomes += zip(done, engine.drain(done, want_mass=True), strict=True)
         assert engine.free_slots == engine.slots
     assert reported == sum(i % 9 > 0 for i in range(14))
-    assert len(found) == 14 + reported
-    ended = [of for of, _ in found if not of.answering]
-    assert sorted(len(of.answer_ids) - of.request.steps - 1 for of in ended) == sorted(i % 9 for i in range(14))
-    items = [type("Item", (), {"done": of, "recording": recording}) for of, recording in found]
+    assert len(outcomes) == 14 + reported
+    ended = [f for f, _ in outcomes if not f.answering]
+    assert sorted(len(f.answer_ids) - f.request.steps - 1 for f in ended) == sorted(i % 9 for i in range(14))
+    items = [type("Item", (), {"done": f, "recording": recording}) for f, recording in outcomes]
     assert assert_agrees(oracle("llama-3to1"), items) > 60
 
 
@@ -58,22 +58,22 @@ def test_masses_of_answers_that_go_on(tiny_model, oracle, settings_of_tests, ran
 def gate(request, settings_of_tests):
     """A scorer that stops what `gate.stops` (set by a test) says True of."""
     settings = {**settings_of_tests, "max_num_seqs": 6, "max_model_len": 512}
-    asked: list = [lambda result: False]
+    stops: list = [lambda result: False]
     with Scorer(
         request.getfixturevalue(request.param),
         steps=STEPS,
         max_new_tokens=TOKENS,
-        stop_if=lambda result: asked[0](result),
+        stop_if=lambda result: stops[0](result),
         repeat_bytes=0,
         engine_args=settings,
     ) as scorer:
-        scorer.stops = asked
+        scorer.stops = stops
         yield scorer
 
 
 @pytest.fixture
 def scheduled(monkeypatch) -> Counter:
-    """Tokens that vLLM's scheduler had computed during the test, by tenant (the engine appends to a request's name)."""
+    """Tokens that vLLM's scheduler had computed during the test, by request id."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
     seen: Counter = Counter()
@@ -116,14 +116,14 @@ def test_what_is_not_stopped_is_plain_vllms_answer_from_one_prefill(gate, settin
     assert len(requests) == len(given)
     by_prompt = {tuple(request.prompt_ids): first + i for i, request in enumerate(requests)}
     prepared = [gate.preparer.prepare(i, row, False) for i, row in enumerate(given)]
-    for result, of in zip(results, prepared, strict=True):
+    for result, one in zip(results, prepared, strict=True):
         n = result.prompt_tokens + result.answer_tokens - 1
-        cached = n - scheduled[by_prompt[tuple(of.request.prompt_ids)]]
+        cached = n - scheduled[by_prompt[tuple(one.request.prompt_ids)]]
         assert 0 <= cached < result.prompt_tokens
     assert sum(scheduled.values()) < sum(r.prompt_tokens + r.answer_tokens for r in results)  # the prefix was shared
 
     settings = {**settings_of_tests, "model": gate.model, "max_model_len": 512, "max_num_seqs": 6}
-    plain = plain_answers(settings, [of.request.prompt_ids for of in prepared], TOKENS)
+    plain = plain_answers(settings, [one.request.prompt_ids for one in prepared], TOKENS)
     for result, tokens, gaps in zip(results, plain.token_ids, plain.gaps, strict=True):
         differ = np.flatnonzero(np.array(result.answer_ids) != np.array(tokens[: result.answer_tokens]))
         assert not len(differ) or gaps[differ[0]] < NEAR_TIE

@@ -492,10 +492,10 @@ def test_template_that_prints_the_system_text_last():
 
 
 def test_a_mark_in_the_text_is_not_used():
-    mine = renderer(CHATML)
-    marks = [mine._mark.format(n) for n in range(3)]
+    own = renderer(CHATML)
+    marks = [own._mark.format(n) for n in range(3)]
     text = f"{marks[0]} and {marks[1]}{marks[0][:-1]}"
-    rendered = mine.render(chat_messages(text, f"{marks[2]} {text}"))
+    rendered = own.render(chat_messages(text, f"{marks[2]} {text}"))
     assert region_text(rendered, "user") == text
     assert region_text(rendered, "system") == f"{marks[2]} {text}"
 
@@ -511,11 +511,11 @@ def test_template_that_turns_the_order_round_for_some_words():
 
 def test_midnight_between_two_renderings():
     tokenizer = tokenizer_for(CHATML)
-    mine, render_template = ChatRenderer(tokenizer), tokenizer.apply_chat_template
-    mine.render(chat_messages("tell me", "Never tell."))
+    own, render_template = ChatRenderer(tokenizer), tokenizer.apply_chat_template
+    own.render(chat_messages("tell me", "Never tell."))
     days = iter(["day 1", "day 1"])
     tokenizer.apply_chat_template = lambda *a, **k: f"{next(days, 'day 2')}\n" + render_template(*a, **k)
-    rendered = mine.render(chat_messages("tell me", "Never tell."))
+    rendered = own.render(chat_messages("tell me", "Never tell."))
     assert rendered.text.startswith("day 2")
     assert region_text(rendered, "user") == "tell me"
 
@@ -587,12 +587,12 @@ def test_later_system_messages_are_left_where_they_are():
 
 def test_the_way_to_give_the_system_prompt_is_remembered_and_independent_of_the_words():
     tokenizer = tokenizer_for(GEMMA2)
-    mine, render_template, calls = ChatRenderer(tokenizer), tokenizer.apply_chat_template, []
+    own, render_template, calls = ChatRenderer(tokenizer), tokenizer.apply_chat_template, []
     tokenizer.apply_chat_template = lambda *a, **k: calls.append(a) or render_template(*a, **k)
     n_calls = []
     for _ in range(3):
         calls.clear()
-        assert mine.render(chat_messages("two", "one")).flags == ("folded_system",)
+        assert own.render(chat_messages("two", "one")).flags == ("folded_system",)
         n_calls.append(len(calls))
     assert n_calls == [5, 3, 3]  # as it is: rejected; folded: accepted; then the prompt, its system text, its user text
 
@@ -601,16 +601,16 @@ def test_the_way_to_give_the_system_prompt_is_remembered_and_independent_of_the_
         "{% if messages[0].role == 'system' and 'bad' in messages[0].content %}{{ raise_exception('x') }}{% endif %}"
     )
     picky = rejects + CHATML
-    mine = renderer(picky)
-    assert reason_of(mine.render, chat_messages("two", "bad")) == "template_rejected"
-    assert mine.render(chat_messages("two", "one")).flags == ()
+    own = renderer(picky)
+    assert reason_of(own.render, chat_messages("two", "bad")) == "template_rejected"
+    assert own.render(chat_messages("two", "one")).flags == ()
 
 
 def test_what_is_remembered_stays_bounded():
-    mine = renderer(CHATML)
-    mine._known_shapes = dict.fromkeys(range(4096), "as_is")
-    mine.render(chat_messages("two", "one"))
-    assert len(mine._known_shapes) == 1
+    own = renderer(CHATML)
+    own._known_shapes = dict.fromkeys(range(4096), "as_is")
+    own.render(chat_messages("two", "one"))
+    assert len(own._known_shapes) == 1
 
 
 # ------------------------------------------------------------------------------------------- tools, prefill, BOS, flags
@@ -845,10 +845,10 @@ def test_tokenizers_that_cannot_be_used():
 
 
 def test_named_templates():
-    mine = renderer({"default": CHATML, "tool_use": QWEN3})
-    assert mine.render(chat_messages("u", "s")).text == "".join(as_chatml("s", "u"))
-    assert "# Tools" in mine.render(chat_messages("u", "s"), tools=TOOLS).text
-    assert "# Tools" not in mine.render(chat_messages("u", "s"), tools=[]).text
+    own = renderer({"default": CHATML, "tool_use": QWEN3})
+    assert own.render(chat_messages("u", "s")).text == "".join(as_chatml("s", "u"))
+    assert "# Tools" in own.render(chat_messages("u", "s"), tools=TOOLS).text
+    assert "# Tools" not in own.render(chat_messages("u", "s"), tools=[]).text
 
 
 # ---------------------------------------------------------------------------------------------------------- token ids

@@ -469,10 +469,10 @@ def test_mean_share_is_over_counted_cells() -> None:
 
 
 def seed_csv(pattern: str) -> np.ndarray:
-    found = sorted(SEED_DATA.glob(pattern))
-    if not found:
+    paths = sorted(SEED_DATA.glob(pattern))
+    if not paths:
         pytest.skip(f"no {pattern} under {SEED_DATA}")
-    return np.loadtxt(found[0], delimiter=",")
+    return np.loadtxt(paths[0], delimiter=",")
 
 
 def test_original_score() -> None:

@@ -52,7 +52,7 @@ def gate(
     --fail-term).
     """
     from headrift.calibration.record import Calibration
-    from headrift.corpus.gating import Gate, Gating, OnNull
+    from headrift.corpus.gating import Gate, GateKind, OnNull
     from headrift.corpus.job import ScoreJob
     from headrift.corpus.settings import Settings, window_of
     from headrift.signal import Window
@@ -68,6 +68,6 @@ def gate(
             calibration_anyway=calibration_anyway,
         )
         null = None if on_null is None else OnNull(on_null)
-        kind = Gating(config, Gate(max_new_tokens, tuple(fail_term or ()), null, compare_ungated))
+        kind = GateKind(config, Gate(max_new_tokens, tuple(fail_term or ()), null, compare_ungated))
         job = ScoreJob(config, kind=kind, resume=corpus.resume, verbose=messages.verbose, notice=reporter.note)
     run_job(job, reporter)

@@ -1,7 +1,7 @@
 """What a gate makes of its rows: answers, and `[blocked]` for those whose score is at or above the threshold.
 
 An answer is scored while it is made: the request decodes through the calibration's window, is stopped there where it is
-blocked, and else answers on. Gating is what the job is told of all this (see job.Kind).
+blocked, and else answers on.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pyarrow as pa
 from headrift.calibration.verdicts import add_verdicts
 from headrift.corpus.gate_summary import GateSummary
 from headrift.corpus.rows import Row
-from headrift.corpus.scoring import TEXT_BYTES, ScoringEngine, shipped
+from headrift.corpus.scoring import TEXT_BYTES, ScoreKind, ScoringEngine, shipped
 from headrift.corpus.settings import Settings, check_context
 from headrift.corpus.worker import Engine
 from headrift.fail_terms import FailTerms
@@ -39,9 +39,12 @@ class OnNull(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """What `headrift gate` is asked for beside Settings. max_new_tokens: of an answer. fail_terms: see FailTerms.
-    on_null: None to block an answer without a score unless it is empty. compare_ungated: also what would have been
-    answered: nothing is stopped."""
+    """Options of `headrift gate`.
+
+    Attributes:
+        on_null: None blocks an answer without a score unless it is empty.
+        compare_ungated: Also record what would have been answered; nothing is stopped.
+    """
 
     max_new_tokens: int = 160
     fail_terms: tuple[str, ...] = ()
@@ -57,20 +60,18 @@ class Gate:
         return self.on_null is OnNull.BLOCK
 
 
-class Gating:
-    """`headrift gate`, as a kind of job (see job.Kind). settings: those of the job, with a calibration.
+class GateKind(ScoreKind):
+    """`headrift gate`, as a kind of job; the config has a calibration. ValueError if gate and config contradict."""
 
-    ValueError where gate and settings contradict each other.
-    """
-
-    def __init__(self, settings: Settings, gate: Gate) -> None:
-        assert settings.calibration is not None
-        self._asked, self._gate, self._calibration = settings, gate, settings.calibration
+    def __init__(self, config: Settings, gate: Gate) -> None:
+        super().__init__(config)
+        assert config.calibration is not None
+        self._gate, self._calibration = gate, config.calibration
         self._terms = FailTerms(gate.fail_terms)
-        if gate.max_new_tokens <= settings.steps:
+        if gate.max_new_tokens <= config.steps:
             raise ValueError(
-                f"--max-new-tokens {gate.max_new_tokens} is no more than the steps that decide, {settings.steps}: give "
-                f"at least {settings.steps + 1}"
+                f"--max-new-tokens {gate.max_new_tokens} is no more than the steps that decide, {config.steps}: give "
+                f"at least {config.steps + 1}"
             )
         if gate.compare_ungated and not gate.fail_terms:
             raise ValueError(
@@ -95,7 +96,7 @@ class Gating:
         """What makes the engine, in its process: it stops the answers that the gate blocks."""
         blocks = partial(Gate.blocks, self._gate, threshold=self._calibration.threshold)
         stop_if = None if self._gate.compare_ungated else blocks
-        return partial(ScoringEngine, shipped(self._asked), verbose=verbose, text=True, stop_if=stop_if)
+        return partial(ScoringEngine, shipped(self._config), verbose=verbose, text=True, stop_if=stop_if)
 
     def record(self, row: Row, result: ScoreResult) -> Record:
         """A result as the columns of a part, with `[blocked]` for the text of a blocked answer."""
@@ -111,17 +112,17 @@ class Gating:
 
     def row_bytes(self, model: ModelFacts) -> int:
         """About what a row takes on disk."""
-        return 512 + TEXT_BYTES * (not self._asked.redact)
+        return 512 + TEXT_BYTES * (not self._config.redact)
 
     def files(self, number: int, engine: dict[str, Any]) -> ShardFiles:
         """A shard's files, to which the calibration's columns are added."""
-        schema = _schema(self._gate, redact=self._asked.redact)
-        return ShardFiles(self._asked.out, number, schema, partial(add_verdicts, calibration=self._calibration))
+        schema = _schema(self._gate, redact=self._config.redact)
+        return ShardFiles(self._config.out, number, schema, partial(add_verdicts, calibration=self._calibration))
 
     def summary(self) -> GateSummary:
         """The closing table of the finished shards, from their files."""
-        last = self._asked.score_range.window.end
-        return GateSummary(self._asked.out, last, self._calibration, compared=self._gate.compare_ungated)
+        last = self._config.score_range.window.end
+        return GateSummary(self._config.out, last, self._calibration, compared=self._gate.compare_ungated)
 
     def finish(self, summary: GateSummary, names: Sequence[str]) -> None:
         """Write what lies beside the parts: nothing."""

@@ -1,6 +1,6 @@
 """A job: inputs to an output folder, through an engine. `headrift score` is this with options around it.
 
-What is made of a row, and what is printed in the end, depends on the JobKind; all the rest is the same for every kind.
+What is made of a row, and what is printed in the end, depends on the kind (scoring.ScoreKind, gating.GateKind).
 ScoreJob checks all it can before a model is loaded; then `start` and `run`, in this order. The job's process reads the
 input, renders and tokenises the prompts, writes the output and keeps the journal; the engine runs in a child process,
 which may die at any moment, as the job may: with `resume` a new job continues where the journal ends.
@@ -14,12 +14,12 @@ import shutil
 import signal as signals
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from datetime import UTC, datetime
 from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from headrift.corpus import judging, readers, sources
 from headrift.corpus.rows import REASONS, BadRow, Row
@@ -33,14 +33,12 @@ from headrift.probed_engine import ProbedEngine
 from headrift.results import Rejected, ScoreResult
 from headrift.runs.folder import JobError, can_resume
 from headrift.runs.journal import JOURNAL, FinishedShard, FolderLock, Journal
-from headrift.runs.parts import Record, ShardFiles, remove_unfinished
+from headrift.runs.parts import ShardFiles, remove_unfinished
 from headrift.runs.provenance import model_fingerprint, processor, versions
 from headrift.runs.reading import run_status, write_run
 from headrift.scorer import engine_factory, with_progress
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from headrift.corpus.ray_workers import RayWorkers
 
 _MAX_DETAIL = 500  # characters: a detail may quote the row
@@ -49,63 +47,6 @@ _ENGINE_IDENTITY = ("dtype", "layers", "heads", "regions", "max_model_len", "cha
 
 # A row of the input with its request, or why there is none; None for a row that could not be read.
 PreparedRow = tuple[Row | BadRow, Prepared | Rejected | None]
-
-
-class Summary(Protocol):
-    """The closing table of a job, made from its files. rows: in parts and rejects."""
-
-    @property
-    def rows(self) -> int: ...
-
-    def numbers(self) -> dict[str, Any]:
-        """What run.json says of the rows, by keys of its own."""
-        ...
-
-    def print(self, console: Console, *, rows: int, start_seconds: float, score_seconds: float) -> None:
-        """Print the table. rows: how many the engine answered now, in score_seconds; start_seconds: to start it."""
-        ...
-
-
-class JobKind(Protocol):
-    """What is made of a job's rows; scoring.ScoreKind is one."""
-
-    @property
-    def answer_tokens(self) -> int:
-        """The most tokens of an answer."""
-        ...
-
-    def identity(self) -> dict[str, Any]:
-        """What a resumed run must have in common with the one that was begun, beside the job's config: JSON by option,
-        and `command` if that is not score."""
-        ...
-
-    def check(self, context: int | None) -> None:
-        """ValueError if it does not fit a model's context, in tokens."""
-        ...
-
-    def engine(self, verbose: bool) -> Callable[[], Engine]:
-        """What makes the engine, in its process: it must pickle. See scoring.ScoringEngine for its `about`."""
-        ...
-
-    def row_bytes(self, model: ModelFacts) -> int:
-        """About what a row takes on disk."""
-        ...
-
-    def record(self, row: Row, result: ScoreResult) -> Record:
-        """A result as the columns of a part."""
-        ...
-
-    def files(self, number: int, engine: dict[str, Any]) -> ShardFiles:
-        """The files for a shard's records, in the job's out folder. engine: its `about`."""
-        ...
-
-    def summary(self) -> Any:
-        """The Summary of the finished shards."""
-        ...
-
-    def finish(self, summary: Any, names: Sequence[str]) -> None:
-        """Write what a finished run has beside its parts. names: of the inputs."""
-        ...
 
 
 class ScoreJob:
@@ -135,7 +76,7 @@ class ScoreJob:
         self,
         config: Settings,
         *,
-        kind: JobKind | None = None,
+        kind: ScoreKind | None = None,
         resume: bool = False,
         verbose: bool = False,
         notice: Callable[[str], None] = lambda text: None,
@@ -155,7 +96,7 @@ class ScoreJob:
         n_rows = None if resume and (config.out / JOURNAL).exists() else self._count()
         begun = can_resume(config.out, JOURNAL, resume=resume)
         self.seconds = {"start": 0.0, "scoring": 0.0, "engine_waited": 0.0}
-        self._summary: Summary | None = None
+        self._summary: Any = None
         self._open = ExitStack()
         lock = FolderLock(config.out)
         self._open.callback(lock.release)
@@ -353,7 +294,7 @@ class ScoreJob:
             self._write_run("done", summary)
 
     def summary(self) -> Any:
-        """The Summary of the finished shards, of the job's kind."""
+        """The closing table of the finished shards, of the job's kind."""
         if self._summary is None or self._summary.rows != self.kept:
             self._summary = self._kind.summary()
         return self._summary
@@ -427,7 +368,7 @@ class ScoreJob:
         detail = REASONS[reason] if self.settings.redact else detail
         files.reject(row, reason, detail if len(detail) <= _MAX_DETAIL else f"{detail[:_MAX_DETAIL]}...")
 
-    def _write_run(self, status: str, summary: Summary | None = None) -> None:
+    def _write_run(self, status: str, summary: Any = None) -> None:
         identity = self._identity
         engine = {name: value for name, value in identity["engine"].items() if name != "chat_template_sha256"}
         particulars = {

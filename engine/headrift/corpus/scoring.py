@@ -1,7 +1,4 @@
-"""What a scoring job makes of its rows: the engine, in the process that the job gives it; the parts; the closing table.
-
-`ScoreKind` is used in the job's process, `ScoringEngine` in the engine's.
-"""
+"""What a scoring job makes of its rows: `ScoreKind` in the job's process, `ScoringEngine` in the engine's."""
 
 from __future__ import annotations
 
@@ -24,11 +21,11 @@ from headrift.engine_setup import check_compiler
 from headrift.errors import EngineError, RefusedError
 from headrift.model_facts import ModelFacts
 from headrift.prepare import Prepared, load_tokenizer, workers_for_machine
-from headrift.probed_engine import REGIONS
+from headrift.probed_engine import REGIONS, ProbedEngine
 from headrift.prompts import ChatRenderer
 from headrift.results import ScoreResult
 from headrift.runs.parts import Record, ShardFiles, part_schema, record
-from headrift.scorer import RequestScorer
+from headrift.scorer import RequestScorer, engine_factory
 
 TEXT_BYTES = 4096  # a guess at what a row's texts take, for the space a run needs
 # Fields of a ScoreResult that only some --save need.
@@ -36,7 +33,7 @@ _SAVED_FIELDS = {"shares": "shares", "mass": "mass", "focus": "focus_heads", "en
 
 
 class ScoreKind:
-    """`headrift score`, as a kind of job (see job.JobKind)."""
+    """What a job makes of its rows: here `headrift score`; gating.GateKind is another kind."""
 
     def __init__(self, config: Settings) -> None:
         self._config = config
@@ -47,14 +44,14 @@ class ScoreKind:
         return self._config.steps + 1
 
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must have in common beside the job's config: nothing."""
+        """What a resumed run must have in common, beside the job's config: JSON by option, and `command`."""
         return {}
 
     def check(self, context: int | None) -> None:
-        """Nothing to check beside the job's config."""
+        """ValueError if it does not fit a model's context, in tokens."""
 
     def engine(self, verbose: bool) -> Callable[[], Engine]:
-        """What makes the engine, in its process."""
+        """What makes the engine, in its process; must pickle."""
         return partial(ScoringEngine, shipped(self._config), verbose=verbose, text="text" in self._config.save)
 
     def row_bytes(self, model: ModelFacts) -> int:
@@ -70,25 +67,25 @@ class ScoreKind:
         return record(row.columns(replay=self._config.replay), result)
 
     def files(self, number: int, engine: dict[str, Any]) -> ShardFiles:
-        """A shard's files; with a calibration its columns are added."""
+        """A shard's files. engine: its `about`."""
         config, shape = self._config, {name: engine[name] for name in ("layers", "heads", "regions")}
         schema = part_schema(config.save, **shape)
         if config.calibration is None:
             return ShardFiles(config.out, number, schema)
         return ShardFiles(config.out, number, schema, partial(add_verdicts, calibration=config.calibration))
 
-    def summary(self) -> Summary:
+    def summary(self) -> Any:
         """The closing table of the finished shards, from their files."""
         return Summary.of_folder(self._config.out, self._config.score_range.window.end, self._config.calibration)
 
-    def finish(self, summary: Summary, names: Sequence[str]) -> None:
-        """Draw scores.png and, with a calibration, write the review list."""
+    def finish(self, summary: Any, names: Sequence[str]) -> None:
+        """Draw scores.png and, with a calibration, write the review list. names: of the inputs."""
         from headrift.figures import Curve, scores_png
 
         curves = []
         for comparison in summary.comparisons()[:1]:
-            shown = {name: of for name, of in comparison.measures.items() if name != "answer length"}
-            curves = [Curve(name, of.fpr, of.tprs, of.auroc, of.grid, of.band) for name, of in shown.items()]
+            shown = {name: roc for name, roc in comparison.measures.items() if name != "answer length"}
+            curves = [Curve(name, roc.fpr, roc.tprs, roc.auroc, roc.grid, roc.band) for name, roc in shown.items()]
             assert curves[0].name == SCORE
         inputs = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         window = self._config.score_range.window
@@ -150,8 +147,15 @@ class ScoringEngine:
         tokenizer = tokenizer or PickledTokenizer.load(config.model)
         decode = partial(pickle.loads(tokenizer.data).decode, skip_special_tokens=True) if text else _no_text
         self._keep = [_SAVED_FIELDS[kind] for kind in config.save if kind in _SAVED_FIELDS]
-        self._scorer = _scorer(config, verbose=verbose, decode=decode, stop_if=stop_if)
-        engine = self._scorer.engine
+        engine = _start_engine(config, verbose)
+        self._scorer = RequestScorer(
+            engine,
+            score_range=config.score_range,
+            decode=decode,
+            logit_stats=config.logit_stats,
+            keep_mass="mass" in config.save,
+            stop_if=stop_if,
+        )
         names = ("dtype", "layers", "heads", "regions", "max_model_len", "vocabulary", "recorder_bytes")
         self.about: dict[str, Any] = {name: getattr(engine, name) for name in names} | {
             "chat_template_sha256": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
@@ -185,28 +189,27 @@ def _no_text(token_ids: list[int]) -> str:
     return ""
 
 
-def _scorer(config: Settings, *, verbose: bool, **options: Any) -> RequestScorer:
+def _start_engine(config: Settings, verbose: bool) -> ProbedEngine:
     args: dict[str, Any] = {} if config.dtype == "auto" else {"dtype": config.dtype}
     if config.compile:
         check_compiler(verbose)
         args["enforce_eager"] = False
+    more = (*WITH_MASS, *config.regions) if "mass" in config.save else config.regions
     try:
-        return RequestScorer(
+        engine: ProbedEngine = engine_factory.get()(
             config.model,
             steps=config.steps,
-            score_range=config.score_range,
+            regions=(*REGIONS, *(name for name in more if name not in REGIONS)),
             logit_stats=config.logit_stats,
-            keep_mass="mass" in config.save,
-            regions=(*WITH_MASS, *config.regions) if "mass" in config.save else config.regions,
             attention_backend=config.attention_backend,
             engine_args=args,
             verbose=verbose,
-            **options,
         )
     except RefusedError:
         raise
     except Exception as error:  # a model's files can break vLLM, transformers and torch in any way
         raise EngineError(f"vLLM cannot start with --model {config.model}: {plain_message(error)}") from error
+    return engine
 
 
 def plain_message(error: Exception) -> str:

@@ -1,14 +1,12 @@
 """Keeps an engine alive in a process of its own, and answers every request whatever becomes of it.
 
-`EngineProcess` is the parent's end and `main` what the process runs. Both ends are joined by one socket. The child
-reads it in a thread of its own, so that neither end ever waits for the other to read, and so that a parent that is gone
-(killed, even) is noticed at once: the child then ends itself and all the processes it started. The child leads a
-process group: Ctrl-C in a terminal reaches the parent only. Another thread of the child's reports now and then that the
-engine has run steps: an engine that hangs is as good as dead.
+`EngineProcess` is the parent's end of a socket and `main` runs at the other. A thread of the child reads it, so neither
+end waits for the other to read, and the child notices at once that its parent is gone: it then ends itself and all the
+processes it started. It leads a process group: Ctrl-C in a terminal reaches the parent only. Another thread reports
+that the engine runs steps: an engine that hangs is as good as dead.
 
-`Supervisor` starts the engine again when it dies. The requests it held are suspects: they go through new engines half
-by half, what kills one again halved again, until one is left that kills an engine by itself, twice. That is a poison
-row; all others are answered on the way.
+`Supervisor` starts an engine that died again. The requests it held go through new engines in halves, halves of what
+kills one again, until one is left that kills an engine by itself, twice: a poison row. All others are answered.
 """
 
 from __future__ import annotations

@@ -184,9 +184,9 @@ class SelfTest:
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
     def _print_header(self) -> None:
-        machine, model, prompts = (self.facts[name] for name in ("machine", "model", "prompts"))
+        model, prompts = self.facts["model"], self.facts["prompts"]
         low, high = prompts["tokens"]
-        self.say(f"device      {machine['device']}")
+        self.say(f"device      {self.facts['machine']['device']}")
         self.say(f"model       {model['name']}: {model['layers']} layers x {model['heads']} heads, {model['dtype']}")
         self.say(
             f"prompts     {prompts['n']} {prompts['kind']} of {low} to {high} tokens, steps 0 to {prompts['steps']}"
