@@ -136,11 +136,11 @@ class EmptyEngine:
 class Job:
     """Whole jobs."""
 
-    def pickle_tokenizer(self, model: str, path: str) -> None:
+    def pickle_tokenizer(self, model: str, path: str) -> dict[str, Any]:
         """Write a model's tokenizer, in a process of its own: it loads torch, and the job is measured without."""
         from headrift.corpus.scoring import PickledTokenizer
 
-        Path(path).write_bytes(PickledTokenizer.load(Path(model)).data)
+        return {"bytes": Path(path).write_bytes(PickledTokenizer.load(Path(model)).data)}
 
     def through(self, file: str, out: str, model: str, tokenizer: str) -> dict[str, Any]:
         """Run a job where everything is real but the engine, which runs in its child process as always."""

@@ -250,7 +250,8 @@ class Scorer(RequestScorer):
         system_prompt: For prompts that bring none.
         steps: N, steps 0 to N are recorded.
         window: The steps that are scored, `Window(1, 12)` or "1:12" (1-based, inclusive); 1 to N by default.
-        drop_shallow, drop_deep: Fractions of the layers that are left out at the input and the output end.
+        drop_shallow: Fraction of the layers that is left out at the input end.
+        drop_deep: Fraction of the layers that is left out at the output end.
         logit_stats: Record next-token entropy, top-1 probability and margin too.
         keep_mass: Results hold the masses.
         attention_entropy: Results hold the entropy of each head's attention (not with FlashAttention, and without CUDA

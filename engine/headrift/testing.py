@@ -40,8 +40,10 @@ class FakeEngine(ProbedEngine):
 
     Args:
         model: Ignored.
-        steps, regions: As ProbedEngine has them.
-        layers, heads, slots, max_model_len, vocabulary: Of the engine that it stands for.
+        steps: N, the most steps (0 to N) of a request.
+        regions: Names of the key ranges.
+        layers: Of the model that it stands for, as heads, max_model_len and vocabulary.
+        slots: The most requests in flight.
         answer: Text of the answers.
         short_every: 0 for no short answers.
         on_submit: Called with each request; may raise.

@@ -38,7 +38,8 @@ def attct(
     Args:
         wrapped: by layer, [heads, n, W] attention rows of the n tokens in common.
         clean: by layer, [heads, n, C] attention rows of the same tokens.
-        wrapped_keys, clean_keys: [k] positions of the keys in common; the target of every other wrapped key is 0.
+        wrapped_keys: [k] positions of the keys in common in the wrapped prompt; the target of every other key is 0.
+        clean_keys: [k] their positions in the clean prompt.
     """
     return _mean(
         squared_distance(rows, clean[layer], wrapped_keys, clean_keys).mean() for layer, rows in wrapped.items()

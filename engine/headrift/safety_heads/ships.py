@@ -66,7 +66,8 @@ def ships(
         engine: started with `ablation=True` and `references`.
         prompts: token ids; taken as they are needed.
         heads: (layer, head) to ablate one by one; default: all.
-        kind, epsilon: see `headrift.ablation`.
+        kind: how heads are ablated, see `headrift.ablation`.
+        epsilon: factor of an ablated query or output.
         on_rows: called with the number of requests that finished, as they finish.
 
     Yields:
