@@ -74,7 +74,7 @@ def make_arms(batch: int, context: int, heads: int, kv_heads: int, head_dim: int
     unmeasured = measured.copy()
     unmeasured[:, SLOT] = -1
     attention = PagedAttention(mass, 0, cache, bounds, scale=scale)
-    with_mass, without = Queries.ratio(measured, PAGE), Queries.ratio(unmeasured, PAGE)
+    with_mass, without = Queries.from_table(measured, PAGE), Queries.from_table(unmeasured, PAGE)
 
     def ours(queries: Queries, into: torch.Tensor | None) -> Callable[[], None]:
         return lambda: attention.attend(query, table, queries, output=into)
