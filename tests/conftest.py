@@ -16,13 +16,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # What takes longest, the longest first. Of the rest no file takes more than some ten seconds.
 LONGEST = (
-    "engine/test_demo_model.py",
-    "engine/test_interpreted.py",
-    "unit/test_gpu_check.py",
-    "engine/test_ranks.py",
     "kernels/test_triton_interpreted.py",
-    "docs/test_notebooks.py",
+    "engine/test_interpreted.py",
+    "engine/test_demo_model.py",
+    "safety_heads/test_sahara.py",
+    "corpus/test_throughput.py",
+    "corpus/test_supervisor.py",
     "corpus/test_fault_injection.py",
+    "docs/test_site.py",
+    "engine/test_plugin.py",
+    "engine/test_compilations.py",
+    "cli/test_score.py",
 )
 
 
