@@ -88,7 +88,7 @@ def times_in_turns(worker: Any, rows: int, prefills: int, longest: int, rounds: 
     recorder = Recorder.required(worker.vllm_config)
     builder, step = recorder.publisher, describe_step(rows, prefills, longest)
     recorder.runner_rows[:rows] = np.arange(rows)
-    recorder.prompt_lens[:], recorder.rows_wanted[:] = PROMPT, ANSWER
+    recorder.prompt_lens[:], recorder.step_limits[:] = PROMPT, ANSWER
     query = torch.zeros(step.num_actual_tokens, HEADS, HEAD_DIM)
     output = torch.empty_like(query)
     samples: dict[str, list[float]] = {"stock": [], "plan": [], "layers": []}

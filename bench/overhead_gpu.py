@@ -218,7 +218,7 @@ class Setup:
     """
 
     def __init__(self, dry_run: bool, attention: str, folder: Path, shape: Shapes, memory: Memory, free: float):
-        from headrift.engine_setup import machine_defaults
+        from headrift.vllm_engine.config import machine_defaults
 
         self.dry_run, self.attention, self.memory, self.free = dry_run, attention, memory, free
         self.plain, self.ours = overhead.environments(gpu=not dry_run)
@@ -546,7 +546,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="a tiny model on a CPU; figures mean nothing")
     args = parser.parse_args()
     if not args.dry_run:
-        from headrift.engine_setup import has_gpu
+        from headrift.vllm_engine.config import has_gpu
 
         if not has_gpu():
             raise SystemExit("overhead_gpu: this torch is not a build for GPUs (--dry-run runs it on a CPU)")

@@ -27,7 +27,7 @@ STEPS = 12
 CONTEXT = 2048
 BATCHES = (1, 8, 64, 256)
 USED = 0.9  # of a device's memory, vLLM's default
-UNSPLIT_KEYS = 2048  # of a row in a mixed step: see vllm_plugin/backends/fused.py
+UNSPLIT_KEYS = 2048  # of a row in a mixed step: see vllm_plugin/backends/triton.py
 STEP_TOKENS = 8192  # that an engine computes in a step, of all its rows
 PCIE = 64e9  # bytes a second, PCIe 5.0 x16, one direction
 

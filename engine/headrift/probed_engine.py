@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from headrift import ablation, signal
-from headrift.aligned_keys import check_rows, check_runs
-from headrift.engine_setup import (
+from headrift import signal
+from headrift.requests import Finished, ProbeRequest, Recording, Ticket
+from headrift.vllm_engine.config import (
     attention_args,
-    compiled_model_found,
-    cores_divided,
     engine_config,
-    garbage_left,
     instructions,
-    llvmlite_out_of_sight,
     lora_args,
     machine_defaults,
-    memory_taken_on_use,
     prepare_environment,
 )
-from headrift.errors import EngineError, RefusedError
-from headrift.ranks import merge_descriptions, merge_recordings
-from headrift.requests import Finished, ProbeRequest, Recording, Ticket
+from headrift.vllm_engine.patches import paused_garbage_collection, start_llm_engine, stop_llm_engine
+from headrift.vllm_engine.tensor_parallel import merge_descriptions, merge_recordings
 from headrift.vllm_plugin import plugin
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
     from vllm.lora.request import LoRARequest
+
+    from headrift.vllm_plugin.instruments.base import Instrument
 
 Key = TypeVar("Key")
 # Finished requests that are collected together.
@@ -44,21 +38,38 @@ REGIONS = ("system", "user", "prompt")
 class ProbedEngine:
     """vLLM, started with headrift's plugin. A context manager; not to be shared between threads.
 
-    model: a folder or name vLLM can load. steps: N, the most steps (0..N) a request may record. regions: names of the
-    key ranges, `system` and `prompt` among them. slots: the most requests in flight (twice max_num_seqs by default).
-    logit_stats: record next-token statistics too. attention_backend: auto, cpu, triton or flash. engine_args: passed to
-    vLLM as they are, over the defaults chosen for this machine. verbose: let vLLM log. ablation: requests may ablate
-    heads. references: so many next-token distributions can be kept to compare others with. hidden_states: so many
-    hidden states can be kept to tell angles by. row_references, row_keys: of so many requests the attention rows, over
-    so many keys at most (prompt tokens and steps), can be kept to compare others' with: row_references x layers x heads
-    x (steps + 1) x row_keys x 4 bytes. row_entropy: requests may ask for the entropy of their attention rows. lora: the
-    folder of an adapter (LoRA, as peft writes it) that every request is answered with.
+    Args:
+        model: A folder or name that vLLM can load.
+        steps: N; requests may record steps 0..N.
+        regions: Names of the key ranges, `system` and `prompt` among them.
+        slots: Requests in flight (default: twice max_num_seqs).
+        attention_backend: auto, cpu, triton or flash.
+        engine_args: vLLM's own, over the defaults for this machine.
+        verbose: Let vLLM log.
+        lora: Folder of a LoRA adapter, as peft writes it, that every request is answered with.
+        **options: What else requests may ask for (the instruments' options), by name:
+            logit_stats: Record next-token statistics of all probed requests.
+            ablation: Requests may ablate heads.
+            references: Next-token distributions that can be kept to compare others with.
+            hidden_states: Hidden states that can be kept, to compare subspaces.
+            row_references, row_keys: Requests whose attention rows can be kept, and over how many keys (prompt tokens
+                and steps): row_references x layers x heads x (steps + 1) x row_keys x 4 bytes.
+            row_entropy: Requests may ask for the entropy of their attention rows.
+
+    Raises:
+        ValueError: regions or options do not make sense.
+        EngineError: vLLM cannot start with these settings.
+        RefusedError: the engine cannot be measured.
+
+    Attributes:
+        options: All options with their values.
+        layers, heads: Of the model; windows: sliding window of each layer (None: none); sinks: whether any head has an
+            attention sink; dtype; vocabulary; width of a hidden state; max_model_len: tokens of the context.
+        recorder_bytes: Device memory of the recorder, over all ranks.
+        steps_run: Engine steps so far.
     """
 
-    # The engine that runs in this very process, where there is one.
-    _in_process: ClassVar[ProbedEngine | None] = None
-
-    @garbage_left()
+    @paused_garbage_collection()
     def __init__(
         self,
         model: str | os.PathLike[str],
@@ -66,72 +77,57 @@ class ProbedEngine:
         steps: int,
         regions: Sequence[str] = REGIONS,
         slots: int | None = None,
-        logit_stats: bool = False,
         attention_backend: str = "auto",
         engine_args: Mapping[str, Any] | None = None,
         verbose: bool = False,
-        ablation: bool = False,
-        references: int = 0,
-        hidden_states: int = 0,
-        row_references: int = 0,
-        row_keys: int = 0,
-        row_entropy: bool = False,
         lora: str | os.PathLike[str] | None = None,
+        **options: int,
     ):
         if not {"system", "prompt"} <= set(regions) or len(set(regions)) != len(regions):
-            raise ValueError(
-                f"regions must be distinct names with 'system' and 'prompt' among them, not {list(regions)}"
-            )
+            raise ValueError(f"regions are distinct names with 'system' and 'prompt' among them, not {list(regions)}")
         prepare_environment(verbose)
-        given = {**attention_args(attention_backend), **(engine_args or {})}
-        ranks = given.get("tensor_parallel_size", 1)
-        args = {"model": os.fspath(model), "disable_log_stats": True, **machine_defaults(ranks), **given}
+        from headrift.vllm_plugin.instruments import instrument_types, parse_config
+
+        user_args = {**attention_args(attention_backend), **(engine_args or {})}
+        defaults = machine_defaults(user_args.get("tensor_parallel_size", 1))
+        args = {"model": os.fspath(model), "disable_log_stats": True, **defaults, **user_args}
         args |= {} if lora is None else lora_args(os.fspath(lora))
-        if "max_num_seqs" not in given and "max_num_batched_tokens" in given:  # vLLM refuses more of the former
-            args["max_num_seqs"] = min(args["max_num_seqs"], given["max_num_batched_tokens"])
+        if "max_num_seqs" not in user_args and "max_num_batched_tokens" in user_args:  # vLLM refuses more of the former
+            args["max_num_seqs"] = min(args["max_num_seqs"], user_args["max_num_batched_tokens"])
         self.regions = tuple(regions)
         self.steps = steps
-        self.ablates = ablation
-        self.references = references
-        self.hidden_states = hidden_states
-        self.row_references, self.row_keys = row_references, row_keys
-        self.row_entropy = row_entropy
-        self._row_prompts: dict[int, int] = {}
         self.slots = slots or 2 * args["max_num_seqs"]
         additional = args.get("additional_config", {})
-        recorder = {
+        settings = {
             "slots": self.slots,
             "steps": steps,
             "regions": len(regions),
+            "system_region": self.regions.index("system"),
             "prompt_region": self.regions.index("prompt"),
-            "logit_stats": logit_stats,
-            "ablation": ablation,
-            "references": references,
-            "hidden_states": hidden_states,
-            "row_references": row_references,
-            "row_keys": row_keys,
-            "row_entropy": row_entropy,
+            **options,
             **additional.get("headrift", {}),
         }
-        args["additional_config"] = {**additional, **instructions(), "headrift": recorder}
+        recorder_config = parse_config(settings)
+        self.options = dict(recorder_config.options)
+        args["additional_config"] = {**additional, **instructions(), "headrift": settings}
         args["worker_extension_cls"] = plugin.WORKER_EXTENSION
         config = engine_config(args, attention_backend)
         self.max_model_len: int = config.model_config.max_model_len
         self.vocabulary: int = config.model_config.get_vocab_size()
         self.width: int = config.model_config.get_hidden_size()
-        self._ranks = config.parallel_config.tensor_parallel_size
-        self._start(config)
+        self.llm_engine = start_llm_engine(config)
         self._lora = None if lora is None else _lora_request(os.fspath(lora))
-        self.llm_engine.collective_rpc("headrift_warm_up")
-        if hidden_states:
-            self.llm_engine.collective_rpc("headrift_keep_hidden_states")
-        described = merge_descriptions(self.llm_engine.collective_rpc("headrift_describe"))
-        self.layers: int = described["layers"]
-        self.heads: int = described["heads"]
-        self.windows: list[int | None] = described["windows"]
-        self.sinks: bool = described["sinks"]
-        self.dtype: str = described["dtype"]
-        self.recorder_bytes: int = described["recorder_bytes"]
+        description = merge_descriptions(self.llm_engine.collective_rpc("headrift_start"))
+        self.layers: int = description["layers"]
+        self.heads: int = description["heads"]
+        self.windows: list[int | None] = description["windows"]
+        self.sinks: bool = description["sinks"]
+        self.dtype: str = description["dtype"]
+        self.recorder_bytes: int = description["recorder_bytes"]
+        ranks = config.parallel_config.tensor_parallel_size
+        self._config = replace(recorder_config, layers=self.layers, heads=self.heads, ranks=ranks)
+        # What each instrument remembers of earlier requests.
+        self._instruments: dict[type[Instrument], dict[int, int]] = {kind: {} for kind in instrument_types()}
         self._free = list(range(self.slots))[::-1]
         self._submitted = 0
         self._running: dict[str, tuple[int, int, ProbeRequest]] = {}
@@ -139,24 +135,6 @@ class ProbedEngine:
         self._tickets = 0
         self._unread: set[int] = set()
         self.steps_run = 0
-
-    def _start(self, config: VllmConfig) -> None:
-        from vllm.v1.engine.llm_engine import LLMEngine
-
-        self._claim_process()
-        try:
-            # What is there by now is kept, and no collection of vLLM's goes through it.
-            gc.freeze()
-            ranks = config.parallel_config.local_world_size
-            compiled = not config.model_config.enforce_eager
-            found = compiled_model_found(compiled)
-            with llvmlite_out_of_sight(), memory_taken_on_use(), found, cores_divided(ranks):
-                self.llm_engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
-        except BaseException as error:
-            self.close()
-            if isinstance(error, RefusedError) or not isinstance(error, (RuntimeError, ValueError, OSError)):
-                raise
-            raise EngineError(f"vLLM could not start with {config.model_config.model}: {error}") from error
 
     def __enter__(self) -> ProbedEngine:
         return self
@@ -166,26 +144,7 @@ class ProbedEngine:
 
     def close(self) -> None:
         """Stop the engine and give its memory back."""
-        engine = self.__dict__.pop("llm_engine", None)
-        if engine is not None:
-            engine.engine_core.shutdown()
-            del engine
-            gc.unfreeze()
-            gc.collect()
-        if ProbedEngine._in_process is self:
-            ProbedEngine._in_process = None
-
-    def _claim_process(self) -> None:
-        """vLLM's parallel state belongs to the process: closing one engine would pull it from under another."""
-        import vllm.envs
-
-        if vllm.envs.VLLM_ENABLE_V1_MULTIPROCESSING:
-            return
-        if ProbedEngine._in_process is not None:
-            raise EngineError(
-                "another engine runs in this process; close it first, or start this one in a process of its own"
-            )
-        ProbedEngine._in_process = self
+        stop_llm_engine(self.__dict__.pop("llm_engine", None))
 
     @property
     def free_slots(self) -> int:
@@ -202,10 +161,11 @@ class ProbedEngine:
         return self.max_model_len - steps - 1
 
     def submit(self, request: ProbeRequest) -> int:
-        """Queue a request; returns its request id.
+        """Queue a request and return its id.
 
-        RuntimeError without a free slot; ValueError where prompt and steps do not fit the context, and where heads are
-        to be ablated that the model does not have, or in a way this engine cannot.
+        Raises:
+            RuntimeError: no slot is free.
+            ValueError: prompt and steps exceed the context, or this engine cannot do what the request asks.
         """
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
@@ -219,22 +179,9 @@ class ProbedEngine:
             fed += list(request.answer_ids)[: signal.n_steps(len(request.answer_ids), request.steps)]
             tokens = 1
         if len(fed) + tokens > self.max_model_len:
-            raise ValueError(f"{len(fed)} tokens and {tokens} more do not fit the context of {self.max_model_len}")
-        self._check_ablation(request)
-        extra_rows = self._rows(request)
+            raise ValueError(f"{len(fed)} tokens and {tokens} more exceed the context of {self.max_model_len} tokens")
         slot, request_id = self._free[-1], self._submitted
-        regions = {**request.regions, "prompt": (0, len(request.prompt_ids))}
-        extra: dict[str, Any] = {
-            "slot": slot,
-            "tenant": request_id,
-            "prompt_len": len(request.prompt_ids),
-            "regions": [list(regions.get(name, (0, 0))) for name in self.regions],
-            "steps": request.steps,
-        }
-        if request.ablate:
-            extra |= {"ablate": [list(entry) for entry in request.ablate], "epsilon": request.epsilon}
-        kept = {"keep": request.keep_as, "compare": request.compare_with, "hidden": request.hidden_as}
-        extra |= {key: number for key, number in kept.items() if number is not None} | extra_rows
+        extra = self._probe(request, slot, request_id)
         params = SamplingParams(
             temperature=0.0,
             max_tokens=tokens,
@@ -247,63 +194,39 @@ class ProbedEngine:
         )
         name = str(request_id)
         prompt = TokensPrompt(prompt_token_ids=fed)
-        salt = ablation.salt(request.ablate, request.epsilon)
-        if salt is not None:
-            prompt["cache_salt"] = salt
+        salts = [salt for kind in self._instruments if (salt := kind.cache_salt(request)) is not None]
+        if salts:
+            prompt["cache_salt"] = " ".join(salts)
         self.llm_engine.add_request(name, prompt, params, lora_request=self._lora)
         self._free.pop()
-        if request.rows_as is not None:
-            self._row_prompts[request.rows_as] = len(request.prompt_ids)
+        for kind, memory in self._instruments.items():
+            memory.update(kind.remember(request))
         self._submitted += 1
         self._running[name] = (slot, request_id, request)
         return request_id
 
-    def _rows(self, request: ProbeRequest) -> dict[str, Any]:
-        """What the workers are told of a request whose attention rows are measured, kept or compared. ValueError where
-        they cannot be."""
-        references, own = (request.rows_as, request.rows_against), len(request.prompt_ids)
-        if references == (None, None) and not request.row_entropy:
-            return {}
-        if not request.probed:
-            raise ValueError("a request whose attention rows are taken has to be probed: leave `probed` at True")
-        if request.row_entropy and not self.row_entropy:
-            raise ValueError(
-                "attention entropy is asked for, and this engine was not started for that: set row_entropy=True"
-            )
-        if references == (None, None):
-            return {}
-        other = own if request.rows_against is None else self._row_prompts.get(request.rows_against, 0)
-        check_rows(references, other, own, request.steps, kept=self.row_references, keys=self.row_keys)
-        if not other:
-            raise ValueError(f"rows {request.rows_against} have not been kept: submit a request with rows_as first")
-        check_runs(request.aligned, other, own)
-        extra: dict[str, Any] = {"rows_as": request.rows_as, "rows_against": request.rows_against}
-        return extra | {"other_len": other, "aligned": [list(run) for run in request.aligned]}
+    def _probe(self, request: ProbeRequest, slot: int, request_id: int) -> dict[str, Any]:
+        """What the workers are told of a request; ValueError if this engine cannot do what it asks."""
+        from headrift.vllm_plugin.instruments import parse_probe
 
-    def _check_ablation(self, request: ProbeRequest) -> None:
-        """ValueError where the request's heads cannot be ablated, or what it refers to is not kept."""
-        for reference in (request.keep_as, request.compare_with):
-            if reference is not None and not 0 <= reference < self.references:
-                raise ValueError(f"there is no reference {reference}; this engine keeps {self.references}")
-        if request.hidden_as is not None and not 0 <= request.hidden_as < self.hidden_states:
-            raise ValueError(f"there is no hidden state {request.hidden_as}; this engine keeps {self.hidden_states}")
-        if not request.ablate:
-            return
-        if not self.ablates:
-            raise ValueError("heads are to be ablated, and this engine was not started for that: set ablation=True")
-        ablation.check(request.ablate, request.epsilon)
-        ablation.check_heads(request.ablate, self.layers, self.heads)
-        if not request.probed:
-            raise ValueError("a request that ablates heads has to be probed: leave `probed` at True")
-        if self._ranks > 1 and any(kind in ablation.MEANS for *_, kind in request.ablate):
-            raise ValueError(
-                "the mean over heads needs all of them on one device: use one rank (tensor_parallel_size=1), or "
-                f"another kind of ablation ({', '.join(kind for kind in ablation.SIDES if kind not in ablation.MEANS)})"
-            )
+        regions = {**request.regions, "prompt": (0, len(request.prompt_ids))}
+        extra: dict[str, Any] = {
+            "slot": slot,
+            "request_id": request_id,
+            "prompt_len": len(request.prompt_ids),
+            "regions": [list(regions.get(name, (0, 0))) for name in self.regions],
+            "steps": request.steps,
+        }
+        fields: dict[str, Any] = {}
+        for kind, memory in self._instruments.items():
+            fields |= kind.ask(request, memory)
+        if fields and not request.probed:
+            raise ValueError(f"{', '.join(fields)}: a request that asks for it has to be probed")
+        parse_probe(extra | fields, self._config)
+        return extra | fields
 
     def step(self) -> list[Finished]:
-        """Run the engine once; the requests that finished in it, and those whose last step was recorded in it and that
-        answer on."""
+        """Run the engine once; return the requests that finished, and those that answer on past their last step."""
         done = []
         outputs = self.llm_engine.step()
         self.steps_run += 1
@@ -325,7 +248,7 @@ class ProbedEngine:
         return done
 
     def stop(self, request_id: int) -> bool:
-        """End a request that answers on, and free its slot; False where it has finished by now."""
+        """End a request that answers on, and free its slot; False if it has finished by now."""
         if str(request_id) not in self._running:
             return False
         self.llm_engine.abort_request([str(request_id)])
@@ -343,13 +266,10 @@ class ProbedEngine:
         self._tickets += 1
         probed = ticket.probed
         if probed:
-            rows = max(f.n_steps for f in probed) + 1
-            tenants = [(self._slot(f), f.request_id) for f in probed]
-            system, prompt = self.regions.index("system"), self.regions.index("prompt")
+            requests = [(self._slot(f), f.request_id) for f in probed]
+            n_steps = max(f.n_steps for f in probed) + 1
             self._unread.add(ticket.number)
-            self.llm_engine.collective_rpc(
-                "headrift_collect", args=(ticket.number, tenants, rows, system, prompt, want_mass)
-            )
+            self.llm_engine.collective_rpc("headrift_collect", args=(ticket.number, requests, n_steps, want_mass))
         # Every rank has enqueued its copies by now, ahead of whatever the slots' next requests will have it do.
         for f in finished:
             if not f.answering:
@@ -364,8 +284,9 @@ class ProbedEngine:
     def recordings(self, ticket: Ticket) -> list[Recording]:
         """The recordings of a ticket's probed requests, in their order; waits until they have arrived.
 
-        RuntimeError where a recording contradicts itself: the engine is then not to be trusted. ValueError where the
-        ticket has been read already or was dropped by `abort`.
+        Raises:
+            RuntimeError: a recording contradicts itself; the engine's numbers are wrong.
+            ValueError: the ticket has been read already or was dropped by `abort`.
         """
         if not ticket.probed:
             return []
@@ -374,17 +295,26 @@ class ProbedEngine:
         self._unread.remove(ticket.number)
         answers = self.llm_engine.collective_rpc("headrift_fetch", args=(ticket.number,))
         arrays = merge_recordings(answers, self.layers, self.heads)
-        recordings = []
-        for i, f in enumerate(ticket.probed):
-            n = f.n_steps + 1
-            mass = arrays["mass"][i, :n] if ticket.want_mass else None
-            kl = float(arrays["divergence"][i]) if "divergence" in arrays else float("nan")
-            distance = arrays["distance"][i, :n] if "distance" in arrays else None
-            entropy = arrays["row_entropy"][i, :n] if f.request.row_entropy else None
-            of_steps = arrays["share"][i, :n], arrays["first"][i], arrays["stats"][i, :n]
-            recordings.append(Recording(*of_steps, mass, kl, distance, entropy))
-            self._check(f, float(arrays["astray"][i]))
-        return recordings
+        return [self._read_recording(f, arrays, i) for i, f in enumerate(ticket.probed)]
+
+    def _read_recording(self, finished: Finished, arrays: Mapping[str, np.ndarray], i: int) -> Recording:
+        """The i-th recording of a ticket's arrays."""
+        n, prompt, first = finished.n_steps + 1, self.regions.index("prompt"), arrays["first"][i]
+        # Step 0 sees the prompt and nothing else, so its mass there is 1 (less with sinks, never more).
+        off = np.nan_to_num(np.abs(first[..., prompt] - 1)).max()
+        if not self.sinks and off > 1e-3:
+            raise RuntimeError(
+                f"request {finished.request_id}: a head's prompt mass at step 0 is {off:.6f} away from 1; "
+                "the recording cannot be trusted"
+            )
+        measures = {
+            output.name: arrays[output.name][i, :n] if output.per_step else arrays[output.name][i]
+            for kind in self._instruments
+            if kind.is_on(self.options) and kind.is_for(finished.request)
+            for output in kind.outputs
+        }
+        mass = arrays["mass"][i, :n] if "mass" in arrays else None
+        return Recording(arrays["share"][i, :n], np.delete(first, prompt, -1), mass, measures)
 
     def run(
         self,
@@ -466,24 +396,32 @@ class ProbedEngine:
         """`collect` and `recordings` in one, for a caller with nothing to do in between."""
         return self.recordings(self.collect(finished, want_mass))
 
-    def turned(self, clean: Sequence[int], ablated: Sequence[Sequence[int]], r_main: int) -> np.ndarray:
-        """How far each of n sets of kept hidden states is turned away from the clean ones: principal angles [n, r_main]
-        in degrees, smallest first, see `headrift.subspace`.
+    def principal_angles(self, clean: Sequence[int], ablated: Sequence[Sequence[int]], r_main: int) -> np.ndarray:
+        """Principal angles between the subspace of clean hidden states and that of each set of ablated ones.
 
-        clean: the numbers (`hidden_as`) of the queries' hidden states; ablated: n lists of as many. NaN where one was
-        not kept, or queries are alike. ValueError where r_main is not 1 to the number of queries and of components.
+        Args:
+            clean: The numbers (`hidden_as`) of the queries' kept hidden states.
+            ablated: n lists of as many numbers.
+            r_main: Dimensions of the subspaces, see `headrift.vllm_plugin.instruments.hidden_states`.
+
+        Returns:
+            [n, r_main] degrees, smallest first; NaN if a state was not kept, or queries are alike.
+
+        Raises:
+            ValueError: r_main is not 1 to the number of queries and components, or a number does not exist.
         """
-        most = min(len(clean), self.width)
+        most, kept = min(len(clean), self.width), self.options["hidden_states"]
         if not 1 <= r_main <= most:
             raise ValueError(f"r_main is 1 to {most} for {len(clean)} queries, not {r_main}")
         if any(len(row) != len(clean) for row in ablated):
             raise ValueError("every ablated set has as many hidden states as the clean one")
-        missing = {*clean, *(number for row in ablated for number in row)} - set(range(self.hidden_states))
+        missing = {*clean, *(number for row in ablated for number in row)} - set(range(kept))
         if missing:
-            raise ValueError(f"there is no hidden state {min(missing)}; this engine keeps {self.hidden_states}")
-        asked = list(clean), [list(row) for row in ablated], r_main
-        # Every rank has the whole of a hidden state, and finds the same.
-        return np.reshape(self.llm_engine.collective_rpc("headrift_turned", args=asked)[0], (len(ablated), r_main))
+            raise ValueError(f"there is no hidden state {min(missing)}; this engine keeps {kept}")
+        args = ("HiddenStates", "principal_angles", list(clean), [list(row) for row in ablated], r_main)
+        # Every rank has the whole of a hidden state, and computes the same.
+        angles = self.llm_engine.collective_rpc("headrift_call", args=args)[0]
+        return np.reshape(angles, (len(ablated), r_main))
 
     def abort(self) -> None:
         """Drop every request in flight and free its slot; drop what was collected and not read."""
@@ -498,14 +436,6 @@ class ProbedEngine:
             self.llm_engine.collective_rpc("headrift_forget")
             self._unread.clear()
 
-    def _check(self, finished: Finished, astray: float) -> None:
-        """Step 0 sees the prompt and nothing else, so its prompt mass is 1 (less with sinks, never more)."""
-        if not self.sinks and astray > 1e-3:
-            raise RuntimeError(
-                f"request {finished.request_id}: a head's prompt mass at step 0 is {astray:.6f} away from 1; "
-                "do not trust this engine's numbers"
-            )
-
 
 def _lora_request(folder: str) -> LoRARequest:
     from vllm.lora.request import LoRARequest
@@ -513,9 +443,9 @@ def _lora_request(folder: str) -> LoRARequest:
     return LoRARequest("adapter", 1, folder)
 
 
-def _logprobs(request: ProbeRequest, of_tokens: Sequence[Any]) -> list[float]:
-    """Of the prompt's tokens, out of what vLLM says of each position."""
-    return [float(of[token].logprob) for of, token in zip(of_tokens[1:], request.prompt_ids[1:])]
+def _logprobs(request: ProbeRequest, by_position: Sequence[Any]) -> list[float]:
+    """Log-probabilities of the prompt's tokens from the second on, out of vLLM's by position."""
+    return [float(known[token].logprob) for known, token in zip(by_position[1:], request.prompt_ids[1:])]
 
 
 def _without_prefix_cache(finished: Finished, recording: Recording) -> ProbeRequest:

@@ -1,14 +1,17 @@
-"""What a probed engine is asked for, and what it answers."""
+"""Requests to a probed engine, and what it returns."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from headrift import ablation, signal
-from headrift.aligned_keys import Run
+
+# Prompt tokens in common: [other, other + length) of the other prompt are [own, own + length) of this one.
+Run = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,7 @@ class ProbeRequest:
         rows_as: Keep the attention rows of all heads at the recorded steps under this reference number.
         rows_against: Record how far the attention rows are from those kept under this reference number.
         aligned: The prompt tokens that both have, for `rows_against`: runs (start in the reference, start in this one,
-            length), see `headrift.aligned_keys`.
+            length), see `headrift.key_alignment`.
         row_entropy: Record the entropy of each head's attention row.
         logprobs: Return the log-probability of each prompt token.
     """
@@ -60,10 +63,17 @@ class ProbeRequest:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A request that has run. answer_ids: the model's answer, or the replayed one; its last token was never fed.
+    """A request that has run.
 
-    answering: it has not finished, but its steps are all recorded, and it answers on; answer_ids are those so far.
-    logprobs: of the prompt's tokens from the second on, in nats, each given those before it; None unless asked for.
+    Attributes:
+        request_id: Its number, as `ProbedEngine.submit` returned it.
+        request: What was submitted.
+        answer_ids: The model's answer or the replayed one; its last token was never fed.
+        finish_reason: vLLM's: "stop", "length", ...
+        cached_tokens: Prompt tokens that were read from the prefix cache.
+        answering: It has not finished: its steps are all recorded, and it answers on; answer_ids are those so far.
+        logprobs: Log-probability (nats) of each prompt token from the second on, given those before it; None unless
+            the request says `logprobs`.
     """
 
     request_id: int
@@ -82,24 +92,31 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """What was recorded of one request: T = n_steps + 1 rows, NaN where a step was never computed.
+    """What was recorded of one request: T = n_steps + 1 steps, NaN for a step that was never computed.
 
-    share: [T, layers, heads]; first: [layers, heads, regions - 1], the masses of step 0 but the prompt's; stats: [T, 3]
-    next-token entropy (nats), top-1 probability and margin, NaN unless asked for; mass: [T, layers, heads, regions] or
-    None. divergence: KL in nats of the reference's next-token distribution to this one's at step 0, NaN unless
-    compared. distance: [T, layers, heads, 2], L2 and total variation of the attention rows from the reference's, NaN
-    unless compared, None where the engine keeps no rows. row_entropy: [T, layers, heads], -sum p ln p over the keys of
-    each head's attention row, in nats, None unless the request asks for it. A sink's part is no key's: it adds no term,
-    and the p then sum to less than 1.
+    Attributes:
+        share: [T, layers, heads], mass on the system region per mass on the prompt.
+        first: [layers, heads, regions - 1], masses of step 0, without the prompt's.
+        mass: [T, layers, heads, regions], or None.
+        measures: What the engine's instruments measured, by name; each is an attribute too. Those of headrift:
+            stats: [T, 3] next-token entropy (nats), top-1 probability and margin. Engine option `logit_stats`.
+            divergence: KL in nats of the reference's next-token distribution to this one's at step 0. Request field
+                `compare_with`.
+            distance: [T, layers, heads, 2], L2 and total variation of the attention rows from the reference's. Request
+                field `rows_against`.
+            row_entropy: [T, layers, heads], -sum p ln p over the keys of each head's attention row, in nats. A sink's
+                share is no key's: it adds no term, and the p then sum to less than 1. Request field `row_entropy`.
     """
 
     share: np.ndarray
     first: np.ndarray
-    stats: np.ndarray
     mass: np.ndarray | None
-    divergence: float = float("nan")
-    distance: np.ndarray | None = None
-    row_entropy: np.ndarray | None = None
+    measures: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "measures" and name in self.measures:
+            return self.measures[name]
+        raise AttributeError(f"this recording has no {name!r}: it was not measured")
 
     @property
     def missing_steps(self) -> list[int]:

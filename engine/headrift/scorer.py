@@ -163,7 +163,7 @@ class RequestScorer:
             logit_stats=stats,
             mass=mass,
             region_names=names,
-            attention_entropy=recording.row_entropy,
+            attention_entropy=recording.measures.get("row_entropy"),
         )
 
 

@@ -138,7 +138,7 @@ class FakeEngine(ProbedEngine):
         mass[..., others] *= mass[..., prompt, None] / len(others)
         share = signal.share(mass[..., system], mass[..., prompt]).astype(np.float32)
         stats = np.sort(random.random((len(share), 3), np.float32))[:, ::-1]
-        return Recording(share, mass[0][..., others], stats, mass if want_mass else None)
+        return Recording(share, mass[0][..., others], mass if want_mass else None, {"stats": stats})
 
     def stop(self, request_id: int) -> bool:
         """False: every request has finished."""

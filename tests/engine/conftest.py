@@ -115,7 +115,7 @@ def oracle(tiny_model, request):
     """The oracle of a model by name ("demo" for the demonstration model) or folder, loaded once."""
     loaded: dict[str | Path, Oracle] = {}
 
-    def of(name: str | Path) -> Oracle:
+    def load(name: str | Path) -> Oracle:
         if name not in loaded:
             if name == "demo":  # only here: tests of other models run without the demonstration model
                 folder = request.getfixturevalue("demo_model")
@@ -124,7 +124,7 @@ def oracle(tiny_model, request):
             loaded[name] = Oracle(folder)
         return loaded[name]
 
-    return of
+    return load
 
 
 class Agreement:
@@ -166,8 +166,8 @@ def assert_agrees() -> Agreement:
 def run_all(engine, requests, *, at_once: int | None = None) -> list[SimpleNamespace]:
     """Every request's Finished and Recording (masses included, None where not probed), in the order given."""
     results = engine.run(enumerate(requests), want_mass=True, at_once=at_once)
-    found = {i: SimpleNamespace(done=done, recording=recording) for i, done, recording in results}
-    return [found[i] for i in range(len(found))]
+    result = {i: SimpleNamespace(done=done, recording=recording) for i, done, recording in results}
+    return [result[i] for i in range(len(result))]
 
 
 @pytest.fixture(scope="session")

@@ -31,8 +31,11 @@ def random_heads(rng, engine, n: int) -> list[tuple[int, int, str]]:
 
 def kept(engine, reference: int) -> torch.Tensor:
     """The logits that an engine in this process has kept."""
-    found = engine.llm_engine.collective_rpc(lambda worker: Recorder.required(worker.vllm_config).kept.clone())
-    return found[0][reference]
+
+    def read(worker):
+        return Recorder.required(worker.vllm_config).instrument("Divergence").kept.clone()
+
+    return engine.llm_engine.collective_rpc(read)[0][reference]
 
 
 def mixed_requests(engine, seed: int, random_requests, n: int, **options) -> list[ProbeRequest]:
@@ -74,7 +77,7 @@ def test_an_engine_that_was_not_started_for_it_refuses(tiny_model, settings_of_t
         with pytest.raises(ValueError, match="ablation=True"):
             engine.submit(ProbeRequest([5, 6], {}, 0, ablate=[(0, 0, "scaling")]))
         recorder = engine.llm_engine.collective_rpc(lambda worker: Recorder.required(worker.vllm_config))[0]
-        assert recorder.ablations is None
+        assert recorder.instruments == []
 
 
 @pytest.mark.slow
@@ -130,8 +133,8 @@ def test_every_kind_agrees_with_hooks_in_mixed_batches(tiny, random_requests, ru
             expected = torch.softmax(oracle.run(request.prompt_ids, last).logits[0].double(), -1)
             fed = [*request.prompt_ids, *item.done.answer_ids[: item.done.n_steps]]
             top = torch.softmax(oracle.run(fed, last).logits.double(), -1).max(-1).values
-        for found in (logits[i], kept(engine, i)):
-            probabilities = torch.softmax(found.double(), -1)
+        for result in (logits[i], kept(engine, i)):
+            probabilities = torch.softmax(result.double(), -1)
             np.testing.assert_allclose(probabilities, expected, rtol=0, atol=TOLERANCE)
         np.testing.assert_allclose(item.recording.stats[:, 1], top, rtol=0, atol=TOLERANCE)
         clean = torch.softmax(oracle.run(request.prompt_ids, last).logits[0].double(), -1)
@@ -156,7 +159,7 @@ def test_an_undifferentiated_head_attends_every_key_it_may_see_alike(tiny, run):
 def test_divergence_from_a_kept_clean_row(tiny, random_requests, run):
     engine, oracle = tiny
     rng = np.random.default_rng(8)
-    found, expected = [], []
+    result, expected = [], []
     for request in random_requests(31, 3, steps=0, unprobed=0.0):
         ids, regions = request.prompt_ids, request.regions
         heads = [random_heads(rng, engine, n) for n in (1, 1, 2, 3)]
@@ -172,8 +175,8 @@ def test_divergence_from_a_kept_clean_row(tiny, random_requests, run):
             with oracle.ablated(entries):
                 log_q = torch.log_softmax(oracle.run(ids, len(ids) - 1).logits[0].double(), -1)
             expected.append(float((log_p.exp() * (log_p - log_q)).sum()))
-            found.append(item.recording.divergence)
-    np.testing.assert_allclose(found, expected, **DIVERGENCE)
+            result.append(item.recording.divergence)
+    np.testing.assert_allclose(result, expected, **DIVERGENCE)
     assert np.median(expected) > 1e-4
 
 
@@ -202,16 +205,16 @@ def test_rows_beside_an_ablated_one_are_the_same_bit_for_bit(tiny, run):
         return [ProbeRequest(prompts[0], regions, 4, ignore_eos=True, skip_prefix_cache=True, ablate=ablate), *others]
 
     clean = run(engine, requests([]))
-    beside = run(engine, requests([(0, 1, "undifferentiated"), (1, 0, "mean_output"), (2, 3, "scaling")]))
-    assert (clean[0].recording.mass != beside[0].recording.mass).any()
-    for one, other in zip(clean[1:], beside[1:], strict=True):
+    mixed = run(engine, requests([(0, 1, "undifferentiated"), (1, 0, "mean_output"), (2, 3, "scaling")]))
+    assert (clean[0].recording.mass != mixed[0].recording.mass).any()
+    for one, other in zip(clean[1:], mixed[1:], strict=True):
         assert one.done.answer_ids == other.done.answer_ids
         np.testing.assert_array_equal(one.recording.mass, other.recording.mass)
         np.testing.assert_array_equal(one.recording.stats, other.recording.stats)
 
 
 @one_model
-def test_a_slot_keeps_nothing_of_a_former_tenants_ablation(tiny, random_requests, run, assert_agrees):
+def test_a_slot_keeps_nothing_of_a_former_requests_ablation(tiny, random_requests, run, assert_agrees):
     engine, oracle = tiny
     everything = [(layer, head, "scaling") for layer in range(engine.layers) for head in range(engine.heads)]
     ids = np.random.default_rng(2).integers(3, 200, 20).tolist()
@@ -222,7 +225,7 @@ def test_a_slot_keeps_nothing_of_a_former_tenants_ablation(tiny, random_requests
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"ablate": [(3, 0, "scaling")]}, "layers are 0 to 2"),
+        ({"ablate": [(3, 0, "scaling")]}, "has layers 0 to 2"),
         ({"ablate": [(0, 6, "scaling")]}, "query heads 0 to 5"),
         ({"ablate": [(0, -1, "scaling")]}, "numbers from 0 on"),
         ({"ablate": [(0, True, "scaling")]}, "numbers from 0 on"),
@@ -254,13 +257,13 @@ def test_answers_and_a_text_are_ablated_throughout(tiny):
     prompts[1] = prompts[0][:70] + prompts[1][:9]
     arms = {"clean": [], "one": random_heads(rng, engine, 1), "some": random_heads(rng, engine, 3)}
     rows = []
-    found = answers(engine, prompts, arms, tokens=24, epsilon=EPSILON, on_rows=rows.append)
+    result = answers(engine, prompts, arms, tokens=24, epsilon=EPSILON, on_rows=rows.append)
     read = log_likelihoods(engine, prompts, arms, epsilon=EPSILON)
     assert sum(rows) == 9
     assert engine.free_slots == engine.slots
     for number, ids in enumerate(prompts):
         for arm, entries in arms.items():
-            answer = found[number][arm].answer_ids
+            answer = result[number][arm].answer_ids
             with oracle.ablated(entries, EPSILON):
                 logits = oracle.run([*ids, *answer[:-1]], 0).logits.double()
             assert len(answer) == 24 or answer[-1] == 2  # the end of text
@@ -270,6 +273,6 @@ def test_answers_and_a_text_are_ablated_throughout(tiny):
             of_text = torch.log_softmax(logits, -1)[range(len(ids) - 1), ids[1:]]
             # Rounding of some 1e-5 a token, of which most are positive as often as negative.
             assert read[arm][number] == pytest.approx(float(of_text.sum()), abs=1e-3)
-        answers_here = [found[number][arm].answer_ids for arm in arms]
+        answers_here = [result[number][arm].answer_ids for arm in arms]
         assert answers_here[0] != answers_here[2]
         assert abs(read["clean"][number] - read["some"][number]) > 0.05

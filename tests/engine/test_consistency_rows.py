@@ -1,6 +1,8 @@
 """Distances and entropies of attention rows taken inside vLLM against transformers' eager attention; and what taking
 them must leave alone."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.special import entr
@@ -82,9 +84,9 @@ def test_distances_agree_with_eager_attention_in_mixed_batches(tiny, run, random
         other, own = (ids, theirs.done.answer_ids[:n]), (wrapped_ids, ours.done.answer_ids[:n])
         expected = oracle.row_distances(other, own, runs)
         np.testing.assert_allclose(ours.recording.distance, expected, rtol=0, atol=TOLERANCE)
-        assert np.isnan(theirs.recording.distance).all()
+        assert "distance" not in theirs.recording.measures
         seen.append(expected)
-    assert all(np.isnan(i.recording.distance).all() for i in items if i.recording and i not in wrapped)
+    assert not any("distance" in i.recording.measures for i in items if i.recording and i not in wrapped)
     every = np.concatenate([result.reshape(-1, 2) for result in seen])
     assert np.ptp(every, axis=0).min() > 0.1, "the rows are about as far apart everywhere: a weak test"
 
@@ -106,7 +108,7 @@ def test_entropies_agree_with_eager_attention_in_mixed_batches(tiny, run, random
         np.testing.assert_allclose(item.recording.row_entropy, expected, rtol=0, atol=NATS)
         every.append(expected.ravel())
     assert np.ptp(np.concatenate(every)) > 1, "about as much entropy everywhere: a weak test"
-    assert all(item.recording.row_entropy is None for item in items[1::2] if item.recording)
+    assert not any("row_entropy" in item.recording.measures for item in items[1::2] if item.recording)
 
 
 @one_model
@@ -179,7 +181,7 @@ def test_a_step_in_which_nobody_asks_plans_nothing(tiny, run, random_requests):
     engine, _ = tiny
 
     def planned(worker):
-        return Recorder.required(worker.vllm_config).row_queries
+        return Recorder.required(worker.vllm_config).layer_plans
 
     ids = np.random.default_rng(2).integers(3, 200, 90).tolist()
     result = []
@@ -191,8 +193,9 @@ def test_a_step_in_which_nobody_asks_plans_nothing(tiny, run, random_requests):
             result.append(engine.llm_engine.collective_rpc(planned)[0])
             engine.drain(finished)
     # Only the second of the two steps that the last prompt takes has its last token.
-    assert [step is not None for step in result] == [False] * (len(result) - 1) + [True]
-    assert result[-1][0].kept.shape[1] == 1
+    assert [bool(step) for step in result] == [False] * (len(result) - 1) + [True]
+    ((_, (queries,)),) = result[-1]
+    assert queries.kept.shape[1] == 1
 
 
 @one_model
@@ -201,7 +204,8 @@ def test_rows_of_heads_on_the_device_take_what_is_said(tiny):
 
     def sizes(worker):
         recorder = Recorder.required(worker.vllm_config)
-        return recorder.bank.rows.nbytes, recorder.entropy.nbytes, recorder.bank.nbytes
+        distance, entropy = recorder.instrument("RowDistance"), recorder.instrument("RowEntropy")
+        return distance.rows.nbytes, entropy.nbytes, distance.nbytes
 
     rows, entropies, bank = engine.llm_engine.collective_rpc(sizes)[0]
     of_a_step = engine.layers * engine.heads * (STEPS + 1) * 4
@@ -237,6 +241,7 @@ def test_requests_that_are_refused_leave_the_engine_as_it_was(tiny, run, fields,
 @one_model
 def test_an_engine_that_was_not_started_for_entropies_refuses_them(tiny, monkeypatch):
     engine, _ = tiny
-    monkeypatch.setattr(engine, "row_entropy", False)
+    options = {**engine.options, "row_entropy": False}
+    monkeypatch.setattr(engine, "_config", replace(engine._config, options=options))
     with pytest.raises(ValueError, match="set row_entropy=True"):
         engine.submit(ProbeRequest([5, 6, 7], {"prompt": (0, 3)}, 0, row_entropy=True))

@@ -12,7 +12,6 @@ import transformers
 from typer.testing import CliRunner
 
 from headrift import signal
-from headrift.aligned_keys import L2, TV
 from headrift.cli import app
 from headrift.consistency import scoring_job
 from headrift.consistency.model import attach_lora, trainable_weights
@@ -20,6 +19,7 @@ from headrift.consistency.pairs import SYSTEM_PROMPT
 from headrift.consistency.scoring import ANSWERS, REGIONS, keys_needed, references_for, score_pairs
 from headrift.consistency.scoring_job import ConsistencyConfig, JobError, ScoringJob
 from headrift.errors import EngineError
+from headrift.key_alignment import L2, TV
 from headrift.probed_engine import ProbedEngine
 
 STEPS, TOLERANCE = 3, 1e-5

@@ -132,10 +132,10 @@ def test_unprobed_answers_are_plain_vllms_bit_for_bit(scorer, demo_model, settin
     params = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True, logprobs=0, detokenize=False)
     for i, ids in enumerate(prompts):
         engine.add_request(f"plain-{i}", TokensPrompt(prompt_token_ids=ids), params)
-    found = {}
+    result = {}
     while engine.has_unfinished_requests():
-        found |= {output.request_id: output.outputs[0] for output in engine.step() if output.finished}
-    answers = [found[f"plain-{i}"] for i in range(len(prompts))]
+        result |= {output.request_id: output.outputs[0] for output in engine.step() if output.finished}
+    answers = [result[f"plain-{i}"] for i in range(len(prompts))]
     ours = [
         [list(a.token_ids), [step[t].logprob for t, step in zip(a.token_ids, a.logprobs, strict=True)]] for a in answers
     ]
@@ -177,12 +177,12 @@ def test_what_leaves_is_small(scorer, generated):
     """The share tensor is all that leaves by default: no keys, no rows, no masses."""
     engine = scorer.engine
     ids = list(range(200, 300))
-    tenant = engine.submit(ProbeRequest(ids, {"system": (0, 50), "prompt": (0, 100)}, steps=8, ignore_eos=True))
+    request_id = engine.submit(ProbeRequest(ids, {"system": (0, 50), "prompt": (0, 100)}, steps=8, ignore_eos=True))
     finished = []
     while not finished:
         finished = engine.step()
-    slot = engine._slot_of[tenant]
-    engine.llm_engine.collective_rpc("headrift_collect", args=(-1, [(slot, tenant)], 9, 0, 2, False))
+    slot = engine._slot_of[request_id]
+    engine.llm_engine.collective_rpc("headrift_collect", args=(-1, [(slot, request_id)], 9, False))
     (raw,) = engine.llm_engine.collective_rpc("headrift_fetch", args=(-1,))
     cells = engine.layers * engine.heads * 4
     assert len(raw) <= 9 * cells + len(engine.regions) * cells + 9 * 16 + 1024

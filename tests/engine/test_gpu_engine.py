@@ -89,7 +89,7 @@ def rounded(tiny_model, tmp_path_factory):
 
     models: dict[tuple[str, torch.dtype], SimpleNamespace] = {}
 
-    def of(name, dtype):
+    def model(name, dtype):
         if (name, dtype) not in models:
             folder = tmp_path_factory.mktemp(name)
             load = transformers.AutoModelForCausalLM.from_pretrained
@@ -97,7 +97,7 @@ def rounded(tiny_model, tmp_path_factory):
             models[name, dtype] = SimpleNamespace(folder=folder, dtype=dtype)
         return models[name, dtype]
 
-    return of
+    return model
 
 
 @pytest.fixture(scope="session")

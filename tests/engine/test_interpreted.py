@@ -91,8 +91,8 @@ def test_model_runner_v2_in_a_process_of_its_own(tiny_model, oracle, assert_agre
     done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
-    found = json.loads(line.removeprefix("FOUND"))
-    assert len(found) == 2
-    for item in found:
+    result = json.loads(line.removeprefix("FOUND"))
+    assert len(result) == 2
+    for item in result:
         expected = oracle("llama-3to1").masses(item["prompt"], item["answer"], 3, [(2, 14), (15, 24), (0, 30)])
         np.testing.assert_allclose(item["mass"], expected, rtol=0, atol=assert_agrees.tolerance)

@@ -60,8 +60,8 @@ def test_a_compiled_model_agrees_and_is_found_again(
             assert not engine.llm_engine.vllm_config.model_config.enforce_eager
             items = run(engine, random_requests(1, 16, ignore_eos=True))
         assert assert_agrees(oracle("llama-3to1"), items) > 30
-        found = counts.num_aot_compiles - before[0], counts.num_aot_artifacts_loaded - before[1]
-        assert found == (compiled, loaded)
+        result = counts.num_aot_compiles - before[0], counts.num_aot_artifacts_loaded - before[1]
+        assert result == (compiled, loaded)
 
 
 def test_preempted_requests_resume_and_agree(tiny, run, preemptions, assert_agrees):
@@ -108,7 +108,7 @@ def test_hits_that_end_inside_a_block_agree(tiny, run, assert_agrees):
     prompts = [shared + rng.integers(3, 200, n).tolist() for n in (1, 3, 18, 19, 20, 40, 60, 2)]
     prompts[1][45] = prompts[0][45] + 1  # no two go on alike
     spans = [{"system": (2, 30), "user": (31, 43), "prompt": (0, len(ids))} for ids in prompts]
-    requests = [ProbeRequest(ids, of, steps=8, ignore_eos=True) for ids, of in zip(prompts, spans, strict=True)]
+    requests = [ProbeRequest(ids, entry, steps=8, ignore_eos=True) for ids, entry in zip(prompts, spans, strict=True)]
     first = ProbeRequest(prompts[0], {}, steps=0, probed=False)
     run(engine, [first], at_once=1)
     items = run(engine, requests)
@@ -124,8 +124,8 @@ def test_hits_that_end_inside_a_block_agree(tiny, run, assert_agrees):
 def test_a_block_is_not_copied_in_the_step_that_writes_it(tiny, run, assert_agrees):
     _, engine, oracle = tiny
     ids = np.random.default_rng(12).integers(3, 200, 46).tolist()
-    of = {"system": (2, 30), "user": (31, 43), "prompt": (0, 46)}
-    items = run(engine, [ProbeRequest(ids, of, steps=8, ignore_eos=True) for _ in range(3)])
+    entry = {"system": (2, 30), "user": (31, 43), "prompt": (0, 46)}
+    items = run(engine, [ProbeRequest(ids, entry, steps=8, ignore_eos=True) for _ in range(3)])
     assert max(item.done.cached_tokens for item in items) <= 32
     assert assert_agrees(oracle, items) == 3 * 9
 
@@ -148,7 +148,7 @@ def test_a_step_inside_a_cached_block_is_missing_and_run_computes_it(tiny, run, 
     np.testing.assert_allclose(third.recording.mass, first.recording.mass, rtol=0, atol=assert_agrees.tolerance)
 
 
-def test_slots_never_show_a_former_tenant(tiny, run, assert_agrees):
+def test_slots_never_show_a_former_request(tiny, run, assert_agrees):
     _, engine, oracle = tiny
     rng = np.random.default_rng(3)
 

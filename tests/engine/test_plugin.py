@@ -13,21 +13,24 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from headrift import engine_setup
-from headrift.engine_setup import attention_args, engine_config
 from headrift.errors import EngineError, RefusedError
 from headrift.probed_engine import ProbedEngine
+from headrift.vllm_engine import config as engine_settings
+from headrift.vllm_engine.config import attention_args, engine_config
 from headrift.vllm_plugin import plugin
-from headrift.vllm_plugin.backends.fused import count_measured, rows_from
-from headrift.vllm_plugin.recorder import MOST_SPLITS, Probe, Recorder, Settings
+from headrift.vllm_plugin.backends.triton import count_measured, rows_from
+from headrift.vllm_plugin.instruments import parse_config
+from headrift.vllm_plugin.probe import MOST_SPLITS, RecorderConfig
+from headrift.vllm_plugin.recorder import Recorder, probe_of
+from headrift.vllm_plugin.slots import Place
 
 # First as where headrift is installed and not asked for, then asked for: vLLM's plugins are loaded anew.
 OPT_IN = """
 import json, os, sys
 import vllm.plugins
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-for asked in (False, True):
-    if asked:
+for switched_on in (False, True):
+    if switched_on:
         os.environ[sys.argv[1]] = "1"
     vllm.plugins.plugins_loaded = False
     vllm.plugins.load_general_plugins()
@@ -40,10 +43,10 @@ def test_the_plugin_does_nothing_unless_asked(monkeypatch):
     monkeypatch.delenv(plugin.SWITCH, raising=False)
     command = [sys.executable, "-c", OPT_IN, plugin.SWITCH]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    (unasked, loaded), (asked, _) = map(json.loads, done.stdout.splitlines()[-2:])
-    assert unasked == "vllm.v1.attention.backends.cpu_attn"
-    assert loaded == ["headrift", "headrift.vllm_plugin", "headrift.vllm_plugin.plugin"]
-    assert asked == "headrift.vllm_plugin.backends.cpu"
+    (default, loaded), (ours, _) = map(json.loads, done.stdout.splitlines()[-2:])
+    assert default == "vllm.v1.attention.backends.cpu_attn"
+    assert loaded == ["headrift", "headrift._version", "headrift.vllm_plugin", "headrift.vllm_plugin.plugin"]
+    assert ours == "headrift.vllm_plugin.backends.cpu"
 
 
 def config_of(folder, **options):
@@ -138,34 +141,40 @@ def test_a_model_that_is_not_there(tmp_path):
     [
         ({"slot": 4}, "slot 4"),
         ({"slot": -1}, "slot -1"),
-        ({"steps": 9}, "steps 0..8"),
+        ({"steps": 9}, "steps=9: .* steps 0..8"),
         ({"prompt_len": 0}, "at least one"),
         ({"regions": [[0, 1]] * 4}, "4 regions"),
         ({"regions": [[5, 2]]}, "start"),
         ({"colour": "red"}, "colour"),
+        ({"keep_as": 0}, "keep_as is off in this engine: set references"),
     ],
 )
 def test_probes_that_cannot_be_recorded(change, message):
-    probe = {"slot": 0, "tenant": 1, "prompt_len": 10, "regions": [[0, 5]], "steps": 4}
-    settings = Settings(slots=4, steps=8, regions=3)
-    assert Probe.of(SamplingParams(extra_args={"headrift": probe}), settings) is not None
+    probe = {"slot": 0, "request_id": 1, "prompt_len": 10, "regions": [[0, 5]], "steps": 4}
+    config = parse_config({"slots": 4, "steps": 8})
+    assert probe_of(SamplingParams(extra_args={"headrift": probe}), config) is not None
     with pytest.raises(ValueError, match=message):
-        Probe.of(SamplingParams(extra_args={"headrift": {**probe, **change}}), settings)
+        probe_of(SamplingParams(extra_args={"headrift": {**probe, **change}}), config)
 
 
 def test_several_answers_to_one_prompt_are_refused():
-    probe = {"slot": 0, "tenant": 1, "prompt_len": 10, "regions": [], "steps": 4}
+    probe = {"slot": 0, "request_id": 1, "prompt_len": 10, "regions": [], "steps": 4}
     with pytest.raises(ValueError, match="n=2"):
-        Probe.of(SamplingParams(n=2, extra_args={"headrift": probe}), Settings(slots=1, steps=4))
+        probe_of(SamplingParams(n=2, extra_args={"headrift": probe}), RecorderConfig(slots=1, steps=4))
+
+
+def make_recorder(**options) -> Recorder:
+    config = parse_config({"slots": 2, "steps": 3, "regions": 2, **options})
+    return Recorder(config, Place(range(2), range(2)), 4, torch.device("cpu"))
 
 
 @pytest.fixture
 def recorder() -> Recorder:
-    return Recorder(Settings(slots=2, steps=3, regions=2), layers=2, heads=2, batch_rows=4, device=torch.device("cpu"))
+    return make_recorder()
 
 
-def probe(slot: int, tenant: int) -> SamplingParams:
-    extra = {"slot": slot, "tenant": tenant, "prompt_len": 7, "regions": [[0, 3], [0, 7]], "steps": 2}
+def probe(slot: int, request_id: int) -> SamplingParams:
+    extra = {"slot": slot, "request_id": request_id, "prompt_len": 7, "regions": [[0, 3], [0, 7]], "steps": 2}
     return SamplingParams(extra_args={"headrift": extra})
 
 
@@ -176,7 +185,7 @@ def publish(recorder: Recorder, rows: list[int], seq_lens: list[int], real: bool
     recorder.publish(np.array(rows, np.intp), torch.tensor(seq_lens, dtype=torch.int32))
 
 
-def test_a_new_tenant_finds_an_empty_slot_and_a_returning_one_its_own(recorder):
+def test_a_new_request_finds_an_empty_slot_and_a_returning_one_its_own(recorder):
     assert recorder.admit(None) == recorder.admit(SamplingParams()) == -1
     assert recorder.admit(probe(1, 10)) == 1
     publish(recorder, [0], [7])
@@ -189,12 +198,11 @@ def test_a_new_tenant_finds_an_empty_slot_and_a_returning_one_its_own(recorder):
     assert torch.isnan(recorder.mass[1]).all()
     assert recorder.bounds[1].tolist() == [[0, 3], [0, 7]]
     assert recorder.prompt_len[1] == 7
-    assert recorder.n_rows[1] == 3
+    assert recorder.step_limit[1] == 3
 
 
 def test_rows_beyond_the_batch_are_not_probed():
-    settings = Settings(slots=2, steps=3, regions=2, logit_stats=True)
-    recorder = Recorder(settings, layers=2, heads=2, batch_rows=4, device=torch.device("cpu"))
+    recorder = make_recorder(logit_stats=True)
     recorder.runner_rows[:] = [1, -1, 0, 1]
     recorder.prompt_len[:] = torch.tensor([5, 7])
     publish(recorder, [0, 1, 2], [9, 4, 5])
@@ -214,15 +222,15 @@ def test_a_made_up_batch_is_not_probed_though_its_row_numbers_are_live(recorder)
     assert recorder.row_slot.tolist() == [-1] * 4
 
 
-def test_the_last_of_two_tenants_between_two_steps_is_installed(recorder):
+def test_the_last_of_two_requests_between_two_steps_is_installed(recorder):
     recorder.admit(probe(0, 1))
     late = SamplingParams(
-        extra_args={"headrift": {"slot": 0, "tenant": 2, "prompt_len": 9, "regions": [[1, 4]], "steps": 1}}
+        extra_args={"headrift": {"slot": 0, "request_id": 2, "prompt_len": 9, "regions": [[1, 4]], "steps": 1}}
     )
     recorder.admit(late)
     publish(recorder, [0], [9])
     assert recorder.bounds[0].tolist() == [[1, 4], [0, 0]]
-    assert (int(recorder.prompt_len[0]), int(recorder.n_rows[0])) == (9, 2)
+    assert (int(recorder.prompt_len[0]), int(recorder.step_limit[0])) == (9, 2)
 
 
 class Builder:
@@ -290,7 +298,7 @@ def test_auto_falls_back_to_triton_if_flash_attention_cannot_attend(
     config = config_of(tiny_model(model), **options)
     assert any(word in reason for reason in plugin.flash_misfits(config)) if word else not plugin.flash_misfits(config)
     monkeypatch.setenv(plugin.BACKEND, "flash")
-    engine_setup._fall_back_to_triton(config)
+    engine_settings._fall_back_to_triton(config)
     assert os.environ[plugin.BACKEND] == ("triton" if word else "flash")
     assert (config.attention_config.backend is not None and config.attention_config.backend.name == "TRITON_ATTN") == (
         word is not None
@@ -332,7 +340,7 @@ def test_rows_after_the_decode_rows_keep_their_alignment():
 
 def test_measured_queries_are_counted_without_the_device(recorder):
     """Generating: a prompt's last token alone. Replaying, or again after preemption: queries before a row's last."""
-    recorder.prompt_lens[:], recorder.rows_wanted[:] = [7, 20], [3, 3]
+    recorder.prompt_lens[:], recorder.step_limits[:] = [7, 20], [3, 3]
     recorder.slots = np.array([0, -1, 1], np.int32)
 
     def count(seq_lens: list[int], lengths: list[int]):
@@ -349,8 +357,8 @@ def test_splits_are_bounded_by_what_the_kernels_are_compiled_for():
     from headrift_kernels.triton import decode_mass
 
     assert MOST_SPLITS == decode_mass.MOST_SPLITS
-    with pytest.raises(ValueError, match="splits are 0 to 32, not 33"):
-        Settings(slots=1, steps=1, splits=MOST_SPLITS + 1)
+    with pytest.raises(ValueError, match="0 to 32 splits, not 33"):
+        RecorderConfig(slots=1, steps=1, splits=MOST_SPLITS + 1)
 
 
 def test_the_backend_of_a_machine(monkeypatch):
@@ -358,13 +366,13 @@ def test_the_backend_of_a_machine(monkeypatch):
     assert plugin.backend_for("auto", gpu=False) == "cpu"
     assert plugin.backend_for("auto", gpu=True) == "flash"
     assert plugin.backend_for("triton", gpu=True) == "triton"
-    for asked, gpu, why in (
+    for request_options, gpu, why in (
         ("fancy", True, "there is no"),
         ("cpu", True, "CPU build"),
         ("triton", False, "needs a GPU"),
     ):
         with pytest.raises(ValueError, match=why):
-            plugin.backend_for(asked, gpu)
+            plugin.backend_for(request_options, gpu)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert plugin.backend_for("triton", gpu=False) == "triton"
 

@@ -9,7 +9,7 @@ from headrift.errors import EngineError
 from headrift.probed_engine import ProbedEngine
 from headrift.requests import ProbeRequest
 from headrift.vllm_plugin import plugin
-from headrift.vllm_plugin.drain import Place
+from headrift.vllm_plugin.slots import Place
 
 # Two float32 computations of the same model. Ranks add up the parts of each matrix product in an all-reduce, another
 # order of summation, which moves q and k by some 1e-6 relative; a softmax turns that into some 1e-5 of a probability
@@ -86,21 +86,21 @@ def test_two_ranks_agree_with_transformers(both, oracle):
         np.testing.assert_allclose(recording.stats, statistics, rtol=0, atol=STATISTICS_TOLERANCE)
 
 
-def test_what_is_collected_may_be_read_when_its_slots_have_new_tenants(both, oracle):
+def test_what_is_collected_may_be_read_when_its_slots_have_new_requests(both, oracle):
     name, engine, _, _ = both
     rng = np.random.default_rng(4)
 
     def fill() -> list[int]:
-        tenants = []
+        ids_of_requests = []
         while engine.free_slots:
             ids = rng.integers(3, 200, 40).tolist()
             request = ProbeRequest(ids, {"system": (0, 15), "prompt": (0, 40)}, steps=3, ignore_eos=True)
-            tenants.append(engine.submit(request))
-        return tenants
+            ids_of_requests.append(engine.submit(request))
+        return ids_of_requests
 
-    def finish(tenants: list[int]) -> list:
+    def finish(submitted: list[int]) -> list:
         done = []
-        while len(done) < len(tenants):
+        while len(done) < len(submitted):
             done += engine.step()
         return done
 
@@ -133,7 +133,7 @@ def test_places_follow_vllms_order_of_ranks(tiny_model):
     config = config_of(tiny_model("llama-3to1"), tensor_parallel_size=3, pipeline_parallel_size=2)
     places = []
     for config.parallel_config.rank in range(6):
-        place = Place.of(config)
+        place = Place.from_config(config)
         places.append((list(place.layers), list(place.heads), place.logits))
     first, second = ([0, 1], [2]) if len(places[0][0]) == 2 else ([0], [1, 2])
     assert places == [

@@ -87,7 +87,7 @@ def test_a_plain_server_is_untouched(demo_model, tmp_path):
     assert answers == expected
     assert all(len(answer) == 12 for answer in answers)
     ours = {name for name in imported if name.split(".")[0].startswith("headrift")}
-    assert ours == {"headrift", "headrift.vllm_plugin", "headrift.vllm_plugin.plugin"}
+    assert ours == {"headrift", "headrift._version", "headrift.vllm_plugin", "headrift.vllm_plugin.plugin"}
     assert not any(name.startswith("headrift") for name in without)
     # vLLM's own backend attends; ours would come from headrift.vllm_plugin.backends.
     assert "vllm.v1.attention.backends.cpu_attn" in imported & without

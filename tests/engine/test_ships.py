@@ -118,7 +118,9 @@ def test_the_demonstration_model(demo_model, oracle, settings_of_tests):
         engine.submit(ProbeRequest(ids[0], {"prompt": (0, len(ids[0]))}, 0, ablate=group, keep_as=0))
         (done,) = engine.step()
         engine.drain([done])
-        kept = engine.llm_engine.collective_rpc(lambda worker: _recorder(worker).kept[0].clone())[0]
+        kept = engine.llm_engine.collective_rpc(
+            lambda worker: _recorder(worker).instrument("Divergence").kept[0].clone()
+        )[0]
     with oracle("demo").ablated(group):
         logits = oracle("demo").run(ids[0], len(ids[0]) - 1).logits[0]
     p, expected = (torch.softmax(x.double(), -1) for x in (kept, logits))
@@ -347,7 +349,9 @@ def test_hidden_states_are_kept_at_the_last_prompt_token_only(planted, run):
     answered = ProbeRequest(ids, regions, 0, ignore_eos=True, hidden_as=1, answer_tokens=5)
     reported = ProbeRequest(ids, regions, 0, ignore_eos=True, hidden_as=2, logprobs=True)
     run(engine, [answered, reported, ProbeRequest(ids, regions, 0)])
-    result = engine.llm_engine.collective_rpc(lambda worker: _recorder(worker).hidden.clone())[0]
+    result = engine.llm_engine.collective_rpc(
+        lambda worker: _recorder(worker).instrument("HiddenStates").hidden.clone()
+    )[0]
     expected = last_hidden_states(oracle, [ids])[:, 0]
     for number in (1, 2):
         # Of size 1 after the norm, by two float32 computations.
@@ -356,7 +360,7 @@ def test_hidden_states_are_kept_at_the_last_prompt_token_only(planted, run):
     engine.submit(ProbeRequest(ids[::-1], regions, 0, hidden_as=1))
     assert engine.step() == []
     engine.abort()
-    angles = engine.turned([2], [[2], [1]], 1)
+    angles = engine.principal_angles([2], [[2], [1]], 1)
     assert angles[0] == pytest.approx(0.0, abs=1e-12)
     assert np.isnan(angles[1])
 
@@ -390,8 +394,8 @@ def test_hidden_states_that_the_engine_does_not_keep(planted):
         engine.submit(ProbeRequest([5, 6], {}, 0, hidden_as=-1))
     for clean, ablated, r_main, message in (
         ([0, 1], [[2]], 1, "as many"),
-        ([0], [[engine.hidden_states]], 1, f"this engine keeps {engine.hidden_states}"),
+        ([0], [[engine.options["hidden_states"]]], 1, f"this engine keeps {engine.options['hidden_states']}"),
         ([0, 1], [[2, 3]], 3, "r_main is 1 to 2"),
     ):
         with pytest.raises(ValueError, match=message):
-            engine.turned(clean, ablated, r_main)
+            engine.principal_angles(clean, ablated, r_main)

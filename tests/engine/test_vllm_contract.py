@@ -131,7 +131,7 @@ def test_engine_settings_and_instance_id():
 
 
 def test_where_hits_inside_a_block_are_put_together():
-    """What prefix_tails.py replaces, and the parts of vLLM's that it relies on."""
+    """What cpu_patches.py replaces, and the parts of vLLM's that it relies on."""
     assert "resolve_kv_cache_block_sizes(" in inspect.getsource(EngineCore.__init__)
     assert "get_kv_cache_coordinator(" in inspect.getsource(KVCacheManager.__init__)
     assert FullAttentionManager.supports_fine_grained_hash_lookup

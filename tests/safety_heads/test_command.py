@@ -16,7 +16,7 @@ def queries(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--heads", "30:0"], "its layers are 0 to 29"),
+        (["--heads", "30:0"], "it has layers 0 to 29"),
         (["--heads", "0:9"], "query heads 0 to 8"),
         (["--heads", "3"], "'3' is not LAYER:HEAD"),
         (["--heads", "3:1,3:1"], "twice"),

@@ -43,7 +43,7 @@ def ranked(tmp_path):
     ("options", "message"),
     [
         ([], "no head to ablate"),
-        (["--heads", "30:0"], "its layers are 0 to 29"),
+        (["--heads", "30:0"], "it has layers 0 to 29"),
         (["--heads", "0:9"], "query heads 0 to 8"),
         (["--heads", "1:1", "--from", "RUN", "--top", "2"], "both choose heads"),
         (["--heads", "1:1", "--top", "2"], "--from RUN"),

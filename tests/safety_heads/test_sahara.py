@@ -23,7 +23,7 @@ from headrift.safety_heads.sahara import Step, hidden_states_for
         (["--steps", "271"], "there are 270 heads"),
         (["--steps", "2", "--heads", "3:0"], "there are 1 heads"),
         (["--steps", "65", "--quick"], "there are 64 heads"),
-        (["--heads", "30:0"], "its layers are 0 to 29"),
+        (["--heads", "30:0"], "it has layers 0 to 29"),
         (["--heads", "3"], "'3' is not LAYER:HEAD"),
         (["--epsilon", "nan"], "epsilon"),
         (["--epsilon", "small"], "Invalid value for '--epsilon'"),

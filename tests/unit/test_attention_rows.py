@@ -1,13 +1,13 @@
-"""Attention rows in torch against the kernels' oracle, with all that a layer can do to its scores; and what the bank
-plans and keeps."""
-
-from types import SimpleNamespace
+"""Attention rows in torch against the kernels' oracle, with all that changes scores; what is planned and kept."""
 
 import numpy as np
 import pytest
 import torch
 
-from headrift.vllm_plugin.attention_rows import RowBank, attention_rows
+from headrift.vllm_plugin.instruments.attention_rows import RowDistance, attention_rows
+from headrift.vllm_plugin.instruments.base import StepBatch
+from headrift.vllm_plugin.probe import Probe, RecorderConfig
+from headrift.vllm_plugin.slots import Place, SlotTable
 from headrift_kernels import reference
 
 HEADS, KV_HEADS, DIM = 6, 2, 16
@@ -31,44 +31,42 @@ def test_rows_are_the_oracles(name):
     # What lies past a query's own key is anything at all.
     for row, last in enumerate(positions[:, -1].tolist()):
         keys[row, ..., last + 1 :] = torch.nan
-    found = attention_rows(query, keys, positions, **options)
-    assert found.shape == (2, 3, HEADS, 32)
+    result = attention_rows(query, keys, positions, **options)
+    assert result.shape == (2, 3, HEADS, 32)
     for row in range(2):
         for at in range(3):
             n = int(positions[row, at]) + 1
             seen = keys[row, ..., :n].permute(2, 0, 1)
             expected = reference.attend(query[row, at], seen, seen, **options).probabilities
-            np.testing.assert_allclose(found[row, at, :, :n], expected, rtol=0, atol=1e-6)
-            assert (found[row, at, :, n:] == 0).all()
+            np.testing.assert_allclose(result[row, at, :, :n], expected, rtol=0, atol=1e-6)
+            assert (result[row, at, :, n:] == 0).all()
 
 
-def bank_of(**asked) -> RowBank:
-    """A bank of 4 slots whose slot 1 keeps, and slot 2 compares with, reference 0."""
-    sizes = {"slots": 4, "references": 2, "steps": 2, "layers": 1, "heads": HEADS, "keys": 24}
-    bank = RowBank(**sizes, device=torch.device("cpu"))
-    none = {"rows_as": None, "rows_against": None, "aligned": (), "other_len": 0, "prompt_len": 10, "steps": 2}
-    bank.admit(0, SimpleNamespace(**none))
-    bank.admit(1, SimpleNamespace(**none | {"rows_as": 0}))
-    bank.admit(2, SimpleNamespace(**none | {"rows_against": 0, "other_len": 10, "aligned": [(0, 0, 10)], **asked}))
-    bank.admit(3, SimpleNamespace(**none))
-    bank.install(np.arange(4), torch.arange(4), torch.from_numpy)
-    return bank
+def rows_of_requests(**fields) -> RowDistance:
+    """Of 4 slots, slot 1 keeps its rows as reference 0, and slot 2 is compared with that."""
+    config = RecorderConfig(slots=4, steps=2, options={"row_references": 2, "row_keys": 24})
+    table = SlotTable(config, 4, torch.device("cpu"))
+    table.prompt_lens[:], table.step_limits[:] = 10, 3
+    instrument = RowDistance(table, Place(range(1), range(HEADS)))
+    compared = {"rows_against": 0, "other_len": 10, "aligned": [(0, 0, 10)], **fields}
+    for slot, fields_of_slot in enumerate(({}, {"rows_as": 0}, compared, {})):
+        instrument.admit(slot, Probe(slot, slot, prompt_len=10, regions=[], steps=2, fields=fields_of_slot))
+    instrument.install(np.arange(4), torch.arange(4))
+    return instrument
 
 
-def planned(bank, slots, lengths, seq_lens):
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    prompt_lens, wanted = np.full(4, 10), np.full(4, 3)
-    return bank.plan(np.array(slots), starts, np.array(seq_lens), prompt_lens, wanted, torch.from_numpy)
+def plan(instrument, slots, lengths, seq_lens):
+    return instrument.plan(StepBatch(np.array(slots), np.concatenate([[0], np.cumsum(lengths)]), np.array(seq_lens)))
 
 
 def test_only_queries_at_recorded_steps_of_those_that_ask_are_planned():
-    bank = bank_of()
-    assert planned(bank, [0, 3, -1], [1, 1, 1], [11, 10, 12]) is None  # nobody asks
-    assert planned(bank, [1, 2], [5, 9], [8, 9]) is None  # chunks of prompts that go on
-    assert planned(bank, [1], [1], [13]) is None  # past the last step
+    instrument = rows_of_requests()
+    assert plan(instrument, [0, 3, -1], [1, 1, 1], [11, 10, 12]) is None  # nobody asks
+    assert plan(instrument, [1, 2], [5, 9], [8, 9]) is None  # chunks of prompts that go on
+    assert plan(instrument, [1], [1], [13]) is None  # past the last step
     # The last prompt token of a chunk; a decode step; a replayed answer, of whose tokens three are recorded steps.
-    found = planned(bank, [0, 1, 1, 2], [1, 4, 1, 13], [11, 10, 11, 14])
-    one, three = found
+    result = plan(instrument, [0, 1, 1, 2], [1, 4, 1, 13], [11, 10, 11, 14])
+    one, three = result
     assert (one.rows.tolist(), one.tokens.tolist(), one.positions.tolist()) == ([1, 2], [4, 5], [[9], [10]])
     assert one.kept.tolist() == [[0, 1], [0, 0], [0, 1]]
     assert one.compared is None
@@ -79,9 +77,9 @@ def test_only_queries_at_recorded_steps_of_those_that_ask_are_planned():
 
 
 def test_many_rows_are_taken_so_many_keys_at_a_time(monkeypatch):
-    monkeypatch.setattr("headrift.vllm_plugin.attention_rows._KEYS_AT_ONCE", 24)
-    found = planned(bank_of(), [1] * 5, [1] * 5, [11] * 5)
-    assert [queries.rows.tolist() for queries in found] == [[0, 1], [2, 3], [4]]
+    monkeypatch.setattr("headrift.vllm_plugin.instruments.attention_rows._KEYS_AT_ONCE", 24)
+    result = plan(rows_of_requests(), [1] * 5, [1] * 5, [11] * 5)
+    assert [queries.rows.tolist() for queries in result] == [[0, 1], [2, 3], [4]]
 
 
 def test_a_row_is_no_distance_from_itself_and_its_mass_from_nothing():
@@ -89,11 +87,13 @@ def test_a_row_is_no_distance_from_itself_and_its_mass_from_nothing():
     query, keys = torch.randn(2, HEADS, DIM), torch.randn(2, KV_HEADS, DIM, 16)
     query[1], keys[1] = query[0], keys[0]
     for runs, l2_of, tv_of in (([(0, 0, 10)], lambda p: 0, lambda p: 0), ([], lambda p: p.norm(dim=-1), lambda p: 0.5)):
-        bank = bank_of(aligned=runs)
-        (both,) = planned(bank, [1, 2], [1, 1], [10, 10])
+        instrument = rows_of_requests(aligned=runs)
+        (both,) = plan(instrument, [1, 2], [1, 1], [10, 10])
         kept = attention_rows(query[:1, None], keys[:1], torch.tensor([[9]]), **PLAIN)[0, 0]
-        bank.take(0, both, query, keys, **PLAIN)
-        torch.testing.assert_close(bank.rows[0, 0, 0, :, :16], kept, rtol=0, atol=1e-7)
+        instrument.take(0, both, query, keys, **PLAIN)
+        torch.testing.assert_close(instrument.rows[0, 0, 0, :, :16], kept, rtol=0, atol=1e-7)
         for kind, expected in enumerate((l2_of(kept), tv_of(kept))):
-            np.testing.assert_allclose(bank.distance[2, 0, 0, :, kind], np.broadcast_to(expected, HEADS), atol=1e-6)
-        assert bank.distance[[0, 1, 3]].isnan().all()
+            np.testing.assert_allclose(
+                instrument.distance[2, 0, 0, :, kind], np.broadcast_to(expected, HEADS), atol=1e-6
+            )
+        assert instrument.distance[[0, 1, 3]].isnan().all()

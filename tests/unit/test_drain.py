@@ -8,19 +8,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vllm import SamplingParams
 
 from headrift import signal
-from headrift.ranks import RanksError, merge_descriptions, merge_recordings
-from headrift.vllm_plugin.drain import Drain, Place
-from headrift.vllm_plugin.recorder import Recorder, Settings
+from headrift.vllm_engine.tensor_parallel import RanksError, merge_descriptions, merge_recordings
+from headrift.vllm_plugin.drain import Drain
+from headrift.vllm_plugin.instruments import parse_config
+from headrift.vllm_plugin.recorder import Recorder
+from headrift.vllm_plugin.slots import Place
 
-SETTINGS = Settings(slots=3, steps=4, regions=3)
-LAYERS, HEADS = 5, 6
-# Slots and tenants of the requests that are drained, and how many rows of each.
-TENANTS, ROWS = [(2, 21), (0, 20)], 4
 SYSTEM, PROMPT = 0, 2
+CONFIG = parse_config(
+    {"slots": 3, "steps": 4, "regions": 3, "system_region": SYSTEM, "prompt_region": PROMPT, "logit_stats": True}
+)
+LAYERS, HEADS = 5, 6
+# Slots and ids of the requests that are drained, and how many steps of each.
+REQUESTS, STEPS = [(2, 21), (0, 20)], 4
 
 
-def admit(recorder: Recorder, slot: int, tenant: int) -> None:
-    extra = {"slot": slot, "tenant": tenant, "prompt_len": 7, "regions": [[0, 3], [3, 5], [0, 7]], "steps": 4}
+def admit(recorder: Recorder, slot: int, request_id: int) -> None:
+    extra = {"slot": slot, "request_id": request_id, "prompt_len": 7, "regions": [[0, 3], [3, 5], [0, 7]], "steps": 4}
     recorder.admit(SamplingParams(extra_args={"headrift": extra}))
 
 
@@ -28,25 +32,25 @@ def admit(recorder: Recorder, slot: int, tenant: int) -> None:
 def masses() -> torch.Tensor:
     """What a rank with the whole model would have recorded; one step of one request was never computed."""
     generator = torch.Generator().manual_seed(0)
-    values = torch.rand((SETTINGS.slots, SETTINGS.rows, LAYERS, HEADS, SETTINGS.regions), generator=generator)
+    values = torch.rand((CONFIG.slots, CONFIG.steps + 1, LAYERS, HEADS, CONFIG.regions), generator=generator)
     values[0, 1] = torch.nan
     values[2, 2, 3, 4] = 0.0
     return values
 
 
 def rank(masses: torch.Tensor, layers: range, heads: range, *, logits: bool = False, device: str = "cpu") -> Drain:
-    """The drain of a rank that holds these layers and heads and has recorded its part; both tenants have run."""
-    recorder = Recorder(SETTINGS, len(layers), len(heads), batch_rows=4, device=torch.device(device))
-    for slot, tenant in TENANTS:
-        admit(recorder, slot, tenant)
+    """The drain of a rank that holds these layers and heads and has recorded its part; both requests have run."""
+    recorder = Recorder(CONFIG, Place(layers, heads, logits), 4, torch.device(device))
+    for slot, request_id in REQUESTS:
+        admit(recorder, slot, request_id)
     recorder.mass.copy_(masses[:, :, layers.start : layers.stop, heads.start : heads.stop])
     # Only a rank with the logits has anything here; what the others hold must not be taken.
-    recorder.stats.fill_(0.5 if logits else -1.0)
-    return Drain(recorder, Place(layers, heads, logits))
+    recorder.instrument("LogitStatistics").stats.fill_(0.5 if logits else -1.0)
+    return Drain(recorder)
 
 
-def answer(drain: Drain, *, tenants=TENANTS, rows: int = ROWS, want_mass: bool = True) -> bytes:
-    drain.collect(0, tenants, rows, SYSTEM, PROMPT, want_mass)
+def answer(drain: Drain, *, requests=REQUESTS, n_steps: int = STEPS, want_mass: bool = True) -> bytes:
+    drain.collect(0, requests, n_steps, want_mass)
     return drain.fetch(0)
 
 
@@ -86,34 +90,33 @@ TWO_STAGES, THREE_SHARES = [range(2), range(2, LAYERS)], [range(2), range(2, 4),
 def test_ranks_make_up_the_model_in_its_own_order(masses, stages, shares, order):
     answers = [answer(drain) for drain in grid(masses, stages, shares)][::order]
     whole = merge_recordings(answers, LAYERS, HEADS)
-    expected = masses[[slot for slot, _ in TENANTS], :ROWS].numpy()
+    expected = masses[[slot for slot, _ in REQUESTS], :STEPS].numpy()
     np.testing.assert_array_equal(whole["mass"], expected)
-    np.testing.assert_array_equal(whole["first"], np.delete(expected[:, 0], PROMPT, -1))
-    np.testing.assert_array_equal(whole["astray"], np.abs(expected[:, 0, ..., PROMPT] - 1).max(axis=(1, 2)))
+    np.testing.assert_array_equal(whole["first"], expected[:, 0])
     with np.errstate(invalid="ignore"):
         share = np.where(expected[..., PROMPT] == 0, 0, expected[..., SYSTEM] / expected[..., PROMPT])
     np.testing.assert_array_equal(whole["share"], share)
     assert np.isnan(whole["share"][1, 1]).all()
-    np.testing.assert_array_equal(whole["stats"], np.full((2, ROWS, 3), 0.5, np.float32))
+    np.testing.assert_array_equal(whole["stats"], np.full((2, STEPS, 3), 0.5, np.float32))
 
 
 def test_masses_leave_only_when_asked_for(masses):
     ranks = grid(masses, ALL_LAYERS, THREE_SHARES)
     whole = merge_recordings([answer(drain, want_mass=False) for drain in ranks], LAYERS, HEADS)
-    assert set(whole) == {"share", "first", "astray", "stats"}
+    assert set(whole) == {"share", "first", "stats"}
 
 
-def without_statistics(part: bytes) -> bytes:
-    return save({name: array for name, array in load(part).items() if name != "stats"})
+def without_logits(part: bytes) -> bytes:
+    return save({**load(part), "logits": np.array([False])})
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda first, second, _: [first, answer(second, tenants=TENANTS[::-1])], "different requests"),
-        (lambda first, second, _: [first, answer(second, rows=ROWS - 1)], "different requests, steps"),
+        (lambda first, second, _: [first, answer(second, requests=REQUESTS[::-1])], "different requests"),
+        (lambda first, second, _: [first, answer(second, n_steps=STEPS - 1)], "different requests, steps"),
         (lambda first, second, _: [first, answer(second, want_mass=False)], "arrays"),
-        (lambda first, second, _: [without_statistics(first), answer(second)], "0 ranks"),
+        (lambda first, second, _: [without_logits(first), answer(second)], "0 ranks"),
         (lambda first, _, stranger: [first, answer(stranger(range(2, 6), True))], "2 ranks"),
         (lambda first, *_: [first], "do not make up 5 layers of 6 heads"),
         (lambda first, second, _: [first, answer(second), answer(second)], "do not make up"),
@@ -134,14 +137,14 @@ def test_answers_that_do_not_fit_together_are_an_error(masses, spoil, message):
 def description(layers: range, heads: range, **change: object) -> dict:
     """What `headrift_describe` says of a rank; odd layers have a sliding window."""
     windows = [24 if layer % 2 else None for layer in layers]
-    told = {"layers": list(layers), "heads": list(heads), "windows": windows, "sinks": False, "recorder_bytes": 100}
-    return {**told, "dtype": "float32", **change}
+    values = {"layers": list(layers), "heads": list(heads), "windows": windows, "sinks": False, "recorder_bytes": 100}
+    return {**values, "dtype": "float32", **change}
 
 
 def test_descriptions_add_up():
-    described = [description(layers, heads) for layers in TWO_STAGES for heads in THREE_SHARES]
-    described[4]["sinks"] = True
-    assert merge_descriptions(described[::-1]) == {
+    descriptions = [description(layers, heads) for layers in TWO_STAGES for heads in THREE_SHARES]
+    descriptions[4]["sinks"] = True
+    assert merge_descriptions(descriptions[::-1]) == {
         "layers": LAYERS,
         "heads": HEADS,
         "windows": [None, 24, None, 24, None],
@@ -168,12 +171,12 @@ def test_descriptions_that_differ_are_an_error(second, message):
 def test_a_slot_is_free_once_it_is_collected(masses):
     drain = rank(masses, range(LAYERS), range(HEADS), logits=True)
     expected = answer(drain)
-    drain.collect(7, TENANTS, ROWS, SYSTEM, PROMPT, True)
-    for slot, _ in TENANTS:
+    drain.collect(7, REQUESTS, STEPS, True)
+    for slot, _ in REQUESTS:
         admit(drain.recorder, slot, 100 + slot)
     drain.recorder.begin_step()
     drain.recorder.publish(np.arange(2), torch.tensor([7, 7], dtype=torch.int32))
-    assert torch.isnan(drain.recorder.mass[[slot for slot, _ in TENANTS]]).all()
+    assert torch.isnan(drain.recorder.mass[[slot for slot, _ in REQUESTS]]).all()
     assert drain.fetch(7) == expected
 
 
@@ -181,7 +184,7 @@ def test_a_slot_that_was_given_away_before_it_was_collected_is_an_error(masses):
     drain = rank(masses, range(LAYERS), range(HEADS))
     admit(drain.recorder, 0, 99)
     with pytest.raises(KeyError, match="other requests"):
-        drain.collect(0, TENANTS, ROWS, SYSTEM, PROMPT, False)
+        drain.collect(0, REQUESTS, STEPS, False)
 
 
 def test_a_ticket_is_good_for_one_fetch(masses):
@@ -189,7 +192,7 @@ def test_a_ticket_is_good_for_one_fetch(masses):
     answer(drain)
     with pytest.raises(KeyError):
         drain.fetch(0)
-    drain.collect(1, TENANTS, ROWS, SYSTEM, PROMPT, False)
+    drain.collect(1, REQUESTS, STEPS, False)
     drain.forget()
     with pytest.raises(KeyError):
         drain.fetch(1)
@@ -199,7 +202,7 @@ def test_share_is_divided_where_the_prompt_has_mass(masses):
     drain = rank(masses, range(2), range(2), logits=True)
     drain.recorder.mass[0, 0] = torch.tensor([[[0.2, 0.0, 0.8], [0.0, 0.0, 1e-12]], [[0.0, 0.0, 0.5], [0.5, 0.0, 0.5]]])
     drain.recorder.mass[0, 1] = torch.nan
-    share = load(answer(drain, tenants=[(0, 20)], rows=2))["share"]
+    share = load(answer(drain, requests=[(0, 20)], n_steps=2))["share"]
     np.testing.assert_allclose(share[0, 0], [[0.25, 0.0], [0.0, 1.0]], rtol=1e-6)
     assert np.isnan(share[0, 1]).all()
 
@@ -220,13 +223,13 @@ class _Device(TorchDispatchMode):
 
 def test_gathering_neither_waits_for_the_device_nor_sends_it_anything():
     """On torch's device without memory: what wants a value raises, and what starts on the host shows."""
-    recorder = Recorder(SETTINGS, LAYERS, HEADS, batch_rows=4, device=torch.device("meta"))
-    for slot, tenant in TENANTS:
-        admit(recorder, slot, tenant)
+    recorder = Recorder(CONFIG, Place(range(LAYERS), range(HEADS)), 4, torch.device("meta"))
+    for slot, request_id in REQUESTS:
+        admit(recorder, slot, request_id)
     with _Device() as device:
-        gathered = recorder.gather(TENANTS, ROWS, SYSTEM, PROMPT, True)
+        gathered = recorder.gather(REQUESTS, STEPS, True)
     assert device.made == {"meta"}
-    assert gathered["mass"].shape == (len(TENANTS), ROWS, LAYERS, HEADS, SETTINGS.regions)
+    assert gathered["mass"].shape == (len(REQUESTS), STEPS, LAYERS, HEADS, CONFIG.regions)
 
 
 @pytest.mark.gpu
@@ -239,12 +242,12 @@ def test_the_copy_runs_while_the_host_goes_on_and_is_in_order_on_a_gpu(masses):
     torch.cuda._sleep(100_000_000)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        drain.collect(1, TENANTS, ROWS, SYSTEM, PROMPT, True)
+        drain.collect(1, REQUESTS, STEPS, True)
         drain.recorder.mass.fill_(torch.nan)
-        drain.recorder.stats.fill_(torch.nan)
+        drain.recorder.instrument("LogitStatistics").stats.fill_(torch.nan)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    _, copied = drain._under_way[1]
+    _, copied = drain._in_flight[1]
     assert not copied.query(), "collecting waited for the device"
     assert drain.fetch(1) == expected
     assert torch.isnan(drain.recorder.mass).all()

@@ -21,7 +21,7 @@ from headrift.runs.provenance import processor
 from headrift.vllm_plugin.plugin import VLLM_VERSION
 
 if TYPE_CHECKING:
-    from headrift.engine_setup import EnginePlan
+    from headrift.vllm_engine.config import EnginePlan
 
 PACKAGES = ("torch", "triton", "numba", "numpy", "transformers", "safetensors", "pyarrow", "scikit-learn", "matplotlib")
 INSTALL = "pip install 'headrift[cpu]', or make setup"
@@ -91,7 +91,7 @@ def _gpu() -> str:
         return "unknown without torch"
     import torch
 
-    from headrift.engine_setup import has_gpu
+    from headrift.vllm_engine.config import has_gpu
 
     if not has_gpu():
         return "not looked for: this torch is built for CPUs"
@@ -130,8 +130,8 @@ def _version(distribution: str) -> str | None:
 def _model(folder: Path, steps: int, *, has_vllm: bool) -> Iterator[str]:
     """Show the model's shape and, with vLLM, what it takes here; its problems."""
     from headrift.corpus.scoring import plain_message
-    from headrift.engine_setup import plan_engine
     from headrift.errors import RefusedError
+    from headrift.vllm_engine.config import plan_engine
 
     try:
         facts = read_model(folder)

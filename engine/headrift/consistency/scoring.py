@@ -2,7 +2,7 @@
 
 A clean prompt answers greedily, once for all its pairs, and its attention rows at steps 0..N stay on the device. Each
 wrapped prompt answers greedily too, for its own answer and its own signals. Which rows are compared with the clean ones
-on the device (`headrift.aligned_keys`) depends on ANSWERS:
+on the device (`headrift.key_alignment`) depends on ANSWERS:
 
 - "clean" (default): those of the wrapped prompt with the *clean* answer replayed after it. Both rows of a step are then
   of the same token, and the wrapper alone makes the distance.
@@ -115,7 +115,7 @@ def score_pairs(
         ValueError: the engine cannot be used.
         RuntimeError: the engine left out a number.
     """
-    if engine.regions != REGIONS or not engine.row_references or steps < 1:
+    if engine.regions != REGIONS or not engine.options["row_references"] or steps < 1:
         raise ValueError(f"scoring pairs needs an engine with the regions {REGIONS} and row_references, and steps >= 1")
     if answers not in ANSWERS:
         raise ValueError(f"answers={answers!r}: use one of {', '.join(ANSWERS)}")
@@ -132,7 +132,7 @@ class _PairRun:
     ) -> None:
         self._engine, self._groups, self._replay = engine, groups, replay
         self._steps, self._tokens = steps, answer_tokens
-        self._free = list(range(engine.row_references))
+        self._free = list(range(engine.options["row_references"]))
         self._in_flight: deque[_Group] = deque()
 
     def scores(self, on_pairs: Callable[[int], None]) -> Generator[PairScore, None, None]:

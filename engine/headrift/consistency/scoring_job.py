@@ -19,7 +19,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from headrift.aligned_keys import L2, TV
 from headrift.consistency.answers import flipped, is_hinted, is_right
 from headrift.consistency.data import check_families, first_questions, read_pairs, render, sample_wrappers
 from headrift.consistency.model import check_lora, lora_fingerprint
@@ -34,13 +33,14 @@ from headrift.consistency.scoring import (
     score_pairs,
 )
 from headrift.consistency.summary import summarise
-from headrift.engine_setup import lora_args, prepare_environment
+from headrift.key_alignment import L2, TV
 from headrift.model_facts import read_shape
 from headrift.prepare import load_tokenizer
 from headrift.probed_engine import ProbedEngine
 from headrift.runs.folder import JobError
 from headrift.runs.provenance import model_fingerprint, versions
 from headrift.runs.resumable import ResumableParts
+from headrift.vllm_engine.config import lora_args, prepare_environment
 
 SUMMARY, REJECTS = "summary.json", "rejects.parquet"
 # Pairs in a part: an interrupted run scores fewer than two parts again.

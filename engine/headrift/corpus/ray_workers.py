@@ -25,9 +25,9 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from headrift.corpus.worker import Engine, Supervisor, numbers_from
-from headrift.engine_setup import ENGINES_PER_MACHINE
 from headrift.errors import EngineError
 from headrift.runs.provenance import model_fingerprint, versions
+from headrift.vllm_engine.config import ENGINES_PER_MACHINE
 
 # Answers that travel in one message.
 _BATCH = 64

@@ -17,7 +17,6 @@ from headrift.corpus.rows import Row
 from headrift.corpus.settings import WITH_MASS, Settings
 from headrift.corpus.summary import SCORE, Summary
 from headrift.corpus.worker import Engine
-from headrift.engine_setup import check_compiler
 from headrift.errors import EngineError, RefusedError
 from headrift.model_facts import ModelFacts
 from headrift.prepare import Prepared, load_tokenizer, workers_for_machine
@@ -26,6 +25,7 @@ from headrift.prompts import ChatRenderer
 from headrift.results import ScoreResult
 from headrift.runs.parts import Record, ShardFiles, part_schema, record
 from headrift.scorer import RequestScorer, engine_factory
+from headrift.vllm_engine.config import check_compiler
 
 TEXT_BYTES = 4096  # a guess at what a row's texts take, for the space a run needs
 # Fields of a ScoreResult that only some --save need.

@@ -13,7 +13,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from headrift.engine_setup import prepare_environment
 from headrift.internals import attention, comparing, sentences
 from headrift.internals.analysis import analyse
 from headrift.internals.cases import (
@@ -36,6 +35,7 @@ from headrift.runs.folder import JobError
 from headrift.runs.provenance import model_fingerprint, versions
 from headrift.runs.resumable import ResumableParts
 from headrift.scorer import Scorer
+from headrift.vllm_engine.config import prepare_environment
 
 RESULTS, REJECTS = "internals.json", "rejects.parquet"
 COMPONENTS, PLACEMENTS, SENTENCES, CKA = "components", "placements", "sentences", "cka"

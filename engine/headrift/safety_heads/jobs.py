@@ -82,7 +82,7 @@ class HeadsConfig:
     attention_backend: str = "auto"
     resume: bool = False
     steps: int = 2  # of sahara: heads of the group
-    r_main: int = 1  # of sahara: directions, see `headrift.subspace`
+    r_main: int = 1  # of sahara: directions, see `instruments.hidden_states`
 
 
 class HeadsJob:

@@ -1,7 +1,8 @@
 """Generalised SHIPS and Sahara: how far an ablation turns the subspace of a set of queries' hidden states.
 
 SHIPS looks at the first token of one answer. Generalised SHIPS takes the last hidden states of all queries at their
-last prompt token, and the principal angles between their subspaces without and with an ablation (`headrift.subspace`).
+last prompt token, and the principal angles between their subspaces without and with an ablation (see
+`instruments.hidden_states`).
 Sahara searches a group greedily: each step ablates every remaining head together with those chosen before, and chooses
 the one whose group has the largest angles. Step 1 is the ranking of single heads.
 
@@ -64,7 +65,7 @@ class SubspaceProbe:
         on_rows: Callable[[int], None] | None = None,
     ):
         needed = hidden_states_for(max(1, len(queries)))
-        if not engine.ablates or engine.hidden_states < needed:
+        if not engine.options["ablation"] or engine.options["hidden_states"] < needed:
             raise ValueError(
                 f"Sahara over {len(queries)} queries needs an engine that was started with ablation=True and "
                 f"hidden_states={needed} or more"
@@ -96,7 +97,7 @@ class SubspaceProbe:
             block = groups[start : start + size]
             kept = [range(n * i, n * (i + 1)) for i in range(1, len(block) + 1)]
             self._run(request for group, ids in zip(block, kept, strict=True) for request in self._requests(group, ids))
-            angles = self.engine.turned(self._clean, kept, self.r_main)
+            angles = self.engine.principal_angles(self._clean, kept, self.r_main)
             if np.isnan(angles).any():
                 layer, head = block[int(np.isnan(angles).any(1).argmax())][-1]
                 raise RuntimeError(

@@ -78,7 +78,7 @@ def ships(
         RuntimeError: the engine left out a score.
     """
     chosen = all_heads(engine.layers, engine.heads) if heads is None else list(heads)
-    if not engine.ablates or not engine.references:
+    if not engine.options["ablation"] or not engine.options["references"]:
         raise ValueError("SHIPS needs an engine that was started with ablation=True and references=1 or more")
     if not chosen:
         raise ValueError("no head to ablate")
@@ -95,7 +95,7 @@ def _run(
     epsilon: float,
     on_rows: Callable[[int], None],
 ) -> Generator[NDArray[np.float64], None, None]:
-    free = list(range(engine.references))
+    free = list(range(engine.options["references"]))
     in_flight: deque[_Prompt] = deque()
 
     def requests() -> Iterator[tuple[tuple[_Prompt, Head | None], ProbeRequest] | None]:

@@ -27,6 +27,12 @@ BACKENDS = {
 STOCK_BACKENDS = {"triton": "TRITON_ATTN", "flash": "FLASH_ATTN"}
 # Model types with attention sinks, which FlashAttention does not take on every GPU.
 SINK_MODELS = ("gpt_oss",)
+# Engine arguments on a CPU, see `cpu_patches`: norms, for which vLLM adds its own implementation at the end, and cached
+# prefixes that may end with any token.
+CPU_ARGS = {
+    "ir_op_priority": {"rms_norm": ["headrift"], "fused_add_rms_norm": ["headrift"]},
+    "prefix_match_unit": 1,
+}
 WORKER_EXTENSION = "headrift.vllm_plugin.drain.WorkerExtension"
 
 
@@ -40,10 +46,9 @@ def register() -> None:
     for ours, stock in STOCK_BACKENDS.items():
         register_backend(AttentionBackendEnum[stock], BACKENDS[ours])
     if os.environ.get(BACKEND, "cpu") == "cpu":
-        from headrift.vllm_plugin import cpu_ops, prefix_tails
+        from headrift.vllm_plugin import cpu_patches
 
-        cpu_ops.register()
-        prefix_tails.register()
+        cpu_patches.register()
 
 
 def backend_for(requested: str, gpu: bool) -> str:
@@ -102,13 +107,22 @@ def flash_misfits(config: VllmConfig) -> list[str]:
             device_capability=current_platform.get_device_capability(),
             attn_type="decoder",
         )
-    reasons += [
-        f"vLLM would take FlashAttention {version} for this model on this GPU, and 2 or 3 is needed"
-        for version in versions - {2, 3}
-    ]
-    if cache.cache_dtype.startswith("fp8"):
-        reasons.append("with an fp8 KV cache its queries would be fp8 too")
+    if None in versions:
+        reasons.append("vLLM has no FlashAttention for it")
+    for version in versions:
+        reasons += [reason for reason in flash_reasons(version, cache.cache_dtype) if reason not in reasons]
     return reasons
+
+
+def flash_reasons(version: int | None, cache_dtype: str) -> list[str]:
+    """Reasons why headrift does not measure with this FlashAttention version and KV cache, for a model or a layer."""
+    from vllm.utils.torch_utils import is_quantized_kv_cache
+
+    conditions = (
+        (version not in (None, 2, 3), f"FlashAttention {version}, whose KV layout headrift has not been tried with"),
+        (is_quantized_kv_cache(cache_dtype), f"an {cache_dtype} KV cache, with which FlashAttention takes fp8 queries"),
+    )
+    return [reason for is_so, reason in conditions if is_so]
 
 
 def replaces_flashinfer(capability: tuple[int, int] | None) -> str | None:
@@ -123,7 +137,7 @@ def replaces_flashinfer(capability: tuple[int, int] | None) -> str | None:
 
 def rows_processor(vllm_config_uses_v2: bool) -> str:
     """The logits processor that learns which batch row carries which request, as vLLM wants it named."""
-    return f"headrift.vllm_plugin.rows:{'RowsV2' if vllm_config_uses_v2 else 'RowsV1'}"
+    return f"headrift.vllm_plugin.row_map:{'RowsV2' if vllm_config_uses_v2 else 'RowsV1'}"
 
 
 def refusals(config: VllmConfig) -> list[str]:
@@ -144,7 +158,7 @@ def refusals(config: VllmConfig) -> list[str]:
 def _model_refusals(config: VllmConfig) -> list[str]:
     model = config.model_config
     chunks = getattr(model.hf_text_config, "attention_chunk_size", None)
-    found = (
+    conditions = (
         (model.runner_type != "generate", "it is not a text generation model"),
         (model.use_mla, "it uses multi-head latent attention (MLA), whose cache holds no per-head keys"),
         (model.is_encoder_decoder, "it has an encoder, whose attention is not causal"),
@@ -156,13 +170,13 @@ def _model_refusals(config: VllmConfig) -> list[str]:
         (model.rswa_window is not None, "its sliding window spares a prefix (reference sliding window)"),
         (bool(chunks), "it attends in chunks (attention_chunk_size), which is no plain or sliding window"),
     )
-    return [f"the model {model.model}: {reason}" for is_so, reason in found if is_so]
+    return [f"the model {model.model}: {reason}" for is_so, reason in conditions if is_so]
 
 
 def _engine_refusals(config: VllmConfig) -> list[str]:
     parallel, cache = config.parallel_config, config.cache_config
     context_parallel = max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size)
-    found = (
+    conditions = (
         (config.speculative_config is not None, "speculative decoding guesses several positions in one pass; drop it"),
         (
             parallel.pipeline_parallel_size > 1,
@@ -182,7 +196,7 @@ def _engine_refusals(config: VllmConfig) -> list[str]:
         ),
         (cache.kv_sharing_fast_prefill, "KV-sharing fast prefill skips prompt queries in some layers; drop it"),
     )
-    return [reason for is_so, reason in found if is_so]
+    return [reason for is_so, reason in conditions if is_so]
 
 
 def _platform_refusals(config: VllmConfig) -> list[str]:

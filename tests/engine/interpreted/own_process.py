@@ -33,8 +33,8 @@ if __name__ == "__main__":
         while engine.running:
             finished += engine.step()
         recordings = engine.drain(finished, want_mass=True)
-    found = [
+    result = [
         {"prompt": list(f.request.prompt_ids), "answer": f.answer_ids, "mass": r.mass.tolist()}
         for f, r in zip(finished, recordings, strict=True)
     ]
-    print("FOUND" + json.dumps(found))
+    print("FOUND" + json.dumps(result))

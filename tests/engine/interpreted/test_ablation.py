@@ -25,7 +25,7 @@ def test_every_kind_agrees_with_hooks_beside_clean_rows(only_once, tiny, run, as
     # A step takes 64 tokens: the first two decode while the rest of the third and the fourth are prefilled.
     items = run(engine, [clean, *rows])
     assert assert_agrees(oracle, items[:1]) == 3
-    angles = engine.turned([0], [[1], [2], [3]], 1)
+    angles = engine.principal_angles([0], [[1], [2], [3]], 1)
     log_p = torch.log_softmax(oracle.run(ids, -1).logits[-1].double(), -1)
     one = oracle.last_hidden(ids)
     for item, row, (angle,) in zip(items[1:], ROWS, angles, strict=True):

@@ -93,7 +93,7 @@ def test_preempted_requests_resume_and_agree(tiny, run, preemptions, assert_agre
     assert assert_agrees(oracle, items) == 4 * 9
 
 
-def test_after_an_abort_slots_show_their_new_tenants_only(tiny, random_requests, run, assert_agrees):
+def test_after_an_abort_slots_show_their_new_requests_only(tiny, random_requests, run, assert_agrees):
     engine, oracle = tiny
     for request in random_requests(7, 3, steps=4, unprobed=0.0, longest=30, ignore_eos=True):
         engine.submit(request)

@@ -88,8 +88,8 @@ class Capture(TorchDispatchMode):
             launch()
 
 
-def probe(slot: int, tenant: int, prompt_len: int, regions: list[list[int]]) -> SamplingParams:
-    extra = {"slot": slot, "tenant": tenant, "prompt_len": prompt_len, "regions": regions, "steps": 4}
+def probe(slot: int, request_id: int, prompt_len: int, regions: list[list[int]]) -> SamplingParams:
+    extra = {"slot": slot, "request_id": request_id, "prompt_len": prompt_len, "regions": regions, "steps": 4}
     return SamplingParams(extra_args={"headrift": extra})
 
 
@@ -147,7 +147,7 @@ def replay_a_captured_step(worker, v2: bool) -> dict:
     how = {"scale": impl.scale, "window": impl.window, "softcap": impl.logits_soft_cap}
     expected = reference.decode_mass(
         torch.full_like(recorder.mass, torch.nan), impl.layer_index, query, keys, values, common.block_table_tensor,
-        common.seq_lens, torch.tensor([3, 1, -1, -1]), recorder.prompt_len, recorder.n_rows, recorder.bounds, **how,
+        common.seq_lens, torch.tensor([3, 1, -1, -1]), recorder.prompt_len, recorder.step_limit, recorder.bounds, **how,
     )  # fmt: skip
     return {"untouched": untouched, "mass": recorder.mass.clone(), "output": output, "expected": expected}
 

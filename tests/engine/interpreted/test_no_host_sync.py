@@ -72,16 +72,13 @@ def put_on_device(engine, patch: pytest.MonkeyPatch) -> list:
 
     def install(worker):
         recorder = Recorder.required(worker.vllm_config)
-        for name, value in vars(recorder).items():
-            if isinstance(value, torch.Tensor):
-                patch.setattr(recorder, name, on_device(value))
-        rooms = {name: on_device(room) for name, room in recorder.rooms.items()}
-        patch.setattr(recorder, "rooms", rooms)
-        for side in (recorder.ablations.query, recorder.ablations.output):
-            patch.setattr(side, "factor", on_device(side.factor))
-            patch.setattr(side, "mean", on_device(side.mean))
-        for name in ("rows", "distance", "places"):
-            patch.setattr(recorder.bank, name, on_device(getattr(recorder.bank, name)))
+        sides = recorder.instrument("Ablation").sides.values()
+        for owner in (recorder, *recorder.instruments, *sides):
+            for name, value in vars(owner).items():
+                if isinstance(value, torch.Tensor):
+                    patch.setattr(owner, name, on_device(value))
+        for name in ("scratch", "kernel_options"):
+            patch.setattr(recorder, name, {key: on_device(value) for key, value in getattr(recorder, name).items()})
         for layer in worker.vllm_config.compilation_config.static_forward_context.values():
             for name in ("_q_scale", "_k_scale", "_v_scale"):
                 patch.setattr(layer, name, on_device(getattr(layer, name)))
@@ -117,7 +114,7 @@ def test_a_measured_step_never_waits(only_once, tiny, assert_agrees):
     prompts = np.random.default_rng(11).integers(3, 200, (4, 30)).tolist()
     spans = {"system": (2, 14), "user": (15, 24), "prompt": (0, 30)}
     of_rows = [{"rows_as": 0, "row_entropy": True}, {"rows_against": 0, "aligned": [(0, 0, 9)]}]
-    requests = [ProbeRequest(ids, spans, 3, ignore_eos=True, **of) for ids, of in zip(prompts[1:3], of_rows)]
+    requests = [ProbeRequest(ids, spans, 3, ignore_eos=True, **entry) for ids, entry in zip(prompts[1:3], of_rows)]
     entries = [(0, 1, "undifferentiated"), (1, 0, "scaling"), (1, 2, "mean_output"), (1, 3, "mean_query")]
     ablated = ProbeRequest(prompts[3], spans, 3, ignore_eos=True, ablate=entries, keep_as=0, compare_with=0)
     unprobed = ProbeRequest(prompts[0], {}, 3, ignore_eos=True, probed=False)

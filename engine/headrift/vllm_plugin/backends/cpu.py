@@ -20,22 +20,20 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from headrift.errors import RefusedError
-from headrift.vllm_plugin.ablation import ablating
-from headrift.vllm_plugin.attention_rows import keeping_rows
-from headrift.vllm_plugin.measure import MeasuringBuilder, MeasuringImpl
+from headrift.vllm_plugin.backends.base import MeasuringBuilder, MeasuringImpl
 from headrift.vllm_plugin.recorder import Recorder
 from headrift_kernels.cpu.paged_attention import PagedAttention, body_for
 from headrift_kernels.cpu.queries import SLOT, Queries, measured_queries
 
 # The instruction-set variants of vLLM's CPU kernels whose K cache is packed as [head_dim, block_size].
 PACKED_ISAS = ("vec", "vec16")
-# Prefill rows lie together in nearly every batch; where they are scattered more than this, vLLM attends for all rows.
+# Prefill rows are neighbours in nearly every batch; if they are scattered more than this, vLLM attends for all rows.
 _MOST_RUNS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """Neighbouring prefill rows: their tokens start..end-1 and vLLM's metadata for them alone."""
+class PrefillRun:
+    """Neighbouring requests with several queries: their tokens start..end-1 and vLLM's metadata for them alone."""
 
     start: int
     end: int
@@ -44,13 +42,15 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredStep:
-    """How a step with measured queries is attended, worked out once for all layers of a KV cache group.
+    """How a step with measured queries is attended, decided once for all layers of a KV cache group.
 
-    runs: rows that vLLM attends for. attended: queries that our kernel attends for and measures. measured_only: queries
-    of vLLM's rows whose masses are taken in a pass over K.
+    Attributes:
+        runs: Requests that vLLM attends for.
+        attended: Queries that headrift's kernel attends for and measures.
+        measured_only: Queries of vLLM's requests whose masses are taken in a pass over K.
     """
 
-    runs: list[Run]
+    runs: list[PrefillRun]
     attended: Queries | None
     measured_only: Queries | None
 
@@ -96,8 +96,8 @@ class CPUMassBuilder(MeasuringBuilder, CPUAttentionMetadataBuilder):
             metadata.seq_lens.numpy(),
             recorder.slots,
             recorder.prompt_lens,
-            recorder.rows_wanted,
-            recorder.settings.rows,
+            recorder.step_limits,
+            recorder.config.steps + 1,
             few,
         )
         if not (table[:, SLOT] >= 0).any():
@@ -116,7 +116,7 @@ class CPUMassBuilder(MeasuringBuilder, CPUAttentionMetadataBuilder):
     def _queries(self, table: np.ndarray) -> Queries | None:
         return Queries.from_table(np.ascontiguousarray(table), self.block_size) if len(table) else None
 
-    def _run(self, metadata: CPUAttentionMetadata, first: int, end: int) -> Run:
+    def _run(self, metadata: CPUAttentionMetadata, first: int, end: int) -> PrefillRun:
         """vLLM's metadata for rows first..end-1 alone, as CPUAttentionMetadataBuilder.build makes it for a batch."""
         start, stop = int(metadata.query_start_loc[first]), int(metadata.query_start_loc[end])
         query_start_loc = metadata.query_start_loc[first : end + 1] - start
@@ -147,7 +147,7 @@ class CPUMassBuilder(MeasuringBuilder, CPUAttentionMetadataBuilder):
             scheduler_metadata=plan,
             causal=metadata.causal,
         )
-        return Run(start, stop, alone)
+        return PrefillRun(start, stop, alone)
 
 
 class CPUMassImpl(MeasuringImpl, CPUAttentionBackendImpl):
@@ -184,18 +184,18 @@ class CPUMassImpl(MeasuringImpl, CPUAttentionBackendImpl):
                 attention.attend(query, attn_metadata.block_table, queries, output=into)
         return output
 
-    forward = ablating(keeping_rows(attend))
+    forward = MeasuringImpl.instrumented
 
     def gathered_keys(self, layer: AttentionLayer, kv_cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
         """Keys [m, KV heads, head_dim, pages * page] of blocks [m, pages]."""
         kv_heads, page, width = kv_cache.shape[1:]
         # In a block the keys come first, packed as [head_dim, page].
         packed = kv_cache.view(-1, kv_heads, 2, width // 2, page)[:, :, 0]
-        found = packed.index_select(0, blocks.flatten()).view(*blocks.shape, kv_heads, width // 2, page)
-        return found.permute(0, 2, 3, 1, 4).flatten(3)
+        keys = packed.index_select(0, blocks.flatten()).view(*blocks.shape, kv_heads, width // 2, page)
+        return keys.permute(0, 2, 3, 1, 4).flatten(3)
 
     def _attention_over(self, kv_cache: torch.Tensor) -> PagedAttention:
-        """Our kernel over this layer's cache, made at its first step and anew should vLLM change the cache."""
+        """Our kernel over this layer's cache, made at its first step and again if vLLM changes the cache."""
         if self._attention is None or self._attention.kv_cache is not kv_cache:
             assert self.recorder is not None
             self._attention = PagedAttention(
@@ -203,7 +203,7 @@ class CPUMassImpl(MeasuringImpl, CPUAttentionBackendImpl):
                 self.layer_index,
                 kv_cache,
                 self.recorder.bounds,
-                entropy=self.recorder.entropy,
+                **self.recorder.kernel_options,
                 **self.attention_options(),
             )
         return self._attention

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
     FlashAttentionImpl,
     FlashAttentionMetadataBuilder,
 )
 
-from headrift.vllm_plugin.backends.fused import FusedBuilder, FusedImpl
+from headrift.vllm_plugin.backends.triton import FusedBuilder, FusedImpl
+from headrift.vllm_plugin.plugin import flash_reasons
 from headrift.vllm_plugin.recorder import Recorder
 
 
@@ -41,12 +41,6 @@ class FlashMassImpl(FusedImpl, FlashAttentionImpl):
     """Decode rows by the fused kernel, prefill rows by FlashAttention."""
 
     def layer_refusals(self, recorder: Recorder) -> list[str]:
-        conditions = (
-            (self.vllm_flash_attn_version == 4, "FlashAttention 4, whose KV layout headrift has not been tried with"),
-            (
-                is_quantized_kv_cache(self.kv_cache_dtype),
-                "an fp8 KV cache with FlashAttention, which takes fp8 queries with it",
-            ),
-        )
-        refused = [f"{reason}; use the attention backend 'triton'" for is_so, reason in conditions if is_so]
+        reasons = flash_reasons(self.vllm_flash_attn_version, self.kv_cache_dtype)
+        refused = [f"{reason}; use the attention backend 'triton'" for reason in reasons]
         return super().layer_refusals(recorder) + refused

@@ -4,13 +4,13 @@ import psutil
 import pytest
 import torch
 
-from headrift.engine_setup import garbage_left, zeros_on_use
+from headrift.vllm_engine.patches import lazy_zeros, paused_garbage_collection
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="of vLLM's build for CPUs")
 def test_memory_of_the_cache_is_taken_when_it_is_written():
     process, size = psutil.Process(), 1 << 30
-    with zeros_on_use():
+    with lazy_zeros():
         before = process.memory_info().rss
         cache = torch.zeros(size, dtype=torch.int8, device=torch.device("cpu"))
         others = torch.zeros((3, 5)), torch.zeros(4, dtype=torch.int32)
@@ -27,12 +27,12 @@ def test_memory_of_the_cache_is_taken_when_it_is_written():
 
 def test_an_engine_starts_without_the_garbage_collector():
     assert gc.isenabled()
-    with garbage_left():
+    with paused_garbage_collection():
         assert not gc.isenabled()
     assert gc.isenabled()
     gc.disable()
     try:
-        with garbage_left():
+        with paused_garbage_collection():
             pass
         assert not gc.isenabled(), "a user who has turned it off finds it off"
     finally:

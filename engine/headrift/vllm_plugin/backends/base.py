@@ -1,8 +1,8 @@
-"""What every backend of ours shares: which rows of a step are measured, and where their numbers go.
+"""What every measuring backend shares: which requests of a step are measured, and where their numbers go.
 
-A backend file mixes these two classes in before vLLM's own builder and implementation, and adds what is particular to
+A backend module mixes these two classes in before vLLM's own builder and implementation, and adds what is particular to
 it. All layers of an engine share one recorder; if a model has several KV cache groups (full and sliding layers), the
-first group's builder publishes the step's rows for all.
+first group's builder publishes the step for all.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionImpl,
+    AttentionLayer,
     AttentionMetadataBuilder,
     AttentionType,
     CommonAttentionMetadata,
@@ -23,33 +24,60 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from headrift.errors import RefusedError
-from headrift.vllm_plugin.ablation import AblatedStep
-from headrift.vllm_plugin.attention_rows import Queries
+from headrift.vllm_plugin.instruments import instrument_types, parse_config
+from headrift.vllm_plugin.instruments.base import Attended
 from headrift.vllm_plugin.plugin import settings_of
 from headrift.vllm_plugin.recorder import Recorder
-from headrift.vllm_plugin.rows import batch_rows
+from headrift.vllm_plugin.row_map import batch_rows
 
 
 class MeasuringImpl(AttentionImpl):
-    """Mixin before an `AttentionImpl`: the layer's place in the recorder. Without probing it is the parent."""
+    """Mixin before an `AttentionImpl`: attention that is measured, and that instruments may read or change.
+
+    A backend writes `attend`, its attention with masses, and sets `forward = MeasuringImpl.instrumented`. In an engine
+    that is not probed both do what the parent does.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.layer_index = -1
         self.sinks_float32: torch.Tensor | None = None
-        self.recorder = Recorder.of(get_current_vllm_config())
+        self.recorder = Recorder.for_engine(get_current_vllm_config())
         if self.recorder is None:
             return
         self.recorder.sinks |= self.sinks is not None
         reasons = self.layer_refusals(self.recorder)
         if reasons:
             raise RefusedError(reasons)
-        if self.recorder.ablations is None and self.recorder.bank is None:
+        if not self.recorder.in_layers:
             self.forward = self.attend  # nothing goes before or after it
 
     def attend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The backend's `forward`, without ablations and attention rows."""
+        """Attend as `forward` does, with masses and without instruments."""
         raise NotImplementedError
+
+    def instrumented(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`attend`, with what the instruments planned for this step before and after it."""
+        plans = getattr(attn_metadata, "layer_plans", ())
+        for instrument, plan in plans:
+            query = instrument.before_attention(plan, self.layer_index, query)
+        self.attend(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
+        if plans:
+            attended = Attended(self, layer, query, kv_cache, attn_metadata.batch_block_table, output)
+            for instrument, plan in plans:
+                instrument.after_attention(plan, attended)
+        return output
 
     def forget_cache(self) -> None:
         """Drop what is kept of the layer's KV cache: vLLM is about to allocate another."""
@@ -60,7 +88,7 @@ class MeasuringImpl(AttentionImpl):
         if self.attn_type != AttentionType.DECODER:
             reasons.append(f"a layer attends as '{self.attn_type}', not as a causal decoder")
         if self.num_heads != recorder.mass.shape[3]:
-            reasons.append(f"a layer has {self.num_heads} heads where the model has {recorder.mass.shape[3]}")
+            reasons.append(f"a layer has {self.num_heads} heads and the model {recorder.mass.shape[3]}")
         return reasons
 
     @property
@@ -71,7 +99,7 @@ class MeasuringImpl(AttentionImpl):
         return size if size > 0 else None
 
     def attention_options(self) -> dict[str, Any]:
-        """What headrift's kernels take of this layer, whichever of them is called."""
+        """Arguments of headrift's kernels that are this layer's, whichever kernel is called."""
         return {
             "scale": self.scale,
             "window": self.window,
@@ -82,16 +110,17 @@ class MeasuringImpl(AttentionImpl):
 
 
 class MeasuringBuilder(AttentionMetadataBuilder):
-    """Mixin before an `AttentionMetadataBuilder`: `metadata.measured` is what the step's forward passes measure.
+    """Mixin before an `AttentionMetadataBuilder`: plans once a step what the forward passes of its layers measure.
 
-    A subclass says what that is in `plan`; None stands for a step that the parent attends as if nothing were measured.
+    It adds to vLLM's metadata `measured`, the backend's own plan (None: attend as the parent does), `layer_plans`, the
+    instruments' plans, and `batch_block_table`, the block table of the whole batch.
     """
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.recorder = Recorder.of(vllm_config)
+        self.recorder = Recorder.for_engine(vllm_config)
         self.capturing = False
         if self.recorder is None:
             return
@@ -113,13 +142,13 @@ class MeasuringBuilder(AttentionMetadataBuilder):
         def build(common: CommonAttentionMetadata) -> Any:
             return parent(common_prefix_len, common, fast_build)
 
-        parent, recorder, common = super().build, self.recorder, common_attn_metadata
-        measured = ablated = row_queries = None
+        parent, recorder, common, measured = super().build, self.recorder, common_attn_metadata, None
         if recorder is None:
             metadata = build(common)
         else:
             if recorder.publisher is self:
                 recorder.publish(batch_rows(common), common.seq_lens)
+                recorder.plan_layers(common)
             if not recorder.step_is_real:
                 # A made-up batch precedes every capture of a graph, in which a kernel's first launch is not permitted.
                 self.warm_up()
@@ -127,34 +156,11 @@ class MeasuringBuilder(AttentionMetadataBuilder):
                 metadata, measured = self.plan(recorder, common, build)
             else:
                 metadata = build(common)
-            ablated = self._ablated(recorder, common)
-            row_queries = self._row_queries(recorder, common)
-        metadata.measured, metadata.ablated, metadata.row_queries = measured, ablated, row_queries
-        # The whole batch's: the parent's own may be of a part of it.
+        metadata.measured = measured
+        metadata.layer_plans = recorder.layer_plans if recorder is not None else ()
+        # The parent's own block table may be of a part of the batch.
         metadata.batch_block_table = common.block_table_tensor
         return metadata
-
-    def _ablated(self, recorder: Recorder, common: CommonAttentionMetadata) -> AblatedStep | None:
-        """What the requests of the step ablate; one answer for all KV cache groups."""
-        if recorder.publisher is self and recorder.ablations is not None:
-            starts = common.query_start_loc_cpu.numpy()[: common.num_reqs + 1]
-            recorder.ablated = recorder.ablations.plan(recorder.slots, starts, recorder.staged)
-        return recorder.ablated
-
-    def _row_queries(self, recorder: Recorder, common: CommonAttentionMetadata) -> list[Queries] | None:
-        """The queries of the step whose attention rows are wanted; one answer for all KV cache groups."""
-        if recorder.publisher is self and recorder.bank is not None:
-            n = len(recorder.slots)
-            assert common.seq_lens_cpu_upper_bound is not None  # exact: speculative decoding is refused
-            recorder.row_queries = recorder.bank.plan(
-                recorder.slots,
-                common.query_start_loc_cpu.numpy()[: n + 1],
-                common.seq_lens_cpu_upper_bound.numpy()[:n],
-                recorder.prompt_lens,
-                recorder.rows_wanted,
-                recorder.staged,
-            )
-        return recorder.row_queries
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
         # A graph is captured with our kernels in it; which rows they measure is read from the device at each replay.
@@ -167,19 +173,19 @@ class MeasuringBuilder(AttentionMetadataBuilder):
     def warm_up(self) -> None:
         """Launch every kernel that steps of this builder's layers may launch, so that none is compiled during a job.
 
-        Nothing happens before the KV cache is there, the second time, and in a builder whose kernels are not compiled
-        at their first launch.
+        Does nothing before the KV cache exists, the second time, and if kernels are not compiled at their first launch.
         """
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> AttentionCGSupport:
         """Whole-step graphs for decode steps only: how a mixed step is split is decided on the host, and so is, in
-        every step, what is ablated and which attention rows are taken."""
+        every step, what instruments do in the layers."""
         support = super().get_cudagraph_support(vllm_config, kv_cache_spec)
         settings = settings_of(vllm_config)
         if settings is None:
             return support
-        if any(settings.get(name) for name in ("ablation", "row_references")):
+        options = parse_config(settings).options
+        if any(kind.in_layers and kind.is_on(options) for kind in instrument_types()):
             return AttentionCGSupport.NEVER
         return min(support, AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE, key=lambda s: s.value)
 
@@ -189,7 +195,7 @@ class MeasuringBuilder(AttentionMetadataBuilder):
         common: CommonAttentionMetadata,
         build: Callable[[CommonAttentionMetadata], Any],
     ) -> tuple[Any, Any]:
-        """Metadata of a step with probed rows, and what its forward passes measure and how.
+        """Metadata of a step with probed requests, and what its forward passes measure and how.
 
         Args:
             common: vLLM's description of the whole batch.

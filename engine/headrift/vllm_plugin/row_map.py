@@ -1,12 +1,12 @@
-"""Batch row -> slot: the only place that knows model runner V1 from V2.
+"""Which slot each request of a batch has: the only module that tells model runner V1 from V2.
 
-A logits processor is where vLLM tells a plugin which request sits where, before the attention metadata is built.
-V1 gives batch rows that are added, removed and moved; V2 gives each request a `req_idx` for its life.
+vLLM tells a logits processor which request is where, before it builds the attention metadata. V1 gives batch rows that
+are added, removed and moved; V2 gives each request a `req_idx` for its life.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,9 +15,8 @@ from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1Proce
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcRequestState
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2Processor
 
-from headrift.vllm_plugin.divergence import keep_and_compare
-from headrift.vllm_plugin.logit_stats import record
-from headrift.vllm_plugin.recorder import Probe, Recorder, Settings
+from headrift.vllm_plugin.instruments import unlimited_config
+from headrift.vllm_plugin.recorder import Recorder, probe_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def batch_rows(metadata: CommonAttentionMetadata) -> np.ndarray:
-    """The runner's own number of each row of the batch about to run, in batch order."""
+    """The runner's own number of each request of the batch about to run, in batch order."""
     if metadata.req_idx is None:
         return np.arange(metadata.num_reqs)
     return metadata.req_idx[: metadata.num_reqs]
@@ -34,19 +33,7 @@ def batch_rows(metadata: CommonAttentionMetadata) -> np.ndarray:
 
 def _validate(params: SamplingParams) -> None:
     # The engine's own limits are not known here; they are checked again when the request is admitted.
-    most = 2**31
-    kept: dict[str, Any] = {"references": most, "hidden_states": most, "row_references": most, "row_keys": most}
-    Probe.of(params, Settings(slots=most, steps=most, regions=8, ablation=True, **kept))
-
-
-def _read(recorder: Recorder, logits: torch.Tensor) -> None:
-    """Take what is wanted of the logits."""
-    # Without speculative decoding, which is refused, a row of them is a batch row.
-    n = logits.shape[0]
-    if recorder.settings.logit_stats:
-        record(recorder, logits, recorder.row_slot[:n], recorder.row_step[:n])
-    if recorder.settings.references and recorder.probed:
-        keep_and_compare(recorder, logits)
+    probe_of(params, unlimited_config())
 
 
 class RowsV1(V1Processor):
@@ -76,10 +63,10 @@ class RowsV1(V1Processor):
 
     def is_argmax_invariant(self) -> bool:
         # False makes the sampler call `apply` for greedy batches too; the logits are never changed.
-        return not self.recorder.settings.reads_logits
+        return not self.recorder.logit_readers
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        _read(self.recorder, logits)
+        self.recorder.read_logits(logits)
         return logits
 
 
@@ -96,11 +83,11 @@ class RowsV2(V2Processor):
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         slot = self.recorder.admit(sampling_params)
         self.recorder.runner_rows[req_idx] = slot
-        return slot >= 0 and self.recorder.settings.reads_logits
+        return slot >= 0 and bool(self.recorder.logit_readers)
 
     def apply_staged_writes(self) -> None:
         self.recorder.begin_step()
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
-        _read(self.recorder, logits)
+        self.recorder.read_logits(logits)
         return logits

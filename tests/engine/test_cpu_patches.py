@@ -4,13 +4,13 @@ import pytest
 import torch
 from vllm import ir
 
-from headrift.vllm_plugin import cpu_ops
+from headrift.vllm_plugin import cpu_patches
 
 
 @pytest.fixture(autouse=True)
 def registered() -> None:
-    cpu_ops.register()
-    cpu_ops.register()  # a process may start several engines
+    cpu_patches.register()
+    cpu_patches.register()  # a process may start several engines
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 8), (7, 576), (130, 96)])
@@ -23,23 +23,23 @@ def test_a_norm_is_vllms_own(rows, width, dtype):
     # the kernel's result. Which of them a kernel makes depends on the processor.
     units = 16 if dtype == torch.float32 else 2
     bounds = {"rtol": units * torch.finfo(dtype).eps, "atol": 0}
-    ours, native = (ir.ops.rms_norm.impls[name].impl_fn for name in (cpu_ops.PROVIDER, "native"))
+    ours, native = (ir.ops.rms_norm.impls[name].impl_fn for name in (cpu_patches.PROVIDER, "native"))
     torch.testing.assert_close(ours(x, weight, 1e-5), native(x, weight, 1e-5), **bounds)
-    ours, native = (ir.ops.fused_add_rms_norm.impls[name].impl_fn for name in (cpu_ops.PROVIDER, "native"))
+    ours, native = (ir.ops.fused_add_rms_norm.impls[name].impl_fn for name in (cpu_patches.PROVIDER, "native"))
     expected = native(x, residual, weight, 1e-5)
-    found = ours(x.clone(), residual.clone(), weight, 1e-5)
-    torch.testing.assert_close(found[1], expected[1], **bounds)
-    torch.testing.assert_close(found[0], expected[0], **bounds)
+    result = ours(x.clone(), residual.clone(), weight, 1e-5)
+    torch.testing.assert_close(result[1], expected[1], **bounds)
+    torch.testing.assert_close(result[0], expected[0], **bounds)
 
 
 def test_what_the_kernel_cannot_take_is_left_to_vllm():
     x, weight = torch.randn(4, 32), torch.randn(16)
-    supports = ir.ops.rms_norm.impls[cpu_ops.PROVIDER].supports_args
+    supports = ir.ops.rms_norm.impls[cpu_patches.PROVIDER].supports_args
     assert supports(x[:, :16].contiguous(), weight, 1e-5)
     assert not supports(x[:, :16], weight, 1e-5)  # as a part of a fused projection
     assert not supports(x[:, :16].contiguous(), weight.bfloat16(), 1e-5)
     assert not supports(x[:, :16].contiguous(), None, 1e-5)
     assert not supports(x[:, :10].contiguous(), weight[:10], 1e-5)
     assert not supports(x[:, :16].contiguous(), weight, 1e-5, 4)
-    supports = ir.ops.fused_add_rms_norm.impls[cpu_ops.PROVIDER].supports_args
+    supports = ir.ops.fused_add_rms_norm.impls[cpu_patches.PROVIDER].supports_args
     assert not supports(x[:, :16].contiguous(), x[:, 16:], weight, 1e-5)
