@@ -104,9 +104,9 @@ def read_system_prompt(path: Path | None) -> str | None:
 
 
 def check_file_to_write(out: Path) -> None:
-    """Raise ValueError unless a file `out` can be written: its folder exists and it is not a folder itself."""
+    """Raise ValueError if `out` is a folder, or its folder does not exist."""
     if out.is_dir() or not out.parent.is_dir():
-        raise ValueError(f"--out {out} is a folder, or is in none: name a file in a folder that exists")
+        raise ValueError(f"--out {out} is a folder, or its folder does not exist: name a file in an existing folder")
 
 
 @dataclass(frozen=True)
@@ -230,13 +230,13 @@ class CorpusOptions:
 
 
 def add_commands(app: typer.Typer, *commands: Callable[..., None], exit_codes: str | None = None) -> None:
-    """Give an app commands, of which a parameter of a dataclass type stands for an option for each of its fields."""
+    """Give an app commands. A parameter whose type is a dataclass becomes an option for each of its fields."""
     for command in commands:
         app.command(epilog=exit_codes)(_flattened(command))
 
 
 def _flattened(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with the options of its groups as parameters of its own, as Typer wants them."""
+    """Return the command with the fields of its groups as parameters, the only form that Typer knows."""
     signature = inspect.signature(command, eval_str=True)
     groups: dict[str, Any] = {
         name: parameter.annotation
