@@ -71,11 +71,11 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print tracebacks
 
 
 def parse_pair(option: str, text: str, example: str) -> tuple[str, str]:
-    """Split the KEY=NAME of an option; ValueError, with the example, if it is something else."""
-    key, equals, name = text.partition("=")
-    if not equals or not key or not name:
-        raise ValueError(f"{option} {text} is not KEY=NAME, as in {example}")
-    return key, name
+    """Split the KEY=VALUE of an option; ValueError, with the example, if it is something else."""
+    key, equals, value = text.partition("=")
+    if not equals or not key or not value:
+        raise ValueError(f"{option} {text} is not KEY=VALUE, as in {example}")
+    return key, value
 
 
 def parse_columns(column: list[str] | None) -> dict[str, str]:
