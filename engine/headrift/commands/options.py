@@ -70,17 +70,17 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print tracebacks and vLLM's log.")]
 
 
-def parse_pair(option: str, text: str, example: str) -> tuple[str, str]:
-    """Split the KEY=VALUE of an option; ValueError, with the example, if it is something else."""
+def parse_pair(text: str, option: str, form: str, example: str) -> tuple[str, str]:
+    """Split what an option of the form KEY=... gives; ValueError, with the example, if it is something else."""
     key, equals, value = text.partition("=")
     if not equals or not key or not value:
-        raise ValueError(f"{option} {text} is not KEY=VALUE, as in {example}")
+        raise ValueError(f"{option} {text} is not {form}, as in {example}")
     return key, value
 
 
 def parse_columns(column: list[str] | None) -> dict[str, str]:
     """Names in the inputs, by key."""
-    return dict(parse_pair("--column", text, "prompt=text") for text in column or ())
+    return dict(parse_pair(text, "--column", "KEY=NAME", "prompt=text") for text in column or ())
 
 
 def parse_labels(labels: str | None) -> tuple[str, ...] | None:
