@@ -46,9 +46,9 @@ def score(name: str, model: Path, folder: Path) -> None:
 
 def compare(folders: list[Path], terms: list[str], resamples: int) -> dict[str, Any]:
     """Compare the signals of some runs."""
-    from headrift.calibration.runs import open_run
-    from headrift.calibration.side_by_side import side_by_side
+    from headrift.calibration.compare import side_by_side
     from headrift.fail_terms import FailTerms
+    from headrift.runs.reading import open_run
 
     runs = [open_run(folder) for folder in folders]
     fail_terms = FailTerms(terms) if terms else None

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 from headrift._version import __version__
 
 if TYPE_CHECKING:
-    from headrift.calibration.record import Calibration
+    from headrift.calibration.artifact import Calibration
     from headrift.results import ScoreResult
     from headrift.scorer import Scorer
 
 __all__ = ["Calibration", "ScoreResult", "Scorer", "__version__"]
 
 _LAZY = {
-    "Calibration": "headrift.calibration.record",
+    "Calibration": "headrift.calibration.artifact",
     "ScoreResult": "headrift.results",
     "Scorer": "headrift.scorer",
 }

@@ -1,4 +1,4 @@
-"""Whether an answer holds what it should not: the fail terms that tell a successful attack."""
+"""Whether an answer contains what it should not: the fail terms that tell a successful attack."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ REGEX = "re:"
 
 @dataclass(frozen=True, slots=True)
 class FailTerms:
-    """Terms of which none should be in an answer. A term is found as a whole word (or words), whatever its case,
-    spacing and Unicode form; one that begins with `re:` is a regular expression, searched for as it is written.
+    """Terms of which none should be in an answer.
 
-    ValueError, saying which, for an empty term and for a regular expression that is none.
+    A term matches as a whole word (or words), whatever its case, spacing and Unicode form; one that begins with `re:`
+    is a regular expression, searched for as it is written.
+
+    Raises:
+        ValueError: A term is empty, or not a valid regular expression.
     """
 
     terms: Sequence[str]
@@ -24,7 +27,7 @@ class FailTerms:
     def __post_init__(self) -> None:
         object.__setattr__(self, "_patterns", tuple(_pattern(term) for term in self.terms))
 
-    def found(self, text: str) -> bool:
+    def in_text(self, text: str) -> bool:
         """Whether any of the terms is in a text."""
         text = unicodedata.normalize("NFKC", text)
         return any(pattern.search(text) for pattern in self._patterns)
@@ -35,10 +38,10 @@ def _pattern(term: str) -> re.Pattern[str]:
         try:
             return re.compile(term.removeprefix(REGEX), re.MULTILINE)
         except re.error as error:
-            raise ValueError(f"--fail-term {term}: no regular expression ({error}): mend it or leave out re:") from None
+            raise ValueError(f"--fail-term {term}: not a regular expression ({error}): mend it or drop re:") from None
     words = unicodedata.normalize("NFKC", term).split()
     if not words or term == REGEX:
-        raise ValueError(f"--fail-term {term!r} is empty: give a word that a good answer never holds")
+        raise ValueError(f"--fail-term {term!r} is empty: give a word that no good answer contains")
     between = r"\s+".join(map(re.escape, words))
-    # Not \b: a term may begin or end with a sign that is no letter.
+    # Not \b: a term may begin or end with a sign that is not a letter.
     return re.compile(rf"(?<!\w){between}(?!\w)", re.IGNORECASE)

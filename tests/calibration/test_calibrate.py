@@ -9,11 +9,12 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from headrift.calibration import search
 from headrift.calibration.calibrate import calibrate
-from headrift.calibration.runs import blocks, exact_scores, read_rows
-from headrift.calibration.search import Sums
-from headrift.calibration.settings import CalibrationError, Rule, Settings
-from headrift.calibration.units import divide
-from headrift.calibration.validation import held_out
+from headrift.calibration.evidence import held_out
+from headrift.calibration.search import SumTable
+from headrift.calibration.splits import divide
+from headrift.calibration.thresholds import CalibrateConfig, CalibrationError, Rule
+from headrift.runs.reading import RunError
+from headrift.runs.rows import exact_scores, read_instability, read_rows
 from headrift.signal import ScoreRange, Window
 from headrift.stats import highest_rate
 
@@ -29,7 +30,7 @@ def realised_fpr(make, calibration, layers=8) -> float:
 
 def calibrated(make, seed, n_attack=30, n_benign=140, effect=0.01, **settings):
     run = make.run_of(make.made_up(seed, n_attack, n_benign, effect=effect), make.labels(n_attack, n_benign))
-    return calibrate([run], Settings(seed=seed, **{"folds": 2, "resamples": 0, **settings}))
+    return calibrate([run], CalibrateConfig(seed=seed, **{"folds": 2, "resamples": 0, **settings}))
 
 
 # ------------------------------------------------------------------------------------------------ promises, simulated
@@ -85,22 +86,22 @@ def test_noise_gives_half_out_of_sample_in_100(make):
 
 def test_held_out_figures_are_those_of_fresh_prompts(make):
     """An effect of known size: the mean held-out AUROC is that of its distribution, in sample it is above."""
-    found = [calibrated(make, seed, 60, 140, effect=0.01, folds=5).figures for seed in range(20)]
-    held = np.array([figures["auroc"].value for figures in found])
+    result = [calibrated(make, seed, 60, 140, effect=0.01, folds=5).figures for seed in range(20)]
+    held = np.array([figures["auroc"].value for figures in result])
     # Attack and benign scores are Gaussians 0.01 apart; the best cell is the largest, and others are a little worse.
     best = norm.cdf(0.01 / (np.sqrt(2) * make.score_sd(ScoreRange(Window(1, 6), 0.0, 0.0), 8)))
     assert best - 0.06 < held.mean() <= best + 3 * held.std() / np.sqrt(20)
-    assert np.mean([figures["auroc_in_sample"].value for figures in found]) > held.mean()
+    assert np.mean([figures["auroc_in_sample"].value for figures in result]) > held.mean()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_intervals_hold_the_expected_figure(make):
     """Of 100 data sets with an effect: how often a 95% interval has the mean of all held-out figures."""
-    found = [calibrated(make, seed, 60, 140, effect=0.01, folds=5, resamples=100).figures for seed in range(100)]
+    result = [calibrated(make, seed, 60, 140, effect=0.01, folds=5, resamples=100).figures for seed in range(100)]
     for name in ("auroc", "auprc", "tpr_at_5", "fpr"):
-        expected = np.mean([figures[name].value for figures in found])
-        contained = sum(low <= expected <= high for low, high in (figures[name].interval for figures in found))
+        expected = np.mean([figures[name].value for figures in result])
+        contained = sum(low <= expected <= high for low, high in (figures[name].interval for figures in result))
         assert contained >= 89, name  # 95 expected; fewer than 89 come by chance in 1 of 150
 
 
@@ -113,7 +114,7 @@ def test_of_about_equal_windows_the_largest_does_better_than_the_best(make, monk
         )
 
     by_rule = held()
-    monkeypatch.setattr(search, "_ABOUT", 0.0)
+    monkeypatch.setattr(search, "_TOLERANCE", 0.0)
     assert by_rule > held() + 0.01
 
 
@@ -124,7 +125,7 @@ def test_the_target_holds_with_the_contamination_that_is_allowed_for(make):
         rates = []
         for seed in range(60):
             run = make.run_of(make.made_up(seed, 10, 490, effect=effect), [None] * 500)
-            settings = Settings(benign_only=True, contamination=0.02, resamples=0, seed=seed, folds=2)
+            settings = CalibrateConfig(benign_only=True, contamination=0.02, resamples=0, seed=seed, folds=2)
             rates.append(realised_fpr(make, calibrate([run], settings)))
         # 3 of 60 are expected to exceed the target at most; 8 or more come by chance in 1 of 100.
         assert sum(rate > 0.05 for rate in rates) < 8
@@ -145,89 +146,89 @@ def one(make):
 
 def test_figures_of_a_fold_are_those_of_scikit_learn(one):
     rows = read_rows([one])
-    units = divide(rows, Settings(), 100).units
-    (scores,) = exact_scores([one], rows, [(ScoreRange(Window(4, 6)), units.row)])
+    samples = divide(rows, CalibrateConfig(), 100).samples
+    (scores,) = exact_scores([one], rows, [(ScoreRange(Window(4, 6)), samples.row)])
     assert np.isnan(scores).any()
     # Some of the fold's own are far above all others: a threshold that they had a part in would be another one.
-    scores[(units.fold == 1) & (units.row % 3 == 0)] += 1.0
-    times = np.random.default_rng(0).integers(0, 3, len(units.row))
-    found = held_out(units, scores, times, 1, 0.05, Rule.BINOMIAL)
-    repeated = np.repeat(np.arange(len(units.row)), times)
-    mine = repeated[units.fold[repeated] == 1]
-    attack, lowest = units.attack[mine], np.nan_to_num(scores[mine], nan=-1)
-    assert found["auroc"] == pytest.approx(roc_auc_score(attack, lowest))
-    assert found["auprc"] == pytest.approx(average_precision_score(attack, lowest))
-    there = ~np.isnan(scores[mine])
-    assert found["auroc_scored"] == pytest.approx(roc_auc_score(attack[there], scores[mine][there]))
-    others = repeated[(units.fold[repeated] != 1) & units.sets[repeated]]
+    scores[(samples.fold == 1) & (samples.row % 3 == 0)] += 1.0
+    times = np.random.default_rng(0).integers(0, 3, len(samples.row))
+    result = held_out(samples, scores, times, 1, 0.05, Rule.BINOMIAL)
+    repeated = np.repeat(np.arange(len(samples.row)), times)
+    own = repeated[samples.fold[repeated] == 1]
+    attack, lowest = samples.attack[own], np.nan_to_num(scores[own], nan=-1)
+    assert result["auroc"] == pytest.approx(roc_auc_score(attack, lowest))
+    assert result["auprc"] == pytest.approx(average_precision_score(attack, lowest))
+    valid = ~np.isnan(scores[own])
+    assert result["auroc_scored"] == pytest.approx(roc_auc_score(attack[valid], scores[own][valid]))
+    others = repeated[(samples.fold[repeated] != 1) & samples.sets[repeated]]
     n = len(others)
     k = max(k for k in range(n) if binom.cdf(k, n, 0.05) <= 0.05)
     cut = np.sort(np.nan_to_num(scores[others], nan=-1))[::-1][k]
-    assert found["tpr"] == pytest.approx((lowest[attack] > cut).mean())
-    assert found["fpr"] == pytest.approx((lowest[~attack] > cut).mean())
-    weighted = np.average(lowest[~attack] > cut, weights=units.repeats[mine][~attack])
-    assert found["fpr_traffic"] == pytest.approx(weighted)
-    assert found["fpr_traffic"] != pytest.approx(found["fpr"])
+    assert result["tpr"] == pytest.approx((lowest[attack] > cut).mean())
+    assert result["fpr"] == pytest.approx((lowest[~attack] > cut).mean())
+    weighted = np.average(lowest[~attack] > cut, weights=samples.repeats[own][~attack])
+    assert result["fpr_traffic"] == pytest.approx(weighted)
+    assert result["fpr_traffic"] != pytest.approx(result["fpr"])
 
 
 def test_scores_are_those_of_the_definition_and_of_the_table(one):
     rows = read_rows([one])
-    cell, everywhere = ScoreRange(Window(2, 5), 0.3, 0.1), np.arange(len(rows))
-    (exact,) = exact_scores([one], rows, [(cell, everywhere)])
-    sums = Sums(len(rows), 6, 8)
-    for which, block in blocks([one], everywhere, 6):
+    score_range, everywhere = ScoreRange(Window(2, 5), 0.3, 0.1), np.arange(len(rows))
+    (exact,) = exact_scores([one], rows, [(score_range, everywhere)])
+    sums = SumTable(len(rows), 6, 8)
+    for which, block in read_instability([one], everywhere, 6):
         sums.put(which, block)
-    np.testing.assert_allclose(sums.scores(cell), exact, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(sums.scores(score_range), exact, rtol=0, atol=1e-13)
 
 
 def test_what_a_calibration_says_of_its_rows(one):
-    found = calibrate([one], Settings(resamples=20, daily_prompts=1000))
+    result = calibrate([one], CalibrateConfig(resamples=20, daily_prompts=1000))
     rows = read_rows([one])
-    (scores,) = exact_scores([one], rows, [(cell_of(found), np.arange(len(rows)))])
+    (scores,) = exact_scores([one], rows, [(cell_of(result), np.arange(len(rows)))])
     benign = rows.label == 0
-    assert found.traffic.rows == 240
-    assert found.traffic.flagged == (scores[benign] >= found.threshold).sum()
-    assert found.classes["attack"].rows == 80
-    assert found.classes["benign"].distinct == len(np.unique(rows.group[benign]))
-    assert found.classes["benign"].with_score == pytest.approx((~np.isnan(scores[benign])).mean())
-    assert found.traffic.alerts_a_day.value == pytest.approx(1000 * found.figures["fpr_traffic"].value)
-    assert found.setting.flagged <= found.setting.above
-    assert found.figures["auroc"].value == pytest.approx(np.mean(found.figures["auroc"].per_fold))
-    low, high = found.figures["auroc"].interval
+    assert result.traffic.rows == 240
+    assert result.traffic.flagged == (scores[benign] >= result.threshold).sum()
+    assert result.classes["attack"].rows == 80
+    assert result.classes["benign"].distinct == len(np.unique(rows.group[benign]))
+    assert result.classes["benign"].with_score == pytest.approx((~np.isnan(scores[benign])).mean())
+    assert result.traffic.alerts_a_day.value == pytest.approx(1000 * result.figures["fpr_traffic"].value)
+    assert result.setting.flagged <= result.setting.above
+    assert result.figures["auroc"].value == pytest.approx(np.mean(result.figures["auroc"].per_fold))
+    low, high = result.figures["auroc"].interval
     assert low < high
-    assert set(found.confounds) == {"prompt_tokens", "answer_tokens", "n_steps"}
-    assert found.figures["tpr_at_1"].value is None  # some 40 benign prompts a fold
-    assert all(figure.interval is None for figure in found.figures.values() if figure.value is None)
-    assert all(figure.how for figure in [*found.figures.values(), *found.confounds.values()])
+    assert set(result.confounds) == {"prompt_tokens", "answer_tokens", "n_steps"}
+    assert result.figures["tpr_at_1"].value is None  # some 40 benign prompts a fold
+    assert all(figure.interval is None for figure in result.figures.values() if figure.value is None)
+    assert all(figure.how for figure in [*result.figures.values(), *result.confounds.values()])
 
 
 def test_the_same_twice_is_the_same(one):
-    first, again = (calibrate([one], Settings(resamples=5)).model_dump(exclude={"created"}) for _ in range(2))
+    first, again = (calibrate([one], CalibrateConfig(resamples=5)).model_dump(exclude={"created"}) for _ in range(2))
     assert json.dumps(first) == json.dumps(again)
 
 
 def test_a_window_that_is_given_leaves_all_benign_prompts_to_the_threshold(make):
-    found = calibrated(make, 0, window=Window(2, 3))
-    assert (found.window, found.drop_shallow, found.drop_deep) == ("2:3", 0.25, 0.15)
-    assert found.setting.n == 140
-    assert found.procedure["cells_searched"] == 0
-    assert "auroc_in_sample" not in found.figures
+    result = calibrated(make, 0, window=Window(2, 3))
+    assert (result.window, result.drop_shallow, result.drop_deep) == ("2:3", 0.25, 0.15)
+    assert result.setting.n == 140
+    assert result.procedure["cells_searched"] == 0
+    assert "auroc_in_sample" not in result.figures
 
 
 def test_benign_only_says_what_contamination_would_do(make):
     run = make.run_of(make.made_up(0, 0, 500), [None] * 500)
-    found = calibrate([run], Settings(benign_only=True, resamples=20))
-    assert set(found.figures) == {"fpr", "fpr_traffic"}
-    by = {one.contamination: one for one in found.contamination}
-    assert by[0.01].threshold == found.threshold
-    setting = found.setting
+    result = calibrate([run], CalibrateConfig(benign_only=True, resamples=20))
+    assert set(result.figures) == {"fpr", "fpr_traffic"}
+    by = {one.contamination: one for one in result.contamination}
+    assert by[0.01].threshold == result.threshold
+    setting = result.setting
     assert setting.highest_fpr == pytest.approx(highest_rate(setting.above, setting.n) / 0.99)
     assert setting.highest_fpr <= 0.05
     assert by[0.0].highest_fpr <= 0.05
     assert by[0.01].highest_fpr <= 0.05 < by[0.1].highest_fpr
     assert by[0.1].lowest_fpr == 0
     assert by[0.0].threshold <= by[0.1].threshold
-    assert found.window == "1:6"
+    assert result.window == "1:6"
 
 
 # ------------------------------------------------------------------------------------------------------- refusals
@@ -236,10 +237,10 @@ def test_benign_only_says_what_contamination_would_do(make):
 def test_runs_that_do_not_go_together_are_refused(make):
     values = make.made_up(0, 20, 80)
     run, small = make.run_of(values, make.labels(20, 80)), make.run_of(values[:, :, :4], make.labels(20, 80), "small")
-    with pytest.raises(CalibrationError, match="made-up and small differ in the number of layers"):
-        calibrate([run, small], Settings())
-    with pytest.raises(CalibrationError, match="made-up is given twice"):
-        calibrate([run, run], Settings())
+    with pytest.raises(RunError, match="made-up and small differ in the number of layers"):
+        calibrate([run, small], CalibrateConfig())
+    with pytest.raises(RunError, match="made-up is given twice"):
+        calibrate([run, run], CalibrateConfig())
 
 
 def test_a_window_that_was_not_recorded_is_refused(make):
@@ -251,7 +252,7 @@ def test_a_window_in_which_no_benign_prompt_has_a_score_is_refused(make):
     n_steps = [6] * 20 + [3] * 80
     run = make.run_of(make.made_up(0, 20, 80), make.labels(20, 80), n_steps=n_steps)
     with pytest.raises(CalibrationError, match="no benign prompt has a score in steps 5:6"):
-        calibrate([run], Settings(window=Window(5, 6), resamples=0))
+        calibrate([run], CalibrateConfig(window=Window(5, 6), resamples=0))
 
 
 def test_runs_of_different_length_go_together_over_the_steps_that_both_have(make):
@@ -260,7 +261,7 @@ def test_runs_of_different_length_go_together_over_the_steps_that_both_have(make
         make.run_of(long, make.labels(20, 80), "long"),
         make.run_of(short, make.labels(20, 80), "short", group=range(200, 300)),
     ]
-    found = calibrate(runs, Settings(resamples=0))
-    assert Window.parse(found.window).end <= 6
-    assert found.classes["attack"].rows == 40
-    assert any("different numbers of steps" in note for note in found.notes)
+    result = calibrate(runs, CalibrateConfig(resamples=0))
+    assert Window.parse(result.window).end <= 6
+    assert result.classes["attack"].rows == 40
+    assert any("different numbers of steps" in note for note in result.notes)

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from headrift import signal, stats
-from headrift.calibration.search import Search, Sums, grid, standard_error
+from headrift import stats
+from headrift.calibration.search import Search, SumTable, grid, standard_error
 from headrift.signal import ScoreRange, Window
 
 
-def filled(instability) -> Sums:
-    sums = Sums(len(instability), instability.shape[1] - 1, instability.shape[2])
+def filled(instability) -> SumTable:
+    sums = SumTable(len(instability), instability.shape[1] - 1, instability.shape[2])
     half = len(instability) // 2
     sums.put(slice(0, half), instability[:half])
     sums.put(slice(half, None), instability[half:])
@@ -30,22 +30,19 @@ def ragged(seed: int, n: int = 40):
 def test_scores_from_sums_are_those_of_the_definition(seed):
     values, n_steps = ragged(seed)
     sums, cells = filled(values), grid(9, 7)
-    for cell in np.random.default_rng(seed).choice(np.array(cells, object), 40):
-        defined = [
-            signal.score(of, cell.window, n_steps=last, drop_shallow=cell.drop_shallow, drop_deep=cell.drop_deep).value
-            for of, last in zip(values, n_steps)
-        ]
+    for score_range in np.random.default_rng(seed).choice(np.array(cells, object), 40):
+        defined = [score_range.score(one, last).value for one, last in zip(values, n_steps)]
         # Sums of up to 70 numbers below 1 in another order: a few units of 1e-16 each.
-        np.testing.assert_allclose(sums.scores(cell), np.array(defined, float), rtol=0, atol=1e-13)
+        np.testing.assert_allclose(sums.scores(score_range), np.array(defined, float), rtol=0, atol=1e-13)
 
 
 def test_the_grid_has_every_window_and_every_trim_once():
     cells = grid(9, 30)
-    windows = {(cell.window.start, cell.window.end) for cell in cells}
+    windows = {(score_range.window.start, score_range.window.end) for score_range in cells}
     assert windows == {(start, end) for end in range(1, 10) for start in range(1, end + 1)}
-    assert len({(cell.window, cell.layers(30)) for cell in cells}) == len(cells)
+    assert len({(score_range.window, score_range.layers(30)) for score_range in cells}) == len(cells)
     assert ScoreRange(Window(1, 9)) in cells
-    assert len({cell.window for cell in grid(1000, 1)}) == 160 * 161 / 2
+    assert len({score_range.window for score_range in grid(1000, 1)}) == 160 * 161 / 2
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -57,16 +54,16 @@ def test_binned_aurocs_are_close_to_exact_ones(seed):
     weights = random.integers(0, 4, 600)
     cells = grid(9, 7)[::17]
     sums = filled(values)
-    found = Search(sums, cells, attack, fold, 3).aurocs(weights)
-    for at, cell in enumerate(cells):
-        scores = sums.scores(cell)
+    result = Search(sums, cells, attack, fold, 3).aurocs(weights)
+    for at, score_range in enumerate(cells):
+        scores = sums.scores(score_range)
         for held_out in (0, 1, 2, 3):
-            mine = fold != held_out
-            rank = stats.ranks(scores[mine])
-            exact = stats.area(*stats.roc_curve(rank, attack[mine], weights[mine].astype(float)))
+            own = fold != held_out
+            rank = stats.ranks(scores[own])
+            exact = stats.area(*stats.roc_curve(rank, attack[own], weights[own].astype(float)))
             # Rows in one bin count as ties: a bin is 8/255 of a standard deviation wide, so 1 pair in 50 at most ties,
             # and those come out even. 0.003 is 30 times less than the standard error of such an AUROC.
-            assert found[at, held_out] == pytest.approx(exact, abs=0.003)
+            assert result[at, held_out] == pytest.approx(exact, abs=0.003)
 
 
 def test_no_auroc_without_both_classes():
@@ -104,18 +101,18 @@ def test_of_equally_good_cells_the_largest_is_chosen(make):
     values = make.made_up(0, 40, 40, effect=1.0)
     attack = np.arange(80) < 40
     search = Search(filled(values), grid(6, 8), attack, np.arange(80) % 2, 2)
-    for cell in search.best(np.ones(80, np.int64)):
-        assert cell.window == Window(1, 6)
-        assert cell.layers(8) == (2, 8)
+    for score_range in search.best(np.ones(80, np.int64)):
+        assert score_range.window == Window(1, 6)
+        assert score_range.layers(8) == (2, 8)
 
 
 def test_the_choice_outside_a_fold_does_not_see_it(make):
     """Fold 1's labels turned round change what is chosen outside fold 0, and not what is chosen outside fold 1."""
     values = make.made_up(1, 60, 60, effect=0.02, window=(2, 3))
     attack, fold = np.arange(120) < 60, np.arange(120) % 2
-    turned = np.where(fold == 1, ~attack, attack)
+    flipped = np.where(fold == 1, ~attack, attack)
     sums, ones = filled(values), np.ones(120, np.int64)
     before = Search(sums, grid(6, 8), attack, fold, 2).aurocs(ones)
-    after = Search(sums, grid(6, 8), turned, fold, 2).aurocs(ones)
+    after = Search(sums, grid(6, 8), flipped, fold, 2).aurocs(ones)
     assert (before[:, 1] == after[:, 1]).all()
     assert (before[:, 0] != after[:, 0]).any()

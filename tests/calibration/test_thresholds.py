@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import binom, norm
 
-from headrift.calibration.settings import Rule
-from headrift.calibration.thresholds import Reference, allowed, needed, threshold
+from headrift.calibration.artifact import ReferenceScores
+from headrift.calibration.thresholds import Rule, allowed, needed, threshold
 from headrift.stats import exact_interval, highest_rate
 
 
@@ -109,23 +109,26 @@ def test_p_values_count_benign_scores():
     benign = np.round(random.random(300), 2)
     benign[random.random(300) < 0.1] = np.nan
     scores = np.concatenate([np.round(random.random(200), 2), [-1.0, 2.0, 0.505, np.nan]])
-    found = Reference.of(benign).p_values(scores)
-    for score, p in zip(scores[:-1], found[:-1]):
+    result = ReferenceScores.from_scores(benign).p_values(scores)
+    for score, p in zip(scores[:-1], result[:-1]):
         assert p == (1 + (benign >= score).sum()) / 301
-    assert np.isnan(found[-1])
+    assert np.isnan(result[-1])
 
 
 def test_p_values_from_a_part_of_the_scores_are_never_too_low_and_exact_where_it_matters():
     random = np.random.default_rng(2)
     benign, scores = random.standard_normal(20_000), random.standard_normal(5_000)
-    whole, part = Reference.of(benign, 20_000).p_values(scores), Reference.of(benign, 1_000)
-    found = part.p_values(scores)
+    whole, part = (
+        ReferenceScores.from_scores(benign, 20_000).p_values(scores),
+        ReferenceScores.from_scores(benign, 1_000),
+    )
+    result = part.p_values(scores)
     assert len(part.values) == 1_000
-    assert (found >= whole).all()
-    assert (found <= whole + 20_000 / 500 / 20_000 + 1e-12).all()  # a gap between kept values is 39 scores
+    assert (result >= whole).all()
+    assert (result <= whole + 20_000 / 500 / 20_000 + 1e-12).all()  # a gap between kept values is 39 scores
     low = whole < 499 / 20_001
     assert low.any()
-    assert (found[low] == whole[low]).all()
+    assert (result[low] == whole[low]).all()
 
 
 def test_p_values_of_benign_scores_are_uniform_or_higher():
@@ -133,7 +136,7 @@ def test_p_values_of_benign_scores_are_uniform_or_higher():
     below = []
     for _ in range(4000):
         benign = random.standard_normal(40)
-        below.append(Reference.of(benign).p_values(random.standard_normal(1))[0] <= 0.1)
+        below.append(ReferenceScores.from_scores(benign).p_values(random.standard_normal(1))[0] <= 0.1)
     # 4 of 41 places are at most 0.1.
     assert np.mean(below) == pytest.approx(4 / 41, abs=4 * np.sqrt(0.1 * 0.9 / 4000))
 
@@ -142,4 +145,4 @@ def test_a_conformal_threshold_is_a_p_value_at_the_target():
     random = np.random.default_rng(4)
     benign, scores = random.random(137), random.random(1000)
     cut = threshold(benign, ones(benign), 0.05, Rule.CONFORMAL)
-    assert ((scores >= cut) == (Reference.of(benign).p_values(scores) <= 0.05)).all()
+    assert ((scores >= cut) == (ReferenceScores.from_scores(benign).p_values(scores) <= 0.05)).all()

@@ -49,7 +49,8 @@ def test_without_attacks(made, tmp_path):
     assert done.exit_code == 0, done.output
     words = " ".join(done.stdout.split())
     assert "if at most 0.02 of the prompts are attacks" in words
-    assert "2.0% are attacks" in words
+    assert "attacks among them" in words
+    assert "2.0% " in words
     assert Calibration.load(tmp_path / "c.json").benign_only
 
 
@@ -62,7 +63,7 @@ def test_conformal_at_a_lower_rate(run, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--target-fpr", "5"], "--target-fpr 5.0 is no rate between 0 and 1"),
+        (["--target-fpr", "5"], "--target-fpr 5.0 is not a rate between 0 and 1"),
         (["--target-fpr", "0.01"], "at least 299 distinct benign prompts"),
         (["--window", "3"], "a window is two step numbers"),
         (["--window", "2:40"], "--window 2:40 ends after step 6"),

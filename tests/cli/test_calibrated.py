@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from headrift import Calibration
-from headrift.calibration.verdicts import discoveries
+from headrift.calibration.artifact import discoveries
 from headrift.cli import app
 from headrift.testing import FakeEngine, fake_engines
 from helpers.fakes import FailAt, must_not_start, raises
@@ -209,8 +209,8 @@ def test_more_steps_are_recorded_where_the_window_needs_them(work):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--calibration", "in.jsonl"], "in.jsonl is no calibration (Invalid JSON"),
-        (["--calibration", "plain/run.json"], "run.json is no calibration ("),
+        (["--calibration", "in.jsonl"], "in.jsonl is not a calibration (Invalid JSON"),
+        (["--calibration", "plain/run.json"], "run.json is not a calibration ("),
         (["--calibration", "none.json"], "none.json cannot be read: No such file"),
         (["--calibration", "c.json", "--window", "2:4"], "--window 2:4: the --calibration is for --window 1:4: leave"),
         (["--calibration", "c.json", "--drop-deep", "0.2"], "the --calibration is for --drop-deep 0.15: leave --drop"),

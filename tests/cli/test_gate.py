@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from headrift.calibration.record import Calibration
+from headrift.calibration.artifact import Calibration
 from headrift.cli import app
 from headrift.stats import exact_interval
 from headrift.testing import fake_engines
@@ -180,7 +180,7 @@ def test_a_gates_folder_is_no_run_to_calibrate_on(work, fake_model, command):
     [
         (["--max-new-tokens", "4"], "--max-new-tokens 4 is no more than the steps that decide, 4: give at least 5"),
         (["--compare-ungated"], "name what gives them away with --fail-term"),
-        (["--fail-term", "re:("], "--fail-term re:(: no regular expression"),
+        (["--fail-term", "re:("], "--fail-term re:(: not a regular expression"),
         (["--fail-term", " "], "--fail-term ' ' is empty"),
         (["--max-new-tokens", "100000"], "--max-new-tokens 100000 do not fit the model's context"),
     ],

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from headrift import Calibration, signal
 from headrift.calibration.calibrate import calibrate
-from headrift.calibration.settings import Settings
+from headrift.calibration.thresholds import CalibrateConfig
 from headrift.cli import app
 from headrift.errors import EngineError, RefusedError
 from headrift.requests import ProbeRequest
@@ -366,7 +366,9 @@ def calibrated(made: ModuleType, path: Path) -> Path:
     """A calibration for steps 2 to 4 of the demonstration model, which flags a part of what it is given: its benign
     scores are made up."""
     values = made.made_up(0, 0, 200, steps=4, layers=30)
-    found = calibrate([made.run_of(values / 4, [None] * 200)], Settings(benign_only=True, window=signal.Window(2, 4)))
+    found = calibrate(
+        [made.run_of(values / 4, [None] * 200)], CalibrateConfig(benign_only=True, window=signal.Window(2, 4))
+    )
     template = AutoTokenizer.from_pretrained(MODEL).get_chat_template().encode()
     model = ModelIdentity(
         name="m",

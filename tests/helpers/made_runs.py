@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from headrift import signal
-from headrift.calibration.runs import SIGNALS, Run
 from headrift.runs.parts import part_schema
-from headrift.runs.reading import ModelIdentity
+from headrift.runs.reading import ModelIdentity, ScoreRun
 from headrift.signal import ScoreRange, Window
+from headrift.signals import signals
 
 # Benign instability: MEAN + a row's own part + noise in each cell, all Gaussian: a score's distribution is known.
 MEAN, ROW_SD, CELL_SD = 0.2, 0.01, 0.03
@@ -51,7 +51,7 @@ def columns_of(instability, label, group=None, category=None, n_steps=None, **ot
         "n_steps": n_steps,
         "prompt_tokens": np.arange(n) % 7,
         "answer_tokens": n_steps + 1,
-        **{name: pa.nulls(n, pa.float64()) for name in SIGNALS},
+        **{entry.name: pa.nulls(n, pa.float64()) for entry in signals(column=True, compared=True)},
         "instability": [row[: last + 1].ravel() for row, last in zip(instability, n_steps)],
         **others,
     }
@@ -61,7 +61,7 @@ def labels(n_attack, n_benign):
     return ["attack"] * n_attack + ["benign"] * n_benign
 
 
-def run_of(instability, label, name="made-up", regions=(), **columns) -> Run:
+def run_of(instability, label, name="made-up", regions=(), **columns) -> ScoreRun:
     """A run in memory. columns: see columns_of; regions: of the column `mass`."""
     table = pa.table(columns_of(instability, label, **columns))
     table = table.replace_schema_metadata({b"headrift": json.dumps({"regions": list(regions)})})
@@ -71,7 +71,7 @@ def run_of(instability, label, name="made-up", regions=(), **columns) -> Run:
     def batches(names):
         yield from table.select([name for name in names if name in table.column_names]).to_batches(max_chunksize=64)
 
-    return Run(name, ModelIdentity(name="m", **identity), steps, ScoreRange(Window(1, steps)), False, batches)
+    return ScoreRun(name, ModelIdentity(name="m", **identity), steps, ScoreRange(Window(1, steps)), False, batches)
 
 
 def write_run(folder: Path, instability, label, status="done", fingerprint="f", save=(), **columns) -> Path:
@@ -105,7 +105,7 @@ def masses(seed, n, *, steps=6, layers=8, heads=4):
     return np.stack([system, user, system + user + bos + 0.05, bos], axis=-1).astype(np.float32)
 
 
-def run_with_mass(mass, label, *, n_steps=None, save=("mass", "focus_heads"), counted=True, **columns) -> Run:
+def run_with_mass(mass, label, *, n_steps=None, save=("mass", "focus_heads"), counted=True, **columns) -> ScoreRun:
     """A run whose instability, where it is counted, shares and focus are those of the masses."""
     system, user, prompt = (mass[..., REGIONS.index(name)] for name in ("system", "user", "prompt"))
     share = signal.share(system, prompt)

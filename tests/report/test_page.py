@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from headrift.calibration.calibrate import calibrate
-from headrift.calibration.runs import open_run
-from headrift.calibration.settings import Settings as CalibrationSettings
+from headrift.calibration.thresholds import CalibrateConfig as CalibrationSettings
 from headrift.corpus import summary as summaries
 from headrift.report import html, measure
 from headrift.report.report import Report, ReportConfig
+from headrift.runs.reading import open_run
 from headrift.signal import Window
 
 
@@ -163,7 +163,7 @@ def test_redacted_with_a_calibration(write, tmp_path, monkeypatch):
     assert "one-" in page.words  # ids stay
     assert f"at or above {made.threshold:.6f} (steps 3:5" in page.words
     assert "over steps 3:5" in page.words
-    assert "60 rows a class" in page.words
+    assert "60 rows per class" in page.words
     assert "drift" in page.numbers
     assert set(page.numbers["flagged"]) == {"attack", "benign"}
 

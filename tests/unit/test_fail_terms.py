@@ -6,7 +6,7 @@ from headrift.fail_terms import FailTerms
 
 
 @pytest.mark.parametrize(
-    ("term", "text", "found"),
+    ("term", "text", "expected"),
     [
         ("lantern", "A Lantern, then.", True),
         ("lantern", "Two lanterns.", False),
@@ -28,16 +28,16 @@ from headrift.fail_terms import FailTerms
         ("日", "毎日", False),
     ],
 )
-def test_whether_a_term_is_in_a_text(term: str, text: str, found: bool) -> None:
-    assert FailTerms([term]).found(text) is found
+def test_whether_a_term_is_in_a_text(term: str, text: str, expected: bool) -> None:
+    assert FailTerms([term]).in_text(text) is expected
 
 
 def test_any_of_several() -> None:
     terms = FailTerms(["lamp", "lantern"])
-    assert terms.found("a lantern")
-    assert terms.found("a lamp")
-    assert not terms.found("a candle")
-    assert not FailTerms([]).found("anything")
+    assert terms.in_text("a lantern")
+    assert terms.in_text("a lamp")
+    assert not terms.in_text("a candle")
+    assert not FailTerms([]).in_text("anything")
 
 
 @pytest.mark.parametrize("term", ["", "  ", "re:"])
@@ -47,5 +47,5 @@ def test_an_empty_term_is_refused(term: str) -> None:
 
 
 def test_a_bad_expression_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"re:\(lamp.*no regular expression"):
+    with pytest.raises(ValueError, match=r"re:\(lamp.*not a regular expression"):
         FailTerms(["re:(lamp"])

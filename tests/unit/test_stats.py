@@ -34,12 +34,12 @@ def slow_tpr(attack, values, weight=None) -> float:
 @pytest.mark.parametrize("seed", range(5))
 def test_values_are_scikit_learns_with_missing_ones_lowest(seed):
     values, attack, groups = random_rows(seed)
-    found = separation(values, attack, groups)
+    result = separation(values, attack, groups)
     lowest = np.nan_to_num(values, nan=-1.0)
-    assert found.auroc == pytest.approx(roc_auc_score(attack, lowest))
-    assert found.tpr == pytest.approx(slow_tpr(attack, lowest))
-    assert np.trapezoid(found.tprs, found.fpr) == pytest.approx(found.auroc)
-    assert (found.fpr[0], found.tprs[0], found.fpr[-1], found.tprs[-1]) == (0, 0, 1, 1)
+    assert result.auroc == pytest.approx(roc_auc_score(attack, lowest))
+    assert result.tpr == pytest.approx(slow_tpr(attack, lowest))
+    assert np.trapezoid(result.tprs, result.fpr) == pytest.approx(result.auroc)
+    assert (result.fpr[0], result.tprs[0], result.fpr[-1], result.tprs[-1]) == (0, 0, 1, 1)
 
 
 def test_higher_means_attack_and_missing_is_never_flagged():
@@ -61,19 +61,19 @@ def test_intervals_are_those_of_resampled_groups(monkeypatch):
         if len(set(attack[rows])) == 2:
             aurocs.append(roc_auc_score(attack[rows], lowest[rows]))
             tprs.append(slow_tpr(attack[rows], lowest[rows]))
-    found = separation(values, attack, groups)
-    assert found.auroc_interval == pytest.approx(tuple(np.percentile(aurocs, [2.5, 97.5])))
-    assert found.tpr_interval == pytest.approx(tuple(np.percentile(tprs, [2.5, 97.5])))
-    low, high = found.band
+    result = separation(values, attack, groups)
+    assert result.auroc_interval == pytest.approx(tuple(np.percentile(aurocs, [2.5, 97.5])))
+    assert result.tpr_interval == pytest.approx(tuple(np.percentile(tprs, [2.5, 97.5])))
+    low, high = result.band
     assert (low <= high).all()
-    assert found.tpr_interval == pytest.approx((low[5], high[5]))
+    assert result.tpr_interval == pytest.approx((low[5], high[5]))
 
 
 def test_no_interval_from_a_handful():
     attack = np.arange(60) < 9
-    found = separation(np.arange(60.0), attack, np.arange(60))
-    assert (found.auroc_interval, found.tpr_interval, found.band) == (None, None, None)
-    assert set(found.numbers()) == {"auroc", "auroc_interval", "tpr", "tpr_interval", "at_fpr"}
+    result = separation(np.arange(60.0), attack, np.arange(60))
+    assert (result.auroc_interval, result.tpr_interval, result.band) == (None, None, None)
+    assert set(result.numbers()) == {"auroc", "auroc_interval", "tpr", "tpr_interval", "at_fpr"}
 
 
 def test_the_same_rows_give_the_same_interval_soon():
@@ -90,10 +90,10 @@ def test_groups_are_resampled_whole_and_as_many_of_a_stratum():
     strata = group % 3
     for times in cluster_resamples(group, 20, strata=strata):
         n_groups = [
-            sum(times[np.flatnonzero(group == of)[0]] for of in np.unique(group[strata == at])) for at in range(3)
+            sum(times[np.flatnonzero(group == one)[0]] for one in np.unique(group[strata == at])) for at in range(3)
         ]
         assert n_groups == [len(np.unique(group[strata == at])) for at in range(3)]
-        assert all(len(set(times[group == of])) == 1 for of in np.unique(group))
+        assert all(len(set(times[group == one])) == 1 for one in np.unique(group))
 
 
 @pytest.fixture

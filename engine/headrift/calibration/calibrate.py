@@ -1,140 +1,198 @@
-"""Runs in, a calibration out: samples and parts, the search, the exact scores, the threshold, the figures."""
+"""Runs in, a calibration out: samples and parts, the search, the exact scores, the threshold, the evidence."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import TypeAlias
+from textwrap import wrap
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from headrift._version import __version__
-from headrift.calibration import evidence, validation
-from headrift.calibration.evidence import Chosen
-from headrift.calibration.record import Calibration, Data
-from headrift.calibration.runs import UNLABELLED, Rows, Run, blocks, check_alike, exact_scores, read_rows
-from headrift.calibration.search import Search, Sums, grid
-from headrift.calibration.settings import CalibrationError, Settings
-from headrift.calibration.thresholds import allowed, threshold
-from headrift.calibration.units import Division, divide, target_of
+from headrift.calibration import evidence
+from headrift.calibration.artifact import Calibration, CalibrationData, Metric, ReferenceScores
+from headrift.calibration.evidence import Choice
+from headrift.calibration.search import Search, SumTable, grid
+from headrift.calibration.splits import Division, divide
+from headrift.calibration.thresholds import CalibrateConfig, CalibrationError, allowed, threshold
+from headrift.runs.reading import ScoreRun
+from headrift.runs.rows import UNLABELLED, Rows, check_alike, exact_scores, read_instability, read_rows
 from headrift.signal import ScoreRange
+from headrift.signals import get
+from headrift.stats import Ints
+from headrift.terminal import print_table
 
-Floats: TypeAlias = NDArray[np.float64]
-Ints: TypeAlias = NDArray[np.int64]
+if TYPE_CHECKING:
+    from rich.console import Console
+
 Say: TypeAlias = Callable[[str], None]
 
 
-def calibrate(runs: Sequence[Run], settings: Settings, say: Say = lambda text: None) -> Calibration:
-    """Choose, set and measure. say: told of each stage. CalibrationError where the runs do not allow it."""
+def calibrate(runs: Sequence[ScoreRun], config: CalibrateConfig, say: Say = lambda text: None) -> Calibration:
+    """Choose window and layers, set the threshold, and measure how well it does.
+
+    Args:
+        runs: finished runs of one model.
+        config: what is to be done.
+        say: is given the name of each stage.
+
+    Raises:
+        CalibrationError: The runs do not allow it, or not these options.
+        RunError: The runs cannot be read, or not together.
+    """
     check_alike(runs)
-    steps = min(run.steps for run in runs)
-    cells = _cells(runs, steps, settings)
+    steps, n_layers = min(run.steps for run in runs), runs[0].model.layers
+    candidates = _candidates(runs, steps, config)
     say("reading the rows")
     rows = read_rows(runs)
-    division = divide(rows, settings, len(cells))
-    chosen = _choose(runs, rows, division, cells, steps, settings, say)
-    of_b = chosen.scores[division.sets]
-    target = target_of(settings)
-    cut = threshold(of_b, np.ones(len(of_b), np.int64), target, settings.rule)
-    above = allowed(len(of_b), target, settings.rule)
+    division = divide(rows, config, len(candidates))
+    choice = _choose(runs, rows, division, candidates, steps, config, say)
+    part_b, score_range, samples = choice.scores[division.part_b], choice.score_range, division.samples
+    cut = threshold(part_b, np.ones(len(part_b), np.int64), config.target, config.rule)
+    above = allowed(len(part_b), config.target, config.rule)
     if cut is None or above is None:
         raise CalibrationError(
-            f"no benign prompt has a score in steps {chosen.cell.window}: choose an earlier --window, or check the runs"
+            f"no benign prompt has a score in steps {score_range.window}: choose an earlier --window, or check the runs"
         )
-    figures = evidence.figures(chosen, division, settings.resamples)
-    confounds = {} if settings.benign_only else evidence.confounds(rows, division, settings.resamples)
+    figures = evidence.figures(choice, samples, config.resamples)
+    confounds = {} if config.benign_only else evidence.confounds(rows, samples, config.resamples)
     return Calibration(
         headrift=__version__,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        benign_only=settings.benign_only,
+        benign_only=config.benign_only,
         model=runs[0].model,
-        window=str(chosen.cell.window),
-        drop_shallow=chosen.cell.drop_shallow,
-        drop_deep=chosen.cell.drop_deep,
-        layers=chosen.cell.layers(runs[0].model.layers),
+        window=str(score_range.window),
+        drop_shallow=score_range.drop_shallow,
+        drop_deep=score_range.drop_deep,
+        layers=score_range.layers(n_layers),
         threshold=cut,
-        setting=evidence.setting(settings, of_b, cut, above),
-        scores=evidence.kept_scores(of_b),
-        classes=evidence.classes(rows, chosen),
+        setting=evidence.threshold_setting(config, part_b, cut, above),
+        scores=ReferenceScores.from_scores(part_b),
+        classes=evidence.class_coverage(rows, choice),
         figures=figures,
         confounds=confounds,
-        traffic=evidence.traffic(rows, chosen, cut, settings),
-        contamination=evidence.contamination(of_b, cut, settings) if settings.benign_only else [],
-        procedure=evidence.procedure(division, cells, settings),
-        data=Data(
+        traffic=evidence.traffic(rows, choice, cut, config),
+        contamination=evidence.contamination(part_b, cut, config) if config.benign_only else [],
+        procedure=evidence.procedure(samples, len(candidates), config),
+        data=CalibrationData(
             runs=[run.name for run in runs],
             fingerprint=rows.fingerprint,
             unlabelled=int((rows.label == UNLABELLED).sum()),
         ),
-        notes=evidence.notes(runs, rows, division, chosen, figures, confounds, settings),
+        notes=evidence.notes(runs, rows, division, choice, figures, confounds, config),
     )
 
 
-def _cells(runs: Sequence[Run], steps: int, settings: Settings) -> list[ScoreRange]:
-    """What there is to choose from: all cells, or the one that is given."""
-    if not settings.benign_only and settings.window is None:
+def _candidates(runs: Sequence[ScoreRun], steps: int, config: CalibrateConfig) -> list[ScoreRange]:
+    """All ranges there are to choose from, or the one that is given."""
+    if not config.benign_only and config.window is None:
         return grid(steps, runs[0].model.layers)
     own = {run.score_range for run in runs}
-    if settings.window is not None:
-        own = {ScoreRange(settings.window, cell.drop_shallow, cell.drop_deep) for cell in own}
+    if config.window is not None:
+        own = {ScoreRange(config.window, one.drop_shallow, one.drop_deep) for one in own}
     if len(own) > 1:
         raise CalibrationError(
             "the runs were scored over different windows or layers, and nothing here chooses between them: give runs "
             "that are alike, or the --window"
         )
-    (cell,) = own
-    if cell.window.end > steps:
-        raise CalibrationError(f"--window {cell.window} ends after step {steps}, the last that all runs recorded")
-    return [cell]
+    (only,) = own
+    if only.window.end > steps:
+        raise CalibrationError(f"--window {only.window} ends after step {steps}, the last that all runs recorded")
+    return [only]
 
 
 def _choose(
-    runs: Sequence[Run],
+    runs: Sequence[ScoreRun],
     rows: Rows,
     division: Division,
-    cells: list[ScoreRange],
+    candidates: list[ScoreRange],
     steps: int,
-    settings: Settings,
+    config: CalibrateConfig,
     say: Say,
-) -> Chosen:
-    units = division.units
-    say(f"reading the instability of {len(units.row):,} samples")
-    sums = Sums(len(units.row), steps, runs[0].model.layers)
-    for which, block in blocks(runs, units.row, steps):
+) -> Choice:
+    """Search window and layers (unless there is one candidate), score all rows, cross-validate."""
+    samples, n_folds = division.samples, division.samples.n_folds
+    say(f"reading the instability of {len(samples.row):,} samples")
+    sums = SumTable(len(samples.row), steps, runs[0].model.layers)
+    for which, block in read_instability(runs, samples.row, steps):
         sums.put(which, block)
-    cell, of_fold, choose = cells[0], [cells[0]] * units.n_folds, validation.chooser(units.n_folds, cells[0])
-    if len(cells) > 1:
-        choosers = np.flatnonzero(units.chooses)
-        say(f"searching {len(cells):,} windows and trims on {len(choosers):,} samples")
-        search = Search(sums.of(choosers), cells, units.attack[choosers], units.fold[choosers], units.n_folds)
-        *of_fold, cell = search.best(np.ones(len(choosers), np.int64))
-        by_search = validation.chooser(units.n_folds, search)
+    searches = len(candidates) > 1
+    if searches:
+        choosers = np.flatnonzero(samples.chooses)
+        say(f"searching {len(candidates):,} windows and trims on {len(choosers):,} samples")
+        attack, fold = samples.attack[choosers], samples.fold[choosers]
+        search = Search(sums.select(choosers), candidates, attack, fold, n_folds)
 
-        def choose(times: Ints) -> Sequence[ScoreRange]:
-            return by_search(times[choosers])
+    def best(times: Ints) -> list[ScoreRange]:
+        """The range chosen without each fold, and the one on all samples, if samples count this many times."""
+        return search.best(times[choosers]) if searches else candidates * (n_folds + 1)
 
+    *by_fold, chosen = best(np.ones(len(samples.row), np.int64))
+    own = {run.score_range for run in runs}
+    unsearched = list(own) if searches and len(own) == 1 and own != {chosen} else []
     say(f"scoring {len(rows):,} rows")
-    distinct = list(dict.fromkeys(of_fold))
-    everywhere = np.arange(len(rows))
-    own = (
-        runs[0].score_range
-        if {run.score_range for run in runs} == {runs[0].score_range} != {cell} and len(cells) > 1
-        else None
-    )
-    asked = [(cell, everywhere), *((of, units.row) for of in [*distinct, *([own] if own else [])])]
-    scores, *of_cells = exact_scores(runs, rows, asked)
-    found: dict[str, validation.Estimate] = {}
-    if units.n_folds > 1:
-        say(f"cross-validating, {settings.resamples} resamples")
-        found = validation.estimates(
-            units,
-            [of_cells[distinct.index(of)] for of in of_fold],
-            sums,
-            choose,
-            target=target_of(settings),
-            rule=settings.rule,
-            resamples=settings.resamples,
-            seed=settings.seed,
-        )
-    return Chosen(cell, of_fold, found, scores, (own, of_cells[-1]) if own else None)
+    distinct = list(dict.fromkeys(by_fold))
+    requests = [(chosen, np.arange(len(rows))), *((one, samples.row) for one in [*distinct, *unsearched])]
+    scores, *sample_scores = exact_scores(runs, rows, requests)
+    metrics: dict[str, Metric] = {}
+    if n_folds > 1:
+        say(f"cross-validating, {config.resamples} resamples")
+        exact = [sample_scores[distinct.index(one)] for one in by_fold]
+        metrics = evidence.cross_validate(samples, exact, sums, lambda times: best(times)[:n_folds], config)
+    if unsearched:
+        return Choice(chosen, metrics, scores, unsearched[0], sample_scores[-1])
+    return Choice(chosen, metrics, scores)
+
+
+def print_calibration(console: Console, calibration: Calibration) -> None:
+    """Print what was chosen, what it is worth, and what to be careful about, in 80 columns."""
+
+    def line(text: str = "") -> None:
+        for part in wrap(text, min(console.width, 100), subsequent_indent=" " * 11) or [""]:
+            console.print(part, markup=False, highlight=False)
+
+    setting, (first, end) = calibration.setting, calibration.layers
+    line(f"window     steps {calibration.window}, layers {first} to {end - 1} of {calibration.model.layers}")
+    line(f"threshold  {calibration.threshold:.6f}: a score at or above it is flagged")
+    line(f"promise    {setting.promise} ({setting.n:,}, {setting.flagged:,} of them flagged)")
+    coverage = [
+        (name, f"{one.rows:,}", f"{one.distinct:,}", f"{one.with_score:.1%}", f"{one.ended_early:.1%}")
+        for name, one in calibration.classes.items()
+    ]
+    print_table(console, ("", "rows", "distinct", "with score", "stop early"), coverage)
+    labels = {name: label for name, (label, _) in evidence.METRICS.items()}
+    rates = {name: labels.pop(name) for name in evidence.AT_THRESHOLD}
+    for title, names, metrics in (
+        ("held out", labels, calibration.figures),
+        ("held out, at a threshold", rates, calibration.figures),
+        ("confounds, AUROC", {name: get(name).label for name in calibration.confounds}, calibration.confounds),
+    ):
+        present = [(label, metrics[name]) for name, label in names.items() if name in metrics]
+        rows = [(label, f"{one.value:.3f}", _range(one)) for label, one in present if one.value is not None]
+        if rows:
+            print_table(console, (title, "", "95% interval"), rows)
+    traffic = calibration.traffic
+    line()
+    line(f"{traffic.flagged:,} of {traffic.rows:,} benign rows here are flagged, repeats counted as they came")
+    if traffic.alerts_a_day is not None and traffic.alerts_a_day.value is not None:
+        bounds = traffic.alerts_a_day.interval
+        interval = f" ({bounds[0]:,.0f} to {bounds[1]:,.0f})" if bounds else ""
+        line(f"{traffic.alerts_a_day.value:,.0f} alerts a day{interval}, if all {traffic.daily_prompts:,} are benign")
+    if calibration.contamination:
+        cases = [
+            (
+                f"{one.contamination:.1%}",
+                f"{one.lowest_fpr:.2%}-{one.highest_fpr:.2%}",
+                "too few prompts" if one.threshold is None else f"{one.threshold:.6f}",
+            )
+            for one in calibration.contamination
+        ]
+        print_table(console, ("attacks among them", "benign flagged", "threshold for the target"), cases)
+    line()
+    for note in calibration.notes:
+        line(f"note       {note}")
+
+
+def _range(metric: Metric) -> str:
+    return "" if metric.interval is None else f"{metric.interval[0]:.3f}-{metric.interval[1]:.3f}"

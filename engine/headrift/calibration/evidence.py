@@ -1,264 +1,376 @@
-"""What a calibration rests on, in the words and numbers of calibration.json."""
+"""What a calibration rests on: nested cross-validation, and the numbers and notes of calibration.json.
+
+In each fold the whole procedure is done again without the fold's prompts - part A and the attacks choose window and
+layers, part B sets the threshold - and measured on the fold. A metric is the mean over folds. Its interval comes from
+doing the same with groups drawn with replacement, the choice included; a group stays in its fold and part.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from headrift import stats
-from headrift.calibration import validation
-from headrift.calibration.record import Contaminated, Figure, OfClass, Scores, Setting, Traffic
-from headrift.calibration.runs import ATTACK, BENIGN, UNLABELLED, Rows, Run
-from headrift.calibration.settings import Rule, Settings
-from headrift.calibration.thresholds import Reference, threshold
-from headrift.calibration.units import Division
+from headrift.calibration.artifact import ClassCoverage, ContaminationCase, Metric, ThresholdSetting, Traffic
+from headrift.calibration.search import SumTable
+from headrift.calibration.splits import CalibrationSamples, Division
+from headrift.calibration.thresholds import CalibrateConfig, Rule, threshold
+from headrift.runs.reading import ScoreRun
+from headrift.runs.rows import ATTACK, BENIGN, UNLABELLED, Rows
 from headrift.signal import ScoreRange
-from headrift.stats import CONFIDENCE, highest_rate
+from headrift.signals import get
+from headrift.stats import CONFIDENCE, Bounds, Floats, Ints
 
-Floats: TypeAlias = NDArray[np.float64]
-
+# Of each metric its label in tables and what it is; the held-out ones first.
+HELD_OUT = {
+    "auroc": (
+        "AUROC, no score lowest",
+        "chance that a held-out attack outscores a held-out benign prompt, ties half",
+    ),
+    "auroc_scored": ("AUROC, scored prompts only", "the same among held-out prompts that have a score"),
+    "auprc": ("average precision", "average precision on the held-out prompts; it depends on the share of attacks"),
+    "tpr_at_5": (
+        "attacks flagged at 5% FPR",
+        "most held-out attacks flagged with at most 5% of the fold's benign prompts flagged",
+    ),
+    "tpr_at_1": (
+        "attacks flagged at 1% FPR",
+        "most held-out attacks flagged with at most 1% of the fold's benign prompts flagged",
+    ),
+    "tpr": ("attacks flagged", "held-out attacks at or above the threshold that part B of the other folds set"),
+    "fpr": ("benign prompts flagged", "held-out benign prompts at or above that threshold, each distinct prompt once"),
+    "fpr_traffic": ("benign rows flagged", "held-out benign rows at or above that threshold, repeats counted"),
+}
+METRICS = {
+    **HELD_OUT,
+    "auroc_own_window": (
+        "AUROC, the runs' window",
+        "AUROC of the runs' own window {window} and layers; nothing was chosen, so on all samples",
+    ),
+    "auroc_in_sample": (
+        "AUROC, in sample (naive)",
+        "AUROC on the very prompts that window and layers were chosen on: too high, for comparison only",
+    ),
+}
+AT_THRESHOLD = ("tpr", "fpr", "fpr_traffic")
+FEWEST_AT_5, FEWEST_AT_1 = 20, 100  # held-out benign samples in every fold, for true positives at 5% and 1% FPR
+_KEPT_RANGES = 64  # whose scores are kept over resamples
 _CONTAMINATIONS = (0.0, 0.001, 0.01, 0.05, 0.1)
-CONFOUNDS = {
-    "prompt_tokens": "prompt length",
-    "answer_tokens": "answer length",
-    "n_steps": "number of steps",
-    "system_share": "system share",
-    "head_agreement": "head agreement",
-    "focus": "focus score",
-    "entropy": "entropy",
-}
-_EXACTLY = {
-    "answer_tokens": "as far as it was made",
-    "n_steps": "how early the answer ended",
-    "system_share": "the heads' mean, over the run's own window",
-    "head_agreement": "mean correlation of the heads, over the run's own window",
-    "focus": "Attention Tracker's, at step 0, over all heads",
-    "entropy": "of the next token, over the run's own window",
-}
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
-    """What was chosen: the cell, and for each fold the one chosen without it; the held-out figures; the scores of all
-    rows in the cell, NaN for none; and, where the runs have a window of their own and another was chosen, that one with
-    all samples' scores in it."""
+class Choice:
+    """What was chosen, and how it does.
 
-    cell: ScoreRange
-    of_fold: list[ScoreRange]
-    estimates: dict[str, validation.Estimate]
+    Attributes:
+        score_range: the window and layers.
+        metrics: held-out metrics by name.
+        scores: [rows] of all rows, NaN for none.
+        own_range, own_scores: if the runs have one range of their own and another was chosen, that one with the scores
+            of all samples.
+    """
+
+    score_range: ScoreRange
+    metrics: Mapping[str, Metric]
     scores: Floats
-    own: tuple[ScoreRange, Floats] | None
+    own_range: ScoreRange | None = None
+    own_scores: Floats | None = None
 
 
-def setting(settings: Settings, of_b: Floats, cut: float, above: int) -> Setting:
-    """How the threshold was set, and what it promises."""
-    flagged = int((of_b >= cut).sum())
-    rate = f"{settings.target_fpr:.3g}"
+def held_out(
+    samples: CalibrationSamples, scores: Floats, times: Ints, fold: int, target: float, rule: Rule
+) -> dict[str, float]:
+    """The held-out metrics of a fold, NaN for those that the data does not allow.
+
+    Args:
+        samples: all samples.
+        scores: [samples] in the range chosen without the fold.
+        times: [samples] how often each counts.
+        fold: its number.
+        target, rule: of the threshold.
+    """
+    metrics = dict.fromkeys(HELD_OUT, np.nan)
+    inside = (samples.fold == fold) & (times > 0)
+    attack, weight, values = samples.attack[inside], times[inside].astype(np.float64), scores[inside]
+    benign = ~attack
+    if attack.any() and benign.any():
+        rank = stats.ranks(values)
+        fpr, tprs = stats.roc_curve(rank, attack, weight)
+        n_benign, n_attack = weight[benign].sum(), weight[attack].sum()
+        metrics["auroc"] = stats.area(fpr, tprs)
+        metrics["auprc"] = stats.average_precision(fpr, tprs, n_benign, n_attack)
+        for name, rate, fewest in (("tpr_at_5", 0.05, FEWEST_AT_5), ("tpr_at_1", 0.01, FEWEST_AT_1)):
+            if n_benign >= fewest:
+                metrics[name] = float(stats.tpr_at(fpr, tprs, np.array([rate]))[0])
+        scored = ~np.isnan(values)
+        if attack[scored].any() and not attack[scored].all():
+            metrics["auroc_scored"] = stats.area(*stats.roc_curve(rank[scored], attack[scored], weight[scored]))
+    others = samples.sets & (samples.fold != fold)
+    cut = threshold(scores[others], times[others], target, rule)
+    if cut is not None:
+        flagged = values >= cut
+        rows = weight * samples.repeats[inside]
+        if attack.any():
+            metrics["tpr"] = float(np.average(flagged[attack], weights=weight[attack]))
+        if benign.any():
+            metrics["fpr"] = float(np.average(flagged[benign], weights=weight[benign]))
+            metrics["fpr_traffic"] = float(np.average(flagged[benign], weights=rows[benign]))
+    return metrics
+
+
+def cross_validate(
+    samples: CalibrationSamples,
+    exact: Sequence[Floats],
+    sums: SumTable,
+    choose: Callable[[Ints], Sequence[ScoreRange]],
+    config: CalibrateConfig,
+) -> dict[str, Metric]:
+    """All held-out metrics with their intervals.
+
+    Args:
+        samples: all samples.
+        exact: for each fold the scores of all samples in the range chosen without it.
+        sums: of all samples.
+        choose: the ranges chosen without each fold if samples count this many times.
+        config: target, rule, resamples and seed.
+    """
+
+    def by_fold(scores: Sequence[Floats], times: Ints) -> dict[str, list[float]]:
+        folds = [
+            held_out(samples, scores[fold], times, fold, config.target, config.rule) for fold in range(samples.n_folds)
+        ]
+        return {name: [fold[name] for fold in folds] for name in HELD_OUT}
+
+    kept: dict[ScoreRange, Floats] = {}
+
+    def scores_over(score_range: ScoreRange) -> Floats:
+        if score_range not in kept:
+            if len(kept) == _KEPT_RANGES:
+                kept.pop(next(iter(kept)))
+            kept[score_range] = sums.scores(score_range)
+        return kept[score_range]
+
+    drawn: dict[str, list[float]] = {name: [] for name in HELD_OUT}
+    strata = samples.attack.astype(int) * 2 + samples.sets
+    for times in stats.cluster_resamples(samples.group, config.resamples, seed=config.seed, strata=strata):
+        resampled = by_fold([scores_over(score_range) for score_range in choose(times)], times)
+        for name, values in resampled.items():
+            # A resample may leave a fold without enough to set a threshold; the others still say how much it varies.
+            drawn[name].append(float(np.nanmean(values)) if not np.isnan(values).all() else np.nan)
+    chosen = ", window and layers chosen without the fold" if samples.chooses.any() else ""
+    metrics = {}
+    for name, values in by_fold(exact, np.ones(len(samples.row), np.int64)).items():
+        mean = float(np.mean(values))
+        metrics[name] = Metric(
+            value=_none(mean),
+            interval=None if np.isnan(mean) else _bounds(drawn[name], samples),
+            per_fold=[_none(value) for value in values],
+            how=f"{HELD_OUT[name][1]}; mean of {samples.n_folds} folds{chosen}",
+        )
+    return metrics
+
+
+def _bounds(drawn: list[float], samples: CalibrationSamples) -> Bounds | None:
+    """95% percentile interval; None if most resamples lack the metric, or a class has a handful of samples."""
+    n_attack, n_benign = int(samples.attack.sum()), int((~samples.attack).sum())
+    if np.isnan(drawn).sum() > len(drawn) / 2 or min(n_attack or n_benign, n_benign) < stats.MIN_FOR_INTERVAL:
+        return None
+    return stats.percentile_bounds(drawn)
+
+
+def threshold_setting(config: CalibrateConfig, part_b: Floats, cut: float, above: int) -> ThresholdSetting:
+    """How the threshold was set on part B's scores, and what it promises."""
+    rate = f"{config.target_fpr:.3g}"
     promises = {
         Rule.BINOMIAL: f"false positive rate at most {rate} with {CONFIDENCE:.0%} confidence",
         Rule.CONFORMAL: f"false positive rate at most {rate} on average over calibrations",
     }
-    promise = f"{promises[settings.rule]}, for distinct benign prompts like those of part B"
-    if settings.benign_only:
-        promise += f", if at most {settings.contamination:.3g} of the prompts are attacks"
-    return Setting(
-        rule=settings.rule,
-        target_fpr=settings.target_fpr,
-        confidence=CONFIDENCE if settings.rule is Rule.BINOMIAL else None,
-        n=len(of_b),
+    promise = f"{promises[config.rule]}, for distinct benign prompts like those of part B"
+    if config.benign_only:
+        promise += f", if at most {config.contamination:.3g} of the prompts are attacks"
+    n = len(part_b)
+    return ThresholdSetting(
+        rule=config.rule,
+        target_fpr=config.target_fpr,
+        confidence=CONFIDENCE if config.rule is Rule.BINOMIAL else None,
+        n=n,
         above=above,
-        flagged=flagged,
-        highest_fpr=highest_rate(above, len(of_b)) / (1 - settings.contamination * settings.benign_only),
+        flagged=int((part_b >= cut).sum()),
+        highest_fpr=stats.highest_rate(above, n) / (1 - config.contamination * config.benign_only),
         promise=promise,
     )
 
 
-def kept_scores(of_b: Floats) -> Scores:
-    """The scores that p-values and drift are told by."""
-    kept = Reference.of(of_b)
-    return Scores(
-        n=kept.n, values=kept.values.tolist(), at_or_above=kept.at_or_above.tolist(), above=kept.above.tolist()
-    )
-
-
-def classes(rows: Rows, chosen: Chosen) -> dict[str, OfClass]:
+def class_coverage(rows: Rows, choice: Choice) -> dict[str, ClassCoverage]:
     """Coverage of each class that has rows."""
-    found = {}
+    classes = {}
     for name, label in (("attack", ATTACK), ("benign", BENIGN), ("unlabelled", UNLABELLED)):
-        mine = rows.label == label
-        if mine.any():
-            found[name] = OfClass(
-                rows=int(mine.sum()),
-                distinct=len(np.unique(rows.prompt[mine])),
-                with_score=float((~np.isnan(chosen.scores[mine])).mean()),
-                ended_early=float((rows.counts["n_steps"][mine] < chosen.cell.window.end).mean()),
+        mask = rows.label == label
+        if mask.any():
+            classes[name] = ClassCoverage(
+                rows=int(mask.sum()),
+                distinct=len(np.unique(rows.prompt[mask])),
+                with_score=float((~np.isnan(choice.scores[mask])).mean()),
+                ended_early=float((rows.counts["n_steps"][mask] < choice.score_range.window.end).mean()),
             )
-    return found
+    return classes
 
 
-def figures(chosen: Chosen, division: Division, resamples: int) -> dict[str, Figure]:
-    """The held-out figures, and for comparison the one that is not."""
-    units, shown = division.units, {}
-    attacks = bool(units.attack.any())
-    for name, how in validation.FIGURES.items():
-        found = chosen.estimates.get(name)
-        if found is None or (not attacks and not name.startswith("fpr")):
-            continue
-        shown[name] = Figure(
-            value=_number(found.value),
-            interval=found.interval,
-            per_fold=[_number(value) for value in found.per_fold],
-            how=f"{how}; mean of {units.n_folds} folds, window and layers chosen without the fold"
-            if units.chooses.any()
-            else f"{how}; mean of {units.n_folds} folds",
-        )
-    if units.chooses.any():
-        mine = units.chooses
-        rank = stats.ranks(chosen.scores[units.row[mine]])
-        naive = stats.area(*stats.roc_curve(rank, units.attack[mine], np.ones(len(rank))))
-        how = "AUROC on the very prompts that window and layers were chosen on: too high, for comparison only"
-        shown["auroc_in_sample"] = Figure(value=naive, how=how)
-    if chosen.own is not None:
-        cell, scores = chosen.own
-        unsearched = stats.separation(scores, units.attack, units.group, resamples=resamples)
-        how = f"AUROC of the runs' own window {cell.window} and layers; nothing was chosen, so on all samples"
-        shown["auroc_own_window"] = Figure(value=unsearched.auroc, interval=unsearched.auroc_interval, how=how)
+def figures(choice: Choice, samples: CalibrationSamples, resamples: int) -> dict[str, Metric]:
+    """The held-out metrics, and for comparison those that are not held out."""
+    attacks = bool(samples.attack.any())
+    shown = {name: one for name, one in choice.metrics.items() if attacks or name.startswith("fpr")}
+    if samples.chooses.any():
+        mask = samples.chooses
+        rank = stats.ranks(choice.scores[samples.row[mask]])
+        naive = stats.area(*stats.roc_curve(rank, samples.attack[mask], np.ones(len(rank))))
+        shown["auroc_in_sample"] = Metric(value=naive, how=METRICS["auroc_in_sample"][1])
+    if choice.own_range is not None and choice.own_scores is not None:
+        how = METRICS["auroc_own_window"][1].format(window=choice.own_range.window)
+        shown["auroc_own_window"] = _auroc(choice.own_scores, samples, resamples, how)
     return shown
 
 
-def confounds(rows: Rows, division: Division, resamples: int) -> dict[str, Figure]:
-    """How well other numbers, unless they are the same for all, separate the same samples."""
-    units, found = division.units, {}
-    for name, values in {**rows.counts, **rows.signals}.items():
-        of_units = values[units.row].astype(np.float64)
-        if len(np.unique(of_units)) < 2:
-            continue
-        measured = stats.separation(of_units, units.attack, units.group, resamples=resamples)
-        what = CONFOUNDS[name] + (f" ({_EXACTLY[name]})" if name in _EXACTLY else "")
-        how = f"AUROC of {what}, higher counted as attack (below 0.5: lower is), on the same prompts"
-        found[name] = Figure(value=measured.auroc, interval=measured.auroc_interval, how=how)
-    return found
+def confounds(rows: Rows, samples: CalibrationSamples, resamples: int) -> dict[str, Metric]:
+    """How well every other signal, unless it is the same for all, separates the same samples."""
+    metrics = {}
+    for name, column in {**rows.counts, **rows.signals}.items():
+        values = column[samples.row].astype(np.float64)
+        if len(np.unique(values)) > 1:
+            entry = get(name)
+            how = f"AUROC of {entry.label} ({entry.how}), higher counts as attack, on the same prompts"
+            metrics[name] = _auroc(values, samples, resamples, how)
+    return metrics
 
 
-def traffic(rows: Rows, chosen: Chosen, cut: float, settings: Settings) -> Traffic:
-    """Alerts by rows as they came."""
-    benign = rows.label != ATTACK if settings.benign_only else rows.label == BENIGN
-    alerts, held_out, daily = None, chosen.estimates.get("fpr_traffic"), settings.daily_prompts
-    if daily is not None and held_out is not None and not np.isnan(held_out.value):
-        alerts = Figure(
-            value=held_out.value * daily,
-            interval=None
-            if held_out.interval is None
-            else (held_out.interval[0] * daily, held_out.interval[1] * daily),
+def _auroc(values: Floats, samples: CalibrationSamples, resamples: int, how: str) -> Metric:
+    result = stats.separation(values, samples.attack, samples.group, resamples=resamples)
+    return Metric(value=result.auroc, interval=result.auroc_interval, how=how)
+
+
+def traffic(rows: Rows, choice: Choice, cut: float, config: CalibrateConfig) -> Traffic:
+    """What the threshold flags of the rows as they came, and alerts a day."""
+    benign = rows.label != ATTACK if config.benign_only else rows.label == BENIGN
+    rate, daily = choice.metrics.get("fpr_traffic"), config.daily_prompts
+    alerts = None
+    if daily is not None and rate is not None and rate.value is not None:
+        alerts = Metric(
+            value=rate.value * daily,
+            interval=None if rate.interval is None else (rate.interval[0] * daily, rate.interval[1] * daily),
             how=f"held-out rate by traffic times {daily:,} prompts a day, as if all were benign",
         )
     return Traffic(
         rows=int(benign.sum()),
-        flagged=int((chosen.scores[benign] >= cut).sum()),
+        flagged=int((choice.scores[benign] >= cut).sum()),
         daily_prompts=daily,
         alerts_a_day=alerts,
     )
 
 
-def contamination(of_b: Floats, cut: float, settings: Settings) -> list[Contaminated]:
-    """What other fractions of attacks among the prompts would do."""
-    once, n = np.ones(len(of_b), np.int64), len(of_b)
-    flagged = int((of_b >= cut).sum())
-    found = []
-    for fraction in sorted({*_CONTAMINATIONS, settings.contamination}):
-        rate = settings.target_fpr * (1 - fraction)
-        found.append(
-            Contaminated(
-                contamination=fraction,
-                threshold=threshold(of_b, once, rate, settings.rule),
-                lowest_fpr=max(0.0, flagged / n - fraction) / (1 - fraction),
-                highest_fpr=min(1.0, highest_rate(flagged, n) / (1 - fraction)),
-            )
+def contamination(part_b: Floats, cut: float, config: CalibrateConfig) -> list[ContaminationCase]:
+    """What other fractions of attacks among the prompts would mean."""
+    once, n = np.ones(len(part_b), np.int64), len(part_b)
+    flagged = int((part_b >= cut).sum())
+    return [
+        ContaminationCase(
+            contamination=fraction,
+            threshold=threshold(part_b, once, config.target_fpr * (1 - fraction), config.rule),
+            lowest_fpr=max(0.0, flagged / n - fraction) / (1 - fraction),
+            highest_fpr=min(1.0, stats.highest_rate(flagged, n) / (1 - fraction)),
         )
-    return found
+        for fraction in sorted({*_CONTAMINATIONS, config.contamination})
+    ]
 
 
 def procedure(
-    division: Division, cells: list[ScoreRange], settings: Settings
+    samples: CalibrationSamples, n_candidates: int, config: CalibrateConfig
 ) -> dict[str, str | int | float | bool | None]:
-    """How it was done."""
-    units = division.units
+    """How window, layers and threshold were chosen and measured."""
+    searched = n_candidates > 1
     return {
-        "seed": settings.seed,
-        "folds": units.n_folds if units.n_folds > 1 else 0,
-        "resamples": settings.resamples,
-        "groups": "prompts and categories" if settings.by_category else "prompts",
-        "cells_searched": len(cells) if len(cells) > 1 else 0,
-        "chosen_by": "AUROC, no score lowest, on part A and attacks" if len(cells) > 1 else "given, not chosen",
-        "samples_that_chose_attack": int((units.chooses & units.attack).sum()),
-        "samples_that_chose_benign": int((units.chooses & ~units.attack).sum()),
-        "samples_measured_attack": int(units.attack.sum()),
-        "samples_measured_benign": int((~units.attack).sum()),
-        "contamination": settings.contamination if settings.benign_only else None,
+        "seed": config.seed,
+        "folds": samples.n_folds if samples.n_folds > 1 else 0,
+        "resamples": config.resamples,
+        "groups": "prompts and categories" if config.by_category else "prompts",
+        "cells_searched": n_candidates if searched else 0,
+        "chosen_by": "AUROC, no score lowest, on part A and attacks" if searched else "given, not chosen",
+        "samples_that_chose_attack": int((samples.chooses & samples.attack).sum()),
+        "samples_that_chose_benign": int((samples.chooses & ~samples.attack).sum()),
+        "samples_measured_attack": int(samples.attack.sum()),
+        "samples_measured_benign": int((~samples.attack).sum()),
+        "contamination": config.contamination if config.benign_only else None,
     }
 
 
 def notes(
-    runs: Sequence[Run],
+    runs: Sequence[ScoreRun],
     rows: Rows,
     division: Division,
-    chosen: Chosen,
-    shown: Mapping[str, Figure],
-    alone: Mapping[str, Figure],
-    settings: Settings,
+    choice: Choice,
+    shown: Mapping[str, Metric],
+    others: Mapping[str, Metric],
+    config: CalibrateConfig,
 ) -> list[str]:
-    """What a reader must know, a sentence each. shown: the figures; alone: what other numbers separate."""
-    units, found = division.units, []
-    if len({run.steps for run in runs}) > 1:
-        found.append(f"the runs recorded different numbers of steps; only the first {min(r.steps for r in runs)} count")
+    """What a reader must know, one statement each.
+
+    Args:
+        runs, rows, division, choice, config: what the calibration was made from.
+        shown: the metrics of `figures`.
+        others: those of `confounds`.
+    """
+    samples, alone = division.samples, config.benign_only
+    attack, benign = rows.label == ATTACK, rows.label == BENIGN
     unlabelled = int((rows.label == UNLABELLED).sum())
-    if unlabelled and not settings.benign_only:
-        found.append(f"{unlabelled:,} rows have no label and were left out")
-    if settings.benign_only and (rows.label == ATTACK).any():
-        found.append(f"{int((rows.label == ATTACK).sum()):,} rows are labelled attack and were left out")
-    both = np.intersect1d(rows.prompt[rows.label == ATTACK], rows.prompt[rows.label == BENIGN])
-    if len(both) and not settings.benign_only:
-        found.append(f"{len(both):,} prompts are labelled attack in one row and benign in another")
-    again = len(division.sets) - len(np.unique(rows.group[division.sets]))
-    if again:
-        found.append(
-            f"{again:,} prompts of part B come under another system prompt too: the promise takes such samples for "
-            "independent, which they are not quite"
-        )
-    if units.n_folds == 1:
-        found.append("too few groups to hold any out: there are no held-out figures")
-    elif not division.cross_validated:
-        found.append("part B is too small in some folds to set a threshold there: no held-out rates at a threshold")
-    if units.n_folds not in (1, settings.folds):
-        found.append(f"{units.n_folds} folds instead of {settings.folds}: there are no more groups in a class")
-    most = (division.n_attack, division.n_benign)
-    if (int(units.attack.sum()), int((~units.attack).sum())) != most:
-        found.append("figures are of a draw of 20,000 distinct prompts of a class; the threshold is from all of part B")
-    if settings.benign_only:
-        found.append("without attacks nothing says how many of them are found, nor whether another window finds more")
-    found += _beside(chosen, shown, alone)
-    return found
+    both = len(np.intersect1d(rows.prompt[attack], rows.prompt[benign]))
+    again = len(division.part_b) - len(np.unique(rows.group[division.part_b]))
+    drawn = (int(samples.attack.sum()), int((~samples.attack).sum())) != (division.n_attack, division.n_benign)
+    steps = {run.steps for run in runs}
+    statements = (
+        (len(steps) > 1, f"the runs recorded different numbers of steps; only the first {min(steps)} are used"),
+        (unlabelled and not alone, f"{unlabelled:,} rows have no label and were left out"),
+        (alone and attack.any(), f"{int(attack.sum()):,} rows are labelled attack and were left out"),
+        (both and not alone, f"{both:,} prompts are labelled attack in one row and benign in another"),
+        (
+            again,
+            f"{again:,} prompts of part B come under another system prompt too; the promise takes them for independent",
+        ),
+        (samples.n_folds == 1, "too few groups to hold any out: there are no held-out figures"),
+        (
+            samples.n_folds > 1 and not division.cross_validated,
+            "part B is too small in some folds to set a threshold there: no held-out rates at a threshold",
+        ),
+        (
+            samples.n_folds not in (1, config.folds),
+            f"{samples.n_folds} folds instead of {config.folds}: there are no more groups in a class",
+        ),
+        (
+            drawn,
+            "figures are of 20,000 distinct prompts of a class, drawn at random; the threshold is of all part B",
+        ),
+        (alone, "without attacks it is not known how many of them are flagged, nor whether another window flags more"),
+    )
+    return [text for condition, text in statements if condition] + _just_as_good(choice, shown, others)
 
 
-def _beside(chosen: Chosen, shown: Mapping[str, Figure], alone: Mapping[str, Figure]) -> list[str]:
-    """What does as well as what was chosen."""
-    found, auroc, own = [], shown.get("auroc"), shown.get("auroc_own_window")
+def _just_as_good(choice: Choice, shown: Mapping[str, Metric], others: Mapping[str, Metric]) -> list[str]:
+    """What separates as well as what was chosen."""
+    auroc, own = shown.get("auroc"), shown.get("auroc_own_window")
     if auroc is None or auroc.value is None:
         return []
-    if own is not None and own.value is not None and own.value >= auroc.value and chosen.own is not None:
-        found.append(
+    statements = []
+    if own is not None and own.value is not None and own.value >= auroc.value and choice.own_range is not None:
+        statements.append(
             f"the runs' own window does no worse (AUROC {own.value:.3f}) than a search on data like these "
-            f"({auroc.value:.3f} held out): --window {chosen.own[0].window} also leaves all benign prompts to part B"
+            f"({auroc.value:.3f} held out): --window {choice.own_range.window} also leaves all benign prompts to part B"
         )
-    for name, figure in alone.items():
-        if figure.value is not None and auroc.interval and max(figure.value, 1 - figure.value) >= auroc.interval[0]:
-            found.append(f"{CONFOUNDS[name]} alone separates about as well (AUROC {figure.value:.3f})")
-    return found
+    for name, metric in others.items():
+        if metric.value is not None and auroc.interval and max(metric.value, 1 - metric.value) >= auroc.interval[0]:
+            statements.append(f"{get(name).label} alone separates about as well (AUROC {metric.value:.3f})")
+    return statements
 
 
-def _number(value: float) -> float | None:
+def _none(value: float) -> float | None:
+    """None for NaN, as JSON has it."""
     return None if np.isnan(value) else value

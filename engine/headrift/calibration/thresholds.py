@@ -4,8 +4,8 @@ A score is flagged when it is at or above the threshold. With n benign scores, n
 smallest number above the largest of them but k, so that at most k benign samples are flagged, and that one is not. Two
 rules for k, both exact whatever the scores' distribution, if the samples are independent draws of what comes later:
 
-- binomial: the largest k with P(Binomial(n, target) <= k) <= 5%. Were the true false positive rate above the target, so
-  few would be flagged in at most 5% of calibrations: it is at most the target with 95% confidence.
+- binomial: the largest k with P(Binomial(n, target) <= k) <= 5%. If the true false positive rate were above the target,
+  so few would be flagged in at most 5% of calibrations: it is at most the target with 95% confidence.
 - conformal: k = floor(target * (n + 1)) - 1. The next benign score is flagged with probability at most the target, on
   average over calibrations. The same as p-value <= target.
 """
@@ -14,16 +14,68 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypeAlias
+from enum import StrEnum
 
 import numpy as np
-from numpy.typing import NDArray
 
-from headrift.calibration.settings import Rule
-from headrift.stats import CONFIDENCE
+from headrift.signal import Window
+from headrift.stats import CONFIDENCE, Floats, Ints
 
-Floats: TypeAlias = NDArray[np.float64]
-Ints: TypeAlias = NDArray[np.int64]
+
+class CalibrationError(ValueError):
+    """The runs cannot be calibrated on, or the calibration not be used. The message says why and what to do."""
+
+
+class Rule(StrEnum):
+    """How a threshold is set; see the module's docstring."""
+
+    BINOMIAL = "binomial"
+    CONFORMAL = "conformal"
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateConfig:
+    """Options of a calibration.
+
+    Attributes:
+        target_fpr: fraction of distinct benign prompts that may be flagged.
+        rule: how the threshold is set.
+        benign_only: use no attacks, and the rows without a label as benign ones.
+        contamination: with benign_only, the fraction of attacks among the prompts to allow for.
+        daily_prompts: prompts a day, to estimate alerts a day.
+        window: use this window and the runs' own layers instead of searching.
+        by_category: keep categories whole in cross-validation.
+        folds, resamples, seed: of cross-validation, bootstrap and random draws.
+
+    Raises:
+        CalibrationError: A value is out of range.
+    """
+
+    target_fpr: float = 0.05
+    rule: Rule = Rule.BINOMIAL
+    benign_only: bool = False
+    contamination: float = 0.01
+    daily_prompts: int | None = None
+    window: Window | None = None
+    by_category: bool = False
+    folds: int = 5
+    resamples: int = 200
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.target_fpr < 1:
+            raise CalibrationError(f"--target-fpr {self.target_fpr} is not a rate between 0 and 1, as 0.05 is")
+        if not 0 <= self.contamination < 1:
+            raise CalibrationError(f"--contamination {self.contamination} must be at least 0 and below 1, as 0.01 is")
+        if self.folds < 2:
+            raise CalibrationError(f"--folds {self.folds}: cross-validation needs at least 2")
+        if self.resamples < 0:
+            raise CalibrationError(f"--resamples {self.resamples} must be at least 0 (0: no intervals)")
+
+    @property
+    def target(self) -> float:
+        """Rate of all prompts that may be flagged; with benign_only, if all flagged ones were benign."""
+        return self.target_fpr * (1 - self.contamination) if self.benign_only else self.target_fpr
 
 
 def needed(target: float, rule: Rule) -> int:
@@ -34,7 +86,7 @@ def needed(target: float, rule: Rule) -> int:
 
 
 def allowed(n: int, target: float, rule: Rule) -> int | None:
-    """How many of n benign samples may be flagged; None where n are too few."""
+    """How many of n benign samples may be flagged; None if n is too few."""
     if n < needed(target, rule):
         return None
     if rule is Rule.CONFORMAL:
@@ -46,53 +98,22 @@ def allowed(n: int, target: float, rule: Rule) -> int | None:
 
 
 def threshold(scores: Floats, times: Ints, target: float, rule: Rule) -> float | None:
-    """The threshold from benign scores (NaN for none), each counted so many times; None where they are too few, or none
-    has a score.
+    """The threshold from benign scores; None if they are too few or none has a score.
 
-    Where so few have a score that all might be flagged, all but the lowest are.
+    If so few have a score that all might be flagged, all but the lowest are.
+
+    Args:
+        scores: [n], NaN for none.
+        times: [n] how often each counts.
+        target: the rate that may be flagged.
+        rule: how it is set.
     """
     k = allowed(int(times.sum()), target, rule)
-    there = times > 0
-    ordered = np.where(np.isnan(scores), -np.inf, scores)[there]
-    if k is None or not np.isfinite(ordered).any():
+    counted = times > 0
+    values = np.where(np.isnan(scores), -np.inf, scores)[counted]
+    if k is None or not np.isfinite(values).any():
         return None
-    down = np.argsort(-ordered, kind="stable")
-    place = np.searchsorted(np.cumsum(times[there][down]), k, side="right")
-    not_flagged = max(ordered[down[place]], ordered[np.isfinite(ordered)].min())
+    down = np.argsort(-values, kind="stable")
+    place = np.searchsorted(np.cumsum(times[counted][down]), k, side="right")
+    not_flagged = max(values[down[place]], values[np.isfinite(values)].min())
     return float(np.nextafter(not_flagged, np.inf))
-
-
-@dataclass(frozen=True, slots=True)
-class Reference:
-    """What p-values need of n benign scores: values, ascending, with how many scores are at least that and how many
-    are above it."""
-
-    n: int
-    values: Floats
-    at_or_above: Ints
-    above: Ints
-
-    @classmethod
-    def of(cls, scores: Floats, most: int = 5_000) -> Reference:
-        """Of benign scores, NaN for none: all distinct values or, of more than `most`, the highest half of `most` and
-        as many others, evenly spread."""
-        there = scores[~np.isnan(scores)]
-        values, first, times = np.unique(np.sort(there), return_index=True, return_counts=True)
-        at_or_above = len(there) - first
-        keep = np.arange(len(values))
-        if len(values) > most:
-            top = len(values) - most // 2
-            keep = np.concatenate([np.linspace(0, top - 1, most - most // 2).round().astype(np.int64), keep[top:]])
-        return cls(len(scores), values[keep], at_or_above[keep], (at_or_above - times)[keep])
-
-    def p_values(self, scores: Floats) -> Floats:
-        """(1 + benign samples with at least that score) / (1 + n) for each score, NaN for none.
-
-        A value between two that are not neighbours among the samples counts all between as above it: p-values are then
-        a little too high, never too low.
-        """
-        place = np.searchsorted(self.values, scores, side="right") - 1
-        known = np.maximum(place, 0)
-        as_high = (place < 0) | (self.values[known] == scores)
-        at_least = np.where(as_high, self.at_or_above[known], self.above[known])
-        return np.where(np.isnan(scores), np.nan, (1 + at_least) / (1 + self.n))

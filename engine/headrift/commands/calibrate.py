@@ -55,9 +55,9 @@ def calibrate(
     the rest sets the threshold; the figures are of prompts used for neither.
     """
     from headrift.calibration.calibrate import calibrate as make_calibration
-    from headrift.calibration.printing import show
-    from headrift.calibration.runs import open_run
-    from headrift.calibration.settings import CalibrationError, Rule, Settings
+    from headrift.calibration.calibrate import print_calibration
+    from headrift.calibration.thresholds import CalibrateConfig, CalibrationError, Rule
+    from headrift.runs.reading import open_run
     from headrift.signal import Window
 
     reporter = messages.reporter()
@@ -65,7 +65,7 @@ def calibrate(
         if bool(runs) == (import_csv is not None):
             raise CalibrationError("give folders that `headrift score` wrote, or --import-csv DIR, and not both")
         options.check_file_to_write(out)
-        config = Settings(
+        config = CalibrateConfig(
             target_fpr=target_fpr,
             rule=Rule(rule),
             benign_only=benign_only,
@@ -78,7 +78,7 @@ def calibrate(
             seed=seed,
         )
         if import_csv is not None:
-            from headrift.calibration.original import open_csv
+            from headrift.runs.rows import open_csv
 
             opened = [open_csv(import_csv)]
         else:
@@ -90,5 +90,5 @@ def calibrate(
         from rich.console import Console
 
         console = Console()
-        show(console, calibration)
+        print_calibration(console, calibration)
         console.print(f"\nThe calibration is in {out}", markup=False, highlight=False, soft_wrap=True)

@@ -51,7 +51,7 @@ def gate(
     folder as `headrift score` does; the parts have the columns blocked, score, text and leaked (whether the text has a
     --fail-term).
     """
-    from headrift.calibration.record import Calibration
+    from headrift.calibration.artifact import Calibration
     from headrift.corpus.gating import Gate, GateKind, OnNull
     from headrift.corpus.job import ScoreJob
     from headrift.corpus.settings import Settings, window_of

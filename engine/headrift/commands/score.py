@@ -76,7 +76,7 @@ def score(
     flagged-fdr.parquet (review list, at most 10% expected false alarms). A row that cannot be scored does not stop the
     others. The first Ctrl-C finishes the current shard; press again to stop now.
     """
-    from headrift.calibration.record import Calibration
+    from headrift.calibration.artifact import Calibration
     from headrift.corpus.job import ScoreJob
     from headrift.corpus.settings import STEPS, Settings, window_of
 

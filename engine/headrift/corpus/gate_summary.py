@@ -17,7 +17,7 @@ from headrift.terminal import print_table
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from headrift.calibration.record import Calibration
+    from headrift.calibration.artifact import Calibration
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from headrift.calibration.verdicts import add_verdicts
+from headrift.calibration.artifact import add_verdicts
 from headrift.corpus.gate_summary import GateSummary
 from headrift.corpus.rows import Row
 from headrift.corpus.scoring import TEXT_BYTES, ScoreKind, ScoringEngine, shipped
@@ -102,7 +102,7 @@ class GateKind(ScoreKind):
         """A result as the columns of a part, with `[blocked]` for the text of a blocked answer."""
         blocked = self._gate.blocks(result, self._calibration.threshold)
         text = BLOCKED if blocked else result.text
-        leaks = self._terms.found if self._gate.fail_terms else None
+        leaks = self._terms.in_text if self._gate.fail_terms else None
         return record(row.columns(), result) | {
             "blocked": blocked,
             "text": text,

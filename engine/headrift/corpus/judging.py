@@ -19,8 +19,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from headrift.calibration.settings import CalibrationError
-from headrift.calibration.verdicts import Drift, cutoff, drift
+from headrift.calibration.artifact import Drift, cutoff, drift
+from headrift.calibration.thresholds import CalibrationError
 from headrift.runs.folder import atomic_path
 from headrift.runs.parts import column_types
 from headrift.runs.reading import read_batches
@@ -30,7 +30,7 @@ from headrift.terminal import print_table
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from headrift.calibration.record import Calibration
+    from headrift.calibration.artifact import Calibration
 
 LIST = "flagged-fdr.parquet"
 FDR = 0.1  # fraction of the rows on the review list that may be benign, on average

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from headrift.calibration.verdicts import add_verdicts
+from headrift.calibration.artifact import add_verdicts
 from headrift.corpus.rows import Row
 from headrift.corpus.settings import WITH_MASS, Settings
 from headrift.corpus.summary import SCORE, Summary

@@ -14,7 +14,7 @@ from headrift.probed_engine import REGIONS
 from headrift.signal import ScoreRange, Window
 
 if TYPE_CHECKING:
-    from headrift.calibration.record import Calibration
+    from headrift.calibration.artifact import Calibration
 
 STEPS = 12
 WITH_MASS = ("tool", "bos")  # regions that --save mass adds

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headrift.calibration.runs import HARD
 from headrift.corpus.rows import LABELS
+from headrift.runs.rows import HARD
 from headrift.stats import TARGET_FPR, Bounds, Separation, separation
 from headrift.terminal import print_table
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from rich.console import Console
 
-    from headrift.calibration.record import Calibration
+    from headrift.calibration.artifact import Calibration
     from headrift.corpus.judging import Judged
 
 SCORE = "score (no score: lowest)"

@@ -1,4 +1,4 @@
-"""The page's sections about a calibration, and about the other signals of the same runs (calibration.side_by_side)."""
+"""The page's sections about a calibration, and about the other signals of the same runs (calibration.compare)."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from headrift.calibration.comparison import Estimate, Increment, Normalisation, SideBySide, Signal, Steps
-from headrift.calibration.evidence import CONFOUNDS
-from headrift.calibration.printing import AT_THRESHOLD, RANKED
-from headrift.calibration.record import Calibration, Figure
-from headrift.calibration.runs import Run
-from headrift.calibration.verdicts import drift
+from headrift.calibration.artifact import Calibration, drift
+from headrift.calibration.compare import SideBySide
+from headrift.calibration.compare.aurocs import Increment, SignalResult
+from headrift.calibration.compare.measurements import Estimate
+from headrift.calibration.compare.normalisation import Normalisation
+from headrift.calibration.compare.onset import Steps
+from headrift.calibration.evidence import METRICS
 from headrift.report import html, plots
 from headrift.report.gather import Floats, ReportData
 from headrift.report.sections import HIGHER, LOWER
+from headrift.runs.reading import ScoreRun
 from headrift.signal import ScoreRange, Window
+from headrift.signals import get
 from headrift.stats import exact_interval
 
 _MOST_LINES = 4
@@ -27,7 +30,7 @@ _STRATA = {
 }
 
 
-def calibrated_range(calibration: Calibration, runs: Sequence[Run]) -> ScoreRange:
+def calibrated_range(calibration: Calibration, runs: Sequence[ScoreRun]) -> ScoreRange:
     """Return the calibration's window and layers.
 
     Raises:
@@ -88,14 +91,12 @@ def _flagged(calibration: Calibration, data: ReportData, output: html.Output) ->
 
 
 def _held_out(calibration: Calibration) -> html.Table:
-    figures: dict[str, Figure | None] = {
-        label: calibration.figures.get(name) for name, label in {**RANKED, **AT_THRESHOLD}.items()
-    }
-    figures |= {f"{label} alone, AUROC": calibration.confounds.get(name) for name, label in CONFOUNDS.items()}
+    metrics = {label: calibration.figures[name] for name, (label, _) in METRICS.items() if name in calibration.figures}
+    metrics |= {f"{get(name).label} alone, AUROC": one for name, one in calibration.confounds.items()}
     rows = [
         (label, html.show_number(one.value), "" if one.interval is None else html.show_interval(one.interval), one.how)
-        for label, one in figures.items()
-        if one is not None and one.value is not None
+        for label, one in metrics.items()
+        if one.value is not None
     ]
     return html.Table(("the calibration's own figures", "", "95% interval", "how"), rows)
 
@@ -325,6 +326,6 @@ def _estimate(estimate: Estimate | None, digits: int = 3) -> str:
     return html.show_number(estimate.value, digits) + interval
 
 
-def _correlation(signal: Signal, among: str) -> str:
+def _correlation(signal: SignalResult, among: str) -> str:
     spearman = next((one.spearman for one in signal.correlations if one.among == among), None)
     return "" if spearman is None else f"{spearman:+.2f}"

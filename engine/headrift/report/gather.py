@@ -17,9 +17,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from headrift import signal
-from headrift.calibration.runs import Rows, Run, blocks, check_alike, exact_scores, open_run, read_rows
 from headrift.corpus.summary import COLUMNS, Summary
 from headrift.report.html import ReportError
+from headrift.runs.reading import ScoreRun, open_run
+from headrift.runs.rows import Rows, check_alike, exact_scores, read_instability, read_rows
 from headrift.signal import ScoreRange
 
 Floats: TypeAlias = NDArray[np.float64]
@@ -54,7 +55,7 @@ class Samples:
 class ReportData:
     """What the report reads of its runs."""
 
-    runs: Sequence[Run]
+    runs: Sequence[ScoreRun]
     names: Sequence[str]  # of the runs' folders, with as many parents as tell them apart
     run_json: Sequence[Mapping[str, Any]]
     score_range: ScoreRange  # the window and layers that are scored
@@ -91,14 +92,14 @@ class ReportData:
         return {"attack", "benign"} <= set(self.classes)
 
 
-def open_runs(folders: Sequence[Path]) -> list[Run]:
+def open_runs(folders: Sequence[Path]) -> list[ScoreRun]:
     """Open runs of one model. CalibrationError if a folder is not a run, or the runs cannot be compared."""
     runs = [open_run(folder) for folder in folders]
     check_alike(runs)
     return runs
 
 
-def common_range(runs: Sequence[Run]) -> ScoreRange:
+def common_range(runs: Sequence[ScoreRun]) -> ScoreRange:
     """Return the window and layers that all runs were scored over. ReportError if they differ."""
     other = next((run for run in runs if run.score_range != runs[0].score_range), None)
     if other is not None:
@@ -109,7 +110,7 @@ def common_range(runs: Sequence[Run]) -> ScoreRange:
     return runs[0].score_range
 
 
-def gather(runs: Sequence[Run], score_range: ScoreRange, say: Say) -> ReportData:
+def gather(runs: Sequence[ScoreRun], score_range: ScoreRange, say: Say) -> ReportData:
     """Read the runs, with scores over `score_range`. CalibrationError if their files cannot be read."""
     say("reading the rows")
     rows = read_rows(runs)
@@ -165,7 +166,7 @@ def _with_scores(batch: pa.RecordBatch, score: Floats, score_range: ScoreRange) 
     return pa.record_batch(columns)
 
 
-def _read_samples(runs: Sequence[Run], score_range: ScoreRange, rows_of_class: Mapping[str, Ints]) -> Samples:
+def _read_samples(runs: Sequence[ScoreRun], score_range: ScoreRange, rows_of_class: Mapping[str, Ints]) -> Samples:
     """Read the instability of sampled rows.
 
     Args:
@@ -181,7 +182,7 @@ def _read_samples(runs: Sequence[Run], score_range: ScoreRange, rows_of_class: M
     by_layer = np.empty((len(row), layers))
     sums = {name: np.zeros((steps + 1, layers)) for name in rows_of_class}
     counts = {name: np.zeros((steps + 1, layers), np.int64) for name in rows_of_class}
-    for part, block in blocks(runs, row, steps):
+    for part, block in read_instability(runs, row, steps):
         valid = ~np.isnan(block)
         values = np.where(valid, block, 0).astype(np.float64)
         step_sums[part] = values[:, :, scored].sum(axis=2)
@@ -195,7 +196,7 @@ def _read_samples(runs: Sequence[Run], score_range: ScoreRange, rows_of_class: M
     return Samples(row, label, step_sums, step_counts, by_layer, means)
 
 
-def _distinct_names(runs: Sequence[Run]) -> list[str]:
+def _distinct_names(runs: Sequence[ScoreRun]) -> list[str]:
     parts = [run.folder.resolve().parts for run in runs]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-depth:]) for part in parts]

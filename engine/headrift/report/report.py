@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from headrift._version import __version__
-from headrift.calibration.record import Calibration
-from headrift.calibration.settings import CalibrationError
-from headrift.calibration.side_by_side import side_by_side
+from headrift.calibration.artifact import Calibration
+from headrift.calibration.compare import side_by_side
+from headrift.calibration.thresholds import CalibrationError
 from headrift.fail_terms import FailTerms
 from headrift.report import comparisons, html, plots, sections
 from headrift.report.gather import ReportData, Say, common_range, gather, open_runs

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headrift.calibration import reading
-from headrift.calibration.runs import ATTACK, UNLABELLED, Run, open_run, read_rows
+from headrift.calibration.compare.measurements import read_prompts
 from headrift.runs.folder import JobError
+from headrift.runs.reading import ScoreRun, open_run
+from headrift.runs.rows import ATTACK, UNLABELLED, read_rows
 from headrift.safety_heads.ranking import LeadingHeads, leading_heads
 from headrift.safety_heads.ships import Head
 from headrift.stats import Bools, Floats, Interval, Ints, percentile_bounds, separation
@@ -136,7 +137,7 @@ def table(result: Instability) -> str:
     return "\n".join(lines)
 
 
-def _scored_heads(leading: LeadingHeads, scored: Run, run: Path, top: int, first: int, end: int) -> list[Head]:
+def _scored_heads(leading: LeadingHeads, scored: ScoreRun, run: Path, top: int, first: int, end: int) -> list[Head]:
     """The heads in the scored layers. JobError if there is none, or the scores are of another model."""
     if leading.model != scored.model.fingerprint:
         raise JobError(f"{run} and {scored.name} are of different models: score the prompts with the model of {run}")
@@ -161,13 +162,15 @@ def _head_sets(
     return np.stack([chosen, *(random.permuted(chosen, axis=1) for _ in range(draws))])
 
 
-def _score_sets(scored: Run, sets: Bools, n_steps: NDArray[np.int32]) -> tuple[Ints, Floats, Floats, Floats, Floats]:
+def _score_sets(
+    scored: ScoreRun, sets: Bools, n_steps: NDArray[np.int32]
+) -> tuple[Ints, Floats, Floats, Floats, Floats]:
     """The numbers of the n rows with a score; their scores [n]; and as of `_score_row`, for V sets, [V, n] each."""
     selected, scores = [], []
-    for number, row in reading.rows([scored], np.arange(len(n_steps)), ["shares"]):
-        if row.shares is None:
+    for number, row, _ in read_prompts([scored], np.arange(len(n_steps)), scored.score_range, ["shares"]):
+        if row.share is None:
             raise JobError(f"{scored.name} has no shares of single heads: score the prompts with --save shares")
-        row_scores = _score_row(row.shares, ~np.isnan(row.instability), int(n_steps[number]), scored, sets)
+        row_scores = _score_row(row.share, ~np.isnan(row.instability), int(n_steps[number]), scored, sets)
         if row_scores is not None:
             selected.append(number)
             scores.append(row_scores)
@@ -179,7 +182,7 @@ def _score_sets(scored: Run, sets: Bools, n_steps: NDArray[np.int32]) -> tuple[I
 
 
 def _score_row(
-    shares: NDArray[np.float32], counted: Bools, n_steps: int, scored: Run, sets: Bools
+    shares: NDArray[np.float32], counted: Bools, n_steps: int, scored: ScoreRun, sets: Bools
 ) -> tuple[float, Floats, Floats, Floats] | None:
     """A row's score; and [V] without each set, of it alone, and its fraction of the variance. None without a score.
 

@@ -111,6 +111,7 @@ for _entry in (
         column=True,
         saves=("focus",),
         direction=-1,
+        windowed=False,
         absent="the runs have no focus: it takes a prompt with a known user turn",
         steps_absent=_NO_MASS,
     ),
@@ -165,6 +166,7 @@ for _entry in (
         unit="tokens",
         how="the whole prompt, system prompt and template included",
         length=True,
+        windowed=False,
         log=True,
     ),
     Signal(
@@ -173,6 +175,7 @@ for _entry in (
         unit="tokens",
         how="as far as the answer was made",
         length=True,
+        windowed=False,
     ),
     Signal(
         name="n_steps",
@@ -180,6 +183,7 @@ for _entry in (
         unit="steps",
         how="recorded steps: fewer if the answer ended",
         length=True,
+        windowed=False,
         log=True,
     ),
 ):

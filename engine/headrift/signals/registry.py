@@ -116,6 +116,7 @@ class Signal:
         saves: what `score --save` must keep so that it can be measured over any window.
         direction: 1 if attacks are expected to have the higher values, -1 the lower, 0 if nothing is expected; what
             holds is measured.
+        windowed: whether it is measured over the window, and not at step 0 or of the whole prompt.
         length: whether it only says how long prompt or answer is; regressions take `log(1 + value)` if `log`.
         of_chosen_heads: whether heads are chosen for each fold, whose values are then not on one scale.
         absent, steps_absent: why runs lack it and what to do, if the names in `saves` do not say it.
@@ -132,6 +133,7 @@ class Signal:
     compared: bool = True
     saves: tuple[str, ...] = ()
     direction: Literal[1, 0, -1] = 0
+    windowed: bool = True
     length: bool = False
     log: bool = False
     of_chosen_heads: bool = False

@@ -7,10 +7,9 @@ import pytest
 
 from headrift import signal
 from headrift.calibration.calibrate import calibrate
-from headrift.calibration.original import open_csv
-from headrift.calibration.runs import blocks, exact_scores, open_run, read_rows
-from headrift.calibration.settings import CalibrationError, Settings
-from headrift.runs.reading import RunError
+from headrift.calibration.thresholds import CalibrateConfig
+from headrift.runs.reading import RunError, open_run
+from headrift.runs.rows import exact_scores, open_csv, read_instability, read_rows
 from headrift.signal import ScoreRange, Window
 
 
@@ -22,7 +21,7 @@ def test_a_folder_and_the_same_rows_in_memory_calibrate_alike(make, tmp_path):
     in_memory = make.run_of(values, label, name=str(folder), n_steps=n_steps, category=["c"] * 180)
     assert from_folder.model.fingerprint == "f"
     first, second = (
-        calibrate([run], Settings(resamples=3)).model_dump(exclude={"created", "model"})
+        calibrate([run], CalibrateConfig(resamples=3)).model_dump(exclude={"created", "model"})
         for run in (from_folder, in_memory)
     )
     assert first == second
@@ -36,16 +35,16 @@ def test_wanted_rows_are_found_across_runs_and_parts(make, tmp_path):
         for name, part in (("a", slice(0, 50)), ("b", slice(50, 100)))
     ]
     runs = [open_run(path) for path in paths]
-    wanted = np.array([0, 3, 24, 25, 49, 50, 77, 99])
-    found = np.empty((len(wanted), 3, 8), np.float32)
-    for which, block in blocks(runs, wanted, 2):
-        found[which] = block
-    for at, row in enumerate(wanted):
+    selected = np.array([0, 3, 24, 25, 49, 50, 77, 99])
+    result = np.empty((len(selected), 3, 8), np.float32)
+    for which, block in read_instability(runs, selected, 2):
+        result[which] = block
+    for at, row in enumerate(selected):
         expected = values[row, :3].copy()
         expected[n_steps[row] + 1 :] = np.nan
-        np.testing.assert_array_equal(found[at], expected)
-    (scores,) = exact_scores(runs, read_rows(runs), [(ScoreRange(Window(1, 3)), wanted)])
-    defined = [signal.score(values[row], Window(1, 3), n_steps=int(n_steps[row])).value for row in wanted]
+        np.testing.assert_array_equal(result[at], expected)
+    (scores,) = exact_scores(runs, read_rows(runs), [(ScoreRange(Window(1, 3)), selected)])
+    defined = [signal.score(values[row], Window(1, 3), n_steps=int(n_steps[row])).value for row in selected]
     np.testing.assert_array_equal(scores, np.array(defined, float))
 
 
@@ -115,7 +114,7 @@ def test_the_originals_own_outputs(seed_data):
     (scores,) = exact_scores([run], rows, [(ScoreRange(Window(2, 3)), np.arange(4))])
     files = sorted((seed_data / "outputs").rglob("inter_head_std.csv"))
     for path, score in zip(files, scores):
-        table = [[float(cell) for cell in line.split(",")] for line in path.read_text().splitlines()]
+        table = [[float(score_range) for score_range in line.split(",")] for line in path.read_text().splitlines()]
         cells = [value for line in table[8:27] for value in line[2:4]]
         assert score == pytest.approx(sum(cells) / len(cells), abs=1e-6)
     # What the original's own analysis has for this prompt (see its runs of 8 September).
@@ -125,12 +124,12 @@ def test_the_originals_own_outputs(seed_data):
 
 
 def test_folders_that_hold_nothing_of_the_kind_are_refused(tmp_path):
-    with pytest.raises(CalibrationError, match=r"holds no inter_head_std.csv"):
+    with pytest.raises(RunError, match=r"has no inter_head_std.csv"):
         open_csv(tmp_path)
     write_csv(tmp_path / "benign" / "a__1", np.ones((4, 3)))
     write_csv(tmp_path / "benign" / "b__1", np.ones((5, 3)))
-    with pytest.raises(CalibrationError, match="different numbers of layers"):
+    with pytest.raises(RunError, match="different numbers of layers"):
         open_csv(tmp_path)
     (tmp_path / "benign" / "b__1" / "inter_head_std.csv").write_text("a,b\n")
-    with pytest.raises(CalibrationError, match="cannot be read"):
+    with pytest.raises(RunError, match="cannot be read"):
         open_csv(tmp_path)

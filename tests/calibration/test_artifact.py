@@ -8,31 +8,30 @@ import pyarrow as pa
 import pytest
 
 import headrift
+from headrift.calibration.artifact import Calibration, ReferenceScores, add_verdicts, cutoff, discoveries, drift
 from headrift.calibration.calibrate import calibrate
-from headrift.calibration.record import Calibration
-from headrift.calibration.settings import CalibrationError, Settings
-from headrift.calibration.verdicts import add_verdicts, cutoff, discoveries, drift
+from headrift.calibration.thresholds import CalibrateConfig, CalibrationError
 from headrift.signal import Window
 
 
 @pytest.fixture(scope="module")
 def calibration(make) -> Calibration:
     run = make.run_of(make.made_up(0, 60, 200, effect=0.02), make.labels(60, 200))
-    return calibrate([run], Settings(resamples=10))
+    return calibrate([run], CalibrateConfig(resamples=10))
 
 
 def test_saved_and_loaded_it_is_the_same(calibration, tmp_path):
     path = tmp_path / "c.json"
     calibration.save(path)
     assert headrift.Calibration.load(path) == calibration
-    assert [found.name for found in tmp_path.iterdir()] == ["c.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["c.json"]
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"format": 2}', "\xff"])
 def test_what_is_no_calibration_is_refused(content, tmp_path):
     path = tmp_path / "c.json"
     path.write_text(content, encoding="latin-1")
-    with pytest.raises(CalibrationError, match=r"c\.json is no calibration \(.*headrift calibrate"):
+    with pytest.raises(CalibrationError, match=r"c\.json is not a calibration \(.*headrift calibrate"):
         Calibration.load(path)
 
 
@@ -47,7 +46,7 @@ def test_a_failed_write_leaves_nothing(calibration, tmp_path):
     (tmp_path / "c.json").mkdir()
     with pytest.raises(OSError, match="directory"):
         calibration.save(tmp_path / "c.json")
-    assert [found.name for found in tmp_path.iterdir()] == ["c.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["c.json"]
 
 
 def test_what_is_at_or_above_the_threshold_is_flagged_and_has_a_small_p_value(calibration):
@@ -70,7 +69,7 @@ def test_another_model_template_or_window_is_refused(calibration):
         calibration.check(other, window, *drops)
     renamed = calibration.model.model_copy(update={"name": "a copy"})
     calibration.check(renamed, window, *drops)
-    with pytest.raises(CalibrationError, match=r"--window \(.* here, 3:3 there\)"):
+    with pytest.raises(CalibrationError, match=r"--window \(calibration: .*, given: 3:3\)"):
         calibration.check(calibration.model, Window(3, 3), *drops)
 
 
@@ -87,18 +86,16 @@ def test_a_table_gets_two_columns(calibration):
 
 def test_the_list_has_on_average_few_benign_rows():
     """200 benign rows and 50 attacks against 2,000 benign scores: the fraction of benign ones on the list."""
-    from headrift.calibration.thresholds import Reference
-
-    random, fractions, found = np.random.default_rng(0), [], []
+    random, fractions, result = np.random.default_rng(0), [], []
     attack = np.arange(250) < 50
     for _ in range(300):
         scores = random.standard_normal(250) + 3 * attack
-        listed = discoveries(Reference.of(random.standard_normal(2000)).p_values(scores), 0.1)
+        listed = discoveries(ReferenceScores.from_scores(random.standard_normal(2000)).p_values(scores), 0.1)
         fractions.append((listed & ~attack).sum() / max(listed.sum(), 1))
-        found.append((listed & attack).sum() / 50)
+        result.append((listed & attack).sum() / 50)
     # Benjamini and Hochberg: rate times the fraction of benign rows.
     assert np.mean(fractions) == pytest.approx(0.1 * 200 / 250, abs=4 * np.std(fractions) / np.sqrt(300))
-    assert np.mean(found) > 0.5
+    assert np.mean(result) > 0.5
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.1, 0.5])
@@ -134,7 +131,7 @@ def test_drift_is_told_where_scores_have_moved_and_not_otherwise(calibration, ma
     assert sum(one.warning is not None for one in fresh) <= 2  # 0.4 are expected
     moved = drift(scores_of(make, calibration, 0) + 0.02, calibration)
     assert moved.distance > 0.3
-    assert "calibrate anew" in moved.warning
+    assert "calibrate again" in moved.warning
     missing = drift(np.full(200, np.nan), calibration)
     assert missing.distance == pytest.approx(1.0)
     assert drift([], calibration) is None

@@ -1,0 +1,341 @@
+"""calibration.json: what to score, the threshold, the evidence for it, and its verdicts on scores."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import ArrayLike, NDArray
+from pydantic import BaseModel, ValidationError
+
+from headrift.calibration.thresholds import CalibrationError, Rule
+from headrift.runs.folder import atomic_path
+from headrift.runs.reading import ModelIdentity
+from headrift.signal import ScoreRange, Window
+from headrift.stats import Bools, Bounds, Floats, Ints
+
+# Drift is warned of if chance would show as much in 1 run of 100, and it is large enough to matter.
+_CHANCE, _LARGE = 0.01, 0.1
+
+Table = TypeVar("Table", pa.Table, pa.RecordBatch)
+
+
+class Metric(BaseModel, extra="forbid", frozen=True):
+    """A number (None if the data does not allow it) with its 95% interval, its values by fold, and how it is got."""
+
+    value: float | None
+    interval: Bounds | None = None
+    per_fold: list[float | None] = []
+    how: str
+
+
+class ClassCoverage(BaseModel, extra="forbid", frozen=True):
+    """All rows of a class.
+
+    Attributes:
+        rows, distinct: how many rows and distinct prompts.
+        with_score: fraction of the rows that have a score in the window.
+        ended_early: fraction whose answer ended before the window did.
+    """
+
+    rows: int
+    distinct: int
+    with_score: float
+    ended_early: float
+
+
+class ThresholdSetting(BaseModel, extra="forbid", frozen=True):
+    """How the threshold was set.
+
+    Attributes:
+        n: distinct benign prompts in part B.
+        above: how many of them the rule allows at or above the threshold.
+        flagged: how many are.
+        highest_fpr: the rate that is not exceeded with 95% confidence (binomial rule).
+    """
+
+    rule: Rule
+    target_fpr: float
+    confidence: float | None
+    n: int
+    above: int
+    flagged: int
+    highest_fpr: float
+    promise: str
+
+
+class Traffic(BaseModel, extra="forbid", frozen=True):
+    """The calibration's own benign (or unlabelled) rows as they came, repeats included.
+
+    Attributes:
+        alerts_a_day: from the held-out rate, if all of a day's prompts were benign.
+    """
+
+    rows: int
+    flagged: int
+    daily_prompts: int | None
+    alerts_a_day: Metric | None
+
+
+class ContaminationCase(BaseModel, extra="forbid", frozen=True):
+    """What follows if a fraction of the prompts are attacks.
+
+    Attributes:
+        contamination: that fraction.
+        threshold: the threshold that would keep the target, None if there are too few prompts.
+        lowest_fpr, highest_fpr: bounds of the rate of benign prompts that the threshold that was set flags.
+    """
+
+    contamination: float
+    threshold: float | None
+    lowest_fpr: float
+    highest_fpr: float
+
+
+class CalibrationData(BaseModel, extra="forbid", frozen=True):
+    """The runs, and a hash of their rows' labels, groups, lengths and scores."""
+
+    runs: list[str]
+    fingerprint: str
+    unlabelled: int
+
+
+class ReferenceScores(BaseModel, extra="forbid", frozen=True):
+    """What p-values need of n benign scores, those of part B.
+
+    Attributes:
+        n: number of scores, missing ones included.
+        values: ascending.
+        at_or_above, above: how many scores are at or above, and above, each value.
+    """
+
+    n: int
+    values: list[float]
+    at_or_above: list[int]
+    above: list[int]
+
+    @classmethod
+    def from_scores(cls, scores: Floats, most: int = 5_000) -> ReferenceScores:
+        """All distinct values of benign scores, NaN for none; of more than `most` a part.
+
+        The part is the highest half of `most` and as many others, evenly spread.
+        """
+        known = scores[~np.isnan(scores)]
+        values, first, times = np.unique(np.sort(known), return_index=True, return_counts=True)
+        at_or_above = len(known) - first
+        keep = np.arange(len(values))
+        if len(values) > most:
+            top = len(values) - most // 2
+            keep = np.concatenate([np.linspace(0, top - 1, most - most // 2).round().astype(np.int64), keep[top:]])
+        kept = (column[keep].tolist() for column in (values, at_or_above, at_or_above - times))
+        return cls(n=len(scores), **dict(zip(("values", "at_or_above", "above"), kept)))
+
+    def p_values(self, scores: Floats) -> Floats:
+        """(1 + benign samples with at least that score) / (1 + n) for each score, NaN for none.
+
+        A score between two values whose neighbours were not kept counts all between as above it: its p-value is then a
+        little too high, never too low.
+        """
+        values = np.array(self.values)
+        place = np.searchsorted(values, scores, side="right") - 1
+        nearest = np.maximum(place, 0)
+        as_high = (place < 0) | (values[nearest] == scores)
+        at_least = np.where(as_high, np.array(self.at_or_above)[nearest], np.array(self.above)[nearest])
+        return np.where(np.isnan(scores), np.nan, (1 + at_least) / (1 + self.n))
+
+
+@dataclass(frozen=True, slots=True)
+class Verdicts:
+    """Verdicts on scores [n].
+
+    Attributes:
+        flagged: whether the score is at or above the threshold; false without a score.
+        p_value: chance of a score at least as high from a benign prompt; NaN without a score.
+    """
+
+    flagged: Bools
+    p_value: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """How far benign scores have moved since the calibration.
+
+    Attributes:
+        distance: the largest distance between the two distributions (Kolmogorov-Smirnov), 0 to 1.
+        p_value: chance of such a distance if the distributions were the same.
+        warning: what to say if the calibration no longer fits, else None.
+    """
+
+    distance: float
+    p_value: float
+    warning: str | None
+
+
+class Calibration(BaseModel, extra="forbid", frozen=True):
+    """A threshold for a model's scores, and the evidence for it. A score is flagged when it is at or above it.
+
+    Attributes:
+        window, drop_shallow, drop_deep: what must be scored.
+        layers: [s, e), the layers that are scored.
+        figures: held-out metrics.
+        confounds: how well other numbers separate the same prompts.
+        procedure: how window and threshold were chosen.
+    """
+
+    format: Literal[1] = 1
+    headrift: str
+    created: str
+    benign_only: bool
+    model: ModelIdentity
+    window: str
+    drop_shallow: float
+    drop_deep: float
+    layers: tuple[int, int]
+    threshold: float
+    setting: ThresholdSetting
+    scores: ReferenceScores
+    classes: dict[str, ClassCoverage]
+    figures: dict[str, Metric]
+    confounds: dict[str, Metric]
+    traffic: Traffic
+    contamination: list[ContaminationCase]
+    procedure: dict[str, str | int | float | bool | None]
+    data: CalibrationData
+    notes: list[str]
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibration:
+        """Read a file that `headrift calibrate` wrote.
+
+        Raises:
+            CalibrationError: It cannot be read, or is not a calibration.
+        """
+        try:
+            return cls.model_validate_json(Path(path).read_bytes())
+        except OSError as error:
+            raise CalibrationError(f"{path} cannot be read: {error.strerror}") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
+            raise CalibrationError(
+                f"{path} is not a calibration ({place}{first['msg']}): write one with `headrift calibrate`"
+            ) from None
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the whole content."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+    @property
+    def score_range(self) -> ScoreRange:
+        """The window and layers to score."""
+        return ScoreRange(Window.parse(self.window), self.drop_shallow, self.drop_deep)
+
+    def save(self, path: str | Path) -> None:
+        """Write the file, whole or not at all. OSError if that fails."""
+        with atomic_path(Path(path)) as temporary:
+            temporary.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+    def apply(self, scores: ArrayLike | Sequence[float | None]) -> Verdicts:
+        """Verdicts on scores [n], None or NaN for none; they must be of this window, these layers and this model."""
+        values = np.array(scores, np.float64)
+        return Verdicts(values >= self.threshold, self.scores.p_values(values))
+
+    def check(self, model: ModelIdentity, window: Window, drop_shallow: float, drop_deep: float) -> None:
+        """Refuse scores of another model, window or layers.
+
+        Raises:
+            CalibrationError: Something differs; the message says what.
+        """
+        differences = self.model.differences(model)
+        given = {"window": str(window), "drop_shallow": drop_shallow, "drop_deep": drop_deep}
+        for name, value in given.items():
+            if getattr(self, name) != value:
+                option = f"--{name.replace('_', '-')}"
+                differences.append(f"{option} (calibration: {getattr(self, name)}, given: {value})")
+        if differences:
+            raise CalibrationError(
+                f"the calibration is for something else: {', '.join(differences)} differ; calibrate on runs of this "
+                "model and template"
+            )
+
+
+def add_verdicts(table: Table, calibration: Calibration) -> Table:
+    """Append the columns `flagged` (false without a score) and `p_value` (null without) to a table or batch.
+
+    Args:
+        table: has a column `score`, of the calibration's window, layers and model.
+        calibration: the calibration to apply.
+    """
+    scores = table["score"].cast(pa.float64()).to_numpy(zero_copy_only=False)
+    verdicts = calibration.apply(scores)
+    p_value = pa.array(verdicts.p_value, pa.float64(), mask=np.isnan(verdicts.p_value))
+    return table.append_column("flagged", pa.array(verdicts.flagged)).append_column("p_value", p_value)
+
+
+def discoveries(p_values: ArrayLike, rate: float = 0.1) -> NDArray[np.bool_]:
+    """Rows of a review list, on average at most a fraction `rate` of it false alarms (Benjamini-Hochberg).
+
+    NaN is never on the list, and counts as a row that was looked at.
+    """
+    values = np.asarray(p_values, np.float64)
+    distinct, counts = np.unique(values[~np.isnan(values)], return_counts=True)
+    highest = cutoff(distinct, counts, len(values), rate)
+    return values <= (-1.0 if highest is None else highest)
+
+
+def cutoff(p_values: Floats, counts: Ints, n: int, rate: float = 0.1) -> float | None:
+    """The highest p-value on that list; None if the list is empty.
+
+    Args:
+        p_values, counts: distinct p-values, and how many rows have each.
+        n: number of rows, those without a p-value included.
+        rate: as in `discoveries`.
+    """
+    order = np.argsort(p_values)
+    ascending = p_values[order]
+    on_list = ascending * n / np.cumsum(counts[order]) <= rate
+    return float(ascending[on_list][-1]) if on_list.any() else None
+
+
+def drift(scores: ArrayLike, calibration: Calibration, what: str = "benign scores") -> Drift | None:
+    """How far benign scores have moved from those that set the threshold (Kolmogorov-Smirnov, two samples).
+
+    Args:
+        scores: one for each distinct prompt; NaN, no score, ranks lowest.
+        calibration: whose part B they are compared with.
+        what: name of the scores in the warning.
+
+    Returns:
+        None if there are no scores.
+    """
+    from scipy.stats import kstwobign
+
+    new = np.sort(np.nan_to_num(np.asarray(scores, np.float64), nan=-np.inf))
+    known = calibration.scores
+    values = np.array(known.values)
+    n = len(new)
+    if not n:
+        return None
+    # If one distribution is flat and the other rises, the distance is largest at an end: just below or at a known
+    # value, or where scores begin.
+    new_below = np.array([np.searchsorted(new, -np.inf, side="right"), *np.searchsorted(new, values, side="left")])
+    known_below = known.n - np.array([known.at_or_above[0], *known.at_or_above])
+    new_up_to, known_up_to = np.searchsorted(new, values, side="right"), known.n - np.array(known.above)
+    below = np.abs(new_below / n - known_below / known.n).max()
+    distance = float(max(below, np.abs(new_up_to / n - known_up_to / known.n).max()))
+    chance = float(kstwobign.sf(distance * np.sqrt(n * known.n / (n + known.n))))
+    warning = None
+    if chance < _CHANCE and distance > _LARGE:
+        flagged = float((new >= calibration.threshold).mean())
+        warning = (
+            f"{what} have moved since the calibration (Kolmogorov-Smirnov distance {distance:.2f}, p {chance:.1g}; "
+            f"{flagged:.1%} are flagged, target {calibration.setting.target_fpr:.1%}): calibrate again"
+        )
+    return Drift(distance, chance, warning)

@@ -1,0 +1,197 @@
+"""Instability compared with the other signals of the same runs: what each separates, and what instability adds to them.
+
+`measurements` reads the signals; `aurocs`, `onset` and `normalisation` each answer a question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from pydantic import BaseModel
+
+from headrift.calibration.compare.aurocs import (
+    NOT_SHOWN,
+    Increment,
+    SignalResult,
+    Success,
+    increments,
+    separate,
+    strata,
+    success,
+)
+from headrift.calibration.compare.measurements import ComparisonBootstrap, ImportantHeads, Measurements, measure
+from headrift.calibration.compare.normalisation import Normalisation, across, normalisation
+from headrift.calibration.compare.onset import Before, Steps, onset
+from headrift.calibration.splits import FOLDS, ComparisonSamples, take_samples
+from headrift.calibration.thresholds import CalibrationError
+from headrift.fail_terms import FailTerms
+from headrift.runs.reading import ScoreRun
+from headrift.runs.rows import UNLABELLED, Rows, check_alike, read_rows
+from headrift.signal import ScoreRange
+from headrift.signals import signals
+
+__all__ = ["SideBySide", "across", "side_by_side"]
+
+_MOST_POINTS = 500  # of a class
+
+
+class Points(BaseModel, extra="forbid", frozen=True):
+    """Samples to draw, at most 500 of a class: values by signal name, None if a sample has none."""
+
+    attack: list[bool]
+    hard: list[bool]
+    values: dict[str, list[float | None]]
+
+
+class SideBySide(BaseModel, extra="forbid", frozen=True):
+    """The result of `side_by_side`, over a window and layers [s, e); findings: a line for each verdict."""
+
+    window: str
+    layers: tuple[int, int]
+    n_attack: int
+    n_benign: int
+    folds: int
+    resamples: int
+    seed: int
+    signals: list[SignalResult]
+    important_heads: ImportantHeads | None
+    increments: list[Increment]
+    steps: list[Steps]
+    before: list[Before]
+    success: Success
+    normalisation: Normalisation
+    points: Points
+    findings: list[str]
+    notes: list[str]
+
+
+def side_by_side(
+    runs: Sequence[ScoreRun],
+    score_range: ScoreRange,
+    *,
+    resamples: int,
+    seed: int,
+    fail_terms: FailTerms | None,
+    important_heads: bool = True,
+    say: Callable[[str], None] = lambda text: None,
+) -> SideBySide:
+    """Compare the signals of runs of one model over a window and layers.
+
+    Args:
+        runs: finished runs.
+        score_range: window and layers to compare over.
+        resamples: of whole groups, for the intervals; 0 for none.
+        seed: of all draws.
+        fail_terms: what tells a successful attack; None if that is not known.
+        important_heads: whether to choose heads as Attention Tracker does.
+        say: is given the name of each stage.
+
+    Raises:
+        CalibrationError: The window ends after the recorded steps, a class is missing, or no row has a score.
+        RunError: The runs cannot be read, or are of different models.
+    """
+    check_alike(runs)
+    last, window = min(run.steps for run in runs), score_range.window
+    if window.end > last:
+        raise CalibrationError(f"the window {window} ends after step {last}, the last that all runs recorded")
+    say("reading the rows")
+    rows = read_rows(runs)
+    samples = take_samples(runs, rows, seed)
+    measured = measure(runs, samples, score_range, fail_terms=fail_terms, important_heads=important_heads, say=say)
+    if "instability" not in measured.values:
+        raise CalibrationError(f"no row has a score in steps {window}: choose an earlier window")
+    bootstrap = ComparisonBootstrap(samples, resamples, seed)
+    say(f"comparing {len(measured.values)} signals, {resamples} resamples")
+    among = strata(samples, score_range)
+    results = [separate(entry.name, measured, samples, among, bootstrap) for entry in signals(compared=True)]
+    say("what instability adds to the others")
+    added = increments(measured, samples, bootstrap, seed)
+    say("step by step")
+    steps, before = onset(measured, samples, bootstrap, seed)
+    succeeded = success(measured, samples, bootstrap, has_terms=fail_terms is not None)
+    say("normalising by length")
+    by_length = normalisation(measured.values["instability"], samples, bootstrap)
+    return SideBySide(
+        window=str(window),
+        layers=score_range.layers(runs[0].model.layers),
+        n_attack=int(samples.attack.sum()),
+        n_benign=int((~samples.attack).sum()),
+        folds=samples.n_folds,
+        resamples=resamples,
+        seed=seed,
+        signals=results,
+        important_heads=measured.important,
+        increments=added,
+        steps=steps,
+        before=before,
+        success=succeeded,
+        normalisation=by_length,
+        points=_points(measured, samples, seed),
+        findings=_findings(results, added, before, succeeded, by_length),
+        notes=_notes(rows, samples, measured),
+    )
+
+
+def _findings(
+    results: Sequence[SignalResult],
+    added: Sequence[Increment],
+    before: Sequence[Before],
+    succeeded: Success,
+    by_length: Normalisation,
+) -> list[str]:
+    """A line for each verdict: what it is about, the verdict, and its numbers."""
+    verdicts = {1: "attacks higher", -1: "attacks lower", None: NOT_SHOWN}
+    lines = []
+    for one in results:
+        if one.auroc is not None and one.auroc.value is not None:
+            interval = "" if one.auroc.interval is None else ", {:.3f} to {:.3f}".format(*one.auroc.interval)
+            lines.append(f"{one.label}: {verdicts[one.sign]} (AUROC {one.auroc.value:.3f}{interval})")
+    lines += [f"{one.label}: {one.verdict}" for one in added if one.added == "instability" and one.absent is None]
+    lines += [f"first step of instability against {one.label}: {one.verdict}" for one in before]
+    return [*lines, f"attack success: {succeeded.verdict}", f"normalising by length: {by_length.verdict}"]
+
+
+def _points(measured: Measurements, samples: ComparisonSamples, seed: int) -> Points:
+    random = np.random.default_rng(seed)
+    classes = [np.flatnonzero(samples.attack == label) for label in (True, False)]
+    kept = np.sort(np.concatenate([random.permutation(members)[:_MOST_POINTS] for members in classes]))
+    return Points(
+        attack=samples.attack[kept].tolist(),
+        hard=samples.hard[kept].tolist(),
+        values={
+            name: [None if np.isnan(value) else float(value) for value in values[kept]]
+            for name, values in measured.values.items()
+        },
+    )
+
+
+def _notes(rows: Rows, samples: ComparisonSamples, measured: Measurements) -> list[str]:
+    """What a reader must know, one statement each."""
+    n = (int(samples.attack.sum()), int((~samples.attack).sum()))
+    unlabelled, n_sets = int((rows.label == UNLABELLED).sum()), len(samples.sets)
+    other_sets = int((samples.set < 0).sum())
+    statements = (
+        *(
+            (drawn < all_of, f"{drawn:,} of {all_of:,} distinct {name} were compared, drawn at random")
+            for name, drawn, all_of in zip(("attacks", "benign prompts"), n, samples.n_distinct)
+        ),
+        (unlabelled, f"{unlabelled:,} rows without a label were left out"),
+        (samples.n_folds < FOLDS, f"too few distinct prompts for {FOLDS} folds: {samples.n_folds}"),
+        (
+            other_sets,
+            f"{other_sets:,} samples are of other system prompts than the {n_sets} most common ones: left out where "
+            "prompts of the same system prompt are compared",
+        ),
+        (
+            n_sets > 1,
+            f"{n_sets} sets (runs and system prompts) are taken together: a signal whose level differs between sets "
+            "separates worse in all than within each; the stratum of the same set says how well within",
+        ),
+        (
+            measured.important is not None,
+            "intervals are of the measuring: in resamples neither important heads are chosen again nor regressions "
+            "fitted again",
+        ),
+    )
+    return [text for condition, text in statements if condition]

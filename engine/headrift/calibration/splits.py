@@ -1,0 +1,333 @@
+"""Which rows are samples and what each is used for: exact repeats are one, and no prompt is on two sides of a split.
+
+Of benign samples, part A chooses window and layers (with the attacks), and part B sets the threshold. If there are very
+many, a draw is enough to choose and to measure; B takes all that A does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrift.calibration.thresholds import CalibrateConfig, CalibrationError, needed
+from headrift.runs.reading import ScoreRun
+from headrift.runs.rows import ATTACK, BENIGN, HARD, UNLABELLED, Rows
+from headrift.stats import CONFIDENCE, Bools, Ints
+
+FEWEST_TO_CHOOSE = 10  # samples of a class, below which there is nothing to choose by
+FOLDS = 5  # of a comparison
+_MANY_TO_CHOOSE = 30  # benign samples that A keeps when B takes more than half for cross-validation's sake
+_MOST_MEASURED = 20_000  # samples of a class that held-out metrics are measured on
+_MOST_CHOOSE = 5_000  # samples of a class that choose
+_LOOK_UPS = 200_000_000  # fewer choose if candidates are so many that more than this were to be looked up ...
+_FEWEST_OF_MANY = 1_000  # ... but no fewer than this
+_MOST_COMPARED = 10_000  # samples of a class in a comparison
+_MOST_SETS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationSamples:
+    """Samples of a calibration, in the order of their rows; arrays are [samples].
+
+    Attributes:
+        row: number of the row that stands for the sample.
+        attack: whether it is an attack.
+        group: number of its group.
+        repeats: how many rows it stands for.
+        fold: the fold that it is held out in, from 0.
+        chooses: whether it chooses window and layers (part A, and attacks).
+        sets: whether it sets the threshold (part B).
+        n_folds: number of folds.
+    """
+
+    row: Ints
+    attack: Bools
+    group: Ints
+    repeats: Ints
+    fold: Ints
+    chooses: Bools
+    sets: Bools
+    n_folds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """How prompts are divided.
+
+    Attributes:
+        samples: what is cross-validated.
+        part_b: numbers of the rows of all of part B.
+        n_attack, n_benign: all samples of a class.
+        cross_validated: whether B is large enough in every fold to set a threshold there.
+    """
+
+    samples: CalibrationSamples
+    part_b: Ints
+    n_attack: int
+    n_benign: int
+    cross_validated: bool
+
+
+def divide(rows: Rows, config: CalibrateConfig, n_candidates: int) -> Division:
+    """Divide rows into samples and their parts.
+
+    Args:
+        rows: of all runs.
+        config: what the calibration is to be.
+        n_candidates: number of windows and trims to choose from.
+
+    Raises:
+        CalibrationError: There are too few samples; the message says how many are needed.
+    """
+    label = np.where(rows.label == UNLABELLED, BENIGN, rows.label) if config.benign_only else rows.label
+    if config.benign_only:
+        label = np.where(label == ATTACK, UNLABELLED, label)
+    random = np.random.default_rng(config.seed)
+    group_of_prompt = np.empty(rows.prompt.max() + 1, np.int64)
+    group_of_prompt[rows.prompt] = rows.group
+    # Groups together, in one order for attack and benign.
+    order_of_prompt = random.permutation(rows.group.max() + 1)[group_of_prompt]
+    attack, benign = (_distinct(rows.prompt, label == value, order_of_prompt) for value in (ATTACK, BENIGN))
+    searches = n_candidates > 1
+    need = needed(config.target, config.rule)
+    n_choose = _size_of_part_a(len(benign.row), config, need) if searches else 0
+    _check_enough(len(attack.row), len(benign.row), need, config, searches)
+
+    measured = [samples.first(_MOST_MEASURED) for samples in (attack, benign)]
+    row, repeats = (np.concatenate([getattr(part, name) for part in measured]) for name in ("row", "repeats"))
+    is_attack = np.arange(len(row)) < len(measured[0].row)
+    group = np.unique(rows.group[row], return_inverse=True)[1]
+    tied = _tie_groups(group, rows.category[row]) if config.by_category else group.astype(np.int64)
+    fold, n_folds = assign_folds(is_attack, tied, config.folds, config.seed)
+
+    most = int(np.clip(_LOOK_UPS // (2 * n_candidates), _FEWEST_OF_MANY, _MOST_CHOOSE))
+    chooses = is_attack & (np.arange(len(row)) < most) & searches
+    n_choose = min(n_choose, most)
+    by_fold = [np.flatnonzero(~is_attack & (fold == number)) for number in range(n_folds)]
+    for members, n in zip(by_fold, _proportions([len(members) for members in by_fold], n_choose)):
+        while 0 < n < len(members) and group[members[n]] == group[members[n - 1]]:
+            n -= 1  # no group is on both sides
+        chooses[members[:n]] = True
+    sets = ~is_attack & ~chooses
+    in_other_folds = sets.sum() - np.bincount(fold[sets], minlength=n_folds)
+
+    order = np.argsort(row, kind="stable")
+    return Division(
+        CalibrationSamples(
+            row=row[order],
+            attack=is_attack[order],
+            group=tied[order],
+            repeats=repeats[order],
+            fold=fold[order],
+            chooses=chooses[order],
+            sets=sets[order],
+            n_folds=n_folds,
+        ),
+        np.setdiff1d(benign.row, row[chooses]),
+        len(attack.row),
+        len(benign.row),
+        n_folds > 1 and bool((in_other_folds >= need).all()),
+    )
+
+
+def _size_of_part_a(n: int, config: CalibrateConfig, need: int) -> int:
+    """Half of n; less if B needs more, in every fold too if that leaves enough."""
+    in_folds = -(-need * config.folds // (config.folds - 1)) + config.folds
+    part_b = max(-(-n // 2), in_folds)
+    if n - part_b < _MANY_TO_CHOOSE:
+        part_b = max(-(-n // 2), need)
+    return n - part_b
+
+
+def _check_enough(n_attack: int, n_benign: int, need: int, config: CalibrateConfig, searches: bool) -> None:
+    goal = f"a false positive rate of {config.target_fpr:.3g}"
+    goal += f" with {CONFIDENCE:.0%} confidence" if config.rule == "binomial" else " on average"
+    if config.benign_only:
+        goal += f", if {config.contamination:.3g} of the prompts are attacks,"
+    choosers = FEWEST_TO_CHOOSE if searches else 0
+    if n_benign < need + choosers:
+        more = f", and {choosers} more to choose window and layers" if choosers else ""
+        raise CalibrationError(
+            f"{goal} needs at least {need} distinct benign prompts to set the threshold{more}; there are {n_benign}: "
+            "score more, or set a higher --target-fpr"
+        )
+    if not config.benign_only and not n_attack:
+        raise CalibrationError("no row is labelled attack: label the rows and score them again, or give --benign-only")
+    if not config.benign_only and searches and n_attack < FEWEST_TO_CHOOSE:
+        raise CalibrationError(
+            f"choosing window and layers needs at least {FEWEST_TO_CHOOSE} distinct attacks, and there are {n_attack}: "
+            "score more, name the --window, or calibrate with --benign-only"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonSamples:
+    """Attacks and benign prompts that are compared, in the order of their rows; arrays are [samples].
+
+    Attributes:
+        row: number of the row over all runs.
+        attack: whether it is an attack.
+        group, fold: numbers of its group and fold, from 0.
+        n_folds: number of folds.
+        set: number of its run and system prompt, whose names are `sets`; -1 beyond the largest 20.
+        category: "" for none.
+        counts: as in `Rows`.
+        n_distinct: of attacks and benign prompts, how many there were to draw from.
+    """
+
+    row: Ints
+    attack: Bools
+    group: Ints
+    fold: Ints
+    n_folds: int
+    set: Ints
+    sets: list[str]
+    category: NDArray[np.str_]
+    counts: dict[str, NDArray[np.int32]]
+    n_distinct: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    @property
+    def hard(self) -> Bools:
+        """Benign prompts that were written to look like attacks, by their category."""
+        return ~self.attack & np.char.startswith(self.category, HARD)
+
+    def other_folds(self, seed: int) -> Ints:
+        """Another division into folds."""
+        return assign_folds(self.attack, self.group, FOLDS, seed)[0]
+
+
+def take_samples(runs: Sequence[ScoreRun], rows: Rows, seed: int, *, by_run: bool = False) -> ComparisonSamples:
+    """The samples to compare, drawn at random if there are more than 10,000 of a class.
+
+    Args:
+        runs, rows: the runs and all their rows.
+        seed: of the draw and the folds.
+        by_run: take the same prompt in two runs for two samples (the runs are of different models).
+
+    Raises:
+        CalibrationError: A class is missing.
+    """
+    categories, sets, run = _read_sets(runs)
+    key = np.unique(rows.prompt * len(runs) + run, return_inverse=True)[1] if by_run else rows.prompt
+    order = np.random.default_rng(seed).permutation(int(key.max()) + 1)
+    drawn = [_distinct(key, rows.label == label, order) for label in (ATTACK, BENIGN)]
+    for name, samples in zip(("attack", "benign"), drawn):
+        if not len(samples.row):
+            raise CalibrationError(
+                f"no row is labelled {name}: a comparison takes attacks and benign prompts; label the rows and score "
+                "them again"
+            )
+    row = np.sort(np.concatenate([samples.row[:_MOST_COMPARED] for samples in drawn]))
+    attack = rows.label[row] == ATTACK
+    group = np.unique(rows.group[row], return_inverse=True)[1].astype(np.int64)
+    fold, n_folds = assign_folds(attack, group, FOLDS, seed)
+    set_number, set_names = _number_sets(sets[row], runs)
+    return ComparisonSamples(
+        row=row,
+        attack=attack,
+        group=group,
+        fold=fold,
+        n_folds=n_folds,
+        set=set_number,
+        sets=set_names,
+        category=categories[row],
+        counts={name: values[row] for name, values in rows.counts.items()},
+        n_distinct=(len(drawn[0].row), len(drawn[1].row)),
+    )
+
+
+def _read_sets(runs: Sequence[ScoreRun]) -> tuple[NDArray[np.str_], NDArray[np.str_], Ints]:
+    """Of all rows: category, run and system prompt ("<run number> <hash>"), number of the run."""
+    categories: list[str] = []
+    sets: list[str] = []
+    numbers: list[int] = []
+    for number, run in enumerate(runs):
+        for batch in run.batches(["category", "system_hash"]):
+            categories += [text or "" for text in batch.column("category").to_pylist()]
+            sets += [f"{number} {text}" for text in batch.column("system_hash").to_pylist()]
+            numbers += [number] * batch.num_rows
+    return np.array(categories, np.str_), np.array(sets, np.str_), np.array(numbers, np.int64)
+
+
+def _number_sets(sets: NDArray[np.str_], runs: Sequence[ScoreRun]) -> tuple[Ints, list[str]]:
+    """The largest sets' numbers from 0, in the order of the runs, -1 for the others; and their names."""
+    distinct, index, n = np.unique(sets, return_inverse=True, return_counts=True)
+    kept = np.sort(np.argsort(-n, kind="stable")[:_MOST_SETS])
+    kept = kept[np.argsort([int(distinct[place].split()[0]) for place in kept], kind="stable")]
+    number = np.full(len(distinct), -1)
+    number[kept] = np.arange(len(kept))
+    parts = [distinct[place].split() for place in kept]
+    run_numbers = [int(run) for run, _ in parts]
+    names = [
+        Path(runs[run].name).name + (f", system prompt {text[:8]}" if run_numbers.count(run) > 1 else "")
+        for run, (_, text) in zip(run_numbers, parts)
+    ]
+    return number[index].astype(np.int64), names
+
+
+@dataclass(frozen=True, slots=True)
+class _Distinct:
+    """Samples of a class in the order in which they are drawn: a row each, and how many rows it stands for."""
+
+    row: Ints
+    repeats: Ints
+
+    def first(self, n: int) -> _Distinct:
+        return _Distinct(self.row[:n], self.repeats[:n])
+
+
+def _distinct(prompt: Ints, mask: Bools, order_of_prompt: Ints) -> _Distinct:
+    """One sample for each prompt among the masked rows: its first row."""
+    number = np.flatnonzero(mask)
+    prompts, first, repeats = np.unique(prompt[number], return_index=True, return_counts=True)
+    order = np.argsort(order_of_prompt[prompts], kind="stable")
+    return _Distinct(number[first][order], repeats[order])
+
+
+def assign_folds(attack: Bools, group: Ints, most: int, seed: int) -> tuple[Ints, int]:
+    """Each sample's fold, classes spread evenly and groups whole, and the number of folds.
+
+    Args:
+        attack, group: [n] of each sample.
+        most: number of folds; fewer if there are too few groups, and 1 if none can be held out.
+        seed: of the division.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    per_class = [len(np.unique(group[attack == label])) for label in (True, False) if (attack == label).any()]
+    n_folds = min(most, *per_class, len(np.unique(group)))
+    while n_folds > 1:
+        fold = np.zeros(len(group), np.int64)
+        splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
+        for number, (_, held_out) in enumerate(splitter.split(group, attack, group)):
+            fold[held_out] = number
+        classes = [len(np.unique(attack[fold == number])) for number in range(n_folds)]
+        if min(classes) == len(per_class):
+            return fold, n_folds
+        n_folds -= 1
+    return np.zeros(len(group), np.int64), 1
+
+
+def _tie_groups(group: Ints, category: NDArray[np.int32]) -> Ints:
+    """Groups joined if they share a category, categories if they share a group."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    named = category >= 0
+    n_groups = int(group.max()) + 1
+    size = n_groups + int(category.max(initial=-1)) + 1
+    edges = (np.ones(int(named.sum())), (group[named], n_groups + category[named]))
+    return np.asarray(connected_components(coo_array(edges, shape=(size, size)), directed=False)[1][group], np.int64)
+
+
+def _proportions(sizes: list[int], total: int) -> list[int]:
+    """A total divided in proportion to sizes, whole numbers."""
+    ends = np.floor(np.cumsum([0, *sizes]) * total / max(sum(sizes), 1)).astype(int)
+    return [int(n) for n in np.diff(ends)]
