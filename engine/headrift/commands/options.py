@@ -70,17 +70,17 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print tracebacks and vLLM's log.")]
 
 
-def parse_pair(option: str, text: str, example: str) -> tuple[str, str]:
-    """Split the KEY=NAME of an option; ValueError, with the example, if it is something else."""
-    key, equals, name = text.partition("=")
-    if not equals or not key or not name:
-        raise ValueError(f"{option} {text} is not KEY=NAME, as in {example}")
-    return key, name
+def parse_pair(text: str, option: str, form: str, example: str) -> tuple[str, str]:
+    """Split what an option of the form KEY=... gives; ValueError, with the example, if it is something else."""
+    key, equals, value = text.partition("=")
+    if not equals or not key or not value:
+        raise ValueError(f"{option} {text} is not {form}, as in {example}")
+    return key, value
 
 
 def parse_columns(column: list[str] | None) -> dict[str, str]:
     """Names in the inputs, by key."""
-    return dict(parse_pair("--column", text, "prompt=text") for text in column or ())
+    return dict(parse_pair(text, "--column", "KEY=NAME", "prompt=text") for text in column or ())
 
 
 def parse_labels(labels: str | None) -> tuple[str, ...] | None:
@@ -104,9 +104,9 @@ def read_system_prompt(path: Path | None) -> str | None:
 
 
 def check_file_to_write(out: Path) -> None:
-    """Raise ValueError unless a file `out` can be written: its folder exists and it is not a folder itself."""
+    """Raise ValueError if `out` is a folder, or its folder does not exist."""
     if out.is_dir() or not out.parent.is_dir():
-        raise ValueError(f"--out {out} is a folder, or is in none: name a file in a folder that exists")
+        raise ValueError(f"--out {out} is a folder, or its folder does not exist: name a file in an existing folder")
 
 
 @dataclass(frozen=True)
@@ -230,13 +230,13 @@ class CorpusOptions:
 
 
 def add_commands(app: typer.Typer, *commands: Callable[..., None], exit_codes: str | None = None) -> None:
-    """Give an app commands, of which a parameter of a dataclass type stands for an option for each of its fields."""
+    """Give an app commands. A parameter whose type is a dataclass becomes an option for each of its fields."""
     for command in commands:
         app.command(epilog=exit_codes)(_flattened(command))
 
 
 def _flattened(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with the options of its groups as parameters of its own, as Typer wants them."""
+    """Return the command with the fields of its groups as parameters, the only form that Typer knows."""
     signature = inspect.signature(command, eval_str=True)
     groups: dict[str, Any] = {
         name: parameter.annotation

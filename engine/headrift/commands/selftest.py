@@ -62,7 +62,7 @@ def selftest(
 
 
 def _parse_engine_arg(text: str) -> tuple[str, Any]:
-    name, value = options.parse_pair("--engine-arg", text, "max_model_len=2048")
+    name, value = options.parse_pair(text, "--engine-arg", "KEY=VALUE", "max_model_len=2048")
     try:
         return name, json.loads(value)
     except ValueError:

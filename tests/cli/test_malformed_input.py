@@ -1,4 +1,4 @@
-"""Every kind of rubbish, in every format: each row ends in exactly one of parts or rejects, and the job goes on."""
+"""Malformed input in every format: each row ends in exactly one of parts or rejects, and the job continues."""
 
 import csv
 import io
@@ -52,7 +52,7 @@ def run(fake_model, tmp_path):
 
 # ------------------------------------------------------------------------------------------------- formats, read whole
 
-SAID = {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]}
+CONVERSATION = {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]}
 
 
 def test_csv_is_read_with_quotes_line_breaks_nothing_and_nested_json(run):
@@ -60,21 +60,21 @@ def test_csv_is_read_with_quotes_line_breaks_nothing_and_nested_json(run):
         ["id", "prompt", "label", "messages", "extra"],
         ["1", "a, b\nand ü", "attack", "", "x"],
         ["", "plain", "", "", ""],
-        ["3", "", "benign", json.dumps(SAID["messages"]), ""],
+        ["3", "", "benign", json.dumps(CONVERSATION["messages"]), ""],
         ["4", "", "", "", ""],
     ]
     text = io.StringIO()
     csv.writer(text).writerows(lines)
-    found = run("t.csv", "\ufeff" + text.getvalue() + "\n", "--save", "text")
-    assert [(row["row"], row["id"], row["prompt"], row["label"]) for row in found.parts] == [
+    result = run("t.csv", "\ufeff" + text.getvalue() + "\n", "--save", "text")
+    assert [(row["row"], row["id"], row["prompt"], row["label"]) for row in result.parts] == [
         (1, "1", "a, b\nand ü", "attack"),
         (2, "t:2", "plain", None),
-        (3, "3", json.dumps(SAID["messages"]), "benign"),
+        (3, "3", json.dumps(CONVERSATION["messages"]), "benign"),
     ]
-    assert [(row["row"], row["id"], row["reason"]) for row in found.rejects] == [(4, "4", "no_prompt")]
+    assert [(row["row"], row["id"], row["reason"]) for row in result.rejects] == [(4, "4", "no_prompt")]
 
 
-def test_csv_rows_that_are_broken_stand_alone(run):
+def test_broken_csv_rows_do_not_affect_others(run):
     lines = [
         b"prompt,label",
         b"fine,",
@@ -87,9 +87,9 @@ def test_csv_rows_that_are_broken_stand_alone(run):
         b"fine too,attack",
         b'"never closed,',
     ]
-    found = run("t.csv", b"\n".join(lines) + b"\nswallowed,\n")
-    assert [row["row"] for row in found.parts] == [1, 8]
-    assert [(row["row"], row["reason"]) for row in found.rejects] == [
+    result = run("t.csv", b"\n".join(lines) + b"\nswallowed,\n")
+    assert [row["row"] for row in result.parts] == [1, 8]
+    assert [(row["row"], row["reason"]) for row in result.rejects] == [
         (2, "invalid_utf8"),
         (3, "nul_byte"),
         (4, "wrong_columns"),
@@ -98,13 +98,13 @@ def test_csv_rows_that_are_broken_stand_alone(run):
         (7, "unknown_label"),
         (9, "bad_csv"),
     ]
-    assert "0xe9" in found.rejects[0]["detail"]
-    assert "never closed" in found.rejects[-1]["detail"]
+    assert "0xe9" in result.rejects[0]["detail"]
+    assert "never closed" in result.rejects[-1]["detail"]
 
 
 def test_parquet_takes_texts_bytes_lists_structs_and_json(run):
     message = pa.struct({"role": pa.string(), "content": pa.string(), "name": pa.string()})
-    struct = pa.array([SAID["messages"], None, None, None], pa.list_(message))
+    struct = pa.array([CONVERSATION["messages"], None, None, None], pa.list_(message))
     table = pa.table(
         {
             "id": pa.array([7, 8, 9, 10], pa.int64()),
@@ -115,13 +115,13 @@ def test_parquet_takes_texts_bytes_lists_structs_and_json(run):
             "label": pa.array(["attack", "benign", None, None]).dictionary_encode(),
         }
     )
-    found = run("t.parquet", table, "--save", "text", "--region", "page")
-    assert [(row["id"], row["label"], row["prompt"]) for row in found.parts] == [
-        ("7", "attack", json.dumps(SAID["messages"])),
+    result = run("t.parquet", table, "--save", "text", "--region", "page")
+    assert [(row["id"], row["label"], row["prompt"]) for row in result.parts] == [
+        ("7", "attack", json.dumps(CONVERSATION["messages"])),
         ("8", "benign", "café"),
         ("10", None, "[1, 2, 3, 4, 5]"),
     ]
-    assert [(row["row"], row["id"], row["reason"]) for row in found.rejects] == [(3, "t:3", "invalid_utf8")]
+    assert [(row["row"], row["id"], row["reason"]) for row in result.rejects] == [(3, "t:3", "invalid_utf8")]
 
 
 def test_a_damaged_row_group_costs_its_own_rows_only(run, tmp_path):
@@ -133,9 +133,9 @@ def test_a_damaged_row_group_costs_its_own_rows_only(run, tmp_path):
     data[column.data_page_offset : column.data_page_offset + column.total_compressed_size] = bytes(
         column.total_compressed_size
     )
-    found = run("t.parquet", bytes(data))
-    assert [row["row"] for row in found.parts] == [*range(1, 11), *range(21, 31)]
-    assert [(row["row"], row["reason"]) for row in found.rejects] == [(n, "unreadable_rows") for n in range(11, 21)]
+    result = run("t.parquet", bytes(data))
+    assert [row["row"] for row in result.parts] == [*range(1, 11), *range(21, 31)]
+    assert [(row["row"], row["reason"]) for row in result.rejects] == [(n, "unreadable_rows") for n in range(11, 21)]
 
 
 # ------------------------------------------------------------------------------------------------ each kind of bad row
@@ -163,9 +163,9 @@ def test_a_damaged_row_group_costs_its_own_rows_only(run, tmp_path):
 )
 def test_a_bad_row_is_rejected_with_its_place_and_a_fix(run, row, reason, says):
     first = {"id": "first", "prompt": "fine"}
-    found = run("in.jsonl", "\n".join(json.dumps(line) for line in (first, row, {"prompt": "fine too"})))
-    assert [part["row"] for part in found.parts] == [1, 3]
-    (reject,) = found.rejects
+    result = run("in.jsonl", "\n".join(json.dumps(line) for line in (first, row, {"prompt": "fine too"})))
+    assert [part["row"] for part in result.parts] == [1, 3]
+    (reject,) = result.rejects
     assert (Path(reject["source"]).name, reject["row"], reject["reason"]) == ("in.jsonl", 2, reason)
     assert says in reject["detail"]
     assert len(reject["detail"]) <= 503
@@ -174,23 +174,23 @@ def test_a_bad_row_is_rejected_with_its_place_and_a_fix(run, row, reason, says):
 
 def test_a_line_too_long_for_memory_is_a_reject(run, monkeypatch):
     monkeypatch.setattr("headrift.corpus.readers.MAX_LINE_BYTES", 1000)
-    found = run("in.txt", "fine\n" + "x" * 5000 + "\nfine too\n" + "y" * 3000)
-    assert [row["row"] for row in found.parts] == [1, 3]
-    assert [(row["row"], row["reason"]) for row in found.rejects] == [(2, "row_too_big"), (4, "row_too_big")]
+    result = run("in.txt", "fine\n" + "x" * 5000 + "\nfine too\n" + "y" * 3000)
+    assert [row["row"] for row in result.parts] == [1, 3]
+    assert [(row["row"], row["reason"]) for row in result.rejects] == [(2, "row_too_big"), (4, "row_too_big")]
 
 
 def test_a_cell_too_long_for_memory_is_a_reject(run, monkeypatch):
     monkeypatch.setattr("headrift.corpus.readers.MAX_CELL_CHARACTERS", 1000)
-    found = run("in.csv", "prompt\nfine\n" + "x" * 1500 + '\nfine too\n"' + "open\n" * 500)
-    assert [row["prompt_tokens"] > 0 for row in found.parts][:2] == [True, True]
-    assert {row["reason"] for row in found.rejects} <= {"row_too_big", "bad_csv"}
-    assert found.rejects
+    result = run("in.csv", "prompt\nfine\n" + "x" * 1500 + '\nfine too\n"' + "open\n" * 500)
+    assert [row["prompt_tokens"] > 0 for row in result.parts][:2] == [True, True]
+    assert {row["reason"] for row in result.rejects} <= {"row_too_big", "bad_csv"}
+    assert result.rejects
 
 
-def test_an_empty_file_beside_others_is_said(run, tmp_path):
+def test_an_empty_file_among_others_is_reported(run, tmp_path):
     (tmp_path / "none.txt").write_text("# nothing\n")
-    found = run("in.txt", "one\n", str(tmp_path / "none.txt"))
-    assert f"Note: {tmp_path / 'none.txt'} has no rows\n" in found.done.stderr
+    result = run("in.txt", "one\n", str(tmp_path / "none.txt"))
+    assert f"Note: {tmp_path / 'none.txt'} has no rows\n" in result.done.stderr
 
 
 # ------------------------------------------------------------------------------------------------- flags, regions
@@ -200,12 +200,12 @@ def test_flags(run):
     rows = [
         {"prompt": "mark <|im_end|> here ab"},
         {"messages": [{"role": "developer", "content": "D"}, {"role": "user", "content": "U"}]},
-        {"messages": [*SAID["messages"], {"role": "assistant", "content": "Yes and"}]},
+        {"messages": [*CONVERSATION["messages"], {"role": "assistant", "content": "Yes and"}]},
     ]
-    found = run("in.jsonl", "\n".join(map(json.dumps, rows)))
-    flags = [set(row["flags"]) - {"truncated"} for row in found.parts]
+    result = run("in.jsonl", "\n".join(map(json.dumps, rows)))
+    flags = [set(row["flags"]) - {"truncated"} for row in result.parts]
     assert flags == [{"control_tokens"}, {"merged_system"}, {"assistant_prefill"}]
-    assert [row["reason"] is None for row in found.parts] == ["truncated" in row["flags"] for row in found.parts]
+    assert [row["reason"] is None for row in result.parts] == ["truncated" in row["flags"] for row in result.parts]
 
 
 # --------------------------------------------------------------------------------------------------- nothing leaks
@@ -230,25 +230,25 @@ def test_redact_keeps_texts_out_of_every_byte(run, tmp_path):
     ]
     lines = "\n".join(map(json.dumps, rows)) + f"\n{SECRET}\n"
     options = ["--system-prompt-file", str(tmp_path / "system.txt"), "--save", "shares", "--save", "mass"]
-    found = run("in.jsonl", lines, "--redact", *options)
-    written = b"".join(path.read_bytes() for path in sorted(found.out.iterdir()))
+    result = run("in.jsonl", lines, "--redact", *options)
+    written = b"".join(path.read_bytes() for path in sorted(result.out.iterdir()))
     # Parquet compresses: what a reader sees counts as well.
-    seen = json.dumps([found.parts, found.rejects], default=str) + found.done.output
+    seen = json.dumps([result.parts, result.rejects], default=str) + result.done.output
     assert SECRET.encode() not in written
     assert SECRET not in seen
-    assert len(found.parts) + len(found.rejects) == len(rows) + 1
-    assert all(row["detail"] == REASONS[row["reason"]] for row in found.rejects)
-    run_json = json.loads((found.out / "run.json").read_text())
+    assert len(result.parts) + len(result.rejects) == len(rows) + 1
+    assert all(row["detail"] == REASONS[row["reason"]] for row in result.rejects)
+    run_json = json.loads((result.out / "run.json").read_text())
     assert run_json["settings"]["system_prompt"] is None
     assert len(run_json["settings"]["system_prompt_sha256"]) == 64
 
 
 def test_the_same_without_redact_does_show_them(run):
-    found = run(
+    result = run(
         "in.jsonl", json.dumps({"prompt": "x", "label": SECRET}) + "\n" + json.dumps({"prompt": SECRET}), "--save=text"
     )
-    assert SECRET in found.rejects[0]["detail"]
-    assert found.parts[0]["prompt"] == SECRET
+    assert SECRET in result.rejects[0]["detail"]
+    assert result.parts[0]["prompt"] == SECRET
 
 
 # ----------------------------------------------------------------------------------------------- what is documented
@@ -265,7 +265,7 @@ def test_every_reason_in_the_code_is_known_and_documented():
     assert set(re.findall(r"^\| `([a-z0-9_]+)` \| .*\.? \|$", page, re.MULTILINE)) >= used
 
 
-# ----------------------------------------------------------------------------------------------- all kinds of rubbish
+# ----------------------------------------------------------------------------------------------- any malformed input
 
 ANY_TEXT = st.text(st.characters(), max_size=8)  # lone surrogates too
 ANY_JSON = st.recursive(
@@ -296,10 +296,10 @@ LIKELY = {
     "response_ids": NUMBERS,
 }
 ANY_ROW = st.fixed_dictionaries({}, optional={key: LIKELY.get(key, ANY_JSON) | ANY_JSON for key in KEYS})
-RUBBISH = st.sampled_from([b"", b"\xff", b"\0", b"}", b"\\ud800", b'"', b",", b"\r", b"\xef\xbb\xbf", b"\xed\xa0\x80"])
+BROKEN = st.sampled_from([b"", b"\xff", b"\0", b"}", b"\\ud800", b'"', b",", b"\r", b"\xef\xbb\xbf", b"\xed\xa0\x80"])
 LINES = st.lists(
     st.binary(max_size=20)
-    | st.builds(lambda row, cut, junk: json.dumps(row).encode()[:cut] + junk, ANY_ROW, st.integers(1, 300), RUBBISH),
+    | st.builds(lambda row, cut, junk: json.dumps(row).encode()[:cut] + junk, ANY_ROW, st.integers(1, 300), BROKEN),
     max_size=6,
 )
 
@@ -329,7 +329,7 @@ def files(draw) -> tuple[str, bytes | pa.Table]:
 @st.composite
 def arrays(draw, values: list) -> pa.Array:
     """A column of a Parquet file: the values as JSON text or bytes, not always UTF-8, or of a type of their own."""
-    texts = [None if value is None else json.dumps(value).encode() + draw(RUBBISH) for value in values]
+    texts = [None if value is None else json.dumps(value).encode() + draw(BROKEN) for value in values]
     n = len(values)
     others = [
         pa.array(texts, pa.binary()),
@@ -365,11 +365,10 @@ def test_every_row_is_in_exactly_one_place_and_nothing_escapes(fake_model, monke
             path.write_bytes(content)
             n_rows = None
         try:
-            asked = Settings((str(path),), fake_model, out, system_prompt="Be brief.", steps=4, save=("text", "mass"))
-            job = ScoreJob(asked)
+            config = Settings((str(path),), fake_model, out, system_prompt="Be brief.", steps=4, save=("text", "mass"))
+            job = ScoreJob(config)
         except InputError as error:  # nothing but this is wrong with a file as a whole
-            said = str(error)
-            assert "no rows in" in said and not n_rows  # noqa: PT018
+            assert "no rows in" in str(error) and not n_rows  # noqa: PT017, PT018
             return
         with job:
             job.start()
