@@ -75,13 +75,13 @@ def test_numbers_agree_with_the_part(run):
     rows = [row for row in parts_of(out) if row["score"] is not None]
     scores = [row["score"] for row in rows]
     for row in rows:
-        found = explain(out, row["id"])
-        assert found.percentile == pytest.approx(100 * np.mean(np.array(scores) <= row["score"]))
-        assert found.scored.mean() == pytest.approx(row["score"], abs=1e-6)
+        explanation = explain(out, row["id"])
+        assert explanation.percentile == pytest.approx(100 * np.mean(np.array(scores) <= row["score"]))
+        assert explanation.scored.mean() == pytest.approx(row["score"], abs=1e-6)
         assert signal.instability(np.array(row["shares"]).reshape(-1, 6, 3)) == pytest.approx(
-            found.instability, abs=1e-3
+            explanation.instability, abs=1e-3
         )
-        assert found.share.shape == found.instability.shape
+        assert explanation.share.shape == explanation.instability.shape
 
 
 def test_top_names_places_and_parts_of_the_score():
@@ -124,14 +124,14 @@ def test_a_prompt_cannot_drive_the_terminal(run):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "says"),
+    ("row_id", "says"),
     [
         ("bad", "the row 'bad' was rejected, unknown_label: the label 'evil'"),
         ("r99", "has the id 'r99'; ids there look like 'r1'"),
     ],
 )
-def test_rows_that_are_not_there(run, wanted, says):
-    done = ask(run(), wanted)
+def test_rows_that_are_not_there(run, row_id, says):
+    done = ask(run(), row_id)
     assert (done.exit_code, done.stdout) == (2, "")
     assert says in done.stderr
 

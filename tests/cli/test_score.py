@@ -366,7 +366,7 @@ def calibrated(made: ModuleType, path: Path) -> Path:
     """A calibration for steps 2 to 4 of the demonstration model, which flags a part of what it is given: its benign
     scores are made up."""
     values = made.made_up(0, 0, 200, steps=4, layers=30)
-    found = calibrate(
+    calibration = calibrate(
         [made.run_of(values / 4, [None] * 200)], CalibrateConfig(benign_only=True, window=signal.Window(2, 4))
     )
     template = AutoTokenizer.from_pretrained(MODEL).get_chat_template().encode()
@@ -378,7 +378,7 @@ def calibrated(made: ModuleType, path: Path) -> Path:
         heads=9,
         chat_template_sha256=hashlib.sha256(template).hexdigest(),
     )
-    found.model_copy(update={"model": model}).save(path)
+    calibration.model_copy(update={"model": model}).save(path)
     return path
 
 
@@ -526,11 +526,11 @@ def test_real_masses_of_named_regions(real):
     for name, row in real.rows.items():
         mass = np.array(row["mass"]).reshape(row["n_steps"] + 1, about["layers"], about["heads"], 6)
         by_region = dict(zip(about["regions"], np.moveaxis(mass, -1, 0), strict=True))
-        there = {region for region, values in by_region.items() if not np.isnan(values).any()}
-        assert there == has.get(name, {"system", "user", "prompt", "bos"})
-        assert all(np.isnan(by_region[region]).all() for region in set(by_region) - there)
+        measured = {region for region, values in by_region.items() if not np.isnan(values).any()}
+        assert measured == has.get(name, {"system", "user", "prompt", "bos"})
+        assert all(np.isnan(by_region[region]).all() for region in set(by_region) - measured)
         np.testing.assert_allclose(by_region["prompt"][0], 1, atol=1e-4)
-        assert all((by_region[region] > 0).any() for region in there)
+        assert all((by_region[region] > 0).any() for region in measured)
         assert (by_region["bos"] <= by_region["prompt"] + 1e-4).all()
         if name == "ids":  # whose system region begins with it
             assert (by_region["bos"] <= by_region["system"] + 1e-4).all()
