@@ -19,6 +19,7 @@ import typer
 
 from headrift.cli import app
 from headrift.corpus.rows import REASONS
+from headrift.signals import signals
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,6 +47,23 @@ def reference() -> str:
     return re.sub(r"\A# .*\n+", "", text)
 
 
+def signal_table() -> str:
+    """A table of the registered signals."""
+    rows = [
+        (
+            f"`{entry.name}`",
+            entry.label,
+            entry.unit,
+            "each step" if entry.steps else "prompt",
+            "yes" if entry.column else "",
+            ", ".join(f"`{name}`" for name in entry.saves),
+            entry.how,
+        )
+        for entry in signals()
+    ]
+    return table(("name", "signal", "unit", "a number for each", "column", "`--save`", "how"), rows)
+
+
 def table(names: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     """A Markdown table."""
     lines = [names, ("---",) * len(names), *rows]
@@ -56,6 +74,7 @@ PASSAGES: tuple[tuple[str, str, Callable[[], str]], ...] = (
     ("docs/cli.md", "commands", commands),
     ("docs/cli.md", "reasons", reasons),
     ("docs/reference/cli.md", "reference", reference),
+    ("docs/calibration.md", "signals", signal_table),
 )
 
 

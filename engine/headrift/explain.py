@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from headrift.runs.reading import RunError, open_run
 from headrift.signal import ScoreRange
+from headrift.signals import signals
 from headrift.terminal import printable
 
 if TYPE_CHECKING:
@@ -148,6 +150,9 @@ def _show_score(line: Callable[..., None], explanation: Explanation) -> None:
     line("contributing most (mean instability, part of the score):")
     line(f"  layers {_top(explanation.scored, 0, explanation.layers[0])}")
     line(f"  steps  {_top(explanation.scored, 1, window.start)}")
+    known = [(entry.label, row[entry.name]) for entry in signals(column=True) if row.get(entry.name) is not None]
+    for text in wrap(f"signals: {', '.join(f'{label} {value:.3f}' for label, value in known)}", 80):
+        line(text)
 
 
 def _top(cells: NDArray[np.float64], axis: int, first: int) -> str:

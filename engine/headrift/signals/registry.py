@@ -81,8 +81,10 @@ class PromptData:
         return function(share, window, n_steps=self.n_steps, counted=self.counted, **trims)
 
     def score(self, values: Array | None) -> float | None:
-        """Mean over the scored cells of values [T, layers], NaN where not counted; None if there are none."""
-        return None if values is None else self.score_range.score(values, self.n_steps).value
+        """Mean over the scored cells of values [T, layers] that are counted; None if there are none."""
+        if values is None:
+            return None
+        return self.score_range.score(np.where(self.counted, values, np.nan), self.n_steps).value
 
     def window_mean(self, series: Array | None) -> float | None:
         """Mean over the window's steps of values [T]; None if there are none."""
