@@ -89,7 +89,7 @@ def find(results: Results) -> dict[str, list[Finding]]:
 
 def print_findings(findings: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Print findings, as internals.json has them, in tables of 80 columns."""
-    console = Console(width=80)
+    console = Console(width=80, force_jupyter=False, color_system=None)
     for question, some in findings.items():
         rows = [(f["measure"], html.show_number(f["value"]), _show_interval(f["interval"]), f["verdict"]) for f in some]
         if rows:
