@@ -37,7 +37,7 @@ def test_a_report_is_written_and_named(run, tmp_path, monkeypatch):
         ("r.pdf", [], "has to end in .html"),
         ("taken.html", [], "contains other files"),
         ("r.html", ["--fail-term", ""], "is empty"),
-        ("r.html", ["--fail-term", "re:("], "no regular expression"),
+        ("r.html", ["--fail-term", "re:("], "regular expression"),
         ("r.html", ["--calibration", "none.json"], "cannot be read"),
         ("r.html", ["empty"], "is not a run"),
         ("r.html", ["other"], "differ in the model"),

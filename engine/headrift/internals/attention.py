@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from headrift.internals.cases import CHECK, Case, Rendering
-from headrift.internals.comparing import NEUTRAL, SYSTEM
+from headrift.internals.comparing import NEUTRAL, SYSTEM, columns
 from headrift.internals.estimates import Estimates, PromptBootstrap, column, list_column, nan_mean
 from headrift.prepare import Prompt
 from headrift.results import Rejected, ScoreResult
@@ -68,12 +68,7 @@ def _regions(rendering: Rendering) -> dict[str, tuple[int, int]]:
 
 
 def records(name: str, cases: Sequence[Case], results: Iterator[ScoreResult | Rejected]) -> Iterator[dict[str, Any]]:
-    """Make a record (see `schema`) of each result; none of what the engine rejected.
-
-    Args:
-        name: The system prompt's name.
-        results: Of `make_prompts`, in order.
-    """
+    """Make a record (see `schema`) of each result of `make_prompts`; none of what the engine rejected."""
     for kind in KINDS:
         for case, result in zip(cases, results):
             if isinstance(result, Rejected):
@@ -106,25 +101,13 @@ def region_masses(result: ScoreResult) -> Floats:
 
 
 def schema(layers: int, heads: int, windows: Sequence[int | None]) -> pa.Schema:
-    """Columns of a part; `mass` and `entropy` are float16, step 0 (the last prompt token) first.
-
-    Args:
-        windows: The most keys that a layer's queries see, None for all.
-    """
-    columns: list[tuple[str, Any]] = [
-        ("system", pa.string()),
-        ("prompt", pa.int32()),
-        ("id", pa.string()),
-        ("kind", pa.string()),
-        ("prompt_tokens", pa.int32()),
-        ("region_tokens", pa.list_(pa.int32())),
-        ("steps", pa.int16()),
-        ("mass", pa.list_(pa.float16())),
-        ("entropy", pa.list_(pa.float16())),
-    ]
+    """Columns of a part, step 0 first. windows: the most keys that a layer's queries see, None for all."""
+    scalars = columns("system string, prompt int32, id string, kind string, prompt_tokens int32")
+    halfs = pa.list_(pa.float16())
+    lists = [("region_tokens", pa.list_(pa.int32())), ("steps", pa.int16()), ("mass", halfs), ("entropy", halfs)]
     shapes = {"mass": "steps, layers, heads, regions", "entropy": "steps, layers, heads"}
     metadata = {"layers": layers, "heads": heads, "windows": windows, "regions": REGIONS, "shapes": shapes}
-    return pa.schema(columns, metadata={b"headrift": json.dumps(metadata).encode()})
+    return pa.schema([*scalars, *lists], metadata={b"headrift": json.dumps(metadata).encode()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,8 +184,8 @@ def summarise_entropy(table: pa.Table, bootstrap: PromptBootstrap) -> EntropySum
     shape = (2, bootstrap.n, len(names), metadata["layers"], len(WHEN))  # nats and relative
     entropy = {kind: np.full(shape, np.nan) for kind in KINDS}
     rows = 0
-    columns = (column(table, name) for name in ("system", "kind", "prompt", "prompt_tokens"))
-    for values, system, kind, number, tokens in zip(list_column(table, "entropy"), *columns):
+    parts = (column(table, name) for name in ("system", "kind", "prompt", "prompt_tokens"))
+    for values, system, kind, number, tokens in zip(list_column(table, "entropy"), *parts):
         if system == CHECK:
             continue
         nats = values.astype(np.float64).reshape(-1, metadata["layers"], metadata["heads"]).mean(-1)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from headrift.corpus import sources
 from headrift.corpus.readers import Reader
@@ -52,17 +52,11 @@ class Rendering:
 
 
 class Renderer:
-    """Renders questions with a model's chat template.
-
-    Args:
-        max_tokens: The longest prompt, None for any.
+    """Renders questions with a model's chat template. TokenizerError if it cannot be used.
 
     Attributes:
         default: The system prompt that the template adds if none is given, None if it adds none.
         baseline: How a prompt without a system prompt is rendered, in words.
-
-    Raises:
-        TokenizerError: If the chat template cannot be used.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, max_tokens: int | None = None) -> None:
@@ -90,13 +84,7 @@ class Renderer:
         return Rendering(chat.token_ids, chat.regions["user"], chat.regions["system"])
 
     def with_parts(self, question: str, system: str, parts: Sequence[Span]) -> tuple[Rendering, list[Span]]:
-        """Render the question under a system prompt, and find the tokens of its parts.
-
-        Args:
-            parts: Characters [start, end) of the system prompt.
-
-        Returns:
-            The rendering, and the tokens [start, end) of each part.
+        """Render the question under a system prompt, and find the tokens of its parts, characters [start, end).
 
         Raises:
             PromptError: Also if the template has trimmed a part away.
@@ -126,8 +114,7 @@ class Renderer:
         text = self._apply([*self._before, _user(content)])
         head, *tails = self._apply([*self._before, _user(self._mark)]).split(self._mark)
         if len(tails) != 1 or text != head + content + tails[0]:
-            detail = "the model's chat template changes the user's text: which tokens are the question's?"
-            raise PromptError("span_not_found", detail)
+            raise PromptError("span_not_found", "the model's chat template changes the user's text")
         ids, offsets = self._tokenize(text)
         if self._max_tokens is not None and len(ids) > self._max_tokens:
             detail = f"the prompt has {len(ids)} tokens and at most {self._max_tokens} fit; shorten it"
@@ -173,8 +160,7 @@ def _user(text: str) -> dict[str, Any]:
     return {"role": "user", "content": text}
 
 
-@dataclass(frozen=True, slots=True)
-class Alignment:
+class Alignment(NamedTuple):
     """Tokens of the question that two renderings share: [base, base + length) of one, [other, ...) of the other."""
 
     base: int
@@ -187,24 +173,19 @@ def align(base: Rendering, other: Rendering) -> Alignment:
     base_ids, other_ids = (rendering.token_ids[slice(*rendering.question)] for rendering in (base, other))
     match = SequenceMatcher(None, base_ids, other_ids, autojunk=False).find_longest_match()
     if not match.size:
-        detail = "the question has other tokens in each rendering: nothing can be compared"
-        raise PromptError("no_common_tokens", detail)
+        raise PromptError("no_common_tokens", "the question has other tokens in each rendering: nothing to compare")
     return Alignment(base.question[0] + match.a, other.question[0] + match.b, match.size)
 
 
 class NeutralText:
-    """Excerpts of exactly n tokens of a text without instructions (safety_heads/neutral.txt: tea, tides and the like).
-
-    Attributes:
-        starts: How many different excerpts there are of a length.
-    """
+    """Excerpts of exactly n tokens of a text without instructions (safety_heads/neutral.txt: tea, tides, ...)."""
 
     def __init__(self, tokenizer: Any) -> None:
         text = (files("headrift.safety_heads") / "neutral.txt").read_text(encoding="utf-8")
         parts = split_sentences(text)
         self._first, self._inner = ([_ids(tokenizer, blank + part) for part in parts] for blank in ("", " "))
         self._stop = _ids(tokenizer, "end.")[-1]
-        self.starts = len(parts)
+        self.starts = len(parts)  # how many different excerpts there are of a length
 
     def excerpt(self, n_tokens: int, start: int, inner: bool = False) -> list[int]:
         """Return the token ids of an excerpt, which ends with a full stop.
@@ -213,11 +194,10 @@ class NeutralText:
             start: The sentence to begin with; after the last one the text starts again.
             inner: The excerpt continues a text, so it begins with a blank.
         """
-        index = start % self.starts
-        ids = list((self._inner if inner else self._first)[index])
+        ids = list((self._inner if inner else self._first)[start % self.starts])
         while len(ids) < n_tokens:
-            index = (index + 1) % self.starts
-            ids += self._inner[index]
+            start += 1
+            ids += self._inner[start % self.starts]
         return [*ids[: n_tokens - 1], self._stop]
 
 
@@ -249,12 +229,11 @@ class Question:
         return Reject(self.source, self.row, self.id, system, error.reason, str(error))
 
 
-@dataclass(frozen=True, slots=True)
-class SystemPrompt:
+class SystemPrompt(NamedTuple):
     """A system prompt, named after its file."""
 
     name: str
-    text: str = field(repr=False)
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,12 +317,7 @@ def read_questions(
 def make_cases(
     questions: Sequence[Question], system: SystemPrompt | None, number: int, renderer: Renderer, neutral: NeutralText
 ) -> Iterator[Case | Reject]:
-    """Render each question under a system prompt.
-
-    Args:
-        system: None for CHECK.
-        number: The system prompt's number, by which neutral texts are chosen.
-    """
+    """Render each question under a system prompt, None for CHECK. Its number decides which neutral texts it gets."""
     for question in questions:
         try:
             rendering = renderer.with_system(question.text, _CHECK_TEXT if system is None else system.text)

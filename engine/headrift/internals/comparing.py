@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -79,8 +78,7 @@ def cka_by_chance(a: Floats, b: Floats, draws: int = 20, seed: int = 0) -> Float
     return np.mean([linear_cka(a, b[..., order, :][..., order]) for order in orders], axis=0)
 
 
-@dataclass(frozen=True, slots=True)
-class Baseline:
+class Baseline(NamedTuple):
     """The questions alone."""
 
     answers: list[list[int]]  # first tokens of the greedy answers
@@ -109,11 +107,7 @@ def read_baseline(
 
 
 def make_row(rendering: Rendering, answer: Sequence[int], points: Sequence[int] = ()) -> ForwardRow:
-    """A rendering followed by an answer.
-
-    States are read at these points and at the last prompt token, distributions there and at every answer token but the
-    last.
-    """
+    """A rendering and an answer: states at these points and at the last prompt token, distributions from there on."""
     last = len(rendering.token_ids) - 1
     predict_at = tuple(range(last, last + max(1, len(answer))))
     return ForwardRow([*rendering.token_ids, *answer[:-1]], predict_at, (*points, last))
@@ -122,10 +116,7 @@ def make_row(rendering: Rendering, answer: Sequence[int], points: Sequence[int] 
 def compare(
     reader: StateReader, name: str, cases: Sequence[Case], baseline: Baseline, on_rows: OnRows | None = None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Measure a system prompt's cases.
-
-    Args:
-        name: The system prompt's name.
+    """Measure the cases of the system prompt `name`.
 
     Returns:
         Three records (see `schema`) for each case, none if its states are not all finite; and records (CKA_SCHEMA) of
@@ -145,7 +136,7 @@ def compare(
             (NEUTRAL, baseline.states(case.question, case.neutral_alignment), alone, neutral),
             (BEYOND, neutral.states, neutral, system),
         ):
-            columns = {
+            record = {
                 "system": name,
                 "prompt": case.question.number,
                 "id": case.question.id,
@@ -155,7 +146,7 @@ def compare(
                 "prompt_tokens": len(case.system.token_ids),
                 "question_tokens": len(before) - 1,
             }
-            records.append(columns | _output_change(first, second) | _state_change(before, second.states))
+            records.append(record | _output_change(first, second) | _state_change(before, second.states))
             places[comparison].append([_by_place(states) for states in (before, second.states)])
     return records, [row for comparison in COMPARISONS for row in _cka(name, comparison, places[comparison])]
 
@@ -175,11 +166,11 @@ def _output_change(before: Reading, after: Reading) -> dict[str, Any]:
 
 def _state_change(before: States, after: States) -> dict[str, Any]:
     """Columns on the states [layers, components]: at the last point, and the mean over all points before it."""
-    columns: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
     for measure, function in (("cosine", cosine), ("l2", relative_l2)):
         values = function(before, after)
-        columns |= {f"{LAST}_{measure}": values[-1], f"{QUESTION}_{measure}": values[:-1].mean(0)}
-    return {name: values.astype(np.float32).ravel() for name, values in columns.items()}
+        changes |= {f"{LAST}_{measure}": values[-1], f"{QUESTION}_{measure}": values[:-1].mean(0)}
+    return {name: values.astype(np.float32).ravel() for name, values in changes.items()}
 
 
 def _by_place(states: States) -> States:
@@ -207,8 +198,7 @@ def _cka(name: str, comparison: str, states: Sequence[Sequence[States]]) -> list
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class Placed:
+class Placed(NamedTuple):
     """A system prompt's text somewhere in a question's prompt."""
 
     placement: str  # one of PLACEMENTS
@@ -258,56 +248,32 @@ def compare_placements(
     return records
 
 
+def columns(text: str) -> list[tuple[str, pa.DataType]]:
+    """Columns of a schema from "name type, name type, ...", types as pyarrow.type_for_alias has them."""
+    return [(name, pa.type_for_alias(alias)) for name, alias in (column.split() for column in text.split(","))]
+
+
 def schema(layers: int) -> pa.Schema:
     """Columns of a part; the shapes of lists are in the metadata."""
-    numbers = pa.list_(pa.float32())
-    columns: list[tuple[str, Any]] = [
-        ("system", pa.string()),
-        ("prompt", pa.int32()),
-        ("id", pa.string()),
-        ("category", pa.string()),
-        ("comparison", pa.string()),
-        ("system_tokens", pa.int32()),
-        ("prompt_tokens", pa.int32()),
-        ("question_tokens", pa.int32()),
-        ("kl", pa.float64()),
-        ("top1_changed", pa.bool_()),
-        ("steps", pa.int16()),
-        ("same_steps", pa.int16()),
-        ("kl_steps", numbers),
-        *((name, numbers) for name in _STATES),
-    ]
-    metadata = {
-        "layers": layers,
-        "components": COMPONENTS,
-        "shapes": {name: ["layers", "components"] for name in _STATES},
-    }
-    return pa.schema(columns, metadata={b"headrift": json.dumps(metadata).encode()})
+    lists = [(name, pa.list_(pa.float32())) for name in ("kl_steps", *_STATES)]
+    shapes = {name: ["layers", "components"] for name in _STATES}
+    metadata = {"layers": layers, "components": COMPONENTS, "shapes": shapes}
+    return pa.schema([*_COLUMNS, *lists], metadata={b"headrift": json.dumps(metadata).encode()})
 
 
+_COLUMNS = columns(
+    "system string, prompt int32, id string, category string, comparison string, system_tokens int32, "
+    "prompt_tokens int32, question_tokens int32, kl double, top1_changed bool, steps int16, same_steps int16"
+)
 CKA_SCHEMA = pa.schema(
-    [
-        ("system", pa.string()),
-        ("comparison", pa.string()),
-        ("place", pa.string()),
-        ("layer", pa.int16()),
-        ("component", pa.string()),
-        ("cka", pa.float64()),
-        ("by_chance", pa.float64()),
-        ("prompts", pa.int32()),
-    ]
+    columns(
+        "system string, comparison string, place string, layer int16, component string, cka double, by_chance double, "
+        "prompts int32"
+    )
 )
 PLACEMENTS_SCHEMA = pa.schema(
-    [
-        ("system", pa.string()),
-        ("placement", pa.string()),
-        ("prompt", pa.int32()),
-        ("id", pa.string()),
-        ("residual_last", pa.float64()),
-        ("residual_question", pa.float64()),
-        ("kl", pa.float64()),
-        ("top1_changed", pa.bool_()),
-        ("steps", pa.int16()),
-        ("same_steps", pa.int16()),
-    ]
+    columns(
+        "system string, placement string, prompt int32, id string, residual_last double, residual_question double, "
+        "kl double, top1_changed bool, steps int16, same_steps int16"
+    )
 )

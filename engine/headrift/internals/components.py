@@ -95,14 +95,11 @@ class StateReader:
         batch_tokens: int = _BATCH_TOKENS,
         share: bool = True,
     ) -> list[Reading]:
-        """Read rows.
+        """Read each row, in order.
 
         Args:
             on_rows: Called with the number of rows that are done since the last call.
             share: Run tokens that all rows start with once.
-
-        Returns:
-            A reading of each row, in order.
         """
         import torch
 
@@ -209,7 +206,6 @@ def find_components(model: Any) -> list[tuple[Any, Any, Any]]:
 
 
 def _tensor(values: Any, device: Any) -> torch.Tensor:
-    """Integers as a tensor."""
     import torch
 
     return torch.tensor(values, dtype=torch.long, device=device)

@@ -74,7 +74,6 @@ class PromptBootstrap:
 
         Args:
             function: Computes it from the numbers of the drawn prompts, repeated as often as they were drawn.
-            rows: How many rows it is made from.
             resamples: How many of the resamples to use, for slow functions.
         """
         times = self._bootstrap.times[: resamples + 1]
@@ -89,11 +88,9 @@ def _estimates(draws: Floats, prompts: int, rows: int) -> Estimates:
 
 
 def student(values: Any, rows: int | None = None) -> tuple[Estimate, float]:
-    """Mean of one number per prompt with Student's t interval, for few prompts.
+    """Mean of one number per prompt with Student's t interval, for few prompts, and its two-sided p-value against 0.
 
-    Returns:
-        The mean, and the two-sided p-value against 0; without interval and p-value (NaN) with fewer than three prompts,
-        or if all are equal.
+    With fewer than three prompts, or if all are equal, there is no interval and the p-value is NaN.
     """
     from scipy import stats
 
@@ -140,12 +137,7 @@ def list_column(table: pa.Table, name: str) -> list[NDArray[Any]]:
 
 
 def prompt_means(table: pa.Table, value: str, prompts: Sequence[int], **only: str) -> Floats:
-    """Each prompt's mean of a column [prompts], NaN if it has no row.
-
-    Args:
-        prompts: Their numbers.
-        only: Use only rows that have these values, by column.
-    """
+    """Each prompt's mean of a column [prompts], NaN if it has no row. only: use rows that have these values only."""
     selected = np.ones(table.num_rows, bool)
     for name, expected in only.items():
         selected &= column(table, name) == expected

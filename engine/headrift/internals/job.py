@@ -13,19 +13,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from headrift.internals import attention, comparing, sentences
+from headrift.internals import attention, cases, comparing, sentences
 from headrift.internals.analysis import analyse
-from headrift.internals.cases import (
-    CHECK,
-    Case,
-    NeutralText,
-    Reject,
-    Renderer,
-    SystemPrompt,
-    make_cases,
-    read_questions,
-    read_system_prompts,
-)
 from headrift.internals.components import StateReader
 from headrift.internals.page import find, write_page
 from headrift.model_facts import read_shape
@@ -44,8 +33,7 @@ ATTENTION, INSTABILITY = "attention", "instability"
 IN_TRANSFORMERS, IN_ENGINE = (COMPONENTS, PLACEMENTS, SENTENCES), (ATTENTION, INSTABILITY)
 QUICK_SYSTEMS, QUICK_PROMPTS, QUICK_DROPS = 4, 6, 2
 _REJECTS_SCHEMA = pa.schema(
-    [("source", pa.string()), ("row", pa.int64())]
-    + [(name, pa.string()) for name in ("id", "system", "reason", "detail")]
+    comparing.columns("source string, row int64, id string, system string, reason string, detail string")
 )
 
 OnRows = Callable[[int], None]
@@ -75,7 +63,7 @@ class _Part:
     """The work on one system prompt."""
 
     name: str
-    cases: list[Case]
+    cases: list[cases.Case]
     placed: list[comparing.Placed] = field(default_factory=list)
     drops: list[sentences.DroppedSentence] = field(default_factory=list)
 
@@ -93,13 +81,8 @@ class _Part:
 class InternalsJob:
     """Measures into a folder. Inputs are checked before the model is loaded.
 
-    Attributes:
-        questions, systems: What is compared.
-        rejects: What cannot be.
-
     Raises:
         ValueError: JobError, InputError, RulesError or ModelError.
-        EngineError: The engine cannot start.
     """
 
     def __init__(self, config: InternalsConfig) -> None:
@@ -109,13 +92,13 @@ class InternalsJob:
         self._rules = sentences.read_rules(config.features)
         self._tokenizer = load_tokenizer(str(config.model), False)
         max_tokens = None if facts.context is None else facts.context - config.steps - 1
-        self.renderer, neutral = Renderer(self._tokenizer, max_tokens), NeutralText(self._tokenizer)
-        self.systems = read_system_prompts(config.system_prompts)
+        self.renderer, neutral = cases.Renderer(self._tokenizer, max_tokens), cases.NeutralText(self._tokenizer)
+        self.systems = cases.read_system_prompts(config.system_prompts)
         limit, n_drops = config.limit, config.drop_sentences
         if config.quick:
             self.systems = _spread(self.systems, QUICK_SYSTEMS)
             limit, n_drops = min(limit or QUICK_PROMPTS, QUICK_PROMPTS), min(n_drops, QUICK_DROPS)
-        self.questions, self.rejects = read_questions(config.prompts, self.renderer, limit)
+        self.questions, self.rejects = cases.read_questions(config.prompts, self.renderer, limit)
         if not self.questions:
             why = f"; the first: {self.rejects[0].detail}" if self.rejects else ""
             raise JobError(f"no prompt in {', '.join(config.prompts)} can be used{why}")
@@ -124,21 +107,21 @@ class InternalsJob:
             raise JobError(f"no prompt can be used under any system prompt; the first: {self.rejects[0].detail}")
         self._folder = ResumableParts(config.out, RESULTS, self._settings(), self._about(), resume=config.resume)
 
-    def _part(self, number: int, system: SystemPrompt | None, n_drops: int, neutral: NeutralText) -> _Part:
+    def _part(self, number: int, system: cases.SystemPrompt | None, n_drops: int, neutral: cases.NeutralText) -> _Part:
         """The work on a system prompt, None for CHECK."""
-        cases = self._without_rejects(make_cases(self.questions, system, number, self.renderer, neutral))
-        part = _Part(CHECK if system is None else system.name, cases)
+        made = self._without_rejects(cases.make_cases(self.questions, system, number, self.renderer, neutral))
+        part = _Part(cases.CHECK if system is None else system.name, made)
         if system is not None and n_drops:
             # A prompt that was rejected under this system prompt is not tried again.
-            questions = [case.question for case in cases][:n_drops]
+            questions = [case.question for case in made][:n_drops]
             part.placed = self._without_rejects(comparing.make_placed(questions, system, self.renderer))
             part.drops = self._without_rejects(sentences.drop_sentences(questions, system, self.renderer, neutral))
         return part
 
     def _without_rejects(self, results: Any) -> list[Any]:
         results = list(results)
-        self.rejects += [one for one in results if isinstance(one, Reject)]
-        return [one for one in results if not isinstance(one, Reject)]
+        self.rejects += [one for one in results if isinstance(one, cases.Reject)]
+        return [one for one in results if not isinstance(one, cases.Reject)]
 
     def _settings(self) -> dict[str, Any]:
         config, digest = self.config, hashlib.sha256()
@@ -166,20 +149,16 @@ class InternalsJob:
             "versions": versions(),
         }
 
-    def _names(self, kind: str) -> list[str]:
-        """The names of a kind's parts in the folder, by the system prompt's number."""
-        return [f"{kind}/part-{number:03d}.parquet" for number in range(len(self._parts))]
-
     @property
     def _missing(self) -> list[tuple[str, int]]:
         """Kind and number of the parts that are still to be measured."""
+        return [(kind, number) for kind, number in self._work if self._folder.missing([_name(kind, number)])]
+
+    @property
+    def _work(self) -> list[tuple[str, int]]:
+        """Kind and number of all parts."""
         kinds = (*IN_TRANSFORMERS, *IN_ENGINE) if self.config.attention else IN_TRANSFORMERS
-        return [
-            (kind, number)
-            for kind in kinds
-            for number, (part, name) in enumerate(zip(self._parts, self._names(kind)))
-            if part.rows(kind) and self._folder.missing([name])
-        ]
+        return [(kind, number) for kind in kinds for number, part in enumerate(self._parts) if part.rows(kind)]
 
     @property
     def rows(self) -> int:
@@ -189,28 +168,20 @@ class InternalsJob:
         return sum(self._parts[number].rows(kind) for kind, number in missing) + alone
 
     def run(self, on_rows: OnRows | None = None, verbose: bool = False) -> dict[str, Any]:
-        """Measure, analyse and write the results.
-
-        Args:
-            on_rows: Called with the number of rows that are done since the last call.
-            verbose: Let vLLM log.
-
-        Returns:
-            What internals.json contains.
-        """
+        """Measure, analyse and write the results, and return what internals.json contains. verbose: let vLLM log."""
         return self._write_results(self.measure(on_rows, verbose))
 
     def measure(self, on_rows: OnRows | None = None, verbose: bool = False) -> float:
         """Measure the missing parts, and return how many seconds it took."""
         missing, start, config = self._missing, time.monotonic(), self.config
         prepare_environment(verbose)
-        if any(kind in IN_TRANSFORMERS for kind, _ in missing):
+        in_transformers = [(kind, number) for kind, number in missing if kind in IN_TRANSFORMERS]
+        if in_transformers:
             with StateReader(config.model, config.dtype) as reader:
                 baseline = comparing.read_baseline(reader, self._tokenizer, self.questions, config.steps, on_rows)
-                for kind, number in missing:
-                    if kind in IN_TRANSFORMERS:
-                        with self._timed(kind):
-                            self._measure_part(reader, baseline, kind, number, on_rows)
+                for kind, number in in_transformers:
+                    with self._timed(kind):
+                        self._measure_part(reader, baseline, kind, number, on_rows)
         in_engine = {kind: [number for one, number in missing if one == kind] for kind in IN_ENGINE}
         if any(in_engine.values()):
             with attention.open_scorer(config.model, config.steps, config.dtype, verbose) as scorer:
@@ -218,8 +189,8 @@ class InternalsJob:
                     self._measure_attention(scorer, in_engine[ATTENTION], on_rows)
                 for number in in_engine[INSTABILITY]:
                     part = self._parts[number]
+                    drops = sentences.scored_drops(part.drops)
                     with self._timed(INSTABILITY):
-                        drops = sentences.scored_drops(part.drops)
                         records = sentences.measure_instability(scorer, part.name, drops, on_rows)
                     self._write(INSTABILITY, number, records, sentences.INSTABILITY_SCHEMA)
         return time.monotonic() - start
@@ -258,7 +229,7 @@ class InternalsJob:
                 self._write(ATTENTION, number, list(attention.records(part.name, part.cases, counted)), schema)
 
     def _write(self, kind: str, number: int, records: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
-        self._folder.write_records(self._names(kind)[number], records, schema)
+        self._folder.write_records(_name(kind, number), records, schema)
 
     def table(self, kind: str) -> pa.Table | None:
         """What was measured of a kind; None if nothing was."""
@@ -266,9 +237,8 @@ class InternalsJob:
 
     def progress(self) -> str:
         """How far the job is, in words."""
-        missing, kinds = len(self._missing), (*IN_TRANSFORMERS, *(IN_ENGINE if self.config.attention else ()))
-        parts = sum(1 for kind in kinds for part in self._parts if part.rows(kind))
-        return f"{parts - missing} of {parts} parts are done; rerun with --resume"
+        parts = len(self._work)
+        return f"{parts - len(self._missing)} of {parts} parts are done; rerun with --resume"
 
     def _write_results(self, seconds: float) -> dict[str, Any]:
         rejects = [*self.rejects, *self._not_finite()]
@@ -289,18 +259,23 @@ class InternalsJob:
         write_page(self.config.out, analysis, results["about"], len(rejects))
         return results
 
-    def _not_finite(self) -> list[Reject]:
+    def _not_finite(self) -> list[cases.Reject]:
         """The cases that were run and have no record."""
         table = self.table(COMPONENTS)
         assert table is not None
         measured = set(zip(table["system"].to_pylist(), table["prompt"].to_pylist()))
         detail = "the model computes infinities or no numbers for it: try --dtype float32, or leave the prompt out"
         return [
-            Reject(case.question.source, case.question.row, case.question.id, part.name, "not_finite", detail)
+            cases.Reject(case.question.source, case.question.row, case.question.id, part.name, "not_finite", detail)
             for part in self._parts
             for case in part.cases
             if (part.name, case.question.number) not in measured
         ]
+
+
+def _name(kind: str, number: int) -> str:
+    """The file of a system prompt's part in the folder."""
+    return f"{kind}/part-{number:03d}.parquet"
 
 
 def _count(results: Iterator[Any], on_rows: OnRows | None) -> Iterator[Any]:
@@ -310,7 +285,7 @@ def _count(results: Iterator[Any], on_rows: OnRows | None) -> Iterator[Any]:
         yield result
 
 
-def _spread(systems: Sequence[SystemPrompt], n: int) -> list[SystemPrompt]:
+def _spread(systems: Sequence[cases.SystemPrompt], n: int) -> list[cases.SystemPrompt]:
     """At most n of them, evenly spaced, with the first and the last."""
     if len(systems) <= n:
         return list(systems)

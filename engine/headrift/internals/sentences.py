@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 
 from headrift.internals.cases import NeutralText, Question, Reject, Renderer, Rendering, SystemPrompt, split_sentences
-from headrift.internals.comparing import kl
+from headrift.internals.comparing import columns, kl
 from headrift.internals.components import ForwardRow, StateReader
 from headrift.internals.estimates import column, prompt_means, student
 from headrift.prepare import Prompt
@@ -45,23 +45,10 @@ _STRIDE = 3  # sentences between the neutral texts of a prompt's sentences
 Rules = Mapping[str, re.Pattern[str]]
 OnRows = Callable[[int], None]
 
-_COLUMNS = (
-    ("system", pa.string()),
-    ("sentence", pa.int16()),
-    ("text", pa.string()),
-    ("sentence_tokens", pa.int32()),
-    ("prompt", pa.int32()),
-    ("id", pa.string()),
-)
-KL_SCHEMA = pa.schema(
-    [
-        *_COLUMNS,
-        *((name, pa.float64()) for name in ("kl", "kl_neutral", "effect")),
-        ("top1_changed", pa.bool_()),
-    ]
-)
+_COLUMNS = columns("system string, sentence int16, text string, sentence_tokens int32, prompt int32, id string")
+KL_SCHEMA = pa.schema(_COLUMNS + columns("kl double, kl_neutral double, effect double, top1_changed bool"))
 INSTABILITY_SCHEMA = pa.schema(
-    [*_COLUMNS, *((name, pa.float64()) for name in ("whole", "dropped", "neutral", "effect", "effect_dropped"))]
+    _COLUMNS + columns("whole double, dropped double, neutral double, effect double, effect_dropped double")
 )
 
 
@@ -77,8 +64,8 @@ class DroppedSentence:
     dropped: Rendering
     neutral: Rendering
 
-    def columns(self, system: str) -> dict[str, Any]:
-        """The columns that every record of it has. system: the system prompt's name."""
+    def record(self, system: str) -> dict[str, Any]:
+        """The columns of every record of it. system: the system prompt's name."""
         return {
             "system": system,
             "sentence": self.sentence,
@@ -153,15 +140,9 @@ def measure_kl(
         for drop, without_it, with_neutral in zip(same, dropped, neutral):
             whole = whole_log_probs[drop.question.number]
             own, control = (float(kl(before, without_it)[0]) for before in (whole, with_neutral))
-            records.append(
-                {
-                    **drop.columns(name),
-                    "kl": own,
-                    "kl_neutral": control,
-                    "effect": own - control,
-                    "top1_changed": bool(whole[0].argmax() != without_it[0].argmax()),
-                }
-            )
+            numbers = {"kl": own, "kl_neutral": control, "effect": own - control}
+            changed = bool(whole[0].argmax() != without_it[0].argmax())
+            records.append({**drop.record(name), **numbers, "top1_changed": changed})
     return records
 
 
@@ -187,16 +168,9 @@ def measure_instability(
     for (drop, whole), dropped, neutral in zip(answered, replayed[::2], replayed[1::2]):
         if dropped is None or neutral is None:
             continue
-        records.append(
-            {
-                **drop.columns(name),
-                "whole": whole.score,
-                "dropped": dropped.score,
-                "neutral": neutral.score,
-                "effect": _minus(whole.score, neutral.score),
-                "effect_dropped": _minus(whole.score, dropped.score),
-            }
-        )
+        scores = {"whole": whole.score, "dropped": dropped.score, "neutral": neutral.score}
+        effects = {"effect": _minus(whole.score, neutral.score), "effect_dropped": _minus(whole.score, dropped.score)}
+        records.append(drop.record(name) | scores | effects)
     return records
 
 

@@ -31,12 +31,7 @@ _STRATA = {
 
 
 def calibrated_range(calibration: Calibration, runs: Sequence[ScoreRun]) -> ScoreRange:
-    """Return the calibration's window and layers.
-
-    Raises:
-        CalibrationError: If the calibration is of another model.
-        ReportError: If the runs did not record the window.
-    """
+    """Return the calibration's window and layers. Error if it is of another model, or the runs did not record them."""
     window, steps = Window.parse(calibration.window), min(run.steps for run in runs)
     calibration.check(runs[0].model, window, calibration.drop_shallow, calibration.drop_deep)
     if window.end > steps:

@@ -167,11 +167,7 @@ def _with_scores(batch: pa.RecordBatch, score: Floats, score_range: ScoreRange) 
 
 
 def _read_samples(runs: Sequence[ScoreRun], score_range: ScoreRange, rows_of_class: Mapping[str, Ints]) -> Samples:
-    """Read the instability of sampled rows.
-
-    Args:
-        rows_of_class: The sampled row numbers of each class.
-    """
+    """Read the instability of sampled rows, given by class."""
     row = np.concatenate(list(rows_of_class.values()))
     label = np.repeat(list(rows_of_class), [len(rows) for rows in rows_of_class.values()])
     order = np.argsort(row)

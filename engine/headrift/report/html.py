@@ -9,9 +9,9 @@ import os
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel
@@ -32,8 +32,7 @@ class ReportError(ValueError):
     """No report can be made of these runs. The message says why and what to do."""
 
 
-@dataclass(frozen=True, slots=True)
-class Picture:
+class Picture(NamedTuple):
     """A figure on the page, and its files."""
 
     name: str  # of its files, without a suffix
@@ -44,42 +43,37 @@ class Picture:
     caption: str
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
+class Text(NamedTuple):
     """Paragraphs."""
 
-    kind: ClassVar[str] = "text"
     paragraphs: Sequence[str]
+    kind: str = "text"
 
 
-@dataclass(frozen=True, slots=True)
-class Missing:
+class Missing(NamedTuple):
     """The reason why something is not on the page."""
 
-    kind: ClassVar[str] = "missing"
     reason: str
+    kind: str = "missing"
 
 
-@dataclass(frozen=True, slots=True)
-class Pictures:
+class Pictures(NamedTuple):
     """Figures, side by side if there is room."""
 
-    kind: ClassVar[str] = "pictures"
     pictures: Sequence[Picture]
+    kind: str = "pictures"
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
+class Table(NamedTuple):
     """Rows of cells; the first column contains the rows' names."""
 
-    kind: ClassVar[str] = "table"
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
+    kind: str = "table"
 
 
-@dataclass(frozen=True, slots=True)
-class Card:
+class Card(NamedTuple):
     """An input row."""
 
     heading: str
@@ -89,28 +83,25 @@ class Card:
     picture: Picture
 
 
-@dataclass(frozen=True, slots=True)
-class Cards:
+class Cards(NamedTuple):
     """Input rows under a title."""
 
-    kind: ClassVar[str] = "cards"
     title: str
     cards: Sequence[Card]
+    kind: str = "cards"
 
 
-@dataclass(frozen=True, slots=True)
-class Details:
+class Details(NamedTuple):
     """Texts by name, collapsed until they are clicked."""
 
-    kind: ClassVar[str] = "details"
     texts: Mapping[str, str]
+    kind: str = "details"
 
 
 Block = Text | Missing | Pictures | Table | Cards | Details
 
 
-@dataclass(frozen=True, slots=True)
-class Section:
+class Section(NamedTuple):
     """A section of the page."""
 
     key: str  # its anchor
@@ -166,12 +157,7 @@ class Output:
         self._hidden.mkdir()
 
     def picture(self, name: str, figure: Figure, title: str, text: str = "") -> Picture:
-        """Write a figure as PNG and SVG.
-
-        Args:
-            title: The alt text, unique on the page, and the beginning of the caption.
-            text: The rest of the caption.
-        """
+        """Write a figure as PNG and SVG. title: the alt text, unique on the page, and the beginning of the caption."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in a script that the font does not have
             png = _small_png(figure)

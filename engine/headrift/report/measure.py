@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,8 +47,7 @@ class WindowGrid:
         return int(self.starts[i]), int(self.starts[j]), float(self.auroc[i, j])
 
 
-@dataclass(frozen=True, slots=True)
-class Relation:
+class Relation(NamedTuple):
     """The score against another number of the same prompts, by class."""
 
     values: Mapping[str, Floats]
@@ -56,8 +55,7 @@ class Relation:
     spearman: Mapping[str, float | None]  # None with too few prompts, or if one of the two is constant
 
 
-@dataclass(frozen=True, slots=True)
-class RunSeparation:
+class RunSeparation(NamedTuple):
     """One run by itself; None if it has only one class."""
 
     name: str
@@ -66,8 +64,7 @@ class RunSeparation:
     length: Separation | None
 
 
-@dataclass(frozen=True, slots=True)
-class Example:
+class Example(NamedTuple):
     """An input row to look at."""
 
     columns: Mapping[str, Any]
@@ -77,8 +74,7 @@ class Example:
     instability: Floats  # [steps, layers]
 
 
-@dataclass(frozen=True, slots=True)
-class Extremes:
+class Extremes(NamedTuple):
     """The rows that stand out."""
 
     highest_class: str
@@ -128,11 +124,7 @@ def by_run(data: ReportData) -> list[RunSeparation]:
 
 
 def relation(data: ReportData, values: NDArray[np.floating] | NDArray[np.integer]) -> Relation:
-    """The sampled rows' scores against another number.
-
-    Args:
-        values: One for each row of the runs, NaN if a row has none.
-    """
+    """The sampled rows' scores against another number, given for all rows, NaN if a row has none."""
     from scipy.stats import spearmanr
 
     rows, scores = data.samples.row, data.score[data.samples.row]
@@ -168,11 +160,7 @@ def _profile(data: ReportData, values: Floats, at: Ints, resamples: int) -> Auro
 
 
 def extremes(data: ReportData, *, with_texts: bool) -> Extremes | None:
-    """Find the benign (if there are none, unlabelled) prompts with the highest scores and the attacks with the lowest.
-
-    Returns:
-        None if no row has a score.
-    """
+    """The benign (or else unlabelled) prompts with the highest scores, and the attacks with the lowest."""
     scores = data.score[data.samples.row]
     valid = ~np.isnan(scores)
     places = {label: np.flatnonzero(data.samples.in_class(label) & valid) for label in data.classes}
@@ -185,16 +173,15 @@ def extremes(data: ReportData, *, with_texts: bool) -> Extremes | None:
         "highest": _smallest(-scores, places.get(highest_class, nothing)),
         "quietest": _smallest(scores, places.get("attack", nothing)),
     }
-    numbers = {name: [int(data.samples.row[place]) for place in at] for name, at in chosen.items()}
     columns = [*_EXAMPLE_COLUMNS, *(_TEXT_COLUMNS if with_texts else ())]
-    rows = _read(data, [number for some in numbers.values() for number in some], columns)
+    rows = _read(data, data.samples.row[np.concatenate(list(chosen.values()))].tolist(), columns)
     sorted_scores = np.sort(scores[places[reference]])
-    return Extremes(
-        highest_class=highest_class,
-        reference=reference,
-        without_score=int((data.samples.in_class("attack") & ~valid).sum()),
-        **{name: [_example(data, at, rows[at], sorted_scores) for at in some] for name, some in numbers.items()},
-    )
+    examples = {
+        name: [_example(data, number, rows[number], sorted_scores) for number in data.samples.row[at].tolist()]
+        for name, at in chosen.items()
+    }
+    without_score = int((data.samples.in_class("attack") & ~valid).sum())
+    return Extremes(highest_class, examples["highest"], examples["quietest"], reference, without_score)
 
 
 def _smallest(keys: Floats, places: Ints) -> Ints:

@@ -109,13 +109,7 @@ def forest(
     null: float = 0.5,
     colours: tuple[str, str] = (COLOURS["attack"], COLOURS["benign"]),
 ) -> Figure:
-    """Numbers with their intervals, one below the other.
-
-    Args:
-        rows: Name, number and 95% interval.
-        null: The number that means no effect.
-        colours: Of numbers whose interval is above `null`, and below it.
-    """
+    """Name, number and 95% interval, one below the other; coloured if the interval is above or below `null`."""
     figure, axes = one_panel(1.0 + 0.33 * len(rows), least=2.2)
     for place, (_, value, interval) in enumerate(rows):
         low, high = interval or (value, value)

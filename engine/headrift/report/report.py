@@ -39,8 +39,7 @@ class Report:
     """A report on finished runs, which are read here.
 
     Raises:
-        ReportError, CalibrationError: If the runs, the calibration or the page's name do not allow it; nothing is
-            written then.
+        ReportError, CalibrationError: If the runs, the calibration or the page's name do not allow it.
     """
 
     def __init__(self, folders: Sequence[Path], config: ReportConfig, say: Say = lambda text: None) -> None:
@@ -54,10 +53,7 @@ class Report:
         self._data = gather(runs, score_range, say)
 
     def write(self) -> Path:
-        """Write the page and the folder of its figures.
-
-        Returns:
-            The folder.
+        """Write the page and the folder of its figures, which is returned.
 
         Raises:
             OSError: If the disk fails; an older report is then unchanged.
