@@ -68,7 +68,7 @@ def test_conformal_at_a_lower_rate(run, tmp_path):
         (["--window", "3"], "a window is two step numbers"),
         (["--window", "2:40"], "--window 2:40 ends after step 6"),
         (["--import-csv", "."], "and not both"),
-        (["--out", "nowhere/c.json"], "name a file in a folder that exists"),
+        (["--out", "nowhere/c.json"], "name a file in an existing folder"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(run, tmp_path, options, said):

@@ -13,4 +13,8 @@ def load(path: str) -> ModuleType:
     folder = str((ROOT / path).parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    return importlib.import_module(Path(path).name)
+    name = Path(path).name
+    # tests/kernels is a namespace package called `kernels` under pytest, and bench/kernels.py a script of that name.
+    if getattr(sys.modules.get(name), "__file__", None) is None:
+        sys.modules.pop(name, None)
+    return importlib.import_module(name)
