@@ -22,31 +22,24 @@ _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#595959")
 LAYER = "layer (0: nearest the input)"
 
 
-def by_layer(estimates: Estimates, ylabel: str, names: Sequence[str], neutral: Estimates | None = None) -> Figure:
-    """A line with its interval for each name, over layers [layers, names]; dashed: with neutral text."""
+def lines(
+    values: Estimates | Floats, names: Sequence[str], ylabel: str, other: Floats | None = None, other_name: str = "",
+    xlabel: str = LAYER,
+) -> Figure:  # fmt: skip
+    """A line for each name over layers or steps [n, names], with its interval; dashed: the other values."""
     figure, axes = plots.one_panel(3.6)
-    layers = np.arange(len(estimates.value))
+    value = values.value if isinstance(values, Estimates) else values
     for i, (name, colour) in enumerate(zip(names, _COLOURS)):
-        axes.plot(layers, estimates.value[:, i], color=colour, label=name)
-        axes.fill_between(layers, estimates.low[:, i], estimates.high[:, i], color=colour, alpha=0.2, linewidth=0)
-        if neutral is not None:
-            axes.plot(layers, neutral.value[:, i], color=colour, linestyle="--", linewidth=1)
-    if neutral is not None:
-        axes.plot([], [], color="#333333", linestyle="--", linewidth=1, label="with neutral text")
-    axes.set(xlabel=LAYER, ylabel=ylabel)
+        axes.plot(value[:, i], color=colour, label=name)
+        if isinstance(values, Estimates):
+            low, high = values.low[:, i], values.high[:, i]
+            axes.fill_between(np.arange(len(value)), low, high, color=colour, alpha=0.2, linewidth=0)
+        if other is not None:
+            axes.plot(other[:, i], color=colour, linestyle="--", linewidth=1)
+    if other is not None:
+        axes.plot([], [], color="#333333", linestyle="--", linewidth=1, label=other_name)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.legend(fontsize="small", loc="best")
-    return figure
-
-
-def cka(cka: Floats, by_chance: Floats) -> Figure:
-    """CKA by layer, a line for each component; dotted: with the prompts in random order."""
-    figure, axes = plots.one_panel(3.6)
-    for i, (name, colour) in enumerate(zip(COMPONENTS, _COLOURS)):
-        axes.plot(cka[:, i], color=colour, label=name)
-        axes.plot(by_chance[:, i], color=colour, linestyle=":", linewidth=1)
-    axes.plot([], [], color="#333333", linestyle=":", linewidth=1, label="by chance")
-    axes.set(xlabel=LAYER, ylabel="linear CKA over prompts", ylim=(0, 1.02))
-    axes.legend(fontsize="small", loc="upper left")
     return figure
 
 
@@ -81,16 +74,6 @@ def lengths(changes: Changes, measure: str, ylabel: str) -> Figure:
 def forest(rows: Iterable[tuple[str, Estimate]], xlabel: str) -> Figure:
     """Estimates with their intervals, one below the other; coloured if the interval leaves out 0."""
     return plots.forest([(name, one.value, one.interval) for name, one in rows], xlabel, 0.0, (_COLOURS[0],) * 2)
-
-
-def by_step(values: Floats, names: Sequence[str]) -> Figure:
-    """A line for each name over the steps of the answer [steps, names]."""
-    figure, axes = plots.one_panel(3.6)
-    for i, (name, colour) in enumerate(zip(names, _COLOURS)):
-        axes.plot(values[:, i], color=colour, label=name)
-    axes.set(xlabel="step of the answer", ylabel="part of the attention")
-    axes.legend(fontsize="small", loc="upper left")
-    return figure
 
 
 def heads(mass: Floats) -> Figure:

@@ -249,14 +249,15 @@ def _where_blocks(analysis: Analysis, output: html.Output) -> list[html.Block]:
     for place, where in _PLACE_LABELS.items():
         for measure, words in (("cosine", "Cosine"), ("l2", "Relative L2 change")):
             system, neutral = (results["by_layer"][one][f"{place}_{measure}"] for one in (SYSTEM, NEUTRAL))
-            figure = figures.by_layer(system, words, COMPONENTS, neutral)
+            figure = figures.lines(system, COMPONENTS, words, neutral.value, "neutral text")
             title = f"{words} at {where} by layer and component, with the system prompt against without"
             text = "Bands: 95% intervals over prompts. Dashed: neutral text."
             pictures.append(output.picture(f"{place}_{measure}", figure, title, text))
     if (cka := results["cka"].get(f"{SYSTEM} / {LAST}")) is not None:
         title = "Linear CKA over prompts at the last prompt token, by layer and component"
-        text = "Mean over system prompts; dotted: prompts in random order."
-        pictures.append(output.picture("cka", figures.cka(**cka), title, text))
+        text = "Mean over system prompts; dashed: prompts in random order."
+        figure = figures.lines(cka["cka"], COMPONENTS, "linear CKA over prompts", cka["by_chance"], "by chance")
+        pictures.append(output.picture("cka", figure, title, text))
     by_system = results["by_system"]
     figure = figures.by_system(by_system["cosine_at_last_token"][SYSTEM], by_system["systems"])
     title = "Cosine at the last prompt token by system prompt and component"
@@ -273,7 +274,7 @@ def _predicting_blocks(analysis: Analysis, output: html.Output) -> list[html.Blo
     for name, words in (("over_rows", "over all rows"), ("within_system_prompts", "within each system prompt")):
         for place, where in _PLACE_LABELS.items():
             estimates = analysis.results["predicting_kl"][name][place]
-            figure = figures.by_layer(estimates, "Spearman, change and next-token KL", COMPONENTS)
+            figure = figures.lines(estimates, COMPONENTS, "Spearman, change and next-token KL")
             title = f"Correlation of a layer's change at {where} and the next token's KL, {words}"
             file = f"{'predicting' if name == 'over_rows' else 'within'}_{place}"
             pictures.append(output.picture(file, figure, title, "Bands: 95% intervals over prompts."))
@@ -337,18 +338,19 @@ def _attention_blocks(analysis: Analysis, output: html.Output) -> list[html.Bloc
     pictures = []
     for kind, words in _KIND_LABELS.items():
         name = kind.removeprefix("none_to_")
-        figure = figures.by_layer(regions.mass[kind], "part of the attention", REGIONS)
+        figure = figures.lines(regions.mass[kind], REGIONS, "part of the attention")
         text = "Mean over heads and steps. The prompt's last five tokens also count in the template or the question."
         pictures.append(output.picture(f"regions_{name}", figure, f"Attention to regions by layer, {words}", text))
-        figure = figures.by_layer(regions.per_token[kind], "attention per token / average", REGIONS[:-1])
+        figure = figures.lines(regions.per_token[kind], REGIONS[:-1], "attention per token / average")
         title = f"Attention per token of the regions by layer, {words}"
         pictures.append(output.picture(f"regions_per_token_{name}", figure, title, "1: what a token gets on average."))
     text = f"Step 0 is the last prompt token; {regions.answers[SYSTEM][-1]:,} answers reach the last step."
-    figure = figures.by_step(regions.by_step[SYSTEM], REGIONS)
+    figure = figures.lines(regions.by_step[SYSTEM], REGIONS, "part of the attention", xlabel="step of the answer")
     pictures.append(output.picture("regions_by_step", figure, "Attention to regions by step, system prompt", text))
     figure = figures.heads(regions.by_head[SYSTEM])
     pictures.append(output.picture("regions_by_head", figure, "Attention to the system prompt by layer and head"))
-    figure = figures.by_layer(entropy.relative[SYSTEM], "entropy / ln(keys seen)", WHEN, entropy.relative[NEUTRAL])
+    system, neutral = entropy.relative[SYSTEM], entropy.relative[NEUTRAL].value
+    figure = figures.lines(system, WHEN, "entropy / ln(keys seen)", neutral, "neutral text")
     title = "Entropy of attention by layer, at the last prompt token and over the answer's"
     text = "1: the same attention to every key; 0: all to one. Dashed: neutral text in the system prompt's place."
     pictures.append(output.picture("entropy", figure, title, text))

@@ -110,13 +110,11 @@ def scores(data: ReportData, output: html.Output, threshold: float | None) -> ht
     ]
     table = html.Table(("class", "rows", "with a score", "ended in the window", "mean score", "median"), rows)
     most = " Only the 24 largest categories are drawn." if len(groups) > 24 else ""
-    picture = output.picture(
-        "scores",
-        plots.scores(groups, threshold),
-        "Scores of the rows by class and category",
+    text = (
         "Each point is a row; boxes span the middle half, the thick line is the median. Orange triangles are attacks, "
-        f"blue circles benign.{most} Right: rows with a score{data.summary.sampled}.",
+        f"blue circles benign.{most} Right: rows with a score{data.summary.sampled}."
     )
+    picture = output.picture("scores", plots.scores(groups, threshold), "Scores by class and category", text)
     return html.Section("scores", title, [table, html.Pictures([picture, coverage]), *why])
 
 
@@ -154,14 +152,12 @@ def separation(data: ReportData, output: html.Output) -> html.Section:
         measures.pop(SCORED, None)  # the same curve
     curves = [Curve(name, one.fpr, one.tprs, one.auroc, one.grid, one.band) for name, one in measures.items()]
     output.numbers(roc={curve.name: {"fpr": curve.fpr, "tpr": curve.tpr} for curve in curves})
+    text = (
+        "For every threshold: the attacks it finds against the benign prompts it flags. The diagonal is chance; the "
+        "band is the 95% interval of the score's curve."
+    )
     pictures = [
-        output.picture(
-            "roc",
-            plots.roc(curves),
-            "ROC curves of the score and of plain lengths",
-            "For every threshold: the attacks it finds against the benign prompts it flags. The diagonal is chance; "
-            "the band is the 95% interval of the score's curve.",
-        ),
+        output.picture("roc", plots.roc(curves), "ROC curves of the score and of plain lengths", text),
         output.picture("roc_low", plots.roc(curves, _LOW_FPR), f"The ROC curves up to {_LOW_FPR:.0%} false alarms"),
     ]
     return html.Section("separation", title, [html.Pictures(pictures)])
@@ -193,14 +189,9 @@ def runs(separations: Sequence[measure.RunSeparation], data: ReportData, output:
     ]
     pictures = []
     if any(run.score for run in separations):
-        pictures.append(
-            output.picture(
-                "runs",
-                plots.by_run(separations),
-                "AUROC of the score and of prompt length in each run",
-                "Lines: 95% intervals. Grey: the interval includes chance; hollow: too few prompts for an interval.",
-            )
-        )
+        text = "Lines: 95% intervals. Grey: the interval includes chance; hollow: too few prompts for an interval."
+        title = "AUROC of the score and of prompt length in each run"
+        pictures.append(output.picture("runs", plots.by_run(separations), title, text))
     text = (
         "Figures over all runs mix their system prompts and topics, so a difference between runs can look like one "
         "between attacks and benign prompts. Among several runs, some differ by chance."
@@ -222,20 +213,13 @@ def when(data: ReportData, output: html.Output, resamples: int) -> html.Section:
     steps, windows = measure.by_step(data, resamples), measure.by_window(data)
     output.numbers(auroc_by_step=steps, auroc_by_window=windows)
     start, end, highest = windows.best
-    pictures = [
-        output.picture(
-            "steps",
-            plots.along_steps(steps, data.window),
-            "AUROC at each step of the answer, and how many answers reach it",
-            "Among answers that reach the step; the band is the 95% interval of each step by itself.",
-        ),
-        output.picture(
-            "windows",
-            plots.windows(windows, data.window),
-            "AUROC of every window, first step across, last step up",
-            f"The highest is {highest:.3f}, steps {start} to {end}.",
-        ),
-    ]
+    figure = plots.along_steps(steps, data.window)
+    text = "Among answers that reach the step; the band is the 95% interval of each step by itself."
+    step_title = "AUROC at each step of the answer, and how many answers reach it"
+    pictures = [output.picture("steps", figure, step_title, text)]
+    figure, text = plots.windows(windows, data.window), f"The highest is {highest:.3f}, steps {start} to {end}."
+    window_title = "AUROC of every window, first step across, last step up"
+    pictures.append(output.picture("windows", figure, window_title, text))
     return html.Section("steps", title, [html.Text([_IN_SAMPLE]), html.Pictures(pictures)])
 
 
@@ -254,29 +238,19 @@ def where(data: ReportData, output: html.Output, resamples: int) -> html.Section
         for label in data.classes
     ]
     if data.has_both_classes:
-        pictures.append(
-            output.picture(
-                "heatmap_difference",
-                plots.difference(means["attack"] - means["benign"], data.window, data.layers),
-                "Mean instability of attacks minus that of benign prompts, by layer and step",
-                "Orange where attacks have more, blue where benign prompts do. Late steps have fewer answers.",
-            )
-        )
+        figure = plots.difference(means["attack"] - means["benign"], data.window, data.layers)
+        text = "Orange where attacks have more, blue where benign prompts do. Late steps have fewer answers."
+        title = "Mean instability of attacks minus that of benign prompts, by layer and step"
+        pictures.append(output.picture("heatmap_difference", figure, title, text))
     layers, profile, middle = measure.by_layer(data, resamples), {}, {}
     for label in data.classes:
         values = data.samples.by_layer[data.samples.in_class(label)]
         values = values[~np.isnan(values).all(axis=1)]
         if len(values):
             profile[label], middle[label] = np.nanmean(values, axis=0), np.nanpercentile(values, [25, 75], axis=0)
-    below = " Below: each layer's AUROC by itself, with its 95% interval." if data.has_both_classes else ""
-    pictures.append(
-        output.picture(
-            "layers",
-            plots.along_layers(layers, profile, middle, data.layers),
-            f"Each layer's mean instability over steps {data.score_range.window}, with the middle half of the prompts",
-            below,
-        )
-    )
+    below = "Below: each layer's AUROC by itself, with its 95% interval." if data.has_both_classes else ""
+    title = f"Each layer's mean instability over steps {data.score_range.window}, with the middle half of the prompts"
+    pictures.append(output.picture("layers", plots.along_layers(layers, profile, middle, data.layers), title, below))
     output.numbers(mean_by_step_and_layer=means, by_layer={"auroc": layers, "mean": profile, "quartiles": middle})
     blocks = [html.Text([_IN_SAMPLE])] if data.has_both_classes else []
     return html.Section("layers", "Where it shows: layers and steps", [*blocks, html.Pictures(pictures)])
