@@ -40,8 +40,8 @@ def show(browser, page: Path, width: int) -> list[str]:
     """Open the page at a width; the addresses that it asked for."""
     for kind in ("browser", "performance"):
         browser.get_log(kind)
-    screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     browser.get(page.as_uri())
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
@@ -51,8 +51,8 @@ def show(browser, page: Path, width: int) -> list[str]:
 
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_is_right(browser, labelled, width):
-    asked = show(browser, labelled, width)
-    assert [url for url in asked if not url.startswith("data:")] == [labelled.as_uri()]
+    urls = show(browser, labelled, width)
+    assert [url for url in urls if not url.startswith("data:")] == [labelled.as_uri()]
     assert browser.get_log("browser") == []
     assert browser.execute_script("return innerWidth") == width
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
