@@ -146,11 +146,11 @@ class Job:
         """Run a job where everything is real but the engine, which runs in its child process as always."""
         from corpus import EmptyEngine as Importable  # by its module's name, for the child process
 
+        from headrift.corpus.config import ScoreConfig
         from headrift.corpus.job import ScoreJob
-        from headrift.corpus.settings import Settings
         from headrift.corpus.worker import EngineProcess
 
-        settings = Settings((file,), Path(model), Path(out), system_prompt="Be brief.")
+        settings = ScoreConfig((file,), Path(model), Path(out), system_prompt="Be brief.")
         start = partial(Importable, Path(tokenizer))
         with Stopwatch() as clock, ScoreJob(settings, engine=partial(EngineProcess, start)) as job:
             job.start()
@@ -168,13 +168,13 @@ class Job:
 
     def scored(self, model: str, n: int) -> dict[str, Any]:
         """Run a job of n log rows with a model, 12 steps."""
+        from headrift.corpus.config import ScoreConfig
         from headrift.corpus.job import ScoreJob
-        from headrift.corpus.settings import Settings
 
         with tempfile.TemporaryDirectory() as folder:
             log = Path(folder) / "logs.jsonl"
             write_log(log, n)
-            settings = Settings((str(log),), Path(model), Path(folder) / "out", system_prompt="Be brief.")
+            settings = ScoreConfig((str(log),), Path(model), Path(folder) / "out", system_prompt="Be brief.")
             with ScoreJob(settings) as job:
                 job.start()
                 assert job.run(progress=True)

@@ -66,7 +66,7 @@ def work(begun, fake_model, tmp_path, monkeypatch):
     """A copy of that folder, and what scores in there, in shards of 40 rows."""
     shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("headrift.corpus.shards._FEWEST_ROWS", 40)
+    monkeypatch.setattr("headrift.corpus.config._MIN_SHARD_ROWS", 40)
 
     def score(*options: object, out: str = "out", given: list[dict] | None = None, model: Path = fake_model):
         if given is not None:

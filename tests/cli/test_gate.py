@@ -182,7 +182,7 @@ def test_a_gates_folder_is_no_run_to_calibrate_on(work, fake_model, command):
         (["--compare-ungated"], "name what gives them away with --fail-term"),
         (["--fail-term", "re:("], "--fail-term re:(: not a regular expression"),
         (["--fail-term", " "], "--fail-term ' ' is empty"),
-        (["--max-new-tokens", "100000"], "--max-new-tokens 100000 do not fit the model's context"),
+        (["--max-new-tokens", "100000"], "--max-new-tokens 100000 exceeds the model's context"),
     ],
 )
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(work, fake_model, options, says):

@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 import headrift.figures
 from headrift.cli import app
+from headrift.corpus.config import ScoreConfig
 from headrift.corpus.job import ScoreJob
 from headrift.corpus.rows import KEYS, REASONS
-from headrift.corpus.settings import Settings
 from headrift.corpus.sources import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -365,7 +365,9 @@ def test_every_row_is_in_exactly_one_place_and_nothing_escapes(fake_model, monke
             path.write_bytes(content)
             n_rows = None
         try:
-            config = Settings((str(path),), fake_model, out, system_prompt="Be brief.", steps=4, save=("text", "mass"))
+            config = ScoreConfig(
+                (str(path),), fake_model, out, system_prompt="Be brief.", steps=4, save=("text", "mass")
+            )
             job = ScoreJob(config)
         except InputError as error:  # nothing but this is wrong with a file as a whole
             assert "no rows in" in str(error) and not n_rows  # noqa: PT017, PT018

@@ -25,7 +25,7 @@ def work(fake_model, tmp_path, monkeypatch) -> Path:
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "system.txt").write_text("Be brief.")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("headrift.corpus.shards._FEWEST_ROWS", 5)
+    monkeypatch.setattr("headrift.corpus.config._MIN_SHARD_ROWS", 5)
     return tmp_path
 
 

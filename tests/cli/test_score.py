@@ -126,7 +126,7 @@ def test_steps_beyond_the_context(work):
     (work / "model" / "config.json").write_text('{"max_position_embeddings": 64}')
     done = score("in.jsonl", "--steps", "63")
     assert done.exit_code == 2
-    assert "--steps 63 do not fit the model's context of 64 tokens, prompt included: give fewer" in done.stderr
+    assert "--steps 63 exceeds the model's context of 64 tokens" in done.stderr
     assert not (work / "out").exists()
 
 
@@ -134,7 +134,7 @@ def test_steps_beyond_the_context_that_the_engine_has(work):
     with engines(max_model_len=64) as seen:
         done = score("in.jsonl", "--steps", "63")
     assert (done.exit_code, seen.closed) == (2, True)
-    assert "--steps 63 do not fit the model's context of 64 tokens" in done.stderr
+    assert "--steps 63 exceeds the model's context of 64 tokens" in done.stderr
 
 
 def test_too_little_room_on_the_disk(work, monkeypatch):

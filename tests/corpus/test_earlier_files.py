@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from headrift import Calibration
 from headrift.cli import app
+from headrift.corpus.config import ScoreConfig
 from headrift.corpus.job import ScoreJob
-from headrift.corpus.settings import Settings
 from headrift.runs.folder import JobError
 from headrift.runs.reading import read_batches
 
@@ -26,11 +26,11 @@ def interrupted(demo_model, tmp_path, monkeypatch) -> Path:
     return Path(shutil.copytree(DATA / "interrupted_run" / "run", tmp_path / "run"))
 
 
-def config(out: Path, **changes) -> Settings:
+def config(out: Path, **changes) -> ScoreConfig:
     inputs = (str(DATA / "interrupted_run" / "prompts.jsonl"),)
     prompt = SYSTEM_PROMPT.read_text(encoding="utf-8").strip()
     given = {"system_prompt": prompt, "steps": 4, "save": ("text",), "dtype": "float32"}
-    return Settings(inputs, Path("models/smollm2-135m-instruct"), out, **{**given, **changes})
+    return ScoreConfig(inputs, Path("models/smollm2-135m-instruct"), out, **{**given, **changes})
 
 
 def rows_of(folder: Path) -> dict[str, dict]:

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headrift.corpus.config import Selection, differences, parse_shard, rows_per_shard
 from headrift.corpus.job import Interrupts
-from headrift.corpus.settings import differences
-from headrift.corpus.shards import Selection, parse_shard, rows_per_shard
 from headrift.runs.folder import JobError
 from headrift.runs.journal import JOURNAL, FinishedShard, FolderLock, Journal
 
@@ -79,7 +78,7 @@ def test_a_folder_is_one_runs_and_free_again_when_that_is_dead(tmp_path):
 
 
 def taken(selection: Selection, total: int) -> list[int]:
-    return [number for number, mine in enumerate(selection.marks(total)) if mine]
+    return [number for number, mine in enumerate(selection.selected(total)) if mine]
 
 
 @given(
@@ -98,8 +97,8 @@ def test_shards_are_disjoint_complete_and_as_many_as_counted(total, limit, sampl
         limited = Selection(limit=limit, sample=sample, seed=seed, shard=(i + 1, n))
         assert taken(limited, total) == part[:limit]
         assert limited.count(total) == len(part[:limit])
-        if limited.most_read is not None:
-            assert taken(limited, min(total, limited.most_read)) == part[:limit]
+        if limited.max_read is not None:
+            assert taken(limited, min(total, limited.max_read)) == part[:limit]
 
 
 def test_a_sample_is_of_the_whole_input_and_hangs_on_its_seed():

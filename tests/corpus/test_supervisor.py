@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from headrift.corpus import worker
+from headrift.corpus.config import ScoreConfig
 from headrift.corpus.job import ScoreJob
-from headrift.corpus.settings import Settings
 from headrift.corpus.worker import EngineDied, EngineProcess, PoisonRow, Supervisor
 from headrift.errors import EngineError
 from headrift.prepare import Prepared
@@ -239,7 +239,9 @@ def test_a_row_on_which_the_engine_hangs_is_rejected_and_the_others_scored(how, 
     lines[7] = f"{how} here"
     (tmp_path / "in.txt").write_text("\n".join(lines))
     engine = partial(EngineProcess, partial(faulty.FaultyEngine, tmp_path, fake_model), patience=1.0)
-    settings = Settings((str(tmp_path / "in.txt"),), fake_model, tmp_path / "out", system_prompt="Be brief.", steps=4)
+    settings = ScoreConfig(
+        (str(tmp_path / "in.txt"),), fake_model, tmp_path / "out", system_prompt="Be brief.", steps=4
+    )
     with ScoreJob(settings, engine=engine) as job:
         job.start()
         assert job.run()

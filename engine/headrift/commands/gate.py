@@ -52,17 +52,17 @@ def gate(
     --fail-term).
     """
     from headrift.calibration.artifact import Calibration
+    from headrift.corpus.config import ScoreConfig, range_options
     from headrift.corpus.gating import Gate, GateKind, OnNull
     from headrift.corpus.job import ScoreJob
-    from headrift.corpus.settings import Settings, window_of
     from headrift.signal import Window
 
     reporter = messages.exclusive_reporter()
     with reporter.errors(2):
         applied = Calibration.load(calibration)
-        config = Settings(
+        config = ScoreConfig(
             **corpus.config(),
-            **window_of(applied, steps=Window.parse(applied.window).end),
+            **range_options(applied, steps=Window.parse(applied.window).end),
             **engine.config(),
             calibration=applied,
             calibration_anyway=calibration_anyway,

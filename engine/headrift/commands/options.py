@@ -213,7 +213,7 @@ class CorpusOptions:
 
     def config(self) -> dict[str, Any]:
         """These options, except --resume, as fields of a job's config; ValueError if one is malformed."""
-        from headrift.corpus.shards import Selection, parse_shard
+        from headrift.corpus.config import Selection, parse_shard
 
         shard = None if self.shard is None else parse_shard(self.shard)
         return {

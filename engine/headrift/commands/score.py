@@ -77,16 +77,16 @@ def score(
     others. The first Ctrl-C finishes the current shard; press again to stop now.
     """
     from headrift.calibration.artifact import Calibration
+    from headrift.corpus.config import STEPS, ScoreConfig, range_options
     from headrift.corpus.job import ScoreJob
-    from headrift.corpus.settings import STEPS, Settings, window_of
 
     reporter = messages.exclusive_reporter()
     kinds = tuple(sorted({kind.value for kind in save or ()}))
     with reporter.errors(2):
         applied = None if calibration is None else Calibration.load(calibration)
-        config = Settings(
+        config = ScoreConfig(
             **corpus.config(),
-            **window_of(applied, steps=steps, window=window, drop_shallow=drop_shallow, drop_deep=drop_deep),
+            **range_options(applied, steps=steps, window=window, drop_shallow=drop_shallow, drop_deep=drop_deep),
             **engine.config(),
             replay=replay,
             save=kinds,

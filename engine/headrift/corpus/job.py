@@ -22,10 +22,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from headrift.corpus import judging, readers, sources
+from headrift.corpus.config import ScoreConfig, check_context, differences, rows_per_shard
 from headrift.corpus.rows import REASONS, BadRow, Row
 from headrift.corpus.scoring import ScoreKind
-from headrift.corpus.settings import Settings, check_context, check_together, differences
-from headrift.corpus.shards import rows_per_shard
 from headrift.corpus.worker import Engine, EngineProcess, PoisonRow, Supervisor
 from headrift.model_facts import ModelFacts, read_model
 from headrift.prepare import SKIP, PrepareConfig, Prepared, Preparer, StreamPreparer
@@ -74,7 +73,7 @@ class ScoreJob:
 
     def __init__(
         self,
-        config: Settings,
+        config: ScoreConfig,
         *,
         kind: ScoreKind | None = None,
         resume: bool = False,
@@ -84,7 +83,6 @@ class ScoreJob:
         shard_rows: int | None = None,
     ) -> None:
         self.settings, self._notice = config, notice
-        check_together(config)
         ray_workers = _ray_workers() if config.engine == "ray" else None
         self._kind = kind or ScoreKind(config)
         self.notices: list[str] = []
@@ -156,7 +154,7 @@ class ScoreJob:
     def _identified(self) -> dict[str, Any]:
         """What makes this run's rows, numbers and columns: a resumed run must have the same."""
         return {
-            "settings": {**self.settings.of_run(), **self._kind.identity()},
+            "settings": {**self.settings.identity(), **self._kind.identity()},
             "inputs": [source.fingerprint() for source in self._sources],
             "model": model_fingerprint(self.settings.model),
             "engine": None,
@@ -193,7 +191,7 @@ class ScoreJob:
 
     def _count(self) -> int:
         """Count the rows of the input, as far as they matter; ValueError if there is none to score."""
-        total, most = 0, self.settings.selection.most_read
+        total, most = 0, self.settings.selection.max_read
         for source in self._sources:
             n = self._reader.count(source, None if most is None else most - total)
             if not n and total != most:
@@ -340,7 +338,7 @@ class ScoreJob:
 
         def marks() -> Iterator[bool]:
             nonlocal left
-            for selected in self.settings.selection.marks(self._identity["rows"]):
+            for selected in self.settings.selection.selected(self._identity["rows"]):
                 yield selected and not left
                 left -= selected and left > 0
 

@@ -13,8 +13,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from headrift.calibration.artifact import add_verdicts
+from headrift.corpus.config import MASS_REGIONS, ScoreConfig
 from headrift.corpus.rows import Row
-from headrift.corpus.settings import WITH_MASS, Settings
 from headrift.corpus.summary import SCORE, Summary
 from headrift.corpus.worker import Engine
 from headrift.errors import EngineError, RefusedError
@@ -35,7 +35,7 @@ _SAVED_FIELDS = {"shares": "shares", "mass": "mass", "focus": "focus_heads", "en
 class ScoreKind:
     """What a job makes of its rows: here `headrift score`; gating.GateKind is another kind."""
 
-    def __init__(self, config: Settings) -> None:
+    def __init__(self, config: ScoreConfig) -> None:
         self._config = config
 
     @property
@@ -59,7 +59,7 @@ class ScoreKind:
         save, steps, layers, heads = self._config.save, self._config.steps + 1, model.layers or 0, model.heads or 0
         row = 4 * steps * layers + 512
         row += 2 * steps * layers * heads * ("shares" in save)
-        row += 4 * steps * layers * heads * (len(REGIONS) + len(WITH_MASS)) * ("mass" in save)
+        row += 4 * steps * layers * heads * (len(REGIONS) + len(MASS_REGIONS)) * ("mass" in save)
         return row + TEXT_BYTES * ("text" in save)
 
     def record(self, row: Row, result: ScoreResult) -> Record:
@@ -95,11 +95,11 @@ class ScoreKind:
             summary.judged.write_list()
 
 
-def shipped(config: Settings) -> Settings:
+def shipped(config: ScoreConfig) -> ScoreConfig:
     """A job's config as an engine's process gets it, on another machine even."""
     # The calibration is applied to what comes back; the machines of a cluster have other working directories.
     model = config.model.resolve() if config.engine == "ray" else config.model
-    return replace(config, calibration=None, model=model)
+    return replace(config, calibration=None, calibration_anyway=False, model=model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ class ScoringEngine:
 
     def __init__(
         self,
-        config: Settings,
+        config: ScoreConfig,
         *,
         verbose: bool = False,
         text: bool = False,
@@ -189,12 +189,12 @@ def _no_text(token_ids: list[int]) -> str:
     return ""
 
 
-def _start_engine(config: Settings, verbose: bool) -> ProbedEngine:
+def _start_engine(config: ScoreConfig, verbose: bool) -> ProbedEngine:
     args: dict[str, Any] = {} if config.dtype == "auto" else {"dtype": config.dtype}
     if config.compile:
         check_compiler(verbose)
         args["enforce_eager"] = False
-    more = (*WITH_MASS, *config.regions) if "mass" in config.save else config.regions
+    more = (*MASS_REGIONS, *config.regions) if "mass" in config.save else config.regions
     try:
         engine: ProbedEngine = engine_factory.get()(
             config.model,

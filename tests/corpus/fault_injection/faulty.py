@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from headrift.corpus.config import ScoreConfig
 from headrift.corpus.scoring import ScoringEngine
-from headrift.corpus.settings import Settings
 from headrift.prepare import Prepared
 from headrift.results import ScoreResult
 from headrift.testing import text_of
@@ -166,7 +166,7 @@ class Parent(FaultyEngine):
 class FaultyScoringEngine(ScoringEngine):
     """The real engine, whose process `KILL` in a prompt ends. pause: seconds that an answer is held back."""
 
-    def __init__(self, config: Settings, pause: float = 0.0) -> None:
+    def __init__(self, config: ScoreConfig, pause: float = 0.0) -> None:
         super().__init__(config)
         self._pause = pause
         self._tokenizer = pickle.loads(self.about["tokenizer"])

@@ -11,15 +11,15 @@ from pathlib import Path
 
 from faulty import FaultyEngine, FaultyScoringEngine
 
+from headrift.corpus.config import ScoreConfig
 from headrift.corpus.job import ScoreJob
-from headrift.corpus.settings import Settings
 from headrift.corpus.worker import Engine, EngineProcess
 
 SHARD_ROWS = {"fake": 100, "vllm": 40, "small": 3}
 
 
 def main(engine: str, given: str, model: str, out: str, marks: str, pause: str) -> int:
-    settings = Settings((given,), Path(model), Path(out), system_prompt="Be brief, and be kind.", steps=4)
+    settings = ScoreConfig((given,), Path(model), Path(out), system_prompt="Be brief, and be kind.", steps=4)
     make: dict[str, Callable[[], Engine]] = {
         "fake": partial(FaultyEngine, Path(marks), Path(model), float(pause)),
         "vllm": partial(FaultyScoringEngine, settings, float(pause)),

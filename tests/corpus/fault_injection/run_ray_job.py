@@ -14,14 +14,14 @@ from faulty import FaultyEngine
 from ray.cluster_utils import Cluster
 from run_job import SHARD_ROWS
 
+from headrift.corpus.config import ScoreConfig
 from headrift.corpus.job import ScoreJob
 from headrift.corpus.scoring import ScoringEngine
-from headrift.corpus.settings import Settings
 from headrift.corpus.worker import Engine, EngineProcess
 
 
 def main(engine: str, given: str, model: str, out: str, marks: str, pause: str) -> int:
-    settings = Settings(
+    settings = ScoreConfig(
         (given,), Path(model), Path(out), system_prompt="Be brief, and be kind.", steps=4, engine="ray", workers=2
     )
     make: dict[str, Callable[[], Engine]] = {

@@ -1,0 +1,262 @@
+"""The config of a scoring job: which rows it takes, and what a resumed run must have in common with the first one."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from headrift import signal
+from headrift.probed_engine import REGIONS
+from headrift.signal import ScoreRange, Window
+
+if TYPE_CHECKING:
+    from headrift.calibration.artifact import Calibration
+
+STEPS = 12
+MASS_REGIONS = ("tool", "bos")  # which --save mass adds
+MAX_REGIONS = 8  # of a recorder
+# A run has about this many shards, each with rows in these bounds: small enough to lose little, large enough to be few.
+_SHARDS = 1000
+_MIN_SHARD_ROWS, _MAX_SHARD_ROWS = 1000, 10_000
+# Options whose name on the command line is not the setting's.
+_OPTIONS = {"columns": "column", "regions": "region", "fail_terms": "fail-term"}
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which rows of the input a run takes. The rows of all inputs, good and bad, are numbered through from 0.
+
+    Rows that are taken are numbered again, and shard k consists of [k * size, (k + 1) * size) of these.
+
+    Attributes, applied in this order (None: all rows):
+        sample: This many of the whole input, drawn with `seed`.
+        shard: (i, n) takes every n-th row from the i-th, counted from 1.
+        limit: The first rows.
+    """
+
+    limit: int | None = None
+    sample: int | None = None
+    seed: int = 0
+    shard: tuple[int, int] | None = None
+
+    @property
+    def max_read(self) -> int | None:
+        """How many rows of the input suffice; None if that is not known beforehand."""
+        if self.limit is None or self.sample is not None:
+            return None
+        return self.limit * (self.shard[1] if self.shard else 1)
+
+    def count(self, total: int) -> int:
+        """Count the rows that are taken of `total`."""
+        taken = total if self.sample is None else min(self.sample, total)
+        if self.shard is not None:
+            first, step = self.shard
+            taken = len(range(first - 1, taken, step))
+        return taken if self.limit is None else min(taken, self.limit)
+
+    def selected(self, total: int) -> Iterator[bool]:
+        """Tell of each of `total` rows in order whether it is taken; ends after the last one that is."""
+        random, left, position, taken = Random(self.seed), self.sample, 0, 0
+        most = self.count(total)
+        for number in range(total):
+            if taken == most:
+                return
+            drawn = True
+            if left is not None:  # Knuth's selection sampling: exactly as many as asked for, in one pass
+                drawn = random.random() * (total - number) < left
+                left -= drawn
+            own = drawn and (self.shard is None or position % self.shard[1] == self.shard[0] - 1)
+            position += drawn
+            taken += own
+            yield own
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Parse "i/n"; ValueError unless 1 <= i <= n."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"--shard is i/n with 1 <= i <= n, as in 2/8 (the second of eight), got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def rows_per_shard(rows: int) -> int:
+    """Choose the size of the shards of a run with this many rows."""
+    return min(max(rows // _SHARDS, _MIN_SHARD_ROWS), _MAX_SHARD_ROWS)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreConfig:
+    """Options of `headrift score`. ValueError if they contradict each other.
+
+    Attributes:
+        labels: One per input.
+        save: What the parts have besides the usual columns (see `parts.part_schema`).
+        regions: Names that rows with token ids may use besides system, user, tool and bos.
+        redact: Write no prompt and no answer anywhere.
+        columns: The inputs' own names for keys of a row.
+        compile: Use torch.compile on a CPU too.
+        engine: "local", or "ray" for engines on a Ray cluster.
+        workers: Number of engines on the cluster; None for what suits it.
+        calibration: What judges the scores, in its window and layers (see `range_options`).
+        calibration_anyway: Use the calibration also if it is for another model.
+        score_range: Made from window and drops.
+    """
+
+    inputs: tuple[str, ...]
+    model: Path
+    out: Path
+    labels: tuple[str, ...] | None = None
+    system_prompt: str | None = None
+    steps: int = STEPS
+    window: str | None = None
+    drop_shallow: float = signal.DROP_SHALLOW
+    drop_deep: float = signal.DROP_DEEP
+    replay: bool = False
+    save: tuple[str, ...] = ()
+    regions: tuple[str, ...] = ()
+    logit_stats: bool = False
+    redact: bool = False
+    selection: Selection = field(default_factory=Selection)
+    columns: Mapping[str, str] = field(default_factory=dict)
+    dtype: str = "auto"
+    attention_backend: str = "auto"
+    compile: bool = False
+    engine: str = "local"
+    workers: int | None = None
+    calibration: Calibration | None = None
+    calibration_anyway: bool = False
+    score_range: ScoreRange = field(init=False)
+
+    def __post_init__(self) -> None:
+        score_range = ScoreRange.within(self.steps, self.window, self.drop_shallow, self.drop_deep)
+        object.__setattr__(self, "score_range", score_range)
+        if self.replay and self.logit_stats:
+            raise ValueError("--replay computes no logits of the steps: leave out --logit-stats and --save entropy")
+        if self.redact and "text" in self.save:
+            raise ValueError("--redact keeps prompts and answers out and --save text keeps them: leave one out")
+        if self.calibration is not None:
+            range_options(self.calibration, self.steps, str(score_range.window), self.drop_shallow, self.drop_deep)
+        elif self.calibration_anyway:
+            raise ValueError("--calibration-anyway goes with --calibration: name the file, or leave it out")
+        if self.workers is not None and self.engine != "ray":
+            raise ValueError("--workers is the number of engines on a Ray cluster: it goes with --engine ray")
+        usual = (*REGIONS, *MASS_REGIONS)
+        if "" in self.regions or len({*usual, *self.regions}) > MAX_REGIONS:
+            raise ValueError(
+                f"--region names a region, and with {', '.join(usual)} at most {MAX_REGIONS} can be recorded"
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """Return what determines numbers, rows and columns, as run.json has it."""
+        prompt, shard = self.system_prompt, self.selection.shard
+        return {
+            "steps": self.steps,
+            "window": str(self.score_range.window),
+            "drop_shallow": self.drop_shallow,
+            "drop_deep": self.drop_deep,
+            "logit_stats": self.logit_stats,
+            "system_prompt": None if self.redact else prompt,
+            "system_prompt_sha256": None if prompt is None else hashlib.sha256(prompt.encode()).hexdigest(),
+            "replay": self.replay,
+            "save": list(self.save),
+            "regions": list(self.regions),
+            "redact": self.redact,
+            "labels": None if self.labels is None else list(self.labels),
+            "limit": self.selection.limit,
+            "sample": self.selection.sample,
+            "seed": None if self.selection.sample is None else self.selection.seed,
+            "shard": None if shard is None else f"{shard[0]}/{shard[1]}",
+            "columns": dict(self.columns),
+            "dtype": self.dtype,
+            "attention_backend": self.attention_backend,
+            "compile": self.compile,
+            "calibration": None if self.calibration is None else self.calibration.sha256,
+        }
+
+
+def range_options(
+    calibration: Calibration | None,
+    steps: int | None = None,
+    window: str | None = None,
+    drop_shallow: float | None = None,
+    drop_deep: float | None = None,
+) -> dict[str, Any]:
+    """Return ScoreConfig's steps, window and drops: the calibration's own or, without one, those that are not None.
+
+    Raises:
+        ValueError: The calibration is for another window or other drops, or needs more steps.
+    """
+    given: dict[str, Any] = {"window": window, "drop_shallow": drop_shallow, "drop_deep": drop_deep}
+    if calibration is None:
+        return {name: value for name, value in {"steps": steps, **given}.items() if value is not None}
+    own = {name: getattr(calibration, name) for name in given}
+    given["window"] = None if window is None else str(Window.parse(window))
+    for name, value in given.items():
+        if value not in (None, own[name]):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} {value}: the --calibration is for {option} {own[name]}: leave {option} out")
+    end = Window.parse(calibration.window).end
+    if steps is not None and steps < end:
+        raise ValueError(
+            f"--steps {steps} ends before the calibration's window does, {calibration.window}: "
+            f"leave --steps out, or give at least {end}"
+        )
+    return {**own, "steps": max(STEPS, end) if steps is None else steps}
+
+
+def check_context(steps: int, context: int | None, option: str = "steps") -> None:
+    """ValueError if the steps of this option, with a prompt, exceed the model's context."""
+    if context is not None and steps + 2 > context:
+        raise ValueError(f"--{option} {steps} exceeds the model's context of {context:,} tokens, prompt included")
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Describe, a line each, how the identities of two runs differ: in settings, inputs, model and engine."""
+    return [
+        *_setting_changes(before["settings"], now["settings"]),
+        *_input_changes(before["inputs"], now["inputs"]),
+        *_model_changes(before, now),
+    ]
+
+
+def _setting_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    for name in {**before, **now}:  # an earlier version, or another command, may not have had a setting
+        old, new = before.get(name), now.get(name)
+        if old == new or not (old or new):
+            continue
+        if name == "system_prompt_sha256":
+            yield "the system prompt is another one"
+        elif name == "command":
+            yield f"it is a run of `headrift {old or 'score'}`"
+        elif name == "calibration":
+            was = "without one" if old is None else "with another one" if new is not None else "with one"
+            yield f"--calibration: the run was begun {was}"
+        elif not name.startswith("system_prompt"):
+            was, value = ("not given" if one in (None, [], {}) else str(one) for one in (old, new))
+            yield f"--{_OPTIONS.get(name, name).replace('_', '-')} was {was} and is {value}"
+
+
+def _input_changes(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> Iterator[str]:
+    old_names, new_names = ([file["name"] for file in files] for files in (before, now))
+    if old_names != new_names:
+        changed = {"gone": set(old_names) - set(new_names), "new": set(new_names) - set(old_names)}
+        changes = [f"{len(names)} {what} ({min(names)})" for what, names in changed.items() if names]
+        yield f"the input files are others: {', '.join(changes) or 'in another order'}"
+        return
+    for old, new in zip(before, now, strict=True):
+        if old != new:
+            sizes = f": {old['bytes']:,} bytes then, {new['bytes']:,} now" if old["bytes"] != new["bytes"] else ""
+            yield f"the input {old['name']} has changed{sizes}"
+
+
+def _model_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    if before["model"] != now["model"]:
+        yield "the model is another one, or its files (weights, config.json, tokenizer, chat template) have changed"
+    elif before["engine"] is not None and now["engine"] is not None and before["engine"] != now["engine"]:
+        changed = [name for name, value in before["engine"].items() if value != now["engine"].get(name)]
+        yield f"the engine is another one: its {', '.join(changed)}"
