@@ -30,25 +30,14 @@ _TOP = 3
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """A row of a run's parts, and what its score is made of.
+    """A row of a run's parts, and what its score is made of."""
 
-    Attributes:
-        row: The row's columns.
-        instability: [steps, layers], NaN if not counted.
-        share: Mean of the heads' shares [steps, layers]; None if the run did not save them.
-        score_range: The window and layers that were scored.
-        percentile: Percent of the run's scores that are at most this one; None without a score.
-        n_scores: The number of scores.
-        has_texts: Whether the run kept texts.
-        redacted: Whether the run had to leave texts out.
-    """
-
-    row: Mapping[str, Any]
-    instability: NDArray[np.float64]
-    share: NDArray[np.float64] | None
+    row: Mapping[str, Any]  # its columns
+    instability: NDArray[np.float64]  # [steps, layers], NaN if not counted
+    share: NDArray[np.float64] | None  # mean of the heads' shares [steps, layers]; None if the run did not save them
     score_range: ScoreRange
-    percentile: float | None
-    n_scores: int
+    percentile: float | None  # percent of the run's scores that are at most this one; None without a score
+    n_scores: int  # of the run
     has_texts: bool
     redacted: bool
 
@@ -65,11 +54,7 @@ class Explanation:
 
 
 def explain(folder: Path, row_id: str) -> Explanation:
-    """Explain the row with this id.
-
-    Raises:
-        RunError: The folder is not a run, or has no such row among its parts.
-    """
+    """Explain the row with this id. RunError if the folder is not a run, or has no such row among its parts."""
     run = open_run(folder, finished=False)
     try:
         dataset = ds.dataset(sorted(folder.glob("part-*.parquet")))

@@ -68,9 +68,9 @@ def test_a_folder_is_one_runs_and_free_again_when_that_is_dead(tmp_path):
         FolderLock(tmp_path)
     holder.kill()
     holder.wait()
-    mine = FolderLock(tmp_path)
-    mine.release()
-    mine.release()
+    own = FolderLock(tmp_path)
+    own.release()
+    own.release()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -78,7 +78,7 @@ def test_a_folder_is_one_runs_and_free_again_when_that_is_dead(tmp_path):
 
 
 def taken(selection: Selection, total: int) -> list[int]:
-    return [number for number, mine in enumerate(selection.selected(total)) if mine]
+    return [number for number, taken in enumerate(selection.selected(total)) if taken]
 
 
 @given(
@@ -110,9 +110,9 @@ def test_a_sample_is_of_the_whole_input_and_hangs_on_its_seed():
     assert abs(sum(numbers) / len(numbers) - 5000) < 400
 
 
-@pytest.mark.parametrize(("text", "found"), [("1/1", (1, 1)), ("2/8", (2, 8)), (" 8/8 ", (8, 8))])
-def test_a_shard_is_read(text, found):
-    assert parse_shard(text) == found
+@pytest.mark.parametrize(("text", "result"), [("1/1", (1, 1)), ("2/8", (2, 8)), (" 8/8 ", (8, 8))])
+def test_a_shard_is_read(text, result):
+    assert parse_shard(text) == result
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "1/", "a/b", "1/2/3", "-1/2"])
@@ -158,22 +158,22 @@ def identity(**changes) -> dict:
     ],
 )
 def test_what_differs_is_named(changes, says):
-    found = differences(identity(), identity(**changes))
-    assert len(found) == len(says)
-    assert all(line.startswith(said) for line, said in zip(found, says, strict=True))
+    result = differences(identity(), identity(**changes))
+    assert len(result) == len(says)
+    assert all(line.startswith(start) for line, start in zip(result, says, strict=True))
 
 
 # -------------------------------------------------------------------------------------------------------- interrupts
 
 
 def test_the_first_signal_asks_and_the_second_interrupts():
-    asked = []
+    notices = []
     before = signal.getsignal(signal.SIGTERM)
-    with Interrupts(lambda: asked.append(1)) as interrupts:
+    with Interrupts(lambda: notices.append(1)) as interrupts:
         assert not interrupts.stop
         signal.raise_signal(signal.SIGTERM)
         assert interrupts.stop
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    assert asked == [1]
+    assert notices == [1]
     assert signal.getsignal(signal.SIGTERM) is before

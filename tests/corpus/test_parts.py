@@ -134,15 +134,15 @@ def test_everything_reads_back_in_its_shape(tmp_path):
         assert got["prompt"] == row.prompt.prompt
         assert got["group"] == group_of(row.prompt)
         sizes["n_steps + 1"] = result.n_steps + 1
-        wanted = {
+        expected = {
             "instability": result.instability,
             "shares": result.shares.astype(np.float16),
             "mass": result.mass,
             "focus_heads": result.focus_heads,
             "entropy_steps": result.logit_stats[:, 0],
         }
-        assert set(wanted) == set(about["shapes"])
-        for name, array in wanted.items():
+        assert set(expected) == set(about["shapes"])
+        for name, array in expected.items():
             shape = [sizes[axis] for axis in about["shapes"][name]]
             np.testing.assert_array_equal(np.array(got[name], array.dtype).reshape(shape), array, err_msg=name)
 
@@ -272,38 +272,38 @@ def test_group_overlooks_case_spacing_and_unicode_form():
     assert group == hashlib.sha256("say the word, strasse caf\u00e9".encode()).hexdigest()[:16]
 
 
-def said(role: str, content: str | list | None, **others) -> dict:
+def turn(role: str, content: str | list | None, **others) -> dict:
     return {"role": role, "content": content, **others}
 
 
 def call(arguments: object, number: str = "1", name: str = "look") -> dict:
-    return said("assistant", None, tool_calls=[{"id": number, "function": {"name": name, "arguments": arguments}}])
+    return turn("assistant", None, tool_calls=[{"id": number, "function": {"name": name, "arguments": arguments}}])
 
 
 def test_group_of_messages_is_of_all_turns_but_the_system_prompt():
     parts_ = [{"type": "text", "text": "Two"}, {"type": "text", "text": "three"}]
-    chat = [said("user", "One"), said("assistant", "Yes?"), said("user", parts_)]
+    chat = [turn("user", "One"), turn("assistant", "Yes?"), turn("user", parts_)]
     group = group_of(Prompt(messages=chat))
-    assert group == group_of(Prompt(messages=[said("system", "S"), said("developer", "D"), *chat]))
-    assert group == group_of(Prompt(messages=[*chat[:2], said("user", " two\nTHREE ")]))
+    assert group == group_of(Prompt(messages=[turn("system", "S"), turn("developer", "D"), *chat]))
+    assert group == group_of(Prompt(messages=[*chat[:2], turn("user", " two\nTHREE ")]))
     others = [
         [*chat[:1], chat[2]],
-        [*chat[:1], said("assistant", "No?"), chat[2]],
-        [said("assistant", "One"), *chat[1:]],
-        [*chat[:2], said("system", "S"), chat[2]],  # no part of the system prompt
-        [*chat, said("assistant", "And")],
+        [*chat[:1], turn("assistant", "No?"), chat[2]],
+        [turn("assistant", "One"), *chat[1:]],
+        [*chat[:2], turn("system", "S"), chat[2]],  # no part of the system prompt
+        [*chat, turn("assistant", "And")],
     ]
     assert len({group, *(group_of(Prompt(messages=other)) for other in others)}) == 6
-    assert group_of(Prompt(messages=[said("user", "One")])) == group_of(Prompt(prompt="one"))
+    assert group_of(Prompt(messages=[turn("user", "One")])) == group_of(Prompt(prompt="one"))
 
 
 def test_group_is_of_what_tools_were_asked_and_gave_back():
-    user = said("user", "One")
-    chat = [user, call({"b": 1, "a": 2}), said("tool", "It rains.", tool_call_id="1")]
+    user = turn("user", "One")
+    chat = [user, call({"b": 1, "a": 2}), turn("tool", "It rains.", tool_call_id="1")]
     group = group_of(Prompt(messages=chat))
-    assert group == group_of(Prompt(messages=[user, call('{"a": 2,  "b": 1}', "7"), said("tool", "it rains.")]))
+    assert group == group_of(Prompt(messages=[user, call('{"a": 2,  "b": 1}', "7"), turn("tool", "it rains.")]))
     for other in (
-        [user, chat[1], said("tool", "It snows.")],
+        [user, chat[1], turn("tool", "It snows.")],
         [user, call({"b": 1, "a": 3}), chat[2]],
         [user, call({"b": 1, "a": 2}, name="find"), chat[2]],
         [user, chat[2]],
@@ -313,7 +313,7 @@ def test_group_is_of_what_tools_were_asked_and_gave_back():
 
 
 def test_a_logged_answer_is_no_part_of_the_group_where_it_is_replayed():
-    chat, answer = [said("user", "One")], said("assistant", "Two")
+    chat, answer = [turn("user", "One")], turn("assistant", "Two")
     group = group_of(Prompt(messages=chat))
     assert group_of(Prompt(messages=[*chat, answer])) != group
     assert group_of(Prompt(messages=[*chat, answer]), replay=True) == group
@@ -378,7 +378,7 @@ def test_large_files_are_hashed_in_places_their_ends_among_them(tmp_path, monkey
 
 
 def test_versions_and_processor_are_known_here():
-    found = provenance.versions()
-    assert set(found) == {"headrift", "python", "vllm", "torch", "transformers", "numba"}
-    assert None not in found.values()
+    result = provenance.versions()
+    assert set(result) == {"headrift", "python", "vllm", "torch", "transformers", "numba"}
+    assert None not in result.values()
     assert provenance.processor()[0]

@@ -227,7 +227,7 @@ ANY_JSON = st.recursive(
 KEYS = ("id", "prompt", "system", "response", "label", "category", "messages", "tools")
 ANY_ROW = st.dictionaries(st.sampled_from(KEYS), ANY_JSON | st.just("attack"), max_size=5)
 NEARLY = st.builds(
-    lambda row, cut, rubbish: json.dumps(row).encode()[:cut] + rubbish,
+    lambda row, cut, malformed: json.dumps(row).encode()[:cut] + malformed,
     ANY_ROW,
     st.integers(1, 100),
     st.sampled_from([b"", b"", b"\xff", b"\0", b"}", b"\\ud800"]),
@@ -241,16 +241,16 @@ def test_whatever_the_bytes_each_line_is_one_row_or_one_bad_row_or_skipped(lines
     content = end.join(lines)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
-        found = rows_of(path, content)
-        assert count_rows(path) == len(found)
+        result = rows_of(path, content)
+        assert count_rows(path) == len(result)
     physical = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     kept = [
         n
         for n, line in enumerate(physical, 1)
         if line.strip() and not (name == "x.txt" and line.strip().startswith(b"#"))
     ]
-    assert [row.row for row in found] == kept
-    for row in found:
+    assert [row.row for row in result] == kept
+    for row in result:
         assert isinstance(row, Row | BadRow)
         texts = [row.id, row.source]
         if isinstance(row, BadRow):

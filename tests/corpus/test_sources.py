@@ -146,10 +146,10 @@ def test_compressed_files_are_read_as_they_are_plain(tmp_path, kind, compress):
     suffix = {gzip.compress: "gz", zstd: "zst"}[compress]
     (tmp_path / f"x.{kind}").write_bytes(plain[kind])
     (tmp_path / f"x.{kind}.{suffix}").write_bytes(compress(plain[kind]))
-    found, wanted = read(tmp_path / f"x.{kind}.{suffix}"), read(tmp_path / f"x.{kind}")
-    assert [row.prompt for row in found] == [row.prompt for row in wanted]
-    assert [row.id for row in found] == [row.id for row in wanted]
-    assert len(found) == 5000
+    result, expected = read(tmp_path / f"x.{kind}.{suffix}"), read(tmp_path / f"x.{kind}")
+    assert [row.prompt for row in result] == [row.prompt for row in expected]
+    assert [row.id for row in result] == [row.id for row in expected]
+    assert len(result) == 5000
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, zstd], ids=["gz", "zst"])

@@ -97,16 +97,16 @@ def test_categories():
         make_record(3, "attack", 0.2, category="b"),
         make_record(4, None, 0.3),
     )
-    found = summary.by_category()
-    assert list(found) == [("attack", "b"), ("benign", "hard"), ("unlabelled", "")]
-    np.testing.assert_array_equal(found["attack", "b"], [np.nan, 0.2])
+    result = summary.by_category()
+    assert list(result) == [("attack", "b"), ("benign", "hard"), ("unlabelled", "")]
+    np.testing.assert_array_equal(result["attack", "b"], [np.nan, 0.2])
 
 
 def test_more_categories_than_can_be_told_apart_do_not_fill_the_memory():
     rows = [make_record(n, "benign", 0.1, category=f"{'hard_' if n % 2 else ''}{n}") for n in range(1500)]
-    found = summary_of(*rows).by_category()
-    assert len(found) <= 1002
-    assert len(found["benign", "(other)"]) + len(found["benign", "hard (other)"]) > 400
+    result = summary_of(*rows).by_category()
+    assert len(result) <= 1002
+    assert len(result["benign", "(other)"]) + len(result["benign", "hard (other)"]) > 400
 
 
 def test_a_score_of_zero_is_a_score():
@@ -122,14 +122,14 @@ def test_each_measure_is_compared_with_all_benign_and_without_the_hard():
         attack = [record["label"] == "attack" for record in rows]
         scores = [-9.0 if record["score"] is None else record["score"] for record in rows]
         assert comparison.measures[SCORE].auroc == pytest.approx(roc_auc_score(attack, scores))
-        there = [record for record in rows if record["score"] is not None]
-        common = roc_auc_score([r["label"] == "attack" for r in there], [r["score"] for r in there])
+        valid = [record for record in rows if record["score"] is not None]
+        common = roc_auc_score([r["label"] == "attack" for r in valid], [r["score"] for r in valid])
         assert comparison.measures[SCORED].auroc == pytest.approx(common)
         for name, column in columns.items():
-            wanted = roc_auc_score(attack, [record[column] for record in rows])
-            assert comparison.measures[name].auroc == pytest.approx(wanted)
-        for of in comparison.measures.values():
-            assert of.auroc_interval[0] < of.auroc < of.auroc_interval[1]
+            expected = roc_auc_score(attack, [record[column] for record in rows])
+            assert comparison.measures[name].auroc == pytest.approx(expected)
+        for values in comparison.measures.values():
+            assert values.auroc_interval[0] < values.auroc < values.auroc_interval[1]
 
 
 def test_no_second_comparison_where_all_or_none_are_hard():
@@ -141,16 +141,16 @@ def test_no_second_comparison_where_all_or_none_are_hard():
 
 
 def test_a_measure_without_both_classes_among_scored_rows_is_left_out():
-    (found,) = summary_of(make_record(1, "attack", None), make_record(2, "benign", 0.1)).comparisons()
-    assert list(found.measures) == [SCORE, "prompt length", "answer length", "number of steps"]
+    (result,) = summary_of(make_record(1, "attack", None), make_record(2, "benign", 0.1)).comparisons()
+    assert list(result.measures) == [SCORE, "prompt length", "answer length", "number of steps"]
 
 
 def test_repeats_count_once_and_another_system_prompt_or_label_is_no_repeat():
     rows = [make_record(1, "attack", 0.3), make_record(2, "benign", 0.1), make_record(3, "benign", 0.4)]
 
     def sizes(*records: dict) -> tuple[int, int]:
-        (found,) = summary_of(*records).comparisons()
-        return found.n_attack, found.n_benign
+        (result,) = summary_of(*records).comparisons()
+        return result.n_attack, result.n_benign
 
     (often,) = summary_of(*rows, *[rows[2]] * 5, *[rows[0]] * 2).comparisons()
     (once,) = summary_of(*rows).comparisons()
@@ -213,29 +213,29 @@ def test_of_a_folder_is_of_all_its_parts_and_rejects(tmp_path):
     pq.write_table(pa.Table.from_pylist(records[:70], SCHEMA), tmp_path / "part-00000.parquet")
     pq.write_table(pa.Table.from_pylist(records[70:], SCHEMA), tmp_path / "part-00001.parquet")
     pq.write_table(pa.table({"reason": ["bad_json", "bad_csv", "bad_json"]}), tmp_path / "rejects-00001.parquet")
-    found, wanted = Summary.of_folder(tmp_path, 12), summary_of(*records)
-    wanted.reject("bad_json", 2)
-    wanted.reject("bad_csv")
-    assert found.counts() == wanted.counts()
-    for name, of in wanted.by_class().items():
-        assert found.by_class()[name] == pytest.approx(of)
-    assert [c.numbers() for c in found.comparisons()] == [c.numbers() for c in wanted.comparisons()]
+    result, expected = Summary.of_folder(tmp_path, 12), summary_of(*records)
+    expected.reject("bad_json", 2)
+    expected.reject("bad_csv")
+    assert result.counts() == expected.counts()
+    for name, values in expected.by_class().items():
+        assert result.by_class()[name] == pytest.approx(values)
+    assert [c.numbers() for c in result.comparisons()] == [c.numbers() for c in expected.comparisons()]
 
 
 def test_of_very_many_rows_some_are_kept_and_counts_are_of_all(monkeypatch):
     records = many(2000)
     exact = summary_of(*records)
     monkeypatch.setattr(summaries, "_MAX_OF_CLASS", 300)
-    found = summary_of(*records)
-    assert (exact.sampled, found.sampled) == ("", ", from 300 rows per class")
-    assert found.counts() == exact.counts()
-    for name, of in exact.by_class().items():
-        kept = found.by_class()[name]
-        assert {**kept, "median": None} == {**of, "median": None}
+    result = summary_of(*records)
+    assert (exact.sampled, result.sampled) == ("", ", from 300 rows per class")
+    assert result.counts() == exact.counts()
+    for name, values in exact.by_class().items():
+        kept = result.by_class()[name]
+        assert {**kept, "median": None} == {**values, "median": None}
         # The median of 300 draws from a normal distribution of deviation 0.03 has a standard error of 0.0022.
-        assert kept["median"] == pytest.approx(of["median"], abs=0.01)
-    assert sum(len(scores) for scores in found.by_category().values()) == 600
-    (comparison, _), (whole, _) = found.comparisons(), exact.comparisons()
+        assert kept["median"] == pytest.approx(values["median"], abs=0.01)
+    assert sum(len(scores) for scores in result.by_category().values()) == 600
+    (comparison, _), (whole, _) = result.comparisons(), exact.comparisons()
     assert (comparison.n_attack, comparison.n_benign) == (300, 300)
     # Standard error of an AUROC near 0.65 with 300 against 300: 0.022.
     assert comparison.measures[SCORE].auroc == pytest.approx(whole.measures[SCORE].auroc, abs=0.1)
@@ -244,5 +244,5 @@ def test_of_very_many_rows_some_are_kept_and_counts_are_of_all(monkeypatch):
 def test_repeats_do_not_crowd_out_other_prompts(monkeypatch):
     monkeypatch.setattr(summaries, "_MAX_OF_CLASS", 50)
     often = [make_record(1, "attack", 0.3)] * 500 + [make_record(n, "attack", 0.2) for n in range(2, 30)]
-    (found,) = summary_of(*often, make_record(99, "benign", 0.1)).comparisons()
-    assert (found.n_attack, found.n_benign) == (29, 1)
+    (result,) = summary_of(*often, make_record(99, "benign", 0.1)).comparisons()
+    assert (result.n_attack, result.n_benign) == (29, 1)

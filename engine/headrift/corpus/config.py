@@ -29,20 +29,15 @@ _OPTIONS = {"columns": "column", "regions": "region", "fail_terms": "fail-term"}
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which rows of the input a run takes. The rows of all inputs, good and bad, are numbered through from 0.
+    """Which rows of the input a run takes; first `sample`, then `shard`, then `limit` applies. None: all rows.
 
-    Rows that are taken are numbered again, and shard k consists of [k * size, (k + 1) * size) of these.
-
-    Attributes, applied in this order (None: all rows):
-        sample: This many of the whole input, drawn with `seed`.
-        shard: (i, n) takes every n-th row from the i-th, counted from 1.
-        limit: The first rows.
+    The rows that are taken are numbered from 0. Shard k of the output is [k * size, (k + 1) * size) of these.
     """
 
-    limit: int | None = None
-    sample: int | None = None
+    limit: int | None = None  # the first rows
+    sample: int | None = None  # this many of the whole input, drawn with `seed`
     seed: int = 0
-    shard: tuple[int, int] | None = None
+    shard: tuple[int, int] | None = None  # (i, n): every n-th row from the i-th, counted from 1
 
     @property
     def max_read(self) -> int | None:
@@ -91,45 +86,31 @@ def rows_per_shard(rows: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ScoreConfig:
-    """Options of `headrift score`. ValueError if they contradict each other.
-
-    Attributes:
-        labels: One per input.
-        save: What the parts have besides the usual columns (see `parts.part_schema`).
-        regions: Names that rows with token ids may use besides system, user, tool and bos.
-        redact: Write no prompt and no answer anywhere.
-        columns: The inputs' own names for keys of a row.
-        compile: Use torch.compile on a CPU too.
-        engine: "local", or "ray" for engines on a Ray cluster.
-        workers: Number of engines on the cluster; None for what suits it.
-        calibration: What judges the scores, in its window and layers (see `range_options`).
-        calibration_anyway: Use the calibration also if it is for another model.
-        score_range: Made from window and drops.
-    """
+    """Options of `headrift score`. ValueError if they contradict each other."""
 
     inputs: tuple[str, ...]
     model: Path
     out: Path
-    labels: tuple[str, ...] | None = None
+    labels: tuple[str, ...] | None = None  # one per input
     system_prompt: str | None = None
     steps: int = STEPS
     window: str | None = None
     drop_shallow: float = signal.DROP_SHALLOW
     drop_deep: float = signal.DROP_DEEP
     replay: bool = False
-    save: tuple[str, ...] = ()
-    regions: tuple[str, ...] = ()
+    save: tuple[str, ...] = ()  # see `parts.part_schema`
+    regions: tuple[str, ...] = ()  # names that rows with token ids may use besides system, user, tool and bos
     logit_stats: bool = False
-    redact: bool = False
+    redact: bool = False  # write no prompt and no answer anywhere
     selection: Selection = field(default_factory=Selection)
-    columns: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[str, str] = field(default_factory=dict)  # the inputs' own names for keys of a row
     dtype: str = "auto"
     attention_backend: str = "auto"
-    compile: bool = False
-    engine: str = "local"
-    workers: int | None = None
-    calibration: Calibration | None = None
-    calibration_anyway: bool = False
+    compile: bool = False  # with torch.compile on a CPU too
+    engine: str = "local"  # or ray
+    workers: int | None = None  # engines on the Ray cluster; None for what suits it
+    calibration: Calibration | None = None  # what judges the scores, in its window and layers
+    calibration_anyway: bool = False  # also if it is for another model
     score_range: ScoreRange = field(init=False)
 
     def __post_init__(self) -> None:

@@ -172,38 +172,21 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class GatedClass:
-    """What a gate did to a class of rows; the rates are of distinct prompts (at most 20,000, sampled).
-
-    Attributes:
-        rows, rows_blocked: All rows, and the blocked ones.
-        tokens: Decoded answer tokens.
-        blocked: Blocked prompts.
-        leaked: Answers with a fail term; None if there are no fail terms.
-        leaked_ungated: The same without the gate; None unless compared.
-        prevented: Blocked answers that would have had a fail term; None unless compared.
-    """
+    """What a gate did to a class of rows; the rates are of distinct prompts (at most 20,000, sampled)."""
 
     rows: int
     rows_blocked: int
-    tokens: int
+    tokens: int  # decoded for answers
     blocked: Rate
-    leaked: Rate | None
-    leaked_ungated: Rate | None
-    prevented: Rate | None
+    leaked: Rate | None  # answers with a fail term; None without fail terms
+    leaked_ungated: Rate | None  # the same without the gate; None unless compared
+    prevented: Rate | None  # blocked answers that would have had a fail term; None unless compared
 
 
 class GateSummary:
     """What was blocked of each class, and how many answers had a fail term, from all files in a folder.
 
-    Args:
-        folder: The run's folder.
-        last_step: The window's last step.
-        calibration: The one that the parts were written with.
-        compared: Whether the parts have a column leaked_ungated.
-
-    Attributes:
-        counts: The summary of rows scored and rejected.
-        classes: By class: attack, benign, unlabelled.
+    `compared` tells whether the parts have a column leaked_ungated.
     """
 
     def __init__(self, folder: Path, last_step: int, calibration: Calibration, *, compared: bool) -> None:

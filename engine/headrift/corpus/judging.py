@@ -78,19 +78,13 @@ def particulars(calibration: Calibration, differs: list[str]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Flagged:
-    """How many rows, and how many distinct prompts, of a class are flagged.
-
-    Attributes:
-        rows, flagged: All rows, and the flagged ones.
-        prompts, prompts_flagged: Distinct prompts (at most 20,000, sampled), and the flagged ones.
-        interval: Exact 95% interval of the prompts' rate.
-    """
+    """How many rows, and how many distinct prompts, of a class are flagged."""
 
     rows: int
     flagged: int
-    prompts: int
+    prompts: int  # distinct ones, at most 20,000, sampled
     prompts_flagged: int
-    interval: tuple[float, float]
+    interval: tuple[float, float]  # exact, 95%, of the prompts' rate
 
     @property
     def rate(self) -> float:
@@ -100,11 +94,6 @@ class Flagged:
 
 class Judged:
     """What a calibration says of the rows in a folder's parts, which have its columns.
-
-    Args:
-        folder: The run's folder.
-        calibration: The one that the parts were written with.
-        prompt_scores: See `Summary.prompt_scores`.
 
     Attributes:
         flagged: Counts by class.

@@ -44,14 +44,9 @@ _PARQUET_BATCH = 64  # records of a Parquet file in memory at a time
 
 
 class Reader:
-    """Reads rows of sources.
+    """Reads rows of sources; `columns` has the files' own names for keys of a row.
 
-    Args:
-        sources: The files.
-        columns: The files' own names for keys of a row.
-
-    Raises:
-        InputError: A file cannot be used at all. (OSError, later, if one cannot be read any further.)
+    InputError if a file cannot be used at all; OSError, later, if one cannot be read any further.
     """
 
     def __init__(self, sources: Sequence[Source], columns: Mapping[str, str] | None = None) -> None:
@@ -74,12 +69,7 @@ class Reader:
         return self._formats[source].count(limit)
 
     def rows(self, selected: Iterator[bool] | None = None, take_id: TakeId | None = None) -> Iterator[Row | BadRow]:
-        """Read the rows in order.
-
-        Args:
-            selected: For each row whether to read it; reading ends with it. None for all rows.
-            take_id: See `rows.make_row`.
-        """
+        """Read the rows in order; `selected` tells of each row whether to read it, and ends the reading."""
         for source, file in self._formats.items():
             for number, record in file.records_until_damage():
                 if selected is not None:
@@ -98,17 +88,9 @@ class Reader:
 
 
 def read_fields(source: Source, keys: Mapping[str, str]) -> Iterator[tuple[int, Fields]]:
-    """Read a file of other rows than prompts.
+    """Read a file of other rows than prompts: each record's number, and its fields or why they cannot be read.
 
-    Args:
-        source: The file.
-        keys: The key of each column or name that is read.
-
-    Yields:
-        Each record's number, and its fields by key or why they cannot be read.
-
-    Raises:
-        InputError: The file cannot be opened.
+    `keys` has the key of each name or column that is read. InputError if the file cannot be opened.
     """
     try:
         source.open().close()

@@ -67,21 +67,12 @@ REASONS = {
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row to score.
+    """A row to score."""
 
-    Attributes:
-        source: The file, as it was named.
-        row: Its number in the file, from 1.
-        id: The id that it brought, or `<stem>:<row>`.
-        label: One of LABELS, or None.
-        category: Any text, or None.
-        prompt: What is scored.
-    """
-
-    source: str
-    row: int
-    id: str
-    label: str | None
+    source: str  # the file, as it was named
+    row: int  # its number in the file, from 1
+    id: str  # its own, or `<stem>:<row>`
+    label: str | None  # of LABELS
     category: str | None
     prompt: Prompt
 
@@ -126,16 +117,7 @@ TakeId = Callable[[str], bool]
 def make_row(
     source: str, number: int, name: str, label: str | None, fields: Fields, take_id: TakeId | None = None
 ) -> Row | BadRow:
-    """Make a row of its fields.
-
-    Args:
-        source: The file's name.
-        number: The row's number in the file, from 1.
-        name: Id of a row that brings none.
-        label: Label of a row that brings none.
-        fields: Values by key, None being the same as nothing; or why they cannot be read.
-        take_id: See TakeId; None if ids may repeat.
-    """
+    """Make a row of its fields, of which None is the same as nothing; `name` and `label` are for rows without one."""
     own_id = None
     try:
         if isinstance(fields, RowError):
@@ -259,15 +241,9 @@ def _list_keys(keys: Iterable[str], word: str) -> str:
 def group_of(prompt: Prompt, *, replay: bool = False) -> str:
     """Hash a prompt without its system prompt, case, spacing and Unicode form.
 
-    The hash is of the prompt's text, of all messages after the leading system ones (roles, texts, tool calls without
-    their ids), or of the token ids outside the system region.
-
-    Args:
-        prompt: The prompt.
-        replay: Leave out a last assistant message that is the logged answer.
-
-    Returns:
-        16 hex digits.
+    The hash, 16 hex digits, is of the prompt's text, of all messages after the leading system ones (roles, texts, tool
+    calls without their ids), or of the token ids outside the system region. `replay` leaves out a last assistant
+    message that is the logged answer.
     """
     if prompt.token_ids is not None:
         start, end = prompt.regions.get("system", (0, 0))

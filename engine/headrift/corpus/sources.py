@@ -28,27 +28,16 @@ class InputError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An input file.
+    """An input file."""
 
-    Attributes:
-        name: The file as the parts name it.
-        path: Its path in `filesystem`.
-        kind: One of KINDS.
-        compression: "gzip", "zstd" or None.
-        label: Label of rows that bring none.
-        partition: Keys of rows with their values, from folders called key=value.
-        filesystem: Of fsspec; None for this machine.
-        stem: What ids of rows that bring none begin with.
-    """
-
-    name: str
-    path: str
-    kind: str
-    compression: str | None = None
-    label: str | None = None
-    partition: tuple[tuple[str, str], ...] = ()
-    filesystem: Any = None
-    stem: str = ""
+    name: str  # as the parts name it
+    path: str  # in `filesystem`
+    kind: str  # of KINDS
+    compression: str | None = None  # gzip or zstd
+    label: str | None = None  # of rows that bring none
+    partition: tuple[tuple[str, str], ...] = ()  # keys and values of its rows, from folders called key=value
+    filesystem: Any = None  # of fsspec; None for this machine
+    stem: str = ""  # what ids of rows that bring none begin with
 
     def open(self) -> IO[bytes]:
         """Open the file's bytes as they are."""
@@ -84,13 +73,7 @@ def find(
 ) -> list[Source]:
     """Find the files of the inputs; those of one input are in the order of their names.
 
-    Args:
-        inputs: Files, globs, folders or URLs.
-        labels: One per input.
-        columns: The files' own names for keys of a row.
-
-    Raises:
-        InputError: An input or a label cannot be used.
+    `columns` has the files' own names for keys of a row. InputError if an input or a label cannot be used.
     """
     if not inputs:
         raise InputError("no input file: name at least one .txt, .jsonl, .csv or .parquet file")

@@ -281,14 +281,7 @@ class Summary:
         return Comparison(title, n_attack, n_benign, measures)
 
     def print(self, console: Console, *, rows: int, start_seconds: float, score_seconds: float) -> None:
-        """Print the tables.
-
-        Args:
-            console: Where to.
-            rows: How many rows the engine answered this time.
-            start_seconds: What starting it took.
-            score_seconds: What answering took.
-        """
+        """Print the tables. `rows` is how many the engine answered this time; starting and answering took seconds."""
         self.print_counts(console, rows=rows, start_seconds=start_seconds, score_seconds=score_seconds)
         self._print_comparisons(console)
         if self.judged is not None:

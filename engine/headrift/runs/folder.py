@@ -65,11 +65,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def new_folder(out: Path) -> None:
-    """Make an output folder with its parents; one that exists must be empty.
-
-    Raises:
-        JobError: The folder is not empty, or cannot be made or written to.
-    """
+    """Make an output folder with its parents. JobError if it is not empty, or cannot be made or written to."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         names = [path.name for path in out.iterdir()]
@@ -85,12 +81,7 @@ def new_folder(out: Path) -> None:
 
 
 def can_resume(out: Path, marker: str, *, resume: bool) -> bool:
-    """Tell whether the output folder has a job to resume; if not, make the folder (see `new_folder`).
-
-    Args:
-        out: The output folder.
-        marker: Name of the file that every folder with a job has.
-        resume: Whether a job may be resumed.
+    """Tell whether the output folder has a job to resume: the file `marker`. If not, make the folder.
 
     Raises:
         JobError: There is a job and `resume` is false, or `new_folder` refuses.

@@ -132,13 +132,8 @@ def record(row: Mapping[str, Any], result: ScoreResult) -> Record:
 class ShardFiles:
     """Writes a shard's rows to part-<number>.parquet and rejects-<number>.parquet; a file without rows is left out.
 
-    Until `publish` nothing has these names; `discard` drops what was added. OSError if the disk fails.
-
-    Args:
-        folder: Output folder, which exists.
-        number: The shard's number.
-        schema: Columns of the records (see `part_schema`).
-        complete: Adds columns to a batch before it is written.
+    Until `publish` nothing has these names; `discard` drops what was added. `complete` adds columns to a batch before
+    it is written. OSError if the disk fails.
     """
 
     def __init__(self, folder: Path, number: int, schema: pa.Schema, complete: Complete = lambda batch: batch) -> None:

@@ -52,25 +52,15 @@ class ModelIdentity(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class ScoreRun:
-    """A run of `headrift score`.
+    """A run of `headrift score`. `batches` reads the rows with these columns, without those that the run lacks."""
 
-    Attributes:
-        name: The folder, as it was given.
-        model: What the scores depend on.
-        steps: The last recorded step.
-        score_range: The window and layers that were scored.
-        replay: Whether logged answers were scored.
-        batches: Reads the rows with these columns, without those that the run does not have.
-        about: All of run.json.
-    """
-
-    name: str
+    name: str  # the folder, as it was given
     model: ModelIdentity
-    steps: int
+    steps: int  # the last recorded step
     score_range: ScoreRange
     replay: bool
     batches: Callable[[Sequence[str]], Iterator[pa.RecordBatch]]
-    about: Mapping[str, Any] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)  # run.json
 
     @property
     def folder(self) -> Path:
@@ -81,12 +71,8 @@ class ScoreRun:
 def open_run(folder: Path, *, finished: bool = True) -> ScoreRun:
     """Open a folder that `headrift score` wrote.
 
-    Args:
-        folder: The run's folder.
-        finished: Refuse a run that is not finished.
-
     Raises:
-        RunError: The folder is not such a run, or has no part.
+        RunError: The folder is not such a run, has no part, or is not finished though `finished` is true.
     """
     about = read_json(folder, RUN, "score")
     try:
@@ -115,11 +101,7 @@ def open_run(folder: Path, *, finished: bool = True) -> ScoreRun:
 
 
 def read_json(folder: Path, name: str, command: str) -> dict[str, Any]:
-    """Read the JSON file of a folder that a command wrote.
-
-    Raises:
-        RunError: There is no such file, or it is damaged.
-    """
+    """Read the JSON file of a folder that a command wrote. RunError if it is missing or damaged."""
     path = folder / name
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -146,15 +128,9 @@ def run_status(folder: Path) -> str | None:
 
 
 def read_batches(folder: Path, columns: Sequence[str], batch_rows: int | None = None) -> Iterator[pa.RecordBatch]:
-    """Read these columns of all finished parts in a folder, in order.
+    """Read these columns of all finished parts in a folder, in order, by default in batches of some MB.
 
-    Args:
-        folder: The run's folder.
-        columns: Names; a column that the parts do not have is left out.
-        batch_rows: Rows of a batch; None for some MB.
-
-    Raises:
-        RunError: A part is damaged.
+    Columns that the parts do not have are left out. RunError if a part is damaged.
     """
     if batch_rows is None:
         batch_rows = _BATCH_ROWS_OF_HEADS if _COLUMNS_OF_HEADS & set(columns) else _BATCH_ROWS

@@ -90,11 +90,7 @@ class ResumableParts:
         return pa.concat_tables(tables) if tables else None
 
     def read_summary(self) -> dict[str, Any]:
-        """Read the JSON file.
-
-        Raises:
-            JobError: The file is damaged.
-        """
+        """Read the JSON file. JobError if it is damaged."""
         path = self.out / self._summary
         try:
             summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
