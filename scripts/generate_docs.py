@@ -57,11 +57,14 @@ def signal_table() -> str:
             "each step" if entry.steps else "prompt",
             "yes" if entry.column else "",
             ", ".join(f"`{name}`" for name in entry.saves),
+            {1: "higher", -1: "lower", 0: ""}[entry.direction],
             entry.how,
         )
         for entry in signals()
     ]
-    return table(("name", "signal", "unit", "a number for each", "column", "`--save`", "how"), rows)
+    return table(
+        ("name", "signal", "unit", "a number for each", "column", "`--save`", "expected in attacks", "how"), rows
+    )
 
 
 def table(names: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

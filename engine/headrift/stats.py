@@ -32,15 +32,10 @@ _BLOCK = 4_000_000  # numbers held at once: with float64, 32 MB
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A number with its 95% interval.
+    """A number with its 95% interval."""
 
-    Attributes:
-        value: the estimate itself; NaN if the data does not allow one.
-        low, high: bounds of the interval, both None if there is too little data for one.
-    """
-
-    value: float
-    low: float | None = None
+    value: float  # NaN if the data does not allow one
+    low: float | None = None  # None, as high, if there is too little data for an interval
     high: float | None = None
 
     @classmethod
@@ -60,13 +55,9 @@ class Interval:
         """(low, high), as JSON files keep it, or None."""
         return None if self.low is None or self.high is None else (self.low, self.high)
 
-    def side(self, number: float) -> Literal[1, -1] | None:
-        """1 if the whole interval is above a number, -1 if it is below, None if it includes it or is not known."""
-        return side(self.bounds, number)
-
 
 def side(bounds: Bounds | None, number: float) -> Literal[1, -1] | None:
-    """1 if both bounds are above a number, -1 if both are below, None otherwise."""
+    """1 if the whole interval is above a number, -1 if it is below, None if it includes it or is not known."""
     if bounds is None:
         return None
     return 1 if bounds[0] > number else -1 if bounds[1] < number else None

@@ -34,7 +34,6 @@ GINI = Signal(
     how="of the shares of a layer's heads, mean over steps and layers",
     value=lambda data: data.score(by_layer(data)),
     steps=lambda data: data.layer_mean(by_layer(data)),
-    steps_how="mean over the scored layers",
     column=True,
     saves=("shares",),
     direction=1,

@@ -14,6 +14,7 @@ from headrift.stats import (
     percentile_bands,
     percentile_bounds,
     separation,
+    side,
 )
 
 
@@ -144,9 +145,9 @@ def test_an_interval_is_of_the_draws_and_left_out_for_a_handful(drawn):
     result = Interval.from_draws(draws, 15)
     assert result.value == draws[0] == pytest.approx(values[positive].mean())
     assert result.bounds == pytest.approx(tuple(np.percentile(draws[1:], [2.5, 97.5])))
-    assert result.side(-1) == 1
-    assert result.side(100) == -1
-    assert result.side(result.value) is None
+    assert side(result.bounds, -1) == 1
+    assert side(result.bounds, 100) == -1
+    assert side(result.bounds, result.value) is None
     assert Interval.from_draws(draws, 9).bounds is None
     assert Interval.from_draws(draws[:1]).bounds is None
     draws[1:4] = np.nan

@@ -35,65 +35,42 @@ class Metric(BaseModel, extra="forbid", frozen=True):
 
 
 class ClassCoverage(BaseModel, extra="forbid", frozen=True):
-    """All rows of a class.
-
-    Attributes:
-        rows, distinct: how many rows and distinct prompts.
-        with_score: fraction of the rows that have a score in the window.
-        ended_early: fraction whose answer ended before the window did.
-    """
+    """All rows of a class."""
 
     rows: int
-    distinct: int
-    with_score: float
-    ended_early: float
+    distinct: int  # prompts
+    with_score: float  # fraction of the rows that have a score in the window
+    ended_early: float  # fraction whose answer ended before the window did
 
 
 class ThresholdSetting(BaseModel, extra="forbid", frozen=True):
-    """How the threshold was set.
-
-    Attributes:
-        n: distinct benign prompts in part B.
-        above: how many of them the rule allows at or above the threshold.
-        flagged: how many are.
-        highest_fpr: the rate that is not exceeded with 95% confidence (binomial rule).
-    """
+    """How the threshold was set, and what it promises."""
 
     rule: Rule
     target_fpr: float
     confidence: float | None
-    n: int
-    above: int
-    flagged: int
-    highest_fpr: float
+    n: int  # distinct benign prompts in part B
+    above: int  # how many of them the rule allows at or above the threshold
+    flagged: int  # how many are
+    highest_fpr: float  # not exceeded with 95% confidence (binomial rule)
     promise: str
 
 
 class Traffic(BaseModel, extra="forbid", frozen=True):
-    """The calibration's own benign (or unlabelled) rows as they came, repeats included.
-
-    Attributes:
-        alerts_a_day: from the held-out rate, if all of a day's prompts were benign.
-    """
+    """The calibration's own benign (or unlabelled) rows as they came, repeats included."""
 
     rows: int
     flagged: int
     daily_prompts: int | None
-    alerts_a_day: Metric | None
+    alerts_a_day: Metric | None  # from the held-out rate, if all of a day's prompts were benign
 
 
 class ContaminationCase(BaseModel, extra="forbid", frozen=True):
-    """What follows if a fraction of the prompts are attacks.
+    """What follows if a fraction of the prompts are attacks."""
 
-    Attributes:
-        contamination: that fraction.
-        threshold: the threshold that would keep the target, None if there are too few prompts.
-        lowest_fpr, highest_fpr: bounds of the rate of benign prompts that the threshold that was set flags.
-    """
-
-    contamination: float
-    threshold: float | None
-    lowest_fpr: float
+    contamination: float  # that fraction
+    threshold: float | None  # would keep the target; None if there are too few prompts
+    lowest_fpr: float  # bounds of the rate at the threshold that was set
     highest_fpr: float
 
 
@@ -106,17 +83,11 @@ class CalibrationData(BaseModel, extra="forbid", frozen=True):
 
 
 class ReferenceScores(BaseModel, extra="forbid", frozen=True):
-    """What p-values need of n benign scores, those of part B.
+    """What p-values need of n benign scores, those of part B."""
 
-    Attributes:
-        n: number of scores, missing ones included.
-        values: ascending.
-        at_or_above, above: how many scores are at or above, and above, each value.
-    """
-
-    n: int
-    values: list[float]
-    at_or_above: list[int]
+    n: int  # missing scores included
+    values: list[float]  # ascending
+    at_or_above: list[int]  # how many scores are at or above each value
     above: list[int]
 
     @classmethod
@@ -164,17 +135,11 @@ class Verdicts:
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """How far benign scores have moved since the calibration.
+    """How far benign scores have moved since the calibration."""
 
-    Attributes:
-        distance: the largest distance between the two distributions (Kolmogorov-Smirnov), 0 to 1.
-        p_value: chance of such a distance if the distributions were the same.
-        warning: what to say if the calibration no longer fits, else None.
-    """
-
-    distance: float
-    p_value: float
-    warning: str | None
+    distance: float  # between the two distributions (Kolmogorov-Smirnov), 0 to 1
+    p_value: float  # chance of such a distance if the distributions were the same
+    warning: str | None  # if the calibration no longer fits
 
 
 class Calibration(BaseModel, extra="forbid", frozen=True):

@@ -30,16 +30,11 @@ Say: TypeAlias = Callable[[str], None]
 
 
 def calibrate(runs: Sequence[ScoreRun], config: CalibrateConfig, say: Say = lambda text: None) -> Calibration:
-    """Choose window and layers, set the threshold, and measure how well it does.
-
-    Args:
-        runs: finished runs of one model.
-        config: what is to be done.
-        say: is given the name of each stage.
+    """Choose window and layers, set the threshold, and measure how well it does; `say` is given each stage's name.
 
     Raises:
         CalibrationError: The runs do not allow it, or not these options.
-        RunError: The runs cannot be read, or not together.
+        RunError: The runs cannot be read, or are not of one model.
     """
     check_alike(runs)
     steps, n_layers = min(run.steps for run in runs), runs[0].model.layers

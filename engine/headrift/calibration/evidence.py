@@ -62,21 +62,13 @@ _CONTAMINATIONS = (0.0, 0.001, 0.01, 0.05, 0.1)
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What was chosen, and how it does.
-
-    Attributes:
-        score_range: the window and layers.
-        metrics: held-out metrics by name.
-        scores: [rows] of all rows, NaN for none.
-        own_range, own_scores: if the runs have one range of their own and another was chosen, that one with the scores
-            of all samples.
-    """
+    """What was chosen, and how it does."""
 
     score_range: ScoreRange
-    metrics: Mapping[str, Metric]
-    scores: Floats
-    own_range: ScoreRange | None = None
-    own_scores: Floats | None = None
+    metrics: Mapping[str, Metric]  # held out
+    scores: Floats  # of all rows, NaN for none
+    own_range: ScoreRange | None = None  # the runs' own, if it is one and another was chosen
+    own_scores: Floats | None = None  # of all samples in it
 
 
 def held_out(
@@ -84,12 +76,7 @@ def held_out(
 ) -> dict[str, float]:
     """The held-out metrics of a fold, NaN for those that the data does not allow.
 
-    Args:
-        samples: all samples.
-        scores: [samples] in the range chosen without the fold.
-        times: [samples] how often each counts.
-        fold: its number.
-        target, rule: of the threshold.
+    scores: [samples] in the range chosen without the fold; times: [samples] how often each counts.
     """
     metrics = dict.fromkeys(HELD_OUT, np.nan)
     inside = (samples.fold == fold) & (times > 0)
@@ -181,7 +168,7 @@ def _bounds(drawn: list[float], samples: CalibrationSamples) -> Bounds | None:
 
 
 def threshold_setting(config: CalibrateConfig, part_b: Floats, cut: float, above: int) -> ThresholdSetting:
-    """How the threshold was set on part B's scores, and what it promises."""
+    """How the threshold was set on part B's scores."""
     rate = f"{config.target_fpr:.3g}"
     promises = {
         Rule.BINOMIAL: f"false positive rate at most {rate} with {CONFIDENCE:.0%} confidence",
@@ -313,13 +300,7 @@ def notes(
     others: Mapping[str, Metric],
     config: CalibrateConfig,
 ) -> list[str]:
-    """What a reader must know, one statement each.
-
-    Args:
-        runs, rows, division, choice, config: what the calibration was made from.
-        shown: the metrics of `figures`.
-        others: those of `confounds`.
-    """
+    """What a reader must know, one statement each; shown: the metrics of `figures`, others: of `confounds`."""
     samples, alone = division.samples, config.benign_only
     attack, benign = rows.label == ATTACK, rows.label == BENIGN
     unlabelled = int((rows.label == UNLABELLED).sum())

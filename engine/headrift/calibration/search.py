@@ -79,14 +79,7 @@ class SumTable:
 
 
 class Search:
-    """All candidates' binned scores of the rows that choose.
-
-    Args:
-        sums: of these rows, each taken for a sample of its own.
-        candidates: what there is to choose from.
-        attack, fold: of each row.
-        n_folds: number of folds.
-    """
+    """All candidates' binned scores of the rows that choose, each row taken for a sample of its own."""
 
     def __init__(
         self, sums: SumTable, candidates: Sequence[ScoreRange], attack: Bools, fold: Ints, n_folds: int
@@ -107,13 +100,9 @@ class Search:
         self._n_folds = n_folds
 
     def aurocs(self, weights: Ints) -> Floats:
-        """Each candidate's AUROC, no score lowest, on the rows outside each fold and on all of them.
+        """Each candidate's AUROC, no score lowest, outside each fold and on all rows [candidates, folds + 1].
 
-        Args:
-            weights: [rows] how often each counts.
-
-        Returns:
-            [candidates, folds + 1], 0.5 if a class has no rows.
+        weights: [rows] how often each counts. 0.5 if a class has no rows.
         """
         aurocs = np.empty((len(self.candidates), self._n_folds + 1))
         ordered = weights[self._order]

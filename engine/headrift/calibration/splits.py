@@ -31,54 +31,31 @@ _MOST_SETS = 20
 
 @dataclass(frozen=True, slots=True)
 class CalibrationSamples:
-    """Samples of a calibration, in the order of their rows; arrays are [samples].
+    """Samples of a calibration, in the order of their rows; arrays are [samples]."""
 
-    Attributes:
-        row: number of the row that stands for the sample.
-        attack: whether it is an attack.
-        group: number of its group.
-        repeats: how many rows it stands for.
-        fold: the fold that it is held out in, from 0.
-        chooses: whether it chooses window and layers (part A, and attacks).
-        sets: whether it sets the threshold (part B).
-        n_folds: number of folds.
-    """
-
-    row: Ints
+    row: Ints  # number of the row that stands for the sample
     attack: Bools
     group: Ints
-    repeats: Ints
-    fold: Ints
-    chooses: Bools
-    sets: Bools
+    repeats: Ints  # how many rows it stands for
+    fold: Ints  # that it is held out in, from 0
+    chooses: Bools  # window and layers (part A, and attacks)
+    sets: Bools  # the threshold (part B)
     n_folds: int
 
 
 @dataclass(frozen=True, slots=True)
 class Division:
-    """How prompts are divided.
+    """How prompts are divided."""
 
-    Attributes:
-        samples: what is cross-validated.
-        part_b: numbers of the rows of all of part B.
-        n_attack, n_benign: all samples of a class.
-        cross_validated: whether B is large enough in every fold to set a threshold there.
-    """
-
-    samples: CalibrationSamples
-    part_b: Ints
-    n_attack: int
+    samples: CalibrationSamples  # what is cross-validated
+    part_b: Ints  # numbers of the rows of all of part B
+    n_attack: int  # all samples of the class
     n_benign: int
-    cross_validated: bool
+    cross_validated: bool  # whether B is large enough in every fold to set a threshold there
 
 
 def divide(rows: Rows, config: CalibrateConfig, n_candidates: int) -> Division:
-    """Divide rows into samples and their parts.
-
-    Args:
-        rows: of all runs.
-        config: what the calibration is to be.
-        n_candidates: number of windows and trims to choose from.
+    """Divide rows into samples and their parts; n_candidates windows and trims are there to choose from.
 
     Raises:
         CalibrationError: There are too few samples; the message says how many are needed.
@@ -166,29 +143,18 @@ def _check_enough(n_attack: int, n_benign: int, need: int, config: CalibrateConf
 
 @dataclass(frozen=True, slots=True)
 class ComparisonSamples:
-    """Attacks and benign prompts that are compared, in the order of their rows; arrays are [samples].
+    """Attacks and benign prompts that are compared, in the order of their rows; arrays are [samples]."""
 
-    Attributes:
-        row: number of the row over all runs.
-        attack: whether it is an attack.
-        group, fold: numbers of its group and fold, from 0.
-        n_folds: number of folds.
-        set: number of its run and system prompt, whose names are `sets`; -1 beyond the largest 20.
-        category: "" for none.
-        counts: as in `Rows`.
-        n_distinct: of attacks and benign prompts, how many there were to draw from.
-    """
-
-    row: Ints
+    row: Ints  # number of the row over all runs
     attack: Bools
     group: Ints
     fold: Ints
     n_folds: int
-    set: Ints
-    sets: list[str]
-    category: NDArray[np.str_]
-    counts: dict[str, NDArray[np.int32]]
-    n_distinct: tuple[int, int]
+    set: Ints  # number of its run and system prompt, -1 beyond the largest 20
+    sets: list[str]  # their names
+    category: NDArray[np.str_]  # "" for none
+    counts: dict[str, NDArray[np.int32]]  # as in Rows
+    n_distinct: tuple[int, int]  # attacks and benign prompts that there were to draw from
 
     def __len__(self) -> int:
         return len(self.row)
@@ -206,13 +172,8 @@ class ComparisonSamples:
 def take_samples(runs: Sequence[ScoreRun], rows: Rows, seed: int, *, by_run: bool = False) -> ComparisonSamples:
     """The samples to compare, drawn at random if there are more than 10,000 of a class.
 
-    Args:
-        runs, rows: the runs and all their rows.
-        seed: of the draw and the folds.
-        by_run: take the same prompt in two runs for two samples (the runs are of different models).
-
-    Raises:
-        CalibrationError: A class is missing.
+    by_run: take the same prompt in two runs for two samples (the runs are of different models). CalibrationError if a
+    class is missing.
     """
     categories, sets, run = _read_sets(runs)
     key = np.unique(rows.prompt * len(runs) + run, return_inverse=True)[1] if by_run else rows.prompt
@@ -294,10 +255,7 @@ def _distinct(prompt: Ints, mask: Bools, order_of_prompt: Ints) -> _Distinct:
 def assign_folds(attack: Bools, group: Ints, most: int, seed: int) -> tuple[Ints, int]:
     """Each sample's fold, classes spread evenly and groups whole, and the number of folds.
 
-    Args:
-        attack, group: [n] of each sample.
-        most: number of folds; fewer if there are too few groups, and 1 if none can be held out.
-        seed: of the division.
+    That is `most`, fewer if there are too few groups, and 1 if none can be held out.
     """
     from sklearn.model_selection import StratifiedGroupKFold
 

@@ -35,29 +35,15 @@ class Rule(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class CalibrateConfig:
-    """Options of a calibration.
+    """Options of a calibration. CalibrationError if a value is out of range."""
 
-    Attributes:
-        target_fpr: fraction of distinct benign prompts that may be flagged.
-        rule: how the threshold is set.
-        benign_only: use no attacks, and the rows without a label as benign ones.
-        contamination: with benign_only, the fraction of attacks among the prompts to allow for.
-        daily_prompts: prompts a day, to estimate alerts a day.
-        window: use this window and the runs' own layers instead of searching.
-        by_category: keep categories whole in cross-validation.
-        folds, resamples, seed: of cross-validation, bootstrap and random draws.
-
-    Raises:
-        CalibrationError: A value is out of range.
-    """
-
-    target_fpr: float = 0.05
+    target_fpr: float = 0.05  # fraction of distinct benign prompts that may be flagged
     rule: Rule = Rule.BINOMIAL
-    benign_only: bool = False
-    contamination: float = 0.01
-    daily_prompts: int | None = None
-    window: Window | None = None
-    by_category: bool = False
+    benign_only: bool = False  # use no attacks, and the rows without a label as benign ones
+    contamination: float = 0.01  # with benign_only: fraction of attacks among the prompts to allow for
+    daily_prompts: int | None = None  # prompts a day, to estimate alerts a day
+    window: Window | None = None  # use this window and the runs' own layers instead of searching
+    by_category: bool = False  # keep categories whole in cross-validation
     folds: int = 5
     resamples: int = 200
     seed: int = 0
@@ -100,13 +86,8 @@ def allowed(n: int, target: float, rule: Rule) -> int | None:
 def threshold(scores: Floats, times: Ints, target: float, rule: Rule) -> float | None:
     """The threshold from benign scores; None if they are too few or none has a score.
 
-    If so few have a score that all might be flagged, all but the lowest are.
-
-    Args:
-        scores: [n], NaN for none.
-        times: [n] how often each counts.
-        target: the rate that may be flagged.
-        rule: how it is set.
+    Each of scores [n], NaN for none, counts times [n]. If so few have a score that all might be flagged, all but the
+    lowest are.
     """
     k = allowed(int(times.sum()), target, rule)
     counted = times > 0

@@ -11,7 +11,6 @@ from headrift import signal
 from headrift.signals.registry import Array, PromptData, Signal, register
 
 _STD = "std over heads, 0 to 0.5"
-_NO_BOS = "the runs saved no mass with a region `bos`: score with --save mass"
 _NO_MASS = "the runs saved no mass, so focus is known at step 0 only: score with --save mass"
 
 
@@ -52,7 +51,6 @@ for _entry in (
         how="the score: std of the heads' share, mean over steps and layers",
         value=lambda data: data.score(data.instability),
         steps=lambda data: data.layer_mean(data.instability),
-        steps_how="mean over the scored layers",
         direction=1,
     ),
     Signal(
@@ -62,11 +60,8 @@ for _entry in (
         how="the same with BOS a region of its own, share = system / (prompt - BOS)",
         value=lambda data: data.score(data.instability_without_bos),
         steps=lambda data: data.layer_mean(data.instability_without_bos),
-        steps_how="the same with BOS left out",
         saves=("mass",),
         direction=1,
-        absent=_NO_BOS,
-        steps_absent=_NO_BOS,
     ),
     Signal(
         name="system_share",
@@ -75,7 +70,6 @@ for _entry in (
         how="mean over steps, layers and heads",
         value=lambda data: data.over_cells(signal.mean_share, data.share),
         steps=lambda data: data.layer_mean(_share_by_layer(data)),
-        steps_how="mean over the scored layers and all heads",
         column=True,
         saves=("shares",),
         direction=-1,
@@ -88,7 +82,6 @@ for _entry in (
         value=lambda data: data.over_cells(signal.mean_share, data.share_without_bos),
         saves=("mass",),
         direction=-1,
-        absent=_NO_BOS,
     ),
     Signal(
         name="head_agreement",
@@ -107,7 +100,6 @@ for _entry in (
         how="mean over all heads of system / (system + user) at step 0",
         value=_focus,
         steps=_focus_by_step,
-        steps_how="mean over all layers and heads of system / (system + user)",
         column=True,
         saves=("focus",),
         direction=-1,
@@ -122,11 +114,9 @@ for _entry in (
         how="the same over heads chosen without the fold",
         value=_focus_important,
         steps=_focus_important_by_step,
-        steps_how="the same over the important heads, chosen at step 0 without the fold",
         saves=("focus",),
         direction=-1,
         of_chosen_heads=True,
-        absent="the runs saved no focus of single heads: score with --save focus",
         steps_absent=_NO_MASS,
     ),
     Signal(
@@ -136,11 +126,8 @@ for _entry in (
         how="mean over steps",
         value=lambda data: data.window_mean(data.logit_stats.get("entropy")),
         steps=_entropy_by_step,
-        steps_how="of the token that the step chooses",
         column=True,
         saves=("entropy",),
-        absent="the runs recorded no entropy: score with --save entropy (replayed answers have none)",
-        steps_absent="the runs recorded no entropy of each step: score with --save entropy",
     ),
     Signal(
         name="top1",

@@ -112,7 +112,6 @@ class Signal:
         value: the prompt's number, None if the data does not have it; no function for a count that every row has.
         steps: the number at each recorded step [T], None if the data does not have it; no function if the signal has
             no value for each step.
-        steps_how: how the number of a step is computed.
         column: whether `score` writes it to the column of this name.
         compared: whether `calibrate` and `report` compare it with the others.
         saves: what `score --save` must keep so that it can be measured over any window.
@@ -130,7 +129,6 @@ class Signal:
     how: str
     value: Callable[[PromptData], float | None] | None = None
     steps: Callable[[PromptData], Array | None] | None = None
-    steps_how: str = ""
     column: bool = False
     compared: bool = True
     saves: tuple[str, ...] = ()
@@ -142,19 +140,11 @@ class Signal:
     absent: str = ""
     steps_absent: str = ""
 
-    @property
-    def why_absent(self) -> str:
-        """What to say if no prompt of a run has the signal."""
-        return self.absent or self._not_saved(f"the runs have no {self.label}")
-
-    @property
-    def why_no_steps(self) -> str:
-        """What to say if no prompt of a run has the signal step by step."""
-        return self.steps_absent or self._not_saved(f"the runs have no {self.label} of each step")
-
-    def _not_saved(self, otherwise: str) -> str:
-        if not self.saves:
-            return otherwise
+    def why_absent(self, by_step: bool = False) -> str:
+        """What to say if no prompt of a run has the signal, or none has it step by step."""
+        message = self.steps_absent if by_step else self.absent
+        if message or not self.saves:
+            return message or f"the runs have no {self.label}"
         return f"the runs saved no {self.saves[0]}: score with --save {self.saves[0]}"
 
 

@@ -79,10 +79,8 @@ def side_by_side(
     """Compare the signals of runs of one model over a window and layers.
 
     Args:
-        runs: finished runs.
-        score_range: window and layers to compare over.
-        resamples: of whole groups, for the intervals; 0 for none.
-        seed: of all draws.
+        runs, score_range: finished runs, and the window and layers to compare over.
+        resamples, seed: of the bootstrap; 0 resamples for no intervals.
         fail_terms: what tells a successful attack; None if that is not known.
         important_heads: whether to choose heads as Attention Tracker does.
         say: is given the name of each stage.

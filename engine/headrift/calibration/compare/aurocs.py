@@ -62,25 +62,17 @@ class Correlation(BaseModel, extra="forbid", frozen=True):
 
 
 class SignalResult(BaseModel, extra="forbid", frozen=True):
-    """What a signal separates; AUROC among prompts that have it, below 0.5 if attacks have the lower values.
-
-    Attributes:
-        how: how it was measured.
-        absent: why there is none; all else is then empty.
-        sign: 1 if attacks have the higher values, -1 the lower, None if the interval includes 0.5.
-        auroc_all: a prompt without the signal counts as the least suspicious.
-        coverage: by class, fraction of the distinct prompts that have it.
-    """
+    """What a signal separates; AUROC among prompts that have it, below 0.5 if attacks have the lower values."""
 
     name: str
     label: str
     unit: str
     how: str
-    absent: str | None = None
-    sign: Literal[1, -1] | None = None
+    absent: str | None = None  # why there is none; all else is then empty
+    sign: Literal[1, -1] | None = None  # 1 if attacks are higher, -1 lower, None if the interval includes 0.5
     auroc: Estimate | None = None
-    auroc_all: Estimate | None = None
-    coverage: dict[str, float] = {}
+    auroc_all: Estimate | None = None  # a prompt without the signal counts as the least suspicious
+    coverage: dict[str, float] = {}  # by class, fraction of the distinct prompts that have it
     correlations: list[Correlation] = []
     strata: list[StratumAuroc] = []
 

@@ -21,7 +21,7 @@ from headrift.calibration.splits import ComparisonSamples
 from headrift.fail_terms import FailTerms
 from headrift.runs.reading import ScoreRun
 from headrift.signal import ScoreRange
-from headrift.signals import PromptData, Signal, signals
+from headrift.signals import PromptData, Signal, get, signals
 from headrift.stats import Bools, Bounds, ClusterBootstrap, Floats, Interval, Ints
 
 FEWEST_FOR_HEADS = 10  # samples of a class in every training fold
@@ -29,10 +29,10 @@ _LARGEST_N = 4
 _BEST = 0.1  # the fraction of heads that is chosen if no head passes
 # The columns from which a signal can be measured over any range, by what `--save` calls them.
 _SOURCES = {
-    "shares": {"mass": "mass", "shares": "shares"},
-    "entropy": {"entropy_steps": "entropy of each step"},
-    "focus": {"focus_heads": "focus of each head", "mass": "mass"},
-    "mass": {"mass": "mass"},
+    "shares": ("mass", "shares"),
+    "entropy": ("entropy_steps",),
+    "focus": ("focus_heads", "mass"),
+    "mass": ("mass",),
 }
 
 
@@ -47,18 +47,12 @@ class Estimate(BaseModel, extra="forbid", frozen=True):
 
 
 class ImportantHeads(BaseModel, extra="forbid", frozen=True):
-    """The heads (layer, head) that Attention Tracker's rule chooses on all samples, for a look at them.
+    """The heads (layer, head) that Attention Tracker's rule chooses on all samples, for a look at them."""
 
-    Attributes:
-        n: the rule's; None if no head passed and the best few were taken.
-        per_fold: how many were chosen without each fold; these are the ones that are measured.
-        in_all_folds: how many were chosen without every fold.
-    """
-
-    n: int | None
+    n: int | None  # the rule's; None if no head passed and the best few were taken
     heads: list[tuple[int, int]]
-    per_fold: list[int]
-    in_all_folds: int
+    per_fold: list[int]  # how many were chosen without each fold; these are the ones that are measured
+    in_all_folds: int  # how many were chosen without every fold
     how: str
 
 
@@ -89,24 +83,15 @@ class ComparisonBootstrap(ClusterBootstrap):
 
 @dataclass(frozen=True, slots=True)
 class Measurements:
-    """Signals by name, with what is known of how they were measured.
+    """Signals of the samples by name."""
 
-    Attributes:
-        values: [samples], NaN for none.
-        steps: [samples, steps + 1], step 0 first, NaN after an answer's end.
-        how: how each was measured, in words.
-        absent, steps_absent: why there is none.
-        important: the heads that were chosen, or None.
-        succeeded: [samples] 1 if a fail term is in the answer, 0 if none is, -1 if it is not known.
-    """
-
-    values: dict[str, Floats]
-    steps: dict[str, Floats]
-    how: dict[str, str]
-    absent: dict[str, str]
+    values: dict[str, Floats]  # [samples], NaN for none
+    steps: dict[str, Floats]  # [samples, steps + 1], step 0 first, NaN after an answer's end
+    how: dict[str, str]  # each was measured
+    absent: dict[str, str]  # why there is none
     steps_absent: dict[str, str]
     important: ImportantHeads | None
-    succeeded: NDArray[np.int8]
+    succeeded: NDArray[np.int8]  # [samples] 1 if a fail term is in the answer, 0 if none is, -1 if it is not known
 
 
 def measure(
@@ -127,8 +112,8 @@ def measure(
     if important_heads and ("focus_heads" in columns or ("mass" in columns and {"system", "user"} <= regions)):
         say("choosing important heads")
         focus_heads = _read_focus_heads(runs, samples, score_range, columns)
-        if enough_for_heads(focus_heads, samples):
-            by_fold = choose_without_folds(focus_heads, samples)
+        by_fold = choose_without_folds(focus_heads, samples)
+        if by_fold is not None:
             important = describe_heads(focus_heads, samples, by_fold)
             masks = [by_fold[fold][1] for fold in samples.fold]
         else:
@@ -143,10 +128,11 @@ def measure(
     tensors = ["mass" if {"system", "prompt"} <= regions and "mass" in columns else "shares"]
     tensors = [name for name in (*tensors, "focus_heads", "entropy_steps") if name in columns]
     # Over the same range the run's own number is preferred: saved shares are rounded.
-    prefer_own = {entry.name for entry in entries if same_range or not _sources(entry, columns)}
+    saved = {save for save, sources in _SOURCES.items() if columns & set(sources)}
+    own = [name for name in own if same_range or not saved & set(get(name).saves)]
     for place, data, row in read_prompts(runs, samples.row, score_range, [*own, *tensors], masks):
         for entry in entries:
-            value = row.get(entry.name) if entry.name in prefer_own else None
+            value = row.get(entry.name) if entry.name in own else None
             if value is None and entry.value is not None:
                 value = entry.value(data)
             values[entry.name][place] = np.nan if value is None else value
@@ -162,14 +148,16 @@ def measure(
             count = samples.counts[entry.name]
             values[entry.name] = np.where(count >= 0, count, np.nan)
         if np.isnan(values[entry.name]).all():
-            absent.setdefault(entry.name, entry.why_absent)
+            absent.setdefault(entry.name, entry.why_absent())
     steps_absent = {
-        entry.name: absent.get(entry.name, entry.why_no_steps) for entry in by_step if np.isnan(steps[entry.name]).all()
+        entry.name: absent.get(entry.name, entry.why_absent(by_step=True))
+        for entry in by_step
+        if np.isnan(steps[entry.name]).all()
     }
     return Measurements(
         values={name: column for name, column in values.items() if name not in absent},
         steps={name: series for name, series in steps.items() if name not in steps_absent},
-        how={entry.name: _how(entry, columns, score_range, runs, same_range, important) for entry in entries},
+        how={entry.name: _how(entry, runs, score_range, entry.name in own, important) for entry in entries},
         absent=absent,
         steps_absent=steps_absent,
         important=important,
@@ -178,34 +166,18 @@ def measure(
 
 
 def _how(
-    entry: Signal,
-    columns: frozenset[str],
-    score_range: ScoreRange,
-    runs: Sequence[ScoreRun],
-    same_range: bool,
-    important: ImportantHeads | None,
+    entry: Signal, runs: Sequence[ScoreRun], score_range: ScoreRange, own: bool, important: ImportantHeads | None
 ) -> str:
-    """How a signal was measured, and over what."""
+    """How a signal was measured, and over what; own: by the runs' columns, over their own windows."""
     if entry.of_chosen_heads:
         return f"{entry.how}; {important.how}" if important else ""
     if not entry.windowed:
         return entry.how
-    start, end = score_range.layers(runs[0].model.layers)
-    over = f"steps {score_range.window}, layers {start} to {end - 1}"
-    if not entry.column:
-        return f"{entry.how}; {over}"
-    if same_range:
-        return f"{entry.how}; the runs' own column, {over}"
-    sources = _sources(entry, columns)
-    if sources:
-        return f"{entry.how}; from the saved {sources[0]}, {over}"
     windows = ", ".join(sorted({f"steps {run.score_range.window}" for run in runs}))
-    return f"{entry.how}; the runs' own column over {windows}, not the requested range"
-
-
-def _sources(entry: Signal, columns: frozenset[str]) -> list[str]:
-    """What the runs saved that a signal can be measured from over any range, in words."""
-    return [text for save in entry.saves for name, text in _SOURCES[save].items() if name in columns]
+    if own and any(run.score_range != score_range for run in runs):
+        return f"{entry.how}; the runs' own column over {windows}, not the requested range"
+    start, end = score_range.layers(runs[0].model.layers)
+    return f"{entry.how}; steps {score_range.window}, layers {start} to {end - 1}"
 
 
 def _read_success(
@@ -242,9 +214,8 @@ def read_prompts(
     """Read what runs saved of selected rows.
 
     Args:
-        runs: of one model.
+        runs, score_range: runs of one model, and what to measure over.
         selected: [n] numbers of the rows over all runs, ascending.
-        score_range: what to measure over.
         columns: tensors and columns with a number to read.
         important_heads: the chosen heads of each selected row.
 
@@ -329,15 +300,9 @@ def _regions(batch: pa.RecordBatch) -> list[str]:
 def choose_heads(focus_heads: NDArray[np.floating], attack: Bools) -> tuple[int | None, Bools]:
     """Heads with mean_clean - mean_attack - n * (std_clean + std_attack) > 0.
 
-    n is the largest from 4 to 1 that any head passes; if none does, the best tenth of the heads (at least one) for
-    n = 1 is chosen.
-
-    Args:
-        focus_heads: [samples, layers, heads] at step 0, no NaN.
-        attack: [samples]; both classes must occur.
-
-    Returns:
-        n, None if the best tenth was taken, and bool [layers, heads].
+    focus_heads: [samples, layers, heads] at step 0, no NaN. n is the largest from 4 to 1 that any head passes; if none
+    does, the best tenth of the heads (at least one) for n = 1 is chosen, and n is None. Returns n and bool [layers,
+    heads].
     """
     clean, attacked = (focus_heads[mask].astype(np.float64) for mask in (~attack, attack))
     shift = clean.mean(axis=0) - attacked.mean(axis=0)
@@ -355,20 +320,16 @@ def choose_heads(focus_heads: NDArray[np.floating], attack: Bools) -> tuple[int 
 
 def choose_without_folds(
     focus_heads: NDArray[np.floating], samples: ComparisonSamples
-) -> list[tuple[int | None, Bools]]:
-    """For each fold the heads chosen on the other folds; samples whose focus is not known (NaN) choose nothing."""
+) -> list[tuple[int | None, Bools]] | None:
+    """For each fold the heads chosen on the other folds; None if a fold leaves too few samples of a class.
+
+    Samples whose focus is not known (NaN) choose nothing.
+    """
     training = [_known(focus_heads) & (samples.fold != fold) for fold in range(samples.n_folds)]
+    classes = [(mask & (samples.attack == label)).sum() for mask in training for label in (True, False)]
+    if samples.n_folds < 2 or min(classes) < FEWEST_FOR_HEADS:
+        return None
     return [choose_heads(focus_heads[mask], samples.attack[mask]) for mask in training]
-
-
-def enough_for_heads(focus_heads: NDArray[np.floating], samples: ComparisonSamples) -> bool:
-    """Whether all folds leave enough samples of both classes to choose heads by."""
-    known = _known(focus_heads)
-    return samples.n_folds > 1 and all(
-        (known & (samples.fold != fold) & (samples.attack == label)).sum() >= FEWEST_FOR_HEADS
-        for fold in range(samples.n_folds)
-        for label in (True, False)
-    )
 
 
 def describe_heads(

@@ -24,15 +24,7 @@ _DISTRACTION = ("focus", "focus_important", "system_share")
 
 
 class Steps(BaseModel, extra="forbid", frozen=True):
-    """A signal's AUROC at each step, among the answers that reach it.
-
-    Attributes:
-        low, high: 95% interval of each step alone; empty without resamples.
-        joint_low, joint_high: 95% interval of all steps at once.
-        first: the first step whose joint interval leaves out 0.5, with its interval over resamples.
-        found_in: fraction of the resamples that have such a step.
-        largest: the step that separates best.
-    """
+    """A signal's AUROC at each step, among the answers that reach it."""
 
     name: str
     label: str
@@ -40,31 +32,26 @@ class Steps(BaseModel, extra="forbid", frozen=True):
     absent: str | None = None
     steps: list[int] = []
     auroc: list[float | None] = []
-    low: list[float | None] = []
+    low: list[float | None] = []  # 95% interval of each step alone; empty without resamples
     high: list[float | None] = []
-    joint_low: list[float | None] = []
+    joint_low: list[float | None] = []  # 95% interval of all steps at once
     joint_high: list[float | None] = []
     n_attack: list[int] = []
     n_benign: list[int] = []
-    first: int | None = None
-    first_interval: Bounds | None = None
-    found_in: float | None = None
-    largest: int | None = None
+    first: int | None = None  # whose joint interval leaves out 0.5
+    first_interval: Bounds | None = None  # over resamples
+    found_in: float | None = None  # fraction of the resamples that have such a step
+    largest: int | None = None  # the step that separates best
 
 
 class Before(BaseModel, extra="forbid", frozen=True):
-    """Whether instability separates before another signal does.
-
-    Attributes:
-        difference: its first step minus the other's, below 0 if it is earlier.
-        interval, earlier, same, later: of resamples in which both separate; the last three are fractions.
-    """
+    """Whether instability separates before another signal does."""
 
     other: str
     label: str
-    difference: int | None = None
-    interval: Bounds | None = None
-    earlier: float | None = None
+    difference: int | None = None  # its first step minus the other's, below 0 if it is earlier
+    interval: Bounds | None = None  # of resamples in which both separate, as what follows
+    earlier: float | None = None  # fraction
     same: float | None = None
     later: float | None = None
     resamples: int = 0
@@ -124,7 +111,7 @@ def _steps(
     steps = Steps(
         name=name,
         label=entry.label,
-        how=f"{entry.steps_how}; among the answers that reach the step",
+        how=f"{entry.how}; at the step, among the answers that reach it",
         steps=at.tolist(),
         auroc=value.tolist(),
         low=low.tolist(),
