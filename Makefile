@@ -79,7 +79,7 @@ test-slow: setup ## Run all tests that need no GPU: those of `make test`, nightl
 lint: setup ## Check style, types, imports, names and generated pages
 	@failed=; \
 	for check in "ruff check ." "ruff format --check ." lint-imports mypy \
-	  "python scripts/generate_docs.py --check"; do \
+	  "python scripts/generate_docs.py --check" "python scripts/check_names.py"; do \
 	  echo "== $$check"; $(BIN)/$$check || failed="$$failed; $$check"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "make lint: failed$$failed" >&2; exit 1; fi

@@ -184,7 +184,9 @@ class ClusterBootstrap:
             pair_strata: [n] compare only pairs within the same stratum.
         """
         won, pairs = np.zeros(len(self.times)), np.zeros(len(self.times))
-        strata = [mask] if pair_strata is None else [mask & (pair_strata == of) for of in np.unique(pair_strata[mask])]
+        strata = (
+            [mask] if pair_strata is None else [mask & (pair_strata == value) for value in np.unique(pair_strata[mask])]
+        )
         for members in strata:
             if positive[members].any() and not positive[members].all():
                 more_won, more_pairs = self._won(values[members], positive[members], np.flatnonzero(members))

@@ -25,16 +25,16 @@ def test_a_calibration_is_written_and_shown(run, tmp_path):
     out = tmp_path / "c.json"
     done = ask(run, "--out", out, "--resamples", 10, "--daily-prompts", 1000)
     assert done.exit_code == 0, done.output
-    found = Calibration.load(out)
+    calibration = Calibration.load(out)
     assert max(map(len, done.stdout.splitlines()[:-1])) <= 80  # the last names the file
     words = " ".join(done.stdout.split())
     for expected in (
-        f"steps {found.window}, layers {found.layers[0]} to {found.layers[1] - 1} of 8",
-        f"{found.threshold:.6f}: a score at or above it is flagged",
+        f"steps {calibration.window}, layers {calibration.layers[0]} to {calibration.layers[1] - 1} of 8",
+        f"{calibration.threshold:.6f}: a score at or above it is flagged",
         "at most 0.05 with 95% confidence",
-        f"AUROC, no score lowest {found.figures['auroc'].value:.3f}",
-        f"AUROC, in sample (naive) {found.figures['auroc_in_sample'].value:.3f}",
-        f"benign prompts flagged {found.figures['fpr'].value:.3f}",
+        f"AUROC, no score lowest {calibration.figures['auroc'].value:.3f}",
+        f"AUROC, in sample (naive) {calibration.figures['auroc_in_sample'].value:.3f}",
+        f"benign prompts flagged {calibration.figures['fpr'].value:.3f}",
         "prompt length",
         "attack 60 60 100.0% 0.0%",
         "alerts a day",
@@ -61,7 +61,7 @@ def test_conformal_at_a_lower_rate(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--target-fpr", "5"], "--target-fpr 5.0 is not a rate between 0 and 1"),
         (["--target-fpr", "0.01"], "at least 299 distinct benign prompts"),
@@ -71,10 +71,10 @@ def test_conformal_at_a_lower_rate(run, tmp_path):
         (["--out", "nowhere/c.json"], "name a file in an existing folder"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_written(run, tmp_path, options, said):
+def test_what_cannot_be_is_refused_before_anything_is_written(run, tmp_path, options, message):
     done = ask(run, "--out", tmp_path / "c.json", *options)
     assert done.exit_code == 2
-    assert said in done.stderr
+    assert message in done.stderr
     assert not (tmp_path / "c.json").exists()
 
 
@@ -101,10 +101,10 @@ def test_the_originals_folders(made, tmp_path):
         np.savetxt(folder / "inter_head_std.csv", matrix.T, delimiter=",")
     done = ask("--import-csv", tmp_path / "outputs", "--out", tmp_path / "c.json", "--resamples", 0)
     assert done.exit_code == 0, done.output
-    found = Calibration.load(tmp_path / "c.json")
-    assert found.model.fingerprint is None
-    assert found.figures["auroc"].value > 0.9
-    assert "prompt_tokens" not in found.confounds
+    calibration = Calibration.load(tmp_path / "c.json")
+    assert calibration.model.fingerprint is None
+    assert calibration.figures["auroc"].value > 0.9
+    assert "prompt_tokens" not in calibration.confounds
 
 
 def test_what_score_writes_is_read(fake_model, tmp_path):
@@ -117,14 +117,14 @@ def test_what_score_writes_is_read(fake_model, tmp_path):
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
     scored = ["score", tmp_path / "in.jsonl", "--model", fake_model, "--out", tmp_path / "run", "--steps", 4, "--quiet"]
     scored += ["--system-prompt-file", fake_model / "system.txt"]
-    done = CliRunner().invoke(app, [str(of) for of in scored])
+    done = CliRunner().invoke(app, [str(argument) for argument in scored])
     assert done.exit_code == 0, done.output
     done = ask(tmp_path / "run", "--out", tmp_path / "c.json", "--resamples", 5)
     assert done.exit_code == 0, done.output
-    found = Calibration.load(tmp_path / "c.json")
+    calibration = Calibration.load(tmp_path / "c.json")
     about = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert found.model.fingerprint == about["model"]["fingerprint"]
-    assert found.model.chat_template_sha256 == about["chat_template_sha256"]
-    assert {name: one.rows for name, one in found.classes.items()} == {"attack": 15, "benign": 80}
-    assert found.classes["benign"].with_score < 1  # the fake engine ends every third answer at once
-    assert set(found.confounds) >= {"prompt_tokens", "system_share", "head_agreement", "focus"}
+    assert calibration.model.fingerprint == about["model"]["fingerprint"]
+    assert calibration.model.chat_template_sha256 == about["chat_template_sha256"]
+    assert {name: one.rows for name, one in calibration.classes.items()} == {"attack": 15, "benign": 80}
+    assert calibration.classes["benign"].with_score < 1  # the fake engine ends every third answer at once
+    assert set(calibration.confounds) >= {"prompt_tokens", "system_share", "head_agreement", "focus"}

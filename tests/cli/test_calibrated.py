@@ -117,17 +117,17 @@ def test_the_run_says_what_is_flagged_by_class_and_distinct_prompt(work):
     for name in ("attack", "benign"):
         of_class = [row for row in judged if row["label"] == name]
         prompts = {(row["group"], row["system_hash"]): row["flagged"] for row in of_class}
-        found = run["judged"]["flagged"][name]
-        assert (found["rows"], found["flagged"]) == (len(of_class), sum(row["flagged"] for row in of_class))
-        assert (found["prompts"], found["prompts_flagged"]) == (len(prompts), sum(prompts.values()))
-        assert found["rate"] == found["prompts_flagged"] / found["prompts"]
-        assert found["interval"][0] < found["rate"] < found["interval"][1]
+        counts = run["judged"]["flagged"][name]
+        assert (counts["rows"], counts["flagged"]) == (len(of_class), sum(row["flagged"] for row in of_class))
+        assert (counts["prompts"], counts["prompts_flagged"]) == (len(prompts), sum(prompts.values()))
+        assert counts["rate"] == counts["prompts_flagged"] / counts["prompts"]
+        assert counts["interval"][0] < counts["rate"] < counts["interval"][1]
     words = " ".join(done.stdout.split())
     n = run["judged"]["flagged"]["benign"]
     assert f"score >= {lower:.6f} rows flagged of prompts 95% interval" in words
     low, high = n["interval"]
     assert f"benign (flagged: FPR) {n['rows']} {n['flagged']} {n['rate']:.1%} {low:.1%}-{high:.1%}" in words
-    assert "attack (found: TPR) 25 " in words
+    assert "attack (counts: TPR) 25 " in words
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert run["judged"]["drift"]["warning"] is None
 

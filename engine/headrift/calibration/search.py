@@ -115,7 +115,9 @@ class Search:
 
     def best(self, weights: Ints) -> list[ScoreRange]:
         """The candidate chosen outside each fold, and on all rows: the largest of those with about the best AUROC."""
-        samples = np.array([[self._n_samples(weights, fold, of) for of in (0, 1)] for fold in range(self._n_folds)])
+        samples = np.array(
+            [[self._n_samples(weights, fold, attack) for attack in (0, 1)] for fold in range(self._n_folds)]
+        )
         outside = np.concatenate([samples.sum(axis=0) - samples, samples.sum(axis=0, keepdims=True)])
         chosen = []
         for aurocs, (n_benign, n_attack) in zip(self.aurocs(weights).T, outside):
