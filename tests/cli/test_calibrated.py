@@ -127,7 +127,7 @@ def test_the_run_says_what_is_flagged_by_class_and_distinct_prompt(work):
     assert f"score >= {lower:.6f} rows flagged of prompts 95% interval" in words
     low, high = n["interval"]
     assert f"benign (flagged: FPR) {n['rows']} {n['flagged']} {n['rate']:.1%} {low:.1%}-{high:.1%}" in words
-    assert "attack (counts: TPR) 25 " in words
+    assert "attack (found: TPR) 25 " in words
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert run["judged"]["drift"]["warning"] is None
 
