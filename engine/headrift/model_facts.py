@@ -1,4 +1,4 @@
-"""What a model's folder says of it, without loading it: its shape, its context, and what is missing from the folder."""
+"""What a model's files say about it without loading it: shape, context length, and files that are missing."""
 
 from __future__ import annotations
 
@@ -14,25 +14,24 @@ _WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class ModelError(ValueError):
-    """The folder holds no model that can be scored with; the message has every reason, and what to do."""
+    """The folder does not contain a usable model; the message has every reason and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """Of config.json, None where it does not say. kv_heads, head_dim: of a layer; context: tokens; sliding_window:
-    tokens, the layers that have none not told apart; dtype: of the weights."""
+    """Facts from config.json; None if it does not have one."""
 
     architecture: str | None
     layers: int | None
     heads: int | None
     kv_heads: int | None
     head_dim: int | None
-    context: int | None
-    sliding_window: int | None
-    dtype: str | None
+    context: int | None  # tokens
+    sliding_window: int | None  # tokens; some layers may have none
+    dtype: str | None  # of the weights
 
     def kv_bytes_per_token(self, dtype: str) -> int | None:
-        """Bytes that the keys and values of one token take in all layers, at float32, float16 or bfloat16."""
+        """Bytes of one token's keys and values in all layers, at float32, float16 or bfloat16."""
         if self.layers is None or self.kv_heads is None or self.head_dim is None:
             return None
         return 2 * self.layers * self.kv_heads * self.head_dim * _WIDTHS[dtype]
@@ -49,13 +48,13 @@ class ModelFacts:
 
 
 def read_model(folder: Path) -> ModelFacts:
-    """The facts of a model's folder. ModelError, with all that is wrong, where it cannot be used."""
+    """Read the facts of a model's folder; ModelError, with everything that is wrong, if it cannot be used."""
     if not (folder / "config.json").is_file():
-        what = "holds no model (no config.json)" if folder.is_dir() else "is no folder"
+        what = "does not contain a model (no config.json)" if folder.is_dir() else "is not a folder"
         raise ModelError(f"--model {folder} {what}: give a model's folder; `headrift demo-model DIR` makes a small one")
     config = _json(folder / "config.json")
     if config is None:
-        raise ModelError(f"--model {folder}: its config.json is no JSON object; copy the model anew")
+        raise ModelError(f"--model {folder}: its config.json is not a JSON object; copy the model again")
     problems = [*_weights_missing(folder), *_tokenizer_missing(folder)]
     if problems:
         raise ModelError("".join([f"--model {folder} cannot be used:", *(f"\n  - {problem}" for problem in problems)]))
@@ -92,7 +91,7 @@ def _tokenizer_missing(folder: Path) -> list[str]:
         problems.append("it has no tokenizer (tokenizer.json): copy all files of the model into the folder")
     has_file = any((folder / name).exists() for name in ("chat_template.jinja", "chat_template.json"))
     if not has_file and not (_json(folder / "tokenizer_config.json") or {}).get("chat_template"):
-        why = "so there is no telling how it is given a system prompt"
+        why = "so headrift does not know how it is given a system prompt"
         problems.append(f"it has no chat template, {why}: take its instruction-tuned version")
     return problems
 

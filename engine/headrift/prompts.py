@@ -101,7 +101,7 @@ class ChatRenderer:
             tokenizer.get_chat_template()
         except ValueError as error:
             raise TokenizerError(
-                "the model has no (default) chat template, so there is no telling how it is given a system prompt; "
+                "the model has no (default) chat template, so headrift does not know how it is given a system prompt; "
                 "use its instruction-tuned version, or give prompts as token ids with named spans"
             ) from error
         self._tokenizer = tokenizer

@@ -57,10 +57,10 @@ def test_a_config_that_says_little(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"config.json": None}, ["holds no model (no config.json): give a model's folder"]),
-        ({"config.json": "{"}, ["its config.json is no JSON object; copy the model anew"]),
+        ({"config.json": None}, ["no config.json): give a model's folder"]),
+        ({"config.json": "{"}, ["config.json is not a JSON object; copy the model again"]),
         ({"model.safetensors": None}, ["  - it has no weights (*.safetensors): copy all files"]),
-        ({"chat_template.jinja": None}, ["  - it has no chat template, so there is no telling how"]),
+        ({"chat_template.jinja": None}, ["  - it has no chat template"]),
         ({"model.safetensors": None, "tokenizer.json": None}, ["it has no weights", "it has no tokenizer"]),
         (
             {"model.safetensors.index.json": '{"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}'},

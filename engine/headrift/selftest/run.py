@@ -241,7 +241,7 @@ class SelfTest:
         """A request whose answer has all steps, so that there is as much to compare whatever the model says."""
         n, steps = len(prompt.token_ids), self.config.steps
         regions = {**prompt.regions, "everything": (0, n + steps + 1)} if probed else {}
-        # A replayed prompt is read anew: in a cached block its steps would not be computed.
+        # A replayed prompt is computed again: in a cached block its steps would not be computed.
         options: dict[str, Any] = {"ignore_eos": True, "skip_prefix_cache": answer is not None, "probed": probed}
         return ProbeRequest(prompt.token_ids, regions, steps, answer, **options)
 

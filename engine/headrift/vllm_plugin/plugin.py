@@ -160,7 +160,7 @@ def _model_refusals(config: VllmConfig) -> list[str]:
     chunks = getattr(model.hf_text_config, "attention_chunk_size", None)
     conditions = (
         (model.runner_type != "generate", "it is not a text generation model"),
-        (model.use_mla, "it uses multi-head latent attention (MLA), whose cache holds no per-head keys"),
+        (model.use_mla, "it uses multi-head latent attention (MLA), whose cache has no keys per head"),
         (model.is_encoder_decoder, "it has an encoder, whose attention is not causal"),
         (
             model.is_hybrid or model.is_attention_free or model.has_inner_state,
@@ -168,7 +168,7 @@ def _model_refusals(config: VllmConfig) -> list[str]:
         ),
         (model.is_mm_prefix_lm, "it attends parts of the prompt in both directions (prefix LM)"),
         (model.rswa_window is not None, "its sliding window spares a prefix (reference sliding window)"),
-        (bool(chunks), "it attends in chunks (attention_chunk_size), which is no plain or sliding window"),
+        (bool(chunks), "it attends in chunks (attention_chunk_size), neither full nor sliding-window"),
     )
     return [f"the model {model.model}: {reason}" for is_so, reason in conditions if is_so]
 
