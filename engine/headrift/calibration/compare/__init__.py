@@ -79,8 +79,10 @@ def side_by_side(
     """Compare the signals of runs of one model over a window and layers.
 
     Args:
-        runs, score_range: finished runs, and the window and layers to compare over.
-        resamples, seed: of the bootstrap; 0 resamples for no intervals.
+        runs: finished runs.
+        score_range: the window and layers to compare over.
+        resamples: of the bootstrap; 0 for no intervals.
+        seed: of the bootstrap.
         fail_terms: what tells a successful attack; None if that is not known.
         important_heads: whether to choose heads as Attention Tracker does.
         say: is given the name of each stage.
