@@ -53,7 +53,7 @@ def compare(folders: list[Path], terms: list[str], resamples: int) -> dict[str, 
     runs = [open_run(folder) for folder in folders]
     fail_terms = FailTerms(terms) if terms else None
     comparison = side_by_side(runs, runs[0].score_range, resamples=resamples, seed=0, fail_terms=fail_terms)
-    return comparison.model_dump(mode="json", exclude={"points", "steps"})
+    return comparison.model_dump(mode="json", exclude={"steps"})
 
 
 def measure(model: Path, folder: Path, resamples: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ Each arm is an engine in a process of its own, with identical settings, stopped 
 - `plain`: vLLM with no plugin loaded;
 - `idle`: headrift's engine, requests that are not measured;
 - `probing`, `logits`, `entropy`: measured, with next-token statistics, with the entropy of each head's attention;
-- `headrift as it comes`: probing with headrift's default settings, the one arm with another setting (the norms).
+- `headrift, default settings`: probing with headrift's default settings, the one arm with another setting (the norms).
 
 All arms answer the same token ids with the same number of tokens (`ignore_eos`). The prompts are in the prefix cache,
 so that what is timed is decoding, the last tokens of each prompt and the drains: the case in which probing weighs most.
@@ -57,12 +57,12 @@ class Arm:
     Args:
         kind: plain, idle, probing, logits or entropy.
         regions: Regions that the engine records.
-        as_it_comes: Take headrift's default settings if these are faster than vLLM's.
+        default_settings: Take headrift's default settings if these are faster than vLLM's.
     """
 
     kind: str
     regions: tuple[str, ...] = REGIONS
-    as_it_comes: bool = False
+    default_settings: bool = False
 
     @property
     def measures(self) -> dict[str, bool]:
@@ -106,7 +106,7 @@ class Case:
         return self.batch * (own + PAGE) + (self.context if self.shared else 0)
 
 
-ALL = ("idle", PLAIN, "probing", "logits", "headrift as it comes")
+ALL = ("idle", PLAIN, "probing", "logits", "headrift, default settings")
 BASE = Case("base: batch 8, context 1,000, 10 steps, 3 regions", arms=ALL, more=3)
 CASES = (
     BASE,
@@ -129,7 +129,7 @@ ARMS = {
     "probing": Arm("probing"),
     "logits": Arm("logits"),
     "idle": Arm("idle"),
-    "headrift as it comes": Arm("probing", as_it_comes=True),
+    "headrift, default settings": Arm("probing", default_settings=True),
     "probing, 2 regions": Arm("probing", regions=FEWEST_REGIONS),
     "entropy": Arm("entropy"),
 }
@@ -393,7 +393,7 @@ def start(arm: Arm, settings: dict[str, Any], steps: int, processes: ExitStack) 
     if arm.kind == PLAIN:
         return child, child.call("start", kind=PLAIN, settings=settings)
     options = {"logit_stats": arm.kind == "logits", "row_entropy": arm.kind == "entropy"}
-    if arm.as_it_comes:
+    if arm.default_settings:
         settings = {name: value for name, value in settings.items() if name != "ir_op_priority"}
     return child, child.call("start", kind=arm.kind, settings=settings, regions=arm.regions, steps=steps, **options)
 
@@ -401,7 +401,9 @@ def start(arm: Arm, settings: dict[str, Any], steps: int, processes: ExitStack) 
 def check_same(engines: Mapping[str, Mapping[str, Any]]) -> None:
     """SystemExit if the arms do not run with the same settings."""
     # Which graphs can be captured depends on the attention backend. It is in the report.
-    resolved = [{**about["resolved"], "cudagraph_mode": None} for about in engines.values() if not about["as_it_comes"]]
+    resolved = [
+        {**about["resolved"], "cudagraph_mode": None} for about in engines.values() if not about["default_settings"]
+    ]
     if any(settings != resolved[0] for settings in resolved):
         raise SystemExit(f"the arms' settings differ: {json.dumps(resolved, indent=1)}")
 

@@ -89,8 +89,8 @@ import vllm.engine.arg_utils, vllm.v1.engine.llm_engine, vllm.v1.worker.cpu_work
     "headrift, garbage collected on the way": f"import gc; gc.disable = lambda: None\n{_HEADRIFT}",
     "headrift, KV cache filled with zeros": """
 import contextlib
-import headrift.probed_engine
-headrift.probed_engine.memory_taken_on_use = contextlib.nullcontext
+import headrift.vllm_engine.patches
+headrift.vllm_engine.patches.lazy_kv_cache = contextlib.nullcontext
 """
     + _HEADRIFT,
 }

@@ -327,7 +327,7 @@ def run_script(main: Callable[[], Any], **children: type) -> None:
 
 
 def serve(child: object) -> None:
-    """Be a child: answer each line of standard input by the method that it names, until there are no more.
+    """Run as a child process: answer each line of standard input with the method it names, until the input ends.
 
     What else the process prints goes to standard error. The process ends with its parent, however that ends: one that
     is stopped would not notice.

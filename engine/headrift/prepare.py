@@ -13,7 +13,7 @@ import pickle
 import signal as signals
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
@@ -45,6 +45,10 @@ _MOST_WORKERS = 8
 # Prompts that are prepared without workers, which do not start before this many are done.
 _BEFORE_WORKERS = 256
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+# A prompt alone that kills its worker process this often is rejected, with this reason.
+_TRIALS, NOT_RENDERED = 2, "not_rendered"
+# More of them with no result between are not the prompts' fault.
+_MOST_IN_A_ROW = 8
 SKIP = object()  # for a prompt: an item of a stream that has none
 
 T = TypeVar("T")
@@ -156,6 +160,8 @@ class Preparer:
             self._check_length(len(rendered.token_ids), answer_ids)
         except PromptError as error:
             return Rejected(index, name, error.reason, str(error))
+        except Exception as error:  # a tokenizer and a template run code of the model's, which can raise anything
+            return Rejected(index, name, NOT_RENDERED, f"rendering it fails with {type(error).__name__}: {error}")
         request = ProbeRequest(
             rendered.token_ids,
             rendered.regions,
@@ -236,6 +242,15 @@ def workers_for_machine(*, engine_in_process: bool = True) -> int:
     return min(_MOST_WORKERS, max(1, cores - 2)) if has_gpu() else int(engine_in_process and cores > 1)
 
 
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Numbered prompts on their way through a worker, and how many bytes they are."""
+
+    prompts: list[tuple[int, Any]]
+    n_bytes: int
+    future: Future[list[Prepared | Rejected]]
+
+
 class StreamPreparer:
     """Prepares streams of prompts in order, in worker processes once a stream turns out long.
 
@@ -252,6 +267,7 @@ class StreamPreparer:
     ) -> None:
         self.preparer, self._workers, self._load = preparer, workers, load
         self._open = ExitStack()
+        self._rejected_in_a_row = 0  # prompts that killed workers, since the last result
 
     @property
     def prompts_ahead(self) -> int:
@@ -286,7 +302,7 @@ class StreamPreparer:
             if (one := next(numbered, None)) is None:
                 return
             yield from prepared_here([one])
-        in_flight = deque[tuple[list[T], int, Future[list[Prepared | Rejected]]]]()
+        in_flight = deque[tuple[list[T], _Batch]]()
         n_bytes = 0
         while True:
             while len(in_flight) < _BATCHES_AHEAD and n_bytes < _MOST_BYTES:
@@ -296,12 +312,13 @@ class StreamPreparer:
                 prompts = [(index, prompt) for index, item in batch if (prompt := prompt_of(item)) is not SKIP]
                 data = pickle.dumps(prompts, pickle.HIGHEST_PROTOCOL)
                 n_bytes += len(data)
-                in_flight.append(([item for _, item in batch], len(data), self._submit(data, replay)))
+                future = self._submit(data, replay)
+                in_flight.append(([item for _, item in batch], _Batch(prompts, len(data), future)))
             if not in_flight:
                 return
-            some, size, future = in_flight.popleft()
-            n_bytes -= size
-            results = iter(future.result())
+            some, sent = in_flight.popleft()
+            n_bytes -= sent.n_bytes
+            results = iter(self._results(sent, replay))
             for item in some:
                 yield item, None if prompt_of(item) is SKIP else next(results)
 
@@ -309,11 +326,37 @@ class StreamPreparer:
         """End the worker processes."""
         self._open.close()
 
+    def _results(self, batch: _Batch, replay: bool) -> list[Prepared | Rejected]:
+        """A batch's results; if a worker died with it, of each prompt alone, so that only the deadly are rejected."""
+        try:
+            results = batch.future.result()
+        except BrokenExecutor:
+            return [self._alone(index, prompt, replay) for index, prompt in batch.prompts]
+        self._rejected_in_a_row = 0
+        return results
+
+    def _alone(self, index: int, prompt: Any, replay: bool) -> Prepared | Rejected:
+        for _ in range(_TRIALS):
+            try:
+                (result,) = self._submit(pickle.dumps([(index, prompt)]), replay).result()
+            except BrokenExecutor:
+                continue
+            self._rejected_in_a_row = 0
+            return result
+        self._rejected_in_a_row += 1
+        if self._rejected_in_a_row >= _MOST_IN_A_ROW:
+            raise EngineError("processes that render prompts die again and again: has the machine enough memory?")
+        return Rejected(index, getattr(prompt, "id", None), NOT_RENDERED, "its rendering kills the process each time")
+
     def _submit(self, data: bytes, replay: bool) -> Future[list[Prepared | Rejected]]:
         # Workers inherit the mask: Ctrl-C in a terminal is for this process, which may finish what it is doing.
         before = signals.pthread_sigmask(signals.SIG_BLOCK, {signals.SIGINT})
         try:
-            return self._pool.submit(_prepare_batch, data, replay)
+            try:
+                return self._pool.submit(_prepare_batch, data, replay)
+            except BrokenExecutor:  # a worker died before: another pool
+                self.__dict__.pop("_pool", None)
+                return self._pool.submit(_prepare_batch, data, replay)
         finally:
             signals.pthread_sigmask(signals.SIG_SETMASK, before)
 
@@ -359,8 +402,10 @@ def load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerFas
 
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise EngineError(f"no tokenizer can be loaded from {name}: {error}") from error
+    except Exception as error:  # tokenizers raises Exception itself for a malformed tokenizer.json
+        raise EngineError(
+            f"no tokenizer can be loaded from {name}: {error}; copy the model's tokenizer files again"
+        ) from error
 
 
 def _digests(rendered: RenderedPrompt, answer_ids: list[int] | None) -> tuple[bytes, bytes]:

@@ -209,6 +209,13 @@ class ProbedEngine:
         """What the workers are told of a request; ValueError if this engine cannot do what it asks."""
         from headrift.vllm_plugin.instruments import parse_probe
 
+        fields: dict[str, Any] = {}
+        for kind, memory in self._instruments.items():
+            fields |= kind.ask(request, memory)
+        if fields and not request.probed:
+            raise ValueError(f"{', '.join(fields)}: a request that asks for it has to be probed")
+        if not request.probed:
+            return {}
         regions = {**request.regions, "prompt": (0, len(request.prompt_ids))}
         extra: dict[str, Any] = {
             "slot": slot,
@@ -217,11 +224,6 @@ class ProbedEngine:
             "regions": [list(regions.get(name, (0, 0))) for name in self.regions],
             "steps": request.steps,
         }
-        fields: dict[str, Any] = {}
-        for kind, memory in self._instruments.items():
-            fields |= kind.ask(request, memory)
-        if fields and not request.probed:
-            raise ValueError(f"{', '.join(fields)}: a request that asks for it has to be probed")
         parse_probe(extra | fields, self._config)
         return extra | fields
 

@@ -36,13 +36,9 @@ class PromptQueue:
     def __len__(self) -> int:
         return self._n
 
-    def add(self, prepared: Prepared, *, first: bool = False) -> None:
-        """Queue a prompt, `first` ahead of all others with its system prompt."""
-        queue = self._by_prefix.setdefault(prepared.prefix if self._group else b"", deque())
-        if first:
-            queue.appendleft(prepared)
-        else:
-            queue.append(prepared)
+    def add(self, prepared: Prepared) -> None:
+        """Queue a prompt."""
+        self._by_prefix.setdefault(prepared.prefix if self._group else b"", deque()).append(prepared)
         self._n += 1
 
     def pop(self) -> Prepared:

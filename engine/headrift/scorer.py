@@ -78,6 +78,7 @@ class RequestScorer:
         self.logit_stats, self.keep_mass = logit_stats, keep_mass
         self.seconds_waited = 0.0
         self._decode, self._stop_if = decode, stop_if
+        self._stopped: dict[int, ScoreResult] = {}  # of answers that `stop_if` ended, by index
         self._primed: set[bytes] = set()
         self._new_queue = partial(PromptQueue, group=group, prime=prime, primed=self._primed)
         self._cache = ResultCache(repeat_bytes) if repeat_bytes else None
@@ -97,6 +98,7 @@ class RequestScorer:
         Args:
             prepared: Read as they are needed. Their indexes are distinct and rise.
         """
+        self._stopped.clear()
         stream = _Stream(self, iter(prepared))
         stop_if = None if self._stop_if is None else self._stop_early
         while stream.fill():
@@ -106,13 +108,18 @@ class RequestScorer:
                     if recording is None:
                         stream.primed()
                         continue
-                    stream.add(one, self._result(one, done, recording))
+                    stopped = self._stopped.pop(one.index) if one.index in self._stopped else None
+                    stream.add(one, stopped or self._result(one, done, recording))
                     yield from stream.ready()
         yield from stream.ready()
 
     def _stop_early(self, prepared: Prepared, done: Finished, recording: Recording) -> bool:
         assert self._stop_if is not None
-        return self._stop_if(self._result(prepared, done, recording))
+        result = self._result(prepared, done, recording)
+        if not self._stop_if(result):
+            return False
+        self._stopped[prepared.index] = result
+        return True
 
     def _result(self, prepared: Prepared, done: Finished, recording: Recording) -> ScoreResult:
         prompt_ids, regions, share = done.request.prompt_ids, done.request.regions, recording.share

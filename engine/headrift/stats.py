@@ -19,6 +19,7 @@ Bools: TypeAlias = NDArray[np.bool_]
 Bounds: TypeAlias = tuple[float, float]
 
 CONFIDENCE = 0.95
+Z = 1.959963984540054  # quantile of the normal distribution for two-sided 95%
 RESAMPLES = 1000
 TARGET_FPR = 0.05
 # With fewer distinct prompts a bootstrap interval says little, and looks as if it said much.

@@ -457,7 +457,6 @@ def test_everything_from_a_run(make):
     assert result.success.n_succeeded == 40
     added = {(tuple(one.base), one.added): one for one in result.increments}
     assert added[("focus", "prompt_tokens"), "instability"].log_loss_change.interval[1] < 0
-    assert len(result.points.attack) == len(result.points.values["focus"]) == 160
     assert len(result.findings) >= 8
     assert stages
     again = side_by_side([run], ScoreRange(Window(2, 5)), resamples=50, seed=0, fail_terms=FailTerms(["lantern"]))

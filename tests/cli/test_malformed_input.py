@@ -21,6 +21,7 @@ from headrift.corpus.config import ScoreConfig
 from headrift.corpus.job import ScoreJob
 from headrift.corpus.rows import KEYS, REASONS
 from headrift.corpus.sources import InputError
+from headrift.prepare import NOT_RENDERED
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -259,7 +260,7 @@ def test_every_reason_in_the_code_is_known_and_documented():
     sources += (ROOT / "engine/headrift/corpus").glob("*.py")
     raised = re.compile(r'(?:PromptError|RowError)\(\s*"([a-z0-9_]+)"')
     used = {reason for path in sources for reason in raised.findall(path.read_text(encoding="utf-8"))}
-    used |= {"engine_died"}  # which no row raises
+    used |= {"engine_died", NOT_RENDERED}  # not as literals where rows are rejected
     assert used == set(REASONS)
     page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `([a-z0-9_]+)` \| .*\.? \|$", page, re.MULTILINE)) >= used

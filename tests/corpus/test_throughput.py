@@ -3,6 +3,7 @@
 import itertools
 import json
 import multiprocessing
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from headrift import prepare
+from headrift.errors import EngineError
 from headrift.prepare import SKIP, PrepareConfig, Preparer, StreamPreparer
 from headrift.prompts import RenderedPrompt
 from headrift.results import Rejected, ScoreResult
@@ -50,13 +52,6 @@ def test_a_system_prompt_that_keeps_coming_does_not_keep_others_out():
         queue.add(prepared(index, "a"))
         taken.append(queue.pop().index)
     assert 1 in taken[:5]
-
-
-def test_a_prompt_that_comes_back_goes_ahead_of_its_like():
-    queue = filled("aab")
-    back = queue.pop()
-    queue.add(back, first=True)
-    assert order(queue) == [0, 1, 2]
 
 
 def test_a_prefix_is_primed_once_and_where_another_waits_with_it():
@@ -243,6 +238,53 @@ def test_where_no_worker_can_be_had_this_process_prepares(tokenizer, monkeypatch
             time.sleep(0.02)
         results += stream
     assert [prepared for _, prepared in results] == [preparer.prepare(i, row, False) for i, row in enumerate(prompts())]
+
+
+class Deadly:
+    """A prompt that ends the process it arrives in."""
+
+    id = "deadly"
+
+    def __reduce__(self) -> tuple:
+        return os._exit, (1,)
+
+
+def slowly(items: Sequence) -> Iterator:
+    """So that a worker that has started is seen to before this process has prepared them all."""
+    for item in items:
+        time.sleep(0.005)
+        yield item
+
+
+def test_a_prompt_that_kills_workers_is_rejected_and_the_others_are_prepared(tokenizer, monkeypatch):
+    monkeypatch.setattr(prepare, "_BEFORE_WORKERS", 0)
+    monkeypatch.setattr(prepare, "_MOST_IN_A_ROW", 2)
+    preparer = Preparer(CONFIG, tokenizer)
+    given: list = list(itertools.islice(itertools.cycle(prompts()), 120))
+    given[50] = Deadly()
+    with closing(StreamPreparer(preparer, 1)) as ahead:
+        ahead._submit(b"", False).result()  # the worker has started
+        results = [prepared for _, prepared in ahead.stream(slowly(given), lambda row: row, False)]
+    assert (results[50].reason, results[50].id, results[50].index) == ("not_rendered", "deadly", 50)
+    others = [i for i in range(120) if i != 50]
+    assert [results[i] for i in others] == [preparer.prepare(i, given[i], False) for i in others]
+
+
+def test_workers_that_always_die_end_the_stream(tokenizer, monkeypatch):
+    monkeypatch.setattr(prepare, "_BEFORE_WORKERS", 0)
+    monkeypatch.setattr(prepare, "_MOST_IN_A_ROW", 2)
+    with closing(StreamPreparer(Preparer(CONFIG, tokenizer), 1)) as ahead:
+        ahead._submit(b"", False).result()
+        with pytest.raises(EngineError, match="die again and again"):
+            list(ahead.stream(slowly([Deadly()] * 60), lambda row: row, False))
+
+
+def test_a_prompt_that_cannot_be_rendered_is_rejected_whatever_its_rendering_raises(tokenizer, monkeypatch):
+    preparer = Preparer(CONFIG, tokenizer)
+    monkeypatch.setattr(preparer, "_render", lambda prompt, replay: {}["missing"])
+    rejected = preparer.prepare(3, {"prompt": "Hello", "id": "a"}, False)
+    assert (rejected.index, rejected.id, rejected.reason) == (3, "a", "not_rendered")
+    assert "KeyError" in rejected.detail
 
 
 # ------------------------------------------------------------------------------------------------------- tokenising

@@ -163,10 +163,18 @@ def assert_agrees() -> Agreement:
     return Agreement()
 
 
-def run_all(engine, requests, *, at_once: int | None = None) -> list[SimpleNamespace]:
-    """Every request's Finished and Recording (masses included, None where not probed), in the order given."""
+def run_all(engine, requests, *, at_once: int | None = None, reruns: bool = False) -> list[SimpleNamespace]:
+    """Every request's Finished and Recording (masses included, None where not probed), in the order given.
+
+    Args:
+        reruns: whether `engine.run` may have run requests again because steps were missing.
+    """
+    requests = list(requests)
     results = engine.run(enumerate(requests), want_mass=True, at_once=at_once)
     result = {i: SimpleNamespace(done=done, recording=recording) for i, done, recording in results}
+    if not reruns:
+        again = [i for i, item in result.items() if item.done.request is not requests[i]]
+        assert not again, f"requests {again} lost steps and ran again"
     return [result[i] for i in range(len(result))]
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
+from headrift.safety_heads import arms
 from headrift.safety_heads.arms import mean_interval, paired_difference, rate
 
 
@@ -64,3 +65,13 @@ def test_a_means_interval():
     assert low < np.average(values, weights=weights) < high
     assert mean_interval(values[:9]) is None
     assert mean_interval(np.zeros(40)) is None
+
+
+@pytest.mark.parametrize(
+    ("stopped", "verdict"),
+    [(5, "no difference shown"), (6, "fewer refusals")],  # of 20: p is 0.0625, 0.031; both intervals leave out 0
+)
+def test_a_difference_is_shown_if_interval_and_exact_test_agree(stopped, verdict):
+    paired = paired_difference([False] * 20, [True] * stopped + [False] * (20 - stopped))
+    assert paired.interval[1] < 0
+    assert verdict in arms._difference("attack", paired.difference, paired.interval, paired.p_value)

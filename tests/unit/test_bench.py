@@ -122,8 +122,9 @@ def test_the_bound_on_bytes_by_hand():
 
 
 def test_arms_with_other_settings_are_refused():
-    def arm(as_it_comes=False, **other):
-        return {"resolved": {"dtype": "float32", "cudagraph_mode": "NONE", **other}, "as_it_comes": as_it_comes}
+    def arm(default_settings=False, **other):
+        resolved = {"dtype": "float32", "cudagraph_mode": "NONE", **other}
+        return {"resolved": resolved, "default_settings": default_settings}
 
     overhead.check_same({"plain": arm(), "probing": arm(cudagraph_mode="FULL"), "ours": arm(True, ir_op_priority="x")})
     with pytest.raises(SystemExit, match="bfloat16"):

@@ -188,7 +188,6 @@ class _PairRun:
                 group.todo.append((i, ProbeRequest(pair.wrapped_ids, regions, self._steps, **how)))  # type: ignore[arg-type]
         if done.request.rows_against is not None:
             assert group.clean is not None
-            assert recording.distance is not None
             distance = recording.distance[: len(group.clean.mass)]
             if np.isnan(distance).any():
                 raise RuntimeError(f"pair {pair.id}: the engine left out distances; do not trust its numbers")

@@ -168,7 +168,7 @@ class ScoringJob:
 
 
 def _pair_texts(config: ConsistencyConfig) -> tuple[list[PairText], list[RejectedPair]]:
-    """The selected pairs, and the rows that are neither pair nor question. ValueError if there is no pair."""
+    """Read the selected pairs and the rows that are neither a pair nor a question; ValueError if none is a pair."""
     inputs = read_pairs(config.inputs, config.columns)
     texts = inputs.texts()
     check_families("--family", config.families, texts)

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from headrift.stats import MIN_FOR_INTERVAL, Bools, ClusterBootstrap, Floats, Interval, Ints, separation
+from headrift.stats import MIN_FOR_INTERVAL, Bools, ClusterBootstrap, Floats, Interval, Ints, separation, side
 from headrift.terminal import print_table
 
 # What may predict that an answer flips, and its label. The wrapper's length is the baseline.
@@ -104,8 +104,8 @@ def cell(estimate: Mapping[str, Any] | None, key: str = "value") -> str:
 def _verdict(predictor: Mapping[str, Any]) -> str:
     if predictor["interval"] is None:
         return "too few"
-    low, high = predictor["interval"]
-    return "higher if it flips" if low > 0.5 else "lower if it flips" if high < 0.5 else "not shown"
+    verdicts = {1: "higher if it flips", -1: "lower if it flips", None: "not shown"}
+    return verdicts[side(predictor["interval"], 0.5)]
 
 
 def _values(table: pa.Table) -> dict[str, Floats]:
@@ -138,9 +138,9 @@ def _by_layer(table: pa.Table) -> dict[str, Any]:
     for name in ("distance_l2", "distance_tv"):
         by_pair = [np.reshape(row, (-1, layers, heads)).mean(axis=(0, 2)) for row in _rows(table, name)]
         means[name] = np.mean(by_pair, axis=0).tolist()
-    for side in ("clean", "wrapped"):
-        masses = _first_step(table, f"{side}_mass").mean(axis=(0, 2))
-        means[f"{side}_mass"] = dict(zip(("core", "wrapper", "system"), masses.T.tolist()))
+    for version in ("clean", "wrapped"):
+        masses = _first_step(table, f"{version}_mass").mean(axis=(0, 2))
+        means[f"{version}_mass"] = dict(zip(("core", "wrapper", "system"), masses.T.tolist()))
     return means
 
 

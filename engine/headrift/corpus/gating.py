@@ -113,7 +113,7 @@ class GateKind(ScoreKind):
         blocked = self._gate.blocks(result, self._calibration.threshold)
         text = BLOCKED if blocked else result.text
         leaks = self._terms.in_text if self._gate.fail_terms else None
-        return record(row.columns(), result) | {
+        return record(row.columns(text=False), result) | {
             "blocked": blocked,
             "text": text,
             "leaked": None if leaks is None else not blocked and leaks(text),

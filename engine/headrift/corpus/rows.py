@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import dropwhile
 from typing import Any
 
-from headrift.scorer import Prompt
+from headrift.prepare import Prompt
 
 LABELS = ("attack", "benign")
 PROMPTS = ("prompt", "messages", "token_ids")  # a row has exactly one of them
@@ -50,6 +50,7 @@ REASONS = {
     "bad_tools": "The tools are not a list of JSON objects, each describing one tool.",
     "empty_system_prompt": "The system prompt is empty, or makes no token: give a text to measure attention on.",
     "invalid_text": "The rendered conversation is not valid Unicode: repair the encoding of the texts.",
+    "not_rendered": "Rendering or tokenising the prompt fails: leave it out, and report the bug.",
     "no_system_prompt": "There is no system prompt: give `system`, a system message, or --system-prompt-file.",
     "no_user_message": "The conversation has no user message: add the prompt as one.",
     "prompt_too_long": "The prompt and its steps exceed the model's context: shorten it or record fewer steps.",
@@ -76,8 +77,8 @@ class Row:
     category: str | None
     prompt: Prompt
 
-    def columns(self, *, replay: bool = False) -> dict[str, Any]:
-        """Return the columns of a part that are the row's own; `replay` as in `group_of`."""
+    def columns(self, *, replay: bool = False, text: bool = True) -> dict[str, Any]:
+        """Return the columns of a part that are the row's own, `prompt` only with `text`; `replay` as in `group_of`."""
         return {
             "id": self.id,
             "source": self.source,
@@ -85,7 +86,7 @@ class Row:
             "label": self.label,
             "category": self.category,
             "group": group_of(self.prompt, replay=replay),
-            "prompt": _text_of(self.prompt),
+            **({"prompt": _text_of(self.prompt)} if text else {}),
         }
 
 

@@ -64,7 +64,7 @@ class ScoreKind:
 
     def record(self, row: Row, result: ScoreResult) -> Record:
         """A result as the columns of a part."""
-        return record(row.columns(replay=self._config.replay), result)
+        return record(row.columns(replay=self._config.replay, text="text" in self._config.save), result)
 
     def files(self, number: int, engine: dict[str, Any]) -> ShardFiles:
         """A shard's files. engine: its `about`."""

@@ -14,7 +14,17 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from headrift.stats import MIN_FOR_INTERVAL, RESAMPLES, Bounds, ClusterBootstrap, Floats, Ints, percentile_bands
+from headrift.stats import (
+    CONFIDENCE,
+    MIN_FOR_INTERVAL,
+    RESAMPLES,
+    Bounds,
+    ClusterBootstrap,
+    Floats,
+    Ints,
+    percentile_bands,
+    side,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +39,7 @@ class Estimate:
     @property
     def shown(self) -> bool:
         """Whether the interval leaves out 0."""
-        return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
+        return side(self.interval, 0) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +111,7 @@ def student(values: Any, rows: int | None = None) -> tuple[Estimate, float]:
     rows = n if rows is None else rows
     if n < 3 or np.ptp(values) == 0:
         return Estimate(value, None, n, rows), float("nan")
-    half = float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n))
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * values.std(ddof=1) / np.sqrt(n))
     return Estimate(value, (value - half, value + half), n, rows), float(stats.ttest_1samp(values, 0.0).pvalue)
 
 

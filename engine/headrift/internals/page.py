@@ -26,6 +26,7 @@ from headrift.terminal import print_table
 
 PAGE = "report.html"
 _ALL = "all system prompts"
+NOT_JUDGED = "not judged"  # the largest of many, whose interval does not allow for the choosing
 _MOST_SENTENCES = 20
 _PLACE_LABELS = dict(zip(PLACES, ("the last prompt token", "the question's tokens")))
 _KIND_LABELS = dict(zip(KINDS, ("with the system prompt", "with neutral text in its place")))
@@ -133,7 +134,7 @@ def _predicting(results: Results) -> list[Finding]:
         values = np.where(np.isfinite(estimates.value), estimates.value, -2.0)
         layer, component = (int(i) for i in np.unravel_index(int(values.argmax()), values.shape))
         label = f"Spearman {words}: {COMPONENTS[component]} of layer {layer}, the largest of {values.size}"
-        findings.append(with_verdict(label, estimates.at(layer, component)))
+        findings.append(Finding(label, estimates.at(layer, component), NOT_JUDGED))
         above = float((estimates.low > 0).mean())
         findings.append(without_interval("fraction of them whose interval is above 0", above, estimates))
     return findings

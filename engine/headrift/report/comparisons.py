@@ -116,7 +116,7 @@ def not_compared(reason: str) -> list[html.Section]:
 
 def compared(result: SideBySide, output: html.Output, fail_terms: Sequence[str], redact: bool) -> list[html.Section]:
     """All that was compared."""
-    output.numbers(side_by_side=result.model_dump(mode="json", exclude={"points"}))
+    output.numbers(side_by_side=result.model_dump(mode="json"))
     sections = [
         _signals(result, output),
         _strata(result),
@@ -129,7 +129,6 @@ def compared(result: SideBySide, output: html.Output, fail_terms: Sequence[str],
 
 
 def _signals(result: SideBySide, output: html.Output) -> html.Section:
-    verdicts = {1: HIGHER, -1: LOWER, None: html.NOT_SHOWN}
     aurocs = [
         (signal, signal.auroc)
         for signal in result.signals
@@ -141,7 +140,7 @@ def _signals(result: SideBySide, output: html.Output) -> html.Section:
             (
                 signal.label,
                 *_cells(auroc),
-                verdicts[signal.sign],
+                html.verdict(auroc.interval, HIGHER, LOWER, 0.5),
                 "" if signal.auroc_all is None else html.show_number(signal.auroc_all.value),
                 *(
                     f"{signal.coverage[label]:.0%}" if label in signal.coverage else ""

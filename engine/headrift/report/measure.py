@@ -193,8 +193,11 @@ def _read(data: ReportData, numbers: Sequence[int], columns: Sequence[str]) -> d
     """Read columns of rows, by row number."""
     rows: dict[int, dict[str, Any]] = {}
     first = 0
+    last = max(numbers, default=-1)
     for run in data.runs:
         for batch in run.batches(columns):
+            if first > last:
+                return rows
             for number in numbers:
                 if first <= number < first + len(batch):
                     rows[number] = batch.slice(number - first, 1).to_pylist()[0]

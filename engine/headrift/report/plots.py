@@ -14,6 +14,7 @@ import numpy as np
 from headrift.figures import COLOURS, Curve, draw_curves, draw_heatmap, draw_scores, new_figure, select_groups, short
 from headrift.report.gather import Floats
 from headrift.report.measure import AurocProfile, Relation, RunSeparation, WindowGrid
+from headrift.stats import side
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -114,7 +115,7 @@ def forest(
     for place, (_, value, interval) in enumerate(rows):
         low, high = interval or (value, value)
         axes.plot([low, high], [place, place], color="#333333", linewidth=2, solid_capstyle="butt")
-        colour = colours[0] if low > null else colours[1] if high < null else "#777777"
+        colour = {1: colours[0], -1: colours[1], None: "#777777"}[side(interval, null)]
         axes.plot(value, place, "o", color=colour, markerfacecolor=colour if interval else "white", markersize=7)
         text: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "center", "annotation_clip": False}
         axes.annotate(f"{value:#.2g}", (1.01, place), fontsize="small", **text)

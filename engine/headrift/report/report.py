@@ -104,7 +104,7 @@ class Report:
             return comparisons.not_compared(sections.NO_SCORE)
         options: dict[str, Any] = {"resamples": config.resamples, "seed": config.seed, "say": self._say}
         try:
-            result = side_by_side(data.runs, data.score_range, fail_terms=self._fail_terms, **options)
+            result = side_by_side(data.runs, data.score_range, rows=data.rows, fail_terms=self._fail_terms, **options)
         except CalibrationError as error:
             return comparisons.not_compared(str(error))
         return comparisons.compared(result, self._output, config.fail_terms, config.redact)

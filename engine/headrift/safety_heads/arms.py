@@ -13,13 +13,12 @@ from numpy.typing import NDArray
 
 from headrift.figures import new_figure, save, short
 from headrift.safety_heads.ships import Head
-from headrift.stats import Bools, Bounds, ClusterBootstrap, Floats, Interval, side, wilson_interval
+from headrift.stats import CONFIDENCE, Bools, Bounds, ClusterBootstrap, Floats, Interval, Z, side, wilson_interval
 
 ATTACK, BENIGN = "attack", "benign"
 CLEAN, ABLATED, CONTROL = "clean", "ablated", "control"
 # An answer is changed if it differs from the clean one in one of this many first tokens.
 CHANGED_WITHIN = 16
-_Z = 1.959963984540054  # of 95%
 _COLOURS = {CLEAN: "#0072B2", ABLATED: "#D55E00"}
 _OTHER_COLOUR = "#999999"
 
@@ -126,7 +125,7 @@ def paired_difference(first: Sequence[bool] | Bools, second: Sequence[bool] | Bo
     n, began, ended = len(one), int((one & ~other).sum()), int((~one & other).sum())
     # With p = (count + 1) / (n + 2) for either count: p1 - p2 +- z sqrt((p1 + p2 - (p1 - p2)^2) / (n + 2)).
     up, down = (began + 1) / (n + 2), (ended + 1) / (n + 2)
-    half = _Z * sqrt((up + down - (up - down) ** 2) / (n + 2))
+    half = Z * sqrt((up + down - (up - down) ** 2) / (n + 2))
     interval = max(-1.0, up - down - half), min(1.0, up - down + half)
     p_value = float(binomtest(began, began + ended).pvalue) if began + ended else 1.0
     return PairedDifference(n, began, ended, (began - ended) / n, interval, p_value)
@@ -193,7 +192,8 @@ def table(arms: Sequence[ArmSummary], controls: Mapping[str, ControlDifference])
     lines += ["", f"{'difference in refusals':<36}{'[95%]':<24}{'verdict':<22}"]
     for label, paired in ablated.refused_against_clean.items():
         note = f"p = {paired.p_value:.2g}, {paired.ended} stopped refusing, {paired.began} began"
-        lines.append(_difference(f"{label}: {ABLATED} - {CLEAN}", paired.difference, paired.interval) + note)
+        name = f"{label}: {ABLATED} - {CLEAN}"
+        lines.append(_difference(name, paired.difference, paired.interval, paired.p_value) + note)
     for label, control in controls.items():
         lines.append(_difference(f"{label}: {ABLATED} - mean of controls", control.difference, control.interval))
     success = _cell(ablated.attack_success.value, ablated.attack_success.interval, ".2f")
@@ -201,8 +201,10 @@ def table(arms: Sequence[ArmSummary], controls: Mapping[str, ControlDifference])
     return "\n".join(map(str.rstrip, lines))
 
 
-def _difference(name: str, value: float, interval: Bounds | None) -> str:
-    verdict = {None: "no difference shown", -1: "fewer refusals", 1: "more refusals"}[side(interval, 0)]
+def _difference(name: str, value: float, interval: Bounds | None, p_value: float = 0.0) -> str:
+    """A line of the table; a difference is shown if both its interval and its exact test say so."""
+    shown = side(interval, 0) if p_value < 1 - CONFIDENCE else None
+    verdict = {None: "no difference shown", -1: "fewer refusals", 1: "more refusals"}[shown]
     return f"{name:<36}{_cell(value, interval, '+.2f'):<24}{verdict:<22}"
 
 

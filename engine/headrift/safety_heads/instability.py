@@ -123,7 +123,7 @@ def table(result: Instability) -> str:
     """The scores, and whether the heads have more of the variance than random ones, as text of about 100 columns."""
     named = ", ".join(f"{layer}:{head}" for layer, head in result.heads)
     first, end = result.layers
-    verdict = "more than random heads" if result.p_value < 0.05 else "no more than random heads"
+    verdict = "more than random heads" if result.p_value < 0.05 else "not shown to be more"
     lines = [
         f"{result.run}: {result.prompts} prompts",
         f"{len(result.heads)} of the first {result.top} heads are in the scored layers {first} to {end - 1}: {named}",

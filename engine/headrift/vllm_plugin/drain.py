@@ -37,8 +37,9 @@ class Drain:
         with the slots afterwards, the next request's wipe first, comes later on the same stream than this gathering.
         """
         gathered = self.recorder.gather(requests, n_steps, want_mass)
-        place, outputs = self.recorder.place, recording_outputs()
+        place = self.recorder.place
         if not place.logits:
+            outputs = recording_outputs()
             gathered = {name: tensor for name, tensor in gathered.items() if outputs[name].per_head}
         arrays, copied = _start_copying(gathered)
         arrays |= {

@@ -105,8 +105,8 @@ class Recorder(SlotTable):
         return own + sum(instrument.nbytes for instrument in self.instruments)
 
     def instrument(self, name: str) -> Instrument:
-        """The instrument of the class with this name, which has to be on."""
-        return next(instrument for instrument in self.instruments if type(instrument).__name__ == name)
+        """The instrument of the class with this name; KeyError if it is off."""
+        return {type(instrument).__name__: instrument for instrument in self.instruments}[name]
 
     # At start-up.
 
@@ -197,7 +197,7 @@ class Recorder(SlotTable):
         if self._new:
             self._install_new()
         if was_probed or self.probed:
-            self.row_slot.copy_(self.on_device(slots), non_blocking=True)
+            self.row_slot.copy_(self.pinned(slots), non_blocking=True)
         if self.probed and (self.logit_readers or self.hidden_readers):
             prompt_len = self.prompt_len[self.row_slot[:n].clamp(min=0).long()]
             self.row_step[:n] = seq_lens[:n] - prompt_len

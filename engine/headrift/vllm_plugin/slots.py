@@ -91,9 +91,13 @@ class SlotTable:
         return self.on_device(array.astype(np.int64))
 
     def on_device(self, array: np.ndarray) -> torch.Tensor:
-        """`array` on the device, copied while the host goes on to the next step.
+        """`array` on the device, copied while the host goes on to the next step."""
+        return self.pinned(array).to(self.device, non_blocking=True)
 
-        The pinned memory is fresh: torch hands it out again only after the copies from it are done.
+    def pinned(self, array: np.ndarray) -> torch.Tensor:
+        """`array` in memory from which one copy goes to a tensor on the device, and the host does not wait.
+
+        It is fresh: torch hands pinned memory out again only after the copies from it are done.
         """
         tensor = torch.from_numpy(array)
-        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor if self.device.type == "cpu" else tensor.pin_memory()

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 from pydantic import BaseModel
 
 from headrift.calibration.compare.aurocs import (
     NOT_SHOWN,
+    TOO_FEW,
     Increment,
     SignalResult,
     Success,
@@ -33,16 +33,6 @@ from headrift.signals import signals
 
 __all__ = ["SideBySide", "across", "side_by_side"]
 
-_MOST_POINTS = 500  # of a class
-
-
-class Points(BaseModel, extra="forbid", frozen=True):
-    """Samples to draw, at most 500 of a class: values by signal name, None if a sample has none."""
-
-    attack: list[bool]
-    hard: list[bool]
-    values: dict[str, list[float | None]]
-
 
 class SideBySide(BaseModel, extra="forbid", frozen=True):
     """The result of `side_by_side`, over a window and layers [s, e); findings: a line for each verdict."""
@@ -61,7 +51,6 @@ class SideBySide(BaseModel, extra="forbid", frozen=True):
     before: list[Before]
     success: Success
     normalisation: Normalisation
-    points: Points
     findings: list[str]
     notes: list[str]
 
@@ -74,6 +63,7 @@ def side_by_side(
     seed: int,
     fail_terms: FailTerms | None,
     important_heads: bool = True,
+    rows: Rows | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> SideBySide:
     """Compare the signals of runs of one model over a window and layers.
@@ -85,6 +75,7 @@ def side_by_side(
         seed: of the bootstrap.
         fail_terms: what tells a successful attack; None if that is not known.
         important_heads: whether to choose heads as Attention Tracker does.
+        rows: of `read_rows`, if they are read already.
         say: is given the name of each stage.
 
     Raises:
@@ -95,8 +86,9 @@ def side_by_side(
     last, window = min(run.steps for run in runs), score_range.window
     if window.end > last:
         raise CalibrationError(f"the window {window} ends after step {last}, the last that all runs recorded")
-    say("reading the rows")
-    rows = read_rows(runs)
+    if rows is None:
+        say("reading the rows")
+        rows = read_rows(runs)
     samples = take_samples(runs, rows, seed)
     measured = measure(runs, samples, score_range, fail_terms=fail_terms, important_heads=important_heads, say=say)
     if "instability" not in measured.values:
@@ -127,7 +119,6 @@ def side_by_side(
         before=before,
         success=succeeded,
         normalisation=by_length,
-        points=_points(measured, samples, seed),
         findings=_findings(results, added, before, succeeded, by_length),
         notes=_notes(rows, samples, measured),
     )
@@ -146,24 +137,11 @@ def _findings(
     for one in results:
         if one.auroc is not None and one.auroc.value is not None:
             interval = "" if one.auroc.interval is None else ", {:.3f} to {:.3f}".format(*one.auroc.interval)
-            lines.append(f"{one.label}: {verdicts[one.sign]} (AUROC {one.auroc.value:.3f}{interval})")
+            shown = TOO_FEW if one.auroc.interval is None else verdicts[one.sign]
+            lines.append(f"{one.label}: {shown} (AUROC {one.auroc.value:.3f}{interval})")
     lines += [f"{one.label}: {one.verdict}" for one in added if one.added == "instability" and one.absent is None]
     lines += [f"first step of instability against {one.label}: {one.verdict}" for one in before]
     return [*lines, f"attack success: {succeeded.verdict}", f"normalising by length: {by_length.verdict}"]
-
-
-def _points(measured: Measurements, samples: ComparisonSamples, seed: int) -> Points:
-    random = np.random.default_rng(seed)
-    classes = [np.flatnonzero(samples.attack == label) for label in (True, False)]
-    kept = np.sort(np.concatenate([random.permutation(members)[:_MOST_POINTS] for members in classes]))
-    return Points(
-        attack=samples.attack[kept].tolist(),
-        hard=samples.hard[kept].tolist(),
-        values={
-            name: [None if np.isnan(value) else float(value) for value in values[kept]]
-            for name, values in measured.values.items()
-        },
-    )
 
 
 def _notes(rows: Rows, samples: ComparisonSamples, measured: Measurements) -> list[str]:

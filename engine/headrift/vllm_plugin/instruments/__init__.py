@@ -16,9 +16,9 @@ MASS_OUTPUTS = (Output("share"), Output("first", per_step=False), Output("mass")
 
 
 def instrument_types() -> list[type[Instrument]]:
-    """Every instrument there is, in the order in which a step calls them: by module, as they stand in it."""
+    """Every instrument there is, by module: the order in which a step calls them."""
     _import_modules()
-    return Instrument.__subclasses__()
+    return sorted(Instrument.__subclasses__(), key=lambda kind: kind.__module__)
 
 
 @cache
@@ -44,7 +44,8 @@ def parse_config(values: Mapping[str, Any]) -> RecorderConfig:
     Raises:
         ValueError: an option is unknown or out of range.
     """
-    core = {field.name for field in fields(RecorderConfig)} - {"options"}
+    # The model's shape and the ranks are not settings: the engine and its workers fill them in.
+    core = {field.name for field in fields(RecorderConfig)} - {"options", "layers", "heads", "ranks"}
     options = option_defaults()
     unknown = values.keys() - core - options.keys()
     if unknown:

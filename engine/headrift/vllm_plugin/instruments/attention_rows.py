@@ -132,7 +132,7 @@ class RowDistance(Instrument):
         wipe(self.table, self.rows, self._keeps[slots])
         for slot in slots.tolist():
             if slot in self._new_partners:
-                self.partners[slot].copy_(self.table.on_device(self._new_partners.pop(slot)), non_blocking=True)
+                self.partners[slot].copy_(self.table.pinned(self._new_partners.pop(slot)), non_blocking=True)
 
     def plan(self, batch: StepBatch) -> list[Queries] | None:
         """The queries whose rows are computed, so many at a time that their keys are bounded; None for none."""
