@@ -7,14 +7,10 @@ early), calibrates each in a process of its own, and writes bench/results/calibr
 of 40 steps x 32 layers take 5 GB of disk.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +21,7 @@ import pyarrow.parquet as pq
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import utils
+from utils import Stopwatch
 
 from headrift.runs.parts import part_schema
 
@@ -82,15 +79,15 @@ def make_rows(start: int, n: int, n_all: int, steps: int, layers: int, schema: p
 def measure(folder: Path, out: Path, resamples: int) -> dict[str, Any]:
     """Calibrate in a process of its own."""
     command = [sys.executable, "-P", "-m", "headrift.cli", "calibrate", str(folder), "--out", str(out)]
-    load, start = os.getloadavg()[0], time.perf_counter()
-    child = subprocess.Popen([*command, "--resamples", str(resamples)], cwd=utils.ROOT)
-    _, status, usage = os.wait4(child.pid, 0)
-    seconds = time.perf_counter() - start
+    load = os.getloadavg()[0]
+    with Stopwatch() as clock:
+        child = subprocess.Popen([*command, "--resamples", str(resamples)], cwd=utils.ROOT)
+        _, status, usage = os.wait4(child.pid, 0)
     if status:
         raise SystemExit(f"headrift calibrate failed ({os.waitstatus_to_exitcode(status)})")
     calibration = utils.read_json(out)
     return {
-        "seconds": seconds,
+        "seconds": clock.seconds,
         "cpu_seconds": usage.ru_utime + usage.ru_stime,
         "peak_gb": usage.ru_maxrss * 1024 / 1e9,
         "load_before": load,
@@ -102,8 +99,7 @@ def measure(folder: Path, out: Path, resamples: int) -> dict[str, Any]:
     }
 
 
-def table(report: Mapping[str, Any]) -> list[str]:
-    """Return the lines of the report's page."""
+def table(report: dict[str, Any]) -> str:
     rows = [
         [f"{int(n):,}", f"{run['seconds']:.1f}", f"{run['cpu_seconds']:.1f}", f"{int(n) / run['seconds']:,.0f}"]
         + [f"{run['peak_gb']:.2f} GB", f"{run['load_before']:.1f}, {run['load_after']:.1f}"]
@@ -111,26 +107,24 @@ def table(report: Mapping[str, Any]) -> list[str]:
         for n, run in report["runs"].items()
     ]
     head = ["rows", "seconds", "of CPU", "rows/s", "peak memory", "load"]
-    return [
+    return utils.page(
         "# Calibration of many rows",
-        "",
         f"Made by `python bench/calibration.py`: {report['steps']} steps x {report['layers']} layers, "
         f"{report['resamples']} resamples, on {report['machine']['cpu']} ({report['machine']['cores']} cores, shared: "
-        "the load is that before and after).",
+        "the load is that before and after).\n"
         f"Required: a million rows in under {MOST_SECONDS} s and {MOST_GB} GB, growing no faster than linearly.",
-        "",
-        *utils.markdown([*head, "chosen steps, layers (planted: 3:12, 8 to 23)"], rows),
-    ]
+        utils.markdown([*head, "chosen steps, layers (planted: 3:12, 8 to 23)"], rows),
+    )
 
 
 def main() -> None:
-    parser = utils.parser(__doc__)
-    parser.add_argument("--rows", type=int, action="append", help="10,000, 100,000 and 1,000,000 by default")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--resamples", type=int, default=200)
-    parser.add_argument("--scratch", type=Path, help="a folder with room for the runs")
-    args = parser.parse_args()
+    options = utils.Options(__doc__, "calibration", short=False)
+    options.add_argument("--rows", type=int, action="append", help="10,000, 100,000 and 1,000,000 by default")
+    options.add_argument("--steps", type=int, default=40)
+    options.add_argument("--layers", type=int, default=32)
+    options.add_argument("--resamples", type=int, default=200)
+    options.add_argument("--scratch", type=Path, help="a folder with room for the runs")
+    args = options.parse()
     settings = {name: getattr(args, name) for name in ("steps", "layers", "resamples")}
     report: dict[str, Any] = {"machine": utils.host(), **settings, "runs": {}}
     for n in args.rows or (10_000, 100_000, 1_000_000):
@@ -138,7 +132,7 @@ def main() -> None:
             make_run(Path(scratch) / "run", n, args.steps, args.layers)
             report["runs"][str(n)] = measure(Path(scratch) / "run", Path(scratch) / "c.json", args.resamples)
         print(f"{n:,} rows: {report['runs'][str(n)]}", flush=True)
-    utils.write(report, table(report), utils.RESULTS / "calibration.json")
+    utils.write(report, table(report), args.out)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,12 @@ repeated), and measures the memory of a training step against the same step from
 bench/results/consistency.json, .md and .png. --short: one seed, 4 steps, 6 questions.
 """
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import re
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,33 +43,29 @@ MEASURES = {
 TOKENS = 512  # of the prompt whose training step's memory is measured
 
 
-# ------------------------------------------------------------------------------------------------- child processes
-
-
 class Pace:
     """Trainers of several methods on the same pairs, whose steps take turns."""
 
-    def time(self, model: str, questions: str, methods: Sequence[str], rounds: int) -> dict[str, Any]:
+    def time(self, model: str, rounds: int) -> dict[str, Any]:
         """Return the seconds of training steps by method."""
         from headrift.consistency.data import DataConfig
         from headrift.consistency.pairs import SYSTEM_PROMPT
         from headrift.consistency.trainer import ANSWERS, TrainConfig, Trainer, TrainingJob
 
+        def step(trainer: Trainer) -> float:
+            with Stopwatch() as clock:
+                trainer.train_step()
+            return clock.seconds
+
         with tempfile.TemporaryDirectory() as folder:
-            data = DataConfig((questions,), Path(model), SYSTEM_PROMPT, limit=30)
-            trainers = {}
-            for method in methods:
+            data = DataConfig((str(QUESTIONS),), Path(model), SYSTEM_PROMPT, limit=30)
+            arms = {}
+            for method in NAMES:
                 job = TrainingJob(TrainConfig(data=data, out=Path(folder) / method, weights={method: 1.0}))
-                trainers[method] = Trainer(job.config, job.layers, job.pairs, job.data.renderer.tokenizer)
-                trainers[method].prepare(job.config.out / ANSWERS)
-                trainers[method].train_step()
-            seconds: dict[str, list[float]] = {method: [] for method in methods}
-            for _ in range(rounds):
-                for method, trainer in trainers.items():
-                    with Stopwatch() as clock:
-                        trainer.train_step()
-                    seconds[method].append(clock.seconds)
-        return {"seconds": seconds}
+                trainer = Trainer(job.config, job.layers, job.pairs, job.data.renderer.tokenizer)
+                trainer.prepare(job.config.out / ANSWERS)
+                arms[method] = partial(step, trainer)
+            return {"seconds": {method: times[1:] for method, times in utils.run_in_turns(arms, 1 + rounds).items()}}
 
 
 NOISE = "The market opens early in the morning and many people come to buy bread and cheese. "
@@ -90,8 +84,8 @@ class Step:
         from headrift.consistency.model import attach_lora, install, recompute_long_prompts
 
         pairs = [make_pair(AutoTokenizer.from_pretrained(model), n) for n in (140, tokens)]
-        implementation = "sdpa" if way == "headrift" else "eager"
-        base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation=implementation)
+        options = {"dtype": torch.float32, "attn_implementation": "sdpa" if way == "headrift" else "eager"}
+        base: Any = AutoModelForCausalLM.from_pretrained(model, **options)
         if way == "headrift":
             install(base)
         adapted = attach_lora(base, 8, 16, 0)
@@ -131,25 +125,20 @@ def step_loss(way: str, model: Any, pair: Any) -> Any:
     from headrift.consistency import losses
     from headrift.consistency.model import forward
 
+    decoder = model.get_base_model().base_model
+    layers = frozenset(range(decoder.config.num_hidden_layers))
     clean_at, wrapped_at = torch.from_numpy(pair.clean_positions), torch.from_numpy(pair.wrapped_positions)
-    first, decoder = pair.first_query, model.get_base_model().base_model
-    if way == "headrift":
-        layers = frozenset(range(decoder.config.num_hidden_layers))
-        with torch.no_grad(), model.disable_adapter():
-            clean = forward(decoder, pair.clean_ids, clean_at[first:].tolist(), layers)
-        wrapped = forward(decoder, pair.wrapped_ids, wrapped_at[first:].tolist(), layers)
-        return losses.attct(wrapped.rows, clean.rows, wrapped_at, clean_at)
 
-    def rows(ids: Sequence[int], at: Any) -> dict[int, Any]:
+    def rows(ids: list[int], positions: Any) -> dict[int, Any]:
+        queries = positions[pair.first_query :]
+        if way == "headrift":
+            return forward(decoder, ids, queries.tolist(), layers).rows
         maps = decoder(torch.tensor([ids]), use_cache=False, output_attentions=True).attentions
-        return {layer: attention[0][:, at[first:]] for layer, attention in enumerate(maps)}
+        return {layer: attention[0][:, queries] for layer, attention in enumerate(maps)}
 
     with torch.no_grad(), model.disable_adapter():
-        clean_rows = rows(pair.clean_ids, clean_at)
-    return losses.attct(rows(pair.wrapped_ids, wrapped_at), clean_rows, wrapped_at, clean_at)
-
-
-# ------------------------------------------------------------------------------------------------- the measurement
+        clean = rows(pair.clean_ids, clean_at)
+    return losses.attct(rows(pair.wrapped_ids, wrapped_at), clean, wrapped_at, clean_at)
 
 
 def folder_of(method: str, seed: int, args: Any) -> Path:
@@ -164,7 +153,7 @@ def train(method: str, seed: int, args: Any) -> None:
     utils.headrift("train-consistency", QUESTIONS, *options)
 
 
-def evaluate(folders: Sequence[Path], args: Any) -> None:
+def evaluate(folders: list[Path], args: Any) -> None:
     """Evaluate all at once, since the model before training is then run once; nothing if that was done before."""
     options = {"questions": args.questions, "skip": SEEN}
     paths = [folder / "evaluation.json" for folder in folders]
@@ -177,25 +166,20 @@ def evaluate(folders: Sequence[Path], args: Any) -> None:
 def read_result(method: str, seed: int, args: Any) -> dict[str, Any]:
     """Return what a training with a method and a seed changed."""
     folder = folder_of(method, seed, args)
-    steps = (folder / "losses.jsonl").read_text().splitlines()
-    about = {"method": method, "seed": seed, "steps": len(steps)}
-    return {**about, "seconds": utils.read_json(folder / "outcome.json")["seconds"]} | utils.read_json(
-        folder / "evaluation.json"
-    )
+    about = {"method": method, "seed": seed, "steps": len((folder / "losses.jsonl").read_text().splitlines())}
+    about["seconds"] = utils.read_json(folder / "outcome.json")["seconds"]
+    return about | utils.read_json(folder / "evaluation.json")
 
 
 def over_seeds(values: list[float]) -> dict[str, float]:
     """Return the mean over seeds with its 95% interval by Student's t; no interval for one seed."""
     from scipy import stats
 
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return {"mean": mean}
-    low, high = (float(x) for x in stats.t.interval(0.95, len(values) - 1, mean, stats.sem(values) or 1e-12))
-    return {"mean": mean, "low": low, "high": high}
+    bounds = stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values) or 1e-12) if values[1:] else ()
+    return {"mean": float(np.mean(values)), **dict(zip(("low", "high"), map(float, bounds)))}
 
 
-def by_method(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def by_method(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Return, by method, the figures before and after over its seeds."""
     results: dict[str, Any] = {}
     for method in dict.fromkeys(run["method"] for run in runs):
@@ -224,34 +208,22 @@ def by_method(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return results
 
 
-def memory(args: Any) -> dict[str, float]:
-    """Measure the bytes above the weights that a training step takes at its peak, each in a process of its own."""
-    results = {}
-    for way in ("headrift", "eager"):
-        with Child("consistency.py", "step") as child:
-            results[way] = child.call("measure", way=way, model=str(args.model), tokens=TOKENS)["bytes"]
-    return results | {"ratio": results["headrift"] / results["eager"]}
+def call(kind: str, method: str, **arguments: Any) -> dict[str, Any]:
+    """Have a process of its own call a method."""
+    with Child("consistency.py", kind) as child:
+        return child.call(method, **arguments)
 
 
-def paces(args: Any) -> dict[str, list[float]]:
-    """Measure the seconds of training steps that take turns, by method."""
-    with Child("consistency.py", "pace") as child:
-        common = {"model": str(args.model), "questions": str(QUESTIONS), "methods": list(NAMES)}
-        seconds: dict[str, list[float]] = child.call("time", **common, rounds=2 if args.short else 8)["seconds"]
-    return seconds
-
-
-def table(report: Mapping[str, Any]) -> list[str]:
-    """Return the lines of the report's page."""
-    methods, memory_of = report["methods"], report["memory"]
+def table(report: dict[str, Any]) -> str:
+    methods, memory = report["methods"], report["memory"]
     first, names = next(iter(methods.values())), [NAMES[method] for method in methods]
     rows = [
-        [words, _before(first["held_out"][name]["before"])]
-        + [_over(result["held_out"][name]["after"]) for result in methods.values()]
+        [words, figure(first["held_out"][name]["before"])]
+        + [figure(result["held_out"][name]["after"]) for result in methods.values()]
         for name, words in MEASURES.items()
         if name in first["held_out"]
     ]
-    ratios = [_over(result["perplexity_ratio"]) for result in methods.values()]
+    ratios = [figure(result["perplexity_ratio"]) for result in methods.values()]
     rows.append(["perplexity of a neutral text, after / before", 1, *ratios])
     steps = [np.percentile(report["step_seconds"][method], [50, 25, 75]) for method in methods]
     cells = [f"{middle:.2f} ({low:.2f}-{high:.2f})" for middle, low, high in steps]
@@ -259,44 +231,34 @@ def table(report: Mapping[str, Any]) -> list[str]:
     seconds = [f"{np.median(result['seconds']):.0f}" for result in methods.values()]
     rows.append(["seconds of a training, median", "", *seconds])
     families = [
-        [f"{family}{' (held out)' if figures['held_out'] else ''}", _before(figures["before"])]
-        + [_over(result["families"][family]["after"]) for result in methods.values()]
+        [f"{family}{' (held out)' if figures['held_out'] else ''}", figure(figures["before"])]
+        + [figure(result["families"][family]["after"]) for result in methods.values()]
         for family, figures in first["families"].items()
     ]
-    ours, eager = memory_of["headrift"] / 1e6, memory_of["eager"] / 1e6
-    return [
+    return utils.page(
         "# Consistency training",
-        "",
         f"Made by `python bench/consistency.py`: {report['steps']} steps of {report['batch']} pairs, "
         f"{len(report['seeds'])} seeds, {report['questions']} held-out questions; held-out families: "
         f"{', '.join(report['held_out_families'])}. On {report['machine']['cpu']} ({report['machine']['cores']} "
         "cores). Before: 95% bootstrap interval over questions. After: mean and 95% interval (Student's t) over "
         "seeds, which are asked the same questions.",
-        "",
-        *utils.markdown(["held out", "before", *names], rows),
-        "",
+        utils.markdown(["held out", "before", *names], rows),
         "Answers that flip, by family:",
-        "",
-        *utils.markdown(["family", "before", *names], families),
-        "",
-        f"Memory above the weights of an AttCT step with a wrapped prompt of {TOKENS} tokens: {ours:.0f} MB, "
-        f"{memory_of['ratio']:.2f} of the {eager:.0f} MB that it takes from eager attention's full maps.",
-    ]
+        utils.markdown(["family", "before", *names], families),
+        f"Memory above the weights of an AttCT step with a wrapped prompt of {TOKENS} tokens: "
+        f"{memory['headrift'] / 1e6:.0f} MB, {memory['ratio']:.2f} of the {memory['eager'] / 1e6:.0f} MB that it takes "
+        "from eager attention's full maps.",
+    )
 
 
-def _over(value: Mapping[str, float]) -> str:
-    if "low" not in value:
-        return f"{value['mean']:.3f}"
-    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+def figure(value: dict[str, Any]) -> str:
+    """Show a value before (with its interval) or a mean after, with the bounds that it has."""
+    bounds = value["interval"] if "value" in value else [value[end] for end in ("low", "high") if end in value]
+    shown = f"{value['value'] if 'value' in value else value['mean']:.3f}"
+    return f"{shown} [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else shown
 
 
-def _before(value: Mapping[str, Any]) -> str:
-    if value["interval"] is None:
-        return f"{value['value']:.3f}"
-    return f"{value['value']:.3f} [{value['interval'][0]:.3f}, {value['interval'][1]:.3f}]"
-
-
-def plot(report: Mapping[str, Any], path: Path) -> None:
+def plot(report: dict[str, Any], path: Path) -> None:
     """Plot the distance per layer before and after, and the flip rate by family and method."""
     from headrift.figures import new_figure, save
 
@@ -326,38 +288,37 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    options = utils.parser(__doc__, "consistency")
-    options.add_argument("--steps", type=int, default=100)
-    options.add_argument("--questions", type=int, default=46)
+    options = utils.Options(__doc__, "consistency")
+    options.amount("steps", 100, 4, "training steps")
+    options.amount("questions", 46, 6, "held-out questions")
     options.add_argument("--methods", default=",".join(NAMES))
     options.add_argument("--seeds", default="0,1,2")
-    args = options.parse_args()
-    methods, seeds = args.methods.split(","), [int(seed) for seed in args.seeds.split(",")]
-    if args.short:
-        args.steps, args.questions, seeds = 4, 6, seeds[:1]
+    args = options.parse()
+    methods, seeds = args.methods.split(","), [int(seed) for seed in args.seeds.split(",")][: 1 if args.short else None]
     arms = [(method, seed) for seed in seeds for method in methods]
     for arm in arms:
         train(*arm, args)
     evaluate([folder_of(*arm, args) for arm in arms], args)
     runs = [read_result(*arm, args) for arm in arms]
-    settings = utils.read_json(folder_of(*arms[0], args) / "training.json")
+    settings = utils.read_json(folder_of(*arms[0], args) / "training.json")["settings"]
+    measured = {"model": str(args.model), "tokens": TOKENS}
+    memory = {way: call("step", "measure", way=way, **measured)["bytes"] for way in ("headrift", "eager")}
     report = {
         "steps": args.steps,
-        "batch": settings["settings"]["batch"],
+        "batch": settings["batch"],
         "seeds": seeds,
         "questions": runs[0]["questions"],
         "held_out_families": runs[0]["held_out_families"],
-        "settings": settings["settings"],
+        "settings": settings,
         "machine": utils.host(),
         "versions": utils.versions(),
         "methods": by_method(runs),
-        "memory": memory(args),
-        "step_seconds": paces(args),
+        "memory": memory | {"ratio": memory["headrift"] / memory["eager"]},
+        "step_seconds": call("pace", "time", model=str(args.model), rounds=2 if args.short else 8)["seconds"],
         "runs": [{key: value for key, value in run.items() if key != "versions"} for run in runs],
     }
-    out = utils.out_path(args)
-    utils.write(report, table(report), out)
-    plot(report, out.with_suffix(".png"))
+    utils.write(report, table(report), args.out)
+    plot(report, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -10,14 +10,11 @@
 Without --only: through. Writes bench/results/corpus.json; what is not measured now keeps its figures there.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import resource
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,16 +26,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import utils
+from peers import forget
 from utils import Child, Stopwatch
 
-REGIONS = ("system", "user", "prompt")
-RESULTS = utils.RESULTS / "corpus.json"
 WORDS = "the a of to and in that it is was for on are with as his they be at one have this from or had by word but what"
-
-
-# ------------------------------------------------------------------------------------------------- log rows
-
-
 SYSTEMS = [
     "You answer questions about a library's opening hours and books, and nothing else. Be polite and brief.",
     "You are the help desk of a bank. Never give account numbers, never promise a credit, and say so when asked.",
@@ -47,20 +38,33 @@ SYSTEMS = [
     "You are a tutor of mathematics. Never give the solution; ask the question that leads to it. "
     + " ".join(f"Rule {n}: stay with topic {n} until it is understood." for n in range(1, 31)),
 ]
-REPEATS, MALFORMED = 0.3, 0.01
+MALFORMED = [
+    b'{"prompt": "cut off',
+    b"\xff\xfe not text at all",
+    b'{"prompt": "a NUL \0 byte"}',
+    b'{"prompt": "half a character \\ud800"}',
+    b'["a", "list"]',
+    b'{"prompt": 17}',
+    b'{"system": "no prompt"}',
+    b'{"prompt": "x", "messages": []}',
+    b'{"prompt": "x", "label": "evil"}',
+    b'{"id": 1.5, "prompt": "x"}',
+    b'{"id": "log-%d", "prompt": "an id that was there"}',
+    b'{"messages": [{"role": "user"}, "text"]}',
+]
 
 
 def write_log(path: Path, n: int, seed: int = 0) -> None:
-    """Write n log rows, the same for the same seed: heavy-tailed lengths, 5 system prompts, repeats, malformed rows."""
+    """Write n log rows, the same for the same seed: heavy-tailed lengths, 30% repeats, 1% malformed."""
     random = Random(seed)
     words = [*WORDS.split(), *(f"word{i}" for i in range(2000))]
     before: list[tuple[str, str]] = []
     with path.open("wb") as file:
         for number in range(n):
-            if random.random() < MALFORMED:
-                file.write(_malformed(random, number) + b"\n")
+            if random.random() < 0.01:
+                file.write(random.choice(MALFORMED).replace(b"%d", b"%d" % max(0, number - 1)) + b"\n")
                 continue
-            if before and random.random() < REPEATS:
+            if before and random.random() < 0.3:
                 system, prompt = random.choice(before)
             else:
                 system = random.choice(SYSTEMS)
@@ -76,55 +80,29 @@ def write_log(path: Path, n: int, seed: int = 0) -> None:
             file.write(json.dumps(row).encode() + b"\n")
 
 
-def _malformed(random: Random, number: int) -> bytes:
-    return random.choice(
-        [
-            b'{"prompt": "cut off',
-            b"\xff\xfe not text at all",
-            b'{"prompt": "a NUL \0 byte"}',
-            b'{"prompt": "half a character \\ud800"}',
-            b'["a", "list"]',
-            b'{"prompt": 17}',
-            b'{"system": "no prompt"}',
-            b'{"prompt": "x", "messages": []}',
-            b'{"prompt": "x", "label": "evil"}',
-            b'{"id": 1.5, "prompt": "x"}',
-            b'{"id": "log-%d", "prompt": "an id that was there"}' % max(0, number - 1),
-            b'{"messages": [{"role": "user"}, "text"]}',
-        ]
-    )
-
-
-# ------------------------------------------------------------------------------------------------- child processes
-
-
 class EmptyEngine:
     """Answers each request at once, with made-up numbers of the shape of a model with 30 layers and 9 heads, 13 steps.
 
     tokenizer: A file with the model's, pickled.
     """
 
-    layers, heads, steps = 30, 9, 12
-
     def __init__(self, tokenizer: Path) -> None:
         from headrift.results import ScoreResult
 
-        names = ("dtype", "layers", "heads", "regions", "max_model_len", "recorder_bytes", "vocabulary", "in_flight")
-        values = ("float32", self.layers, self.heads, list(REGIONS), 8192, 0, 1 << 20, 640)
-        self.about: dict[str, Any] = dict(zip(names, values, strict=True))
+        regions = ("system", "user", "prompt")
+        self.about: dict[str, Any] = {"dtype": "float32", "layers": 30, "heads": 9, "regions": list(regions)}
+        self.about |= {"max_model_len": 8192, "recorder_bytes": 0, "vocabulary": 1 << 20, "in_flight": 640}
         self.about |= {"chat_template_sha256": "", "prepare_workers": 0, "tokenizer": tokenizer.read_bytes()}
         self.waited, self.steps_run = 0.0, 0
-        counts = {"n_steps": self.steps, "n_scored": self.steps, "prompt_tokens": 100, "system_tokens": 20}
-        arrays = {"shares": np.empty(0, np.float32), "focus_heads": None, "logit_stats": None, "mass": None}
         self._result = ScoreResult(
-            **{"index": 0, "id": None, "score": 0.1, "reason": None, "answer_tokens": self.steps + 1, "signals": {}},
-            **{"system_hash": "0" * 16, "flags": (), "answer_ids": [], "text": "", "region_names": REGIONS},
-            instability=np.random.default_rng(0).random((self.steps + 1, self.layers), np.float32),
-            **counts,
-            **arrays,
+            **{"index": 0, "id": None, "score": 0.1, "reason": None, "answer_tokens": 13, "signals": {}},
+            **{"system_hash": "0" * 16, "flags": (), "answer_ids": [], "text": "", "region_names": regions},
+            **{"n_steps": 12, "n_scored": 12, "prompt_tokens": 100, "system_tokens": 20},
+            **{"shares": np.empty(0, np.float32), "focus_heads": None, "logit_stats": None, "mass": None},
+            instability=np.random.default_rng(0).random((13, 30), np.float32),
         )
 
-    def score(self, requests: Iterable[Any]) -> Iterator[Any]:
+    def score(self, requests: Any) -> Any:
         """Yield a result for each request."""
         for request in requests:
             yield replace(self._result, index=request.index, id=request.id)
@@ -193,24 +171,22 @@ def short_prompts(n: int, text: str = "Where is {} number {}, please?") -> list[
     return [{"prompt": text.format(words[i % len(words)], i), "system": SYSTEM} for i in range(n)]
 
 
-# By case: the scorer's options, and those of `Scored.time`. `shared` primes the prefix and has small KV blocks;
+# Arguments of `Scored.time` by case. `shared` primes the prefix and has small KV blocks;
 # `unshared` does not and has vLLM's blocks of 128 tokens; `generate` and `replay` have 40 answer tokens.
 PLAIN = {"group": False, "prime": False, "repeat_bytes": 0, "engine_args": {"block_size": 128}}
-RATIOS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "unshared": (PLAIN, {}),
-    "shared": ({"repeat_bytes": 0}, {}),
-    "generate": ({"steps": 39, "repeat_bytes": 0}, {"prompts": "whole"}),
-    "replay": ({"steps": 39, "repeat_bytes": 0}, {"prompts": "whole", "replay": True}),
-    "repeats": ({}, {"prompts": "same"}),
+RATIOS: dict[str, dict[str, Any]] = {
+    "unshared": {"options": PLAIN, "prompts": "short"},
+    "shared": {"options": {"repeat_bytes": 0}, "prompts": "short"},
+    "generate": {"options": {"steps": 39, "repeat_bytes": 0}, "prompts": "whole"},
+    "replay": {"options": {"steps": 39, "repeat_bytes": 0}, "prompts": "whole", "replay": True},
+    "repeats": {"options": {}, "prompts": "same"},
 }
 
 
 class Scored:
     """A Scorer that scores short prompts."""
 
-    def time(
-        self, model: str, n: int, options: dict[str, Any], prompts: str = "short", replay: bool = False
-    ) -> dict[str, Any]:
+    def time(self, model: str, n: int, options: dict[str, Any], prompts: str, replay: bool = False) -> dict[str, Any]:
         """Time the scoring of n prompts.
 
         Args:
@@ -241,26 +217,25 @@ class Scored:
         """The first n of many prompts that ask for a long answer, with answers that have all steps; caches emptied."""
         prompts = short_prompts(3 * n, "Tell a long story of {} number {}.")
         answers = list(zip(prompts, scorer.score(prompts), strict=True))
-        scorer.engine.llm_engine.reset_prefix_cache()
-        scorer._primed.clear()
+        forget(scorer)
         whole = [(row, result) for row, result in answers if result.answer_tokens == scorer.steps + 1]
         assert len(whole) >= n, f"{len(whole)} of {len(answers)} answers are long enough"
         return [{**row, "response_ids": result.answer_ids} for row, result in whole[:n]]
 
 
-# ------------------------------------------------------------------------------------------------- the measurement
+def call(kind: str, method: str, **arguments: Any) -> dict[str, Any]:
+    """Have a process of its own call a method."""
+    with Child("corpus.py", kind) as child:
+        return child.call(method, **arguments)
 
 
 def through(n: int, folder: Path, model: Path) -> dict[str, Any]:
     """Measure a job of n rows without a model."""
-    log = folder / f"{n}.jsonl"
+    log, tokenizer = folder / f"{n}.jsonl", str(folder / "tokenizer.pickle")
     write_log(log, n)
-    tokenizer = folder / "tokenizer.pickle"
-    with Child("corpus.py", "job") as child:
-        child.call("pickle_tokenizer", model=str(model), path=str(tokenizer))
-    with Child("corpus.py", "job") as child:
-        out = folder / f"out-{n}"
-        result = child.call("through", file=str(log), out=str(out), model=str(model), tokenizer=str(tokenizer))
+    call("job", "pickle_tokenizer", model=str(model), path=tokenizer)
+    paths = {"file": str(log), "out": str(folder / f"out-{n}"), "model": str(model), "tokenizer": tokenizer}
+    result = call("job", "through", **paths)
     cpu = result["cpu_seconds"] + result["cpu_seconds_of_child"]
     result |= {"rows_per_second": n / result["seconds"], "rows_per_second_per_core": n / cpu}
     result["input_bytes"] = log.stat().st_size
@@ -270,17 +245,13 @@ def through(n: int, folder: Path, model: Path) -> dict[str, Any]:
 
 def with_model(case: str, kind: str, method: str, model: Path, n: int, **arguments: Any) -> dict[str, Any]:
     """Measure a case in a process of its own."""
-    with Child("corpus.py", kind) as child:
-        result = child.call(method, model=str(model), n=n, **arguments)
+    result = call(kind, method, model=str(model), n=n, **arguments)
     return {"case": case, "model": model.name, "rows": n, "rows_per_second": n / result["seconds"], **result}
 
 
 def ratios(model: Path) -> dict[str, Any]:
     """Measure the cases of RATIOS, and what sharing and replaying save."""
-    results: dict[str, Any] = {
-        case: with_model(case, "scored", "time", model, 100, options=options, **more)
-        for case, (options, more) in RATIOS.items()
-    }
+    results = {case: with_model(case, "scored", "time", model, 100, **more) for case, more in RATIOS.items()}
     for case, other in (("shared", "unshared"), ("replay", "generate")):
         over = {clock: results[other][clock] / results[case][clock] for clock in ("seconds", "cpu_seconds")}
         results[f"{case}_over_{other}"] = over
@@ -294,11 +265,10 @@ def make_tiny_model(folder: Path, model: Path, layers: int = 2, hidden: int = 12
 
     transformers.utils.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=hidden // 32,
-        num_key_value_heads=hidden // 64, intermediate_size=hidden, max_position_embeddings=4096,
-        bos_token_id=1, eos_token_id=2, pad_token_id=2,
-    )  # fmt: skip
+    sizes = {"hidden_size": hidden, "intermediate_size": hidden, "num_hidden_layers": layers}
+    sizes |= {"num_attention_heads": hidden // 32, "num_key_value_heads": hidden // 64}
+    sizes |= {"vocab_size": len(tokenizer), "max_position_embeddings": 4096}
+    config = transformers.LlamaConfig(**sizes, bos_token_id=1, eos_token_id=2, pad_token_id=2)
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -306,25 +276,24 @@ def make_tiny_model(folder: Path, model: Path, layers: int = 2, hidden: int = 12
 
 
 def main() -> None:
-    parser = utils.parser(__doc__)
-    parser.add_argument("--rows", type=int, action="append", help="rows of a run (100,000 and 1,000,000)")
-    parser.add_argument("--only", choices=["through", "scored", "ratios"], default="through")
-    parser.add_argument("--model", type=Path, default=utils.MODEL)
-    parser.add_argument("--scored", type=int, default=2000, help="rows with --model")
-    args = parser.parse_args()
-    report = utils.read_json(RESULTS) if RESULTS.exists() else {}
+    options = utils.Options(__doc__, "corpus", short=False)
+    options.add_argument("--rows", type=int, action="append", help="rows of a run (100,000 and 1,000,000)")
+    options.add_argument("--only", choices=["through", "scored", "ratios"], default="through")
+    options.add_argument("--model", type=Path, default=utils.MODEL)
+    options.add_argument("--scored", type=int, default=2000, help="rows with --model")
+    args = options.parse()
+    report = utils.read_json(args.out) if args.out.exists() else {}
     report["cores"] = os.cpu_count()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.only == "through":
             report["through"] = [through(n, folder, args.model) for n in sorted(args.rows or [100_000, 1_000_000])]
         elif args.only == "scored":
-            tiny = make_tiny_model(folder / "tiny", args.model)
-            sizes = ((tiny, 20_000), (args.model, args.scored))
+            sizes = ((make_tiny_model(folder / "tiny", args.model), 20_000), (args.model, args.scored))
             report["scored"] = [with_model("scored", "job", "scored", model, n) for model, n in sizes]
         else:
             report["ratios"] = ratios(args.model)
-    utils.write_json(report, RESULTS)
+    utils.write_json(report, args.out)
     print(json.dumps(report, indent=1))
 
 

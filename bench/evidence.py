@@ -8,11 +8,8 @@ calibrates on all of them, and compares the signals of each set and of all five.
 it. `--runs` keeps the runs, and takes finished ones; `--from-results` writes the tables again from the JSON.
 """
 
-from __future__ import annotations
-
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import utils
 
-RESULTS = utils.RESULTS / "evidence.json"
-PAGE = utils.ROOT / "docs/results/evidence.md"
 REPORT = utils.ROOT / "docs/results/five-sets.html"
 # Words that show an attack succeeded, for the sets where a rule can tell.
 FAIL_TERMS = {
@@ -34,14 +29,6 @@ FAIL_TERMS = {
 ALL = "all five"
 SHOWN = ("instability", "instability_without_bos", "head_agreement", "focus", "focus_important", "system_share")
 SHOWN += ("entropy", "prompt_tokens", "answer_tokens")
-
-
-def score(name: str, model: Path, folder: Path) -> None:
-    """Score a set with everything saved, unless that was done before."""
-    if (folder / "run.json").exists() and utils.read_json(folder / "run.json")["status"] == "done":
-        return
-    save = [word for kind in ("shares", "mass", "focus", "text", "entropy") for word in ("--save", kind)]
-    utils.score_set(name, model, folder, "--steps", 40, "--window", "1:12", *save)
 
 
 def compare(folders: list[Path], terms: list[str], resamples: int) -> dict[str, Any]:
@@ -59,8 +46,9 @@ def compare(folders: list[Path], terms: list[str], resamples: int) -> dict[str, 
 def measure(model: Path, folder: Path, resamples: int) -> dict[str, Any]:
     """Score, calibrate, report and compare all sets."""
     folders = {name: folder / name for name in FAIL_TERMS}
+    save = [word for kind in ("shares", "mass", "focus", "text", "entropy") for word in ("--save", kind)]
     for name, run in folders.items():
-        score(name, model, run)
+        utils.score_set(name, model, run, "--steps", 40, "--window", "1:12", *save)
     calibration = folder / "calibration.json"
     utils.headrift("calibrate", *folders.values(), "--out", calibration, "--window", "1:12", "--quiet")
     utils.headrift("report", *folders.values(), "--out", REPORT, "--calibration", calibration)
@@ -71,8 +59,8 @@ def measure(model: Path, folder: Path, resamples: int) -> dict[str, Any]:
     return {"model": model.name, **kept, "fail_terms": FAIL_TERMS, "sets": sets}
 
 
-def page(text: str, report: Mapping[str, Any]) -> str:
-    """Fill the page's tables."""
+def parts(report: dict[str, Any]) -> dict[str, str]:
+    """Return the tables of docs/results/evidence.md."""
     sets, engine = report["sets"], report["engine"]
     first, last = sets[ALL]["layers"]
     settings = f"Model: {report['model']} ({engine['dtype']}); layers {first} to {last - 1} of {engine['layers']}."
@@ -88,11 +76,10 @@ def page(text: str, report: Mapping[str, Any]) -> str:
         if terms := report["fail_terms"].get(name):
             lines.append(f"Words that show an attack succeeded: {', '.join(f'`{term}`' for term in terms)}.\n")
         lines += [f"- {sentence}" for sentence in [*comparison["findings"], *comparison["notes"]]]
-    parts = {"settings": settings, "signals": "\n".join(signals), "sets": "\n".join(lines)}
-    return utils.fill(text, "bench/evidence.py", parts)
+    return {"settings": settings, "signals": signals, "sets": "\n".join(lines)}
 
 
-def rate(auroc: Mapping[str, Any]) -> str:
+def rate(auroc: dict[str, Any]) -> str:
     if auroc["value"] is None:
         return "not measured"
     low, high = auroc["interval"]
@@ -100,17 +87,13 @@ def rate(auroc: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = utils.parser(__doc__)
-    parser.add_argument("--model", type=Path, default=utils.MODEL)
-    parser.add_argument("--runs", type=Path, help="keep the runs' folders here, and take finished ones")
-    parser.add_argument("--resamples", type=int, default=500)
-    parser.add_argument("--from-results", action="store_true", help="only write the tables again")
-    args = parser.parse_args()
+    options = utils.page_options(__doc__, "evidence")
+    options.add_argument("--resamples", type=int, default=500)
+    args = options.parse()
     if not args.from_results:
         with tempfile.TemporaryDirectory() as scratch:
-            utils.write_json(measure(args.model, args.runs or Path(scratch), args.resamples), RESULTS)
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), utils.read_json(RESULTS)), encoding="utf-8")
-    print(f"{PAGE.relative_to(utils.ROOT)} written")
+            utils.write_json(measure(args.model, args.runs or Path(scratch), args.resamples), args.out)
+    utils.fill_file(utils.ROOT / "docs/results/evidence.md", "bench/evidence.py", parts(utils.read_json(args.out)))
 
 
 if __name__ == "__main__":

@@ -16,15 +16,12 @@ Triton's launcher runs over a CUDA library that does nothing, on CPU tensors: wh
 and for the step's few small copies is not in it.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,29 +113,25 @@ def times_in_turns(worker: Any, rows: int, prefills: int, longest: int, rounds: 
     return samples
 
 
-def table(report: Mapping[str, Any]) -> list[str]:
-    """Return the lines of the report's page."""
+def table(report: dict[str, Any]) -> str:
     rows = []
     for row in report["rows"]:
         cells = {name: f"{q[1]:.1f} ({q[0]:.1f}-{q[2]:.1f})" for name, q in row["quartiles"].items()}
         layers = cells["layers"] if row["step"] != "decode" else "in the graph"
         rows.append([row["step"], row["rows"], cells["stock"], cells["plan"], layers, f"{row['added']:.1f}"])
     head = ["step", "rows", "vLLM's builder", "ours", "all layers' forward, vLLM's own left out", "added"]
-    return [
+    return utils.page(
         f"# Host cost of a probed step, microseconds: {report['machine']['cpu']}",
-        "",
-        f"Made by `bench/host_cost.py`: medians (and middle halves), {LAYERS} layers, the heads of Llama-3-8B, CPU",
+        f"Made by `bench/host_cost.py`: medians (and middle halves), {LAYERS} layers, the heads of Llama-3-8B, CPU\n"
         "tensors, Triton's launcher over a CUDA library that does nothing; not run on a GPU.",
-        "",
-        *utils.markdown(head, rows),
-    ]
+        utils.markdown(head, rows),
+    )
 
 
 def main() -> None:
-    parser = utils.parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=400)
-    parser.add_argument("--out", type=Path, default=utils.RESULTS / "host_cost.json")
-    args = parser.parse_args()
+    options = utils.Options(__doc__, "host_cost", short=False)
+    options.add_argument("--rounds", type=int, default=400)
+    args = options.parse()
     with tempfile.TemporaryDirectory() as folder:
         fake_cuda.activate(Path(folder))
         # Kernels that were imported before this are compiled; vLLM's backend for GPUs is then taken on a CPU.
@@ -154,12 +147,9 @@ def main() -> None:
         with ProbedEngine(
             make_model(Path(folder)), steps=12, slots=max(BATCHES), attention_backend="triton", engine_args=settings
         ) as engine:
-            streaming = [(n, -(-n // ANSWER)) for n in BATCHES if n > 1]
-            kinds = [
-                *(("decode", n, 0, 2048) for n in BATCHES),
-                *(("streaming", n, prefills, 2048) for n, prefills in streaming),
-                *(("streaming, long rows", n, prefills, 4096) for n, prefills in streaming),
-            ]
+            kinds = [("decode", n, 0, 2048) for n in BATCHES]
+            for step, longest in (("streaming", 2048), ("streaming, long rows", 4096)):
+                kinds += [(step, n, -(-n // ANSWER), longest) for n in BATCHES if n > 1]
             rows = engine.llm_engine.collective_rpc(
                 lambda worker: [
                     {"step": step, "rows": n, "samples": times_in_turns(worker, n, prefills, longest, args.rounds)}

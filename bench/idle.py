@@ -12,12 +12,10 @@
   compared by Welch's t over processes.
 """
 
-from __future__ import annotations
-
 import os
 import sys
-from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -37,12 +35,12 @@ TIMES = ("seconds", "cpu_seconds")
 CASES = (overhead.BASE, next(case for case in overhead.CASES if case.batch == overhead.MOST_BATCH))
 
 
-# ------------------------------------------------------------------------------------------------- child process
+STEPS = max(case.steps for case in CASES)
 
 
 class Parts:
-    """What headrift adds to an engine's steps: its attention layers, its metadata builders, and its logits processor,
-    in the batch and where requests are checked."""
+    """What headrift adds to an engine's steps: attention layers, metadata builders, and the logits processor, in the
+    batch and where requests are checked."""
 
     def __init__(self, llm_engine: Any):
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder
@@ -73,10 +71,8 @@ class Parts:
         for part, ours, plain in self._classes:
             part.__class__ = ours if present else plain
         for impl, forward in self._forward.items():
-            if present:
-                impl.forward = forward
-            else:
-                vars(impl).pop("forward", None)
+            vars(impl).pop("forward", None)
+            vars(impl).update({"forward": forward} if present else {})
         for items, ours, plain in self._lists:
             items[:] = ours if present else plain
         self._batch.logitsprocs_need_output_token_ids = self._needs_ids and present
@@ -89,7 +85,7 @@ class OneEngine(overhead.Engine):
 
     def start(self, kind: str, settings: dict[str, Any], **options: Any) -> dict[str, Any]:
         about = super().start(kind, settings, **options)
-        self._engines = {True: self.engine, False: overhead.PlainEngine.on(self.engine.llm_engine)}
+        self._engines = {True: self.engine, False: overhead.PlainEngine(self.engine.llm_engine)}
         self._parts = Parts(self.engine.llm_engine)
         return about
 
@@ -115,15 +111,11 @@ class OneEngine(overhead.Engine):
         return {"calls": calls}
 
 
-# ------------------------------------------------------------------------------------------------- the measurement
-
-
 def in_one_process(settings: dict[str, Any], turns: int) -> list[dict[str, Any]]:
     """Return the cases' samples of one engine's arms, and their ratios to plain."""
     results = []
     with Child("idle.py", "engine", environment=overhead.environments()[1]) as engine:
-        steps = max(case.steps for case in CASES)
-        engine.call("start", kind="probing", settings=settings, regions=overhead.REGIONS, steps=steps)
+        engine.call("start", kind="probing", settings=settings, regions=overhead.REGIONS, steps=STEPS)
         for case in CASES:
             arms = {arm: lambda arm=arm, case=case: engine.call("run_arm", arm=arm, **case.request) for arm in ARMS}
             arms["probing"](), arms["probing"]()  # the prompts into the prefix cache
@@ -145,15 +137,14 @@ def in_several(settings: dict[str, Any], n: int, turns: int) -> list[dict[str, A
     results = []
     with ExitStack() as processes:
         names = [(kind, i) for i in range(n) for kind in KINDS]
-        steps = max(case.steps for case in CASES)
-        engines = {name: overhead.start(overhead.ARMS[name[0]], settings, steps, processes)[0] for name in names}
+        engines = {name: overhead.start(overhead.ARMS[name[0]], settings, STEPS, processes)[0] for name in names}
         for case in CASES:
-            arms = {
-                name: lambda name=name, case=case: engines[name].call(
-                    "run", **case.request, **overhead.ARMS[name[0]].measures
-                )["cpu_seconds"]
-                for name in names
-            }
+
+            def run(name: tuple[str, int], case: overhead.Case = case) -> float:
+                answered = engines[name].call("run", **case.request, **overhead.ARMS[name[0]].measures)
+                return answered["cpu_seconds"]
+
+            arms = {name: partial(run, name) for name in names}
             utils.run_in_turns(arms, 2)  # the prompts into the prefix cache
             runs = utils.run_in_turns(arms, turns)
             samples = {kind: [runs[kind, i] for i in range(n)] for kind in KINDS}
@@ -162,7 +153,7 @@ def in_several(settings: dict[str, Any], n: int, turns: int) -> list[dict[str, A
     return results
 
 
-def compare(seconds: Mapping[str, list[list[float]]]) -> dict[str, Any]:
+def compare(seconds: dict[str, list[list[float]]]) -> dict[str, Any]:
     """Return each process's pace over plain's mean by kind, and idle's throughput over plain's with its interval."""
     from scipy.stats import ttest_ind
 
@@ -176,8 +167,7 @@ def compare(seconds: Mapping[str, list[list[float]]]) -> dict[str, Any]:
     }
 
 
-def table(report: Mapping[str, Any]) -> list[str]:
-    """Return the lines of the report's page."""
+def table(report: dict[str, Any]) -> str:
     one = [
         [case["name"], arm, *(utils.cell(over[kind], 3) for kind in TIMES)]
         + [f"{case['calls'][arm]:,}; {case['calls'][PLAIN]}"]
@@ -190,34 +180,28 @@ def table(report: Mapping[str, Any]) -> list[str]:
         for case in report["cases"]
     ]
     calls = "calls of headrift's functions; without its parts"
-    return [
+    return utils.page(
         utils.title(report, "An idle engine and plain vLLM"),
-        "",
-        f"Made by `bench/idle.py`. In one process, {report['turns']} turns: throughput over that of the same engine",
+        f"Made by `bench/idle.py`. In one process, {report['turns']} turns: throughput over that of the same engine\n"
         "with headrift's parts taken out; below 1 is slower. Medians with 95% bootstrap intervals over the turns.",
-        "",
-        *utils.markdown(["case", "arm", "wall time", "CPU time", calls], one),
-        "",
-        f"{report['processes']} processes of each kind, {report['turns_of_processes']} turns: throughput over the mean",
-        "of plain vLLM's processes, by CPU time. Idle / plain: 95% interval by Welch's t over processes.",
-        "",
-        *utils.markdown(["case", "plain vLLM's processes", "idle headrift's", "idle / plain"], several),
-    ]
+        utils.markdown(["case", "arm", "wall time", "CPU time", calls], one),
+        f"{report['processes']} processes of each kind, {report['turns_of_processes']} turns: throughput over the "
+        "mean\nof plain vLLM's processes, by CPU time. Idle / plain: 95% interval by Welch's t over processes.",
+        utils.markdown(["case", "plain vLLM's processes", "idle headrift's", "idle / plain"], several),
+    )
 
 
 def main() -> None:
-    options = utils.parser(__doc__, "idle")
-    options.add_argument("--processes", type=int, help="of each kind (3; 2 with --short)")
-    options.add_argument("--turns", type=int, help="in one process, of each case (150; 2 with --short)")
-    args = options.parse_args()
-    n, turns = args.processes or (2 if args.short else 3), args.turns or (2 if args.short else 150)
-    turns_of_processes = 2 if args.short else 8
+    options = utils.Options(__doc__, "idle")
+    options.amount("processes", 3, 2, "of each kind")
+    options.amount("turns", 150, 2, "in one process, of each case")
+    args = options.parse()
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    settings = overhead.engine_settings(args.model, CASES)
-    report = utils.new_report(args, processes=n, turns=turns, turns_of_processes=turns_of_processes)
-    report["one_process"] = in_one_process(settings, turns)
-    report["cases"] = in_several(settings, n, turns_of_processes)
-    utils.write(report, table(report), utils.out_path(args))
+    settings, turns = overhead.engine_settings(args.model, CASES), 2 if args.short else 8
+    report = utils.new_report(args, processes=args.processes, turns=args.turns, turns_of_processes=turns)
+    report["one_process"] = in_one_process(settings, args.turns)
+    report["cases"] = in_several(settings, args.processes, turns)
+    utils.write(report, table(report), args.out)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,10 @@ ratios of the lower quartiles of the times, since a busy machine only ever adds 
 `--instructions avx2` holds both kernels to AVX2 on a processor that has more: vLLM carries an operation for either.
 """
 
-from __future__ import annotations
-
 import os
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import utils
+from utils import Stopwatch
 
 SHAPES = {"9 heads, 3 of keys, 64 wide": (9, 3, 64), "32 heads, 8 of keys, 128 wide": (32, 8, 128)}
 BATCHES = (1, 8, 32, 64)
@@ -29,7 +28,6 @@ CONTEXTS = (64, 300, 1024, 4096)
 PAGE = 32
 # The largest K and V of one layer that is measured, in bytes: more needs more memory than a small machine has.
 MOST_BYTES = 1 << 30
-RATIOS = ("speedup", "mass_over_plain")
 
 
 def make_arms(batch: int, context: int, heads: int, kv_heads: int, head_dim: int) -> dict[str, Callable[[], None]]:
@@ -65,8 +63,8 @@ def make_arms(batch: int, context: int, heads: int, kv_heads: int, head_dim: int
         )  # fmt: skip
 
     system, prompt = (min(5, context), context // 3), (0, max(1, context - 6))
-    regions = [system, (system[1], max(system[1], prompt[1] - 6)), prompt]
-    bounds = torch.tensor([regions] * batch, dtype=torch.int32)
+    user = (system[1], max(system[1], prompt[1] - 6))
+    bounds = torch.tensor([[system, user, prompt]] * batch, dtype=torch.int32)
     mass = torch.full((batch, 13, 1, heads, 3), torch.nan)
     slots, prompt_len = np.arange(batch, dtype=np.int32), np.full(batch, prompt[1], np.int32)
     rows = np.full(batch, 13, np.int32)
@@ -90,13 +88,9 @@ def make_arms(batch: int, context: int, heads: int, kv_heads: int, head_dim: int
 
 
 def microseconds(call: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    call()
-    return (time.perf_counter() - start) * 1e6
-
-
-def geometric_mean(values: list[float]) -> float:
-    return float(np.exp(np.mean(np.log(values))))
+    with Stopwatch() as clock:
+        call()
+    return clock.seconds * 1e6
 
 
 def hold_to_avx2() -> None:
@@ -108,43 +102,29 @@ def hold_to_avx2() -> None:
     torch.cpu._is_avx512_supported = lambda: False
 
 
-def instructions() -> str:
-    """Return the widest vector instructions that both sides use."""
-    from headrift_kernels.cpu import simd
-
-    return "AVX-512" if simd._AVX512 else "AVX2"
-
-
-def table(report: Mapping[str, Any]) -> list[str]:
-    """Return the lines of the report's page."""
+def table(report: dict[str, Any]) -> str:
     means, host, rows = report["geometric_means"], report["machine"], []
     for case in report["cases"]:
         us = case["microseconds"]
         times = [us["vllm"], us["plain"], us["mass"], us["vllm"] + us["mass_only"]]
         ratios = [f"{case['speedup']:.2f}", f"{case['mass_over_plain']:.3f}"]
-        row = [case["shape"], case["batch"], f"{case['context']:,}", *(f"{us:,.0f}" for us in times), *ratios]
-        rows.append(row)
+        rows.append([case["shape"], case["batch"], f"{case['context']:,}", *(f"{us:,.0f}" for us in times), *ratios])
     head = ["heads", "batch", "keys", "vLLM", "ours, no masses", "ours", "apart", "vLLM / ours", "masses on / off"]
-    return [
+    return utils.page(
         f"# The CPU kernel and vLLM's own operation: {host['cpu']}, {host['cores']} cores, {host['instructions']}",
-        "",
-        "Made by `bench/kernels.py`; microseconds a call, lower quartiles. **apart**: vLLM's operation, then a pass",
+        "Made by `bench/kernels.py`; microseconds a call, lower quartiles. **apart**: vLLM's operation, then a pass\n"
         "over K for the masses, as a backend would do that kept vLLM's operation.",
-        "",
-        f"Geometric means: with masses ours is {means['speedup']:.2f} times as fast as vLLM's operation, which takes",
+        f"Geometric means: with masses ours is {means['speedup']:.2f} times as fast as vLLM's operation, which takes\n"
         f"none; masses on / off is {means['mass_over_plain']:.3f}. Ours is slower than `apart` in "
         f"{report['slower_than_apart']} of {len(report['cases'])} shapes.",
-        "",
-        *utils.markdown(head, rows),
-    ]
+        utils.markdown(head, rows),
+    )
 
 
 def measure(shape: str, batch: int, context: int, rounds: int) -> dict[str, Any]:
     """Time the arms of a case in turns; lower quartiles, their ratios, and the samples."""
-    arms = {
-        name: lambda call=call: microseconds(call) for name, call in make_arms(batch, context, *SHAPES[shape]).items()
-    }
-    samples = utils.run_in_turns(arms, rounds)
+    calls = make_arms(batch, context, *SHAPES[shape])
+    samples = utils.run_in_turns({name: partial(microseconds, call) for name, call in calls.items()}, rounds)
     low = {name: float(np.percentile(times, 25)) for name, times in samples.items()}
     case = {"shape": shape, "batch": batch, "context": context, "microseconds": low}
     case |= {"speedup": low["vllm"] / low["mass"], "mass_over_plain": low["mass"] / low["plain"]}
@@ -154,11 +134,10 @@ def measure(shape: str, batch: int, context: int, rounds: int) -> dict[str, Any]
 
 
 def main() -> None:
-    parser = utils.parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--instructions", choices=("avx2",), help="hold both kernels to AVX2 (default: the widest)")
-    parser.add_argument("--out", type=Path, default=utils.RESULTS / "kernels_cpu.json")
-    args = parser.parse_args()
+    options = utils.Options(__doc__, "kernels_cpu", short=False)
+    options.add_argument("--rounds", type=int, default=60)
+    options.add_argument("--instructions", choices=("avx2",), help="hold both kernels to AVX2 (default: the widest)")
+    args = options.parse()
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if args.instructions == "avx2":
         hold_to_avx2()
@@ -169,11 +148,16 @@ def main() -> None:
         for context in CONTEXTS
         if batch * context * kv_heads * head_dim * 8 <= MOST_BYTES
     ]
+    from headrift_kernels.cpu import simd
+
+    means = {
+        name: float(np.exp(np.mean(np.log([case[name] for case in cases])))) for name in ("speedup", "mass_over_plain")
+    }
     slower = sum(us["mass"] > us["vllm"] + us["mass_only"] for us in (case["microseconds"] for case in cases))
     report = {
-        "machine": {**utils.host(), "instructions": instructions()},
+        "machine": {**utils.host(), "instructions": "AVX-512" if simd._AVX512 else "AVX2"},
         "versions": utils.versions(),
-        "geometric_means": {name: geometric_mean([case[name] for case in cases]) for name in RATIOS},
+        "geometric_means": means,
         "slower_than_apart": slower,
         "cases": cases,
     }

@@ -15,8 +15,6 @@ first model, those of `cases` up to REQUIRED. Cases that do not fit the GPU are 
 after each case; the cases that it already has are kept.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import statistics
@@ -25,7 +23,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +40,6 @@ from headrift_kernels.triton.decode_mass import SplitScratch, decode_mass, split
 DEVICE = "cuda"
 PAGE = 16  # vLLM's default on GPUs
 STEPS = 16
-CHUNK = 512
 ANSWER = 64
 COLD_BYTES = 256 << 20  # several times an L2 cache
 # Of the free memory, for K and V of one layer: the copies, queries and outputs need some too.
@@ -56,30 +52,26 @@ MODELS = {"Llama-3-8B": (4, 8, 128), "Qwen2.5-7B": (7, 4, 128), "SmolLM2-135M": 
 
 @dataclass(frozen=True)
 class Case:
-    """A batch to attend.
+    """A batch to attend: context lengths of decode rows, and of rows that compute a chunk of several tokens."""
 
-    Args:
-        kind: uniform, ragged, shared, streaming or replay.
-        decode: Context lengths of the decode rows.
-        prefill: Context lengths of the rows that compute a chunk of several tokens.
-        chunk: Tokens of such a chunk.
-        shared: Number of first keys that all rows have in common.
-    """
-
-    kind: str
+    kind: str  # uniform, ragged, shared, streaming or replay
     decode: tuple[int, ...]
     prefill: tuple[int, ...] = ()
-    chunk: int = CHUNK
-    shared: int = 0
+    chunk: int = 512  # tokens of each of the `prefill` rows
+    shared: int = 0  # first keys that all rows have in common
 
     @property
     def name(self) -> str:
-        rows, longest = len(self.decode) + len(self.prefill), max(self.decode + self.prefill)
-        return f"{self.kind} {rows} x {longest}"
+        return f"{self.kind} {len(self.contexts)} x {max(self.contexts)}"
 
     @property
     def contexts(self) -> tuple[int, ...]:
         return self.decode + self.prefill
+
+    @property
+    def answer(self) -> int:
+        """Answer tokens at the end of a chunk."""
+        return min(ANSWER, self.chunk - 1) if self.kind == "replay" else 0
 
     def kv_bytes(self, model: str) -> int:
         """Bytes of K and V in 16 bits, of one layer."""
@@ -117,10 +109,9 @@ def tiny_cases() -> list[Case]:
 
 
 class Batch:
-    """The tensors of a case, made on the device, in vLLM 0.32's layouts: caches [blocks, page, KV heads, head_dim].
+    """A case's tensors on the device, in vLLM 0.32's layouts; each row is measured at one token, or at its answer's.
 
-    Each row is measured at one token, with the regions of a chat: system, user, prompt. In `replay` all tokens of a
-    chunk but the first are answer tokens, and measured. query: [tokens, heads, head_dim]; starts: [rows + 1] int32.
+    Caches: [blocks, page, KV heads, head_dim]; query: [tokens, heads, head_dim]; starts: [rows + 1] int32.
     """
 
     def __init__(self, case: Case, model: str, seed: int, dtype: torch.dtype):
@@ -146,31 +137,22 @@ class Batch:
         integers = {"dtype": torch.int32, "device": DEVICE}
         self.starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], **integers)
         self.seq_lens = torch.tensor(case.contexts, **integers)
-        self.slots = torch.randperm(rows, device=DEVICE).int()
+        slots = torch.randperm(rows, device=DEVICE).int()
         steps = case.chunk if case.kind == "replay" else STEPS
-        answer = [min(ANSWER, case.chunk - 1) if case.kind == "replay" else 0] * len(case.prefill)
-        prompt_len = [n - behind for n, behind in zip(case.contexts, [12] * len(case.decode) + answer)]
-        self.prompt_len = torch.empty(rows, **integers)
-        self.prompt_len[self.slots.long()] = torch.tensor(prompt_len, **integers)
-        self.steps = torch.full((rows,), steps, **integers)
-        regions = [[[5, n // 3], [n // 3 + 5, n - 4], [0, n]] for n in self.prompt_len.tolist()]
-        self.bounds = torch.tensor(regions, **integers)
+        behind = [12] * len(case.decode) + [case.answer] * len(case.prefill)
+        prompt_len = [context - n for context, n in zip(case.contexts, behind)]
+        of_slot = torch.empty(rows, **integers)
+        of_slot[slots.long()] = torch.tensor(prompt_len, **integers)
+        regions = torch.tensor([[[5, n // 3], [n // 3 + 5, n - 4], [0, n]] for n in of_slot.tolist()], **integers)
+        self.rows = slots, of_slot, torch.full((rows,), steps, **integers), regions  # as the kernels take them
         self.mass = torch.full((rows, steps, 2, heads, 3), torch.nan, device=DEVICE)
         self.longest, self.kv_bytes = longest, sum(case.contexts) * kv_heads * 2 * head_dim * cache.element_size()
-
-    def rows(self) -> tuple[torch.Tensor, ...]:
-        """Slots, prompt lengths, steps and bounds, as the kernels take them."""
-        return self.slots, self.prompt_len, self.steps, self.bounds
 
     def scratch(self, rows: int) -> SplitScratch | None:
         processors = torch.cuda.get_device_properties(0).multi_processor_count
         splits = splits_for(rows, self.kv_heads, self.longest, processors)
         _, heads, head_dim = self.query.shape
         return SplitScratch.allocate(rows, heads, head_dim, 3, splits, DEVICE) if splits > 1 else None
-
-    @property
-    def first_prefill_token(self) -> int:
-        return len(self.case.decode)
 
 
 Call = Callable[[], Any]
@@ -188,7 +170,7 @@ def with_masses(batch: Batch) -> Call:
     """headrift's decode kernel with masses, for decode rows and for the last tokens of the prompts."""
     rows = len(batch.seq_lens)
     more = {"query_start_loc": batch.starts} if batch.case.prefill else {}
-    arguments = (batch.query, batch.keys, batch.values, batch.table, batch.seq_lens, *batch.rows())
+    arguments = (batch.query, batch.keys, batch.values, batch.table, batch.seq_lens, *batch.rows)
     scratch = batch.scratch(rows)
     return lambda: decode_mass(batch.output, batch.mass, 1, *arguments, **more, scale=batch.scale, scratch=scratch)
 
@@ -198,25 +180,24 @@ def replay(batch: Batch) -> Call:
     from headrift_kernels.triton.replay_mass import ReplayScratch, replay_mass, replay_splits
 
     rows, (_, heads, _) = len(batch.seq_lens), batch.query.shape
-    queries = min(ANSWER, batch.case.chunk - 1)
+    queries = batch.case.answer
     shape = (rows, batch.kv_heads, heads // batch.kv_heads, queries, batch.longest)
     splits = replay_splits(*shape, torch.cuda.get_device_properties(0).multi_processor_count)
     scratch = ReplayScratch.allocate(rows, queries, heads, 3, splits, DEVICE) if splits > 1 else None
-    arguments = (batch.query, batch.keys, batch.table, batch.starts, batch.seq_lens, *batch.rows())
+    arguments = (batch.query, batch.keys, batch.table, batch.starts, batch.seq_lens, *batch.rows)
     how = {"most_queries": queries, "scale": batch.scale, "scratch": scratch}
     last = with_masses(batch)
     return lambda: (last(), replay_mass(batch.mass, 1, *arguments, **how))
 
 
-def rest_of(batch: Batch, first_row: int) -> tuple[dict[str, Any], int]:
-    """The rows from first_row on as vLLM's kernels take them, and the longest query."""
-    first = first_row if first_row < len(batch.case.decode) else batch.first_prefill_token
-    arguments = {
-        "q": batch.query[first:],
+def rest_of(batch: Batch, first_row: int) -> dict[str, Any]:
+    """The rows from first_row on, which is a decode row or the first after them, as vLLM's kernels take them."""
+    return {
+        "q": batch.query[first_row:],
         "k": batch.keys,
         "v": batch.values,
-        "out": batch.output[first:],
-        "cu_seqlens_q": batch.starts[first_row:] - first,
+        "out": batch.output[first_row:],
+        "cu_seqlens_q": batch.starts[first_row:] - first_row,
         "seqused_k": batch.seq_lens[first_row:],
         "max_seqlen_k": batch.longest,
         "max_seqlen_q": batch.case.chunk if batch.case.prefill else 1,
@@ -224,21 +205,20 @@ def rest_of(batch: Batch, first_row: int) -> tuple[dict[str, Any], int]:
         "causal": True,
         "block_table": batch.table[first_row:],
     }
-    return arguments, len(batch.seq_lens) - first_row
 
 
 def vllm_triton(batch: Batch, first_row: int = 0) -> Call:
     """vLLM's unified Triton kernel as its backend calls it: small decode batches are split into 16 segments."""
     from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
-    arguments, rows = rest_of(batch, first_row)
-    _, heads, head_dim = batch.query.shape
+    rows, (_, heads, head_dim) = len(batch.seq_lens) - first_row, batch.query.shape
     padded = 1 << (head_dim - 1).bit_length()
     parts = [torch.empty(rows, heads, 16, *last, device=DEVICE) for last in ((padded,), (), ())]
     how = {"window_size": (-1, -1), "softcap": 0.0, "q_descale": None, "k_descale": None, "v_descale": None}
     how |= {"seq_threshold_3D": 128 // batch.kv_heads, "num_par_softmax_segments": 16}
     how |= dict(zip(("softmax_segm_output", "softmax_segm_max", "softmax_segm_expsum"), parts))
-    return lambda: unified_attention(**arguments, **how)
+    arguments = rest_of(batch, first_row) | how
+    return lambda: unified_attention(**arguments)
 
 
 def flash_attention(batch: Batch, first_row: int = 0) -> Call:
@@ -246,9 +226,8 @@ def flash_attention(batch: Batch, first_row: int = 0) -> Call:
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
-    arguments, _ = rest_of(batch, first_row)
-    version = get_flash_attn_version()
-    return lambda: flash_attn_varlen_func(**arguments, fa_version=version)
+    arguments = rest_of(batch, first_row) | {"fa_version": get_flash_attn_version()}
+    return lambda: flash_attn_varlen_func(**arguments)
 
 
 def hybrid(batch: Batch) -> Call:
@@ -270,7 +249,17 @@ def kernels_for(case: Case) -> dict[str, Callable[[Batch], Call]]:
     return {name: OURS[name] for name in ours} | PEERS
 
 
-def microseconds(calls: list[Call], rounds: int = 30) -> float:
+def milliseconds(call: Call) -> float:
+    """Time a call on the device."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def microseconds(calls: list[Call], rounds: int) -> float:
     """Median time of one call; a round is one replay of a graph that holds all of them."""
     for call in calls:
         call()  # compiles
@@ -279,31 +268,14 @@ def microseconds(calls: list[Call], rounds: int = 30) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    times = []
-    for turn in range(rounds + 3):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if turn >= 3:
-            times.append(1e3 * begin.elapsed_time(end) / len(calls))
-    return statistics.median(times)
+    return 1e3 * statistics.median([milliseconds(graph.replay) for _ in range(rounds + 3)][3:]) / len(calls)
 
 
 def copy_bandwidth(size: int) -> float:
     """GB/s of a copy on the device, bytes read plus bytes written."""
     source = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    times = []
-    for _ in range(10):
-        begin.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return 2 * size / min(times[1:]) / 1e6
+    return 2 * size / min([milliseconds(lambda: target.copy_(source)) for _ in range(10)][1:]) / 1e6
 
 
 def measure(case: Case, model: str, bandwidth: float, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
@@ -332,7 +304,7 @@ def measure(case: Case, model: str, bandwidth: float, dtype: torch.dtype, rounds
 def wrong_masses(batch: Batch) -> dict[str, str]:
     """What is wrong with a batch's masses: missing steps, or prompt masses outside 0 to 1."""
     prompt = batch.mass[:, :, 1, :, 2]
-    steps = 1 + (min(ANSWER, batch.case.chunk - 1) if batch.case.kind == "replay" else 0)
+    steps = 1 + batch.case.answer
     measured = ~torch.isnan(prompt).any(-1)
     incomplete = int((measured.sum(1) != steps).sum())
     if incomplete:
@@ -345,9 +317,8 @@ def wrong_masses(batch: Batch) -> dict[str, str]:
 
 def compile_one(job: tuple[Case, str, torch.dtype]) -> None:
     """Launch a case's kernels once, so that what they compile to is in Triton's cache on disk."""
-    case, model, dtype = job
-    batch = Batch(case, model, 0, dtype)
-    for kernel in kernels_for(case).values():
+    batch = Batch(job[0], job[1], 0, job[2])
+    for kernel in kernels_for(batch.case).values():
         try:
             kernel(batch)()
         except Exception:  # measure() meets it again, and reports it
@@ -357,81 +328,69 @@ def compile_one(job: tuple[Case, str, torch.dtype]) -> None:
     torch.cuda.empty_cache()
 
 
-def compile_ahead(jobs: list[tuple[Case, str, torch.dtype]], processes: int) -> None:
-    """Compile in several processes: one after another it takes most of a short run."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        list(pool.map(compile_one, jobs))
-
-
-def plan(models: list[str], all_cases: list[Case], free: float) -> tuple[list[tuple[Case, str]], dict[str, str]]:
-    """Return the cases with their models, the first model's first; and of those that do not fit, the names and why."""
-    jobs, too_large, room = [], {}, MOST_OF_FREE * free
-    for model, case in product(models, all_cases):
-        need = case.kv_bytes(model)
-        if need <= room:
-            jobs.append((case, model))
-        else:
-            reason = f"needs {need / 1e9:.1f} GB of K and V, and may take {room / 1e9:.1f} GB"
-            too_large[f"{case.name} {model}"] = reason
+def plan(models: list[str], all_cases: list[Case], free: float) -> tuple[dict[str, tuple[Case, str]], dict[str, str]]:
+    """Return the cases with their models, the first model's first; and of those that do not fit, the reason."""
+    jobs, too_large, room = {}, {}, MOST_OF_FREE * free
+    for model in models:
+        for case in all_cases:
+            need, name = case.kv_bytes(model), f"{case.name} {model}"
+            jobs[name] = case, model
+            if need > room:
+                too_large[name] = f"needs {need / 1e9:.1f} GB of K and V, and may take {room / 1e9:.1f} GB"
     return jobs, too_large
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Return the lines of the table."""
-    names, lines = [*OURS, *PEERS], []
+    names, cells = [*OURS, *PEERS], []
     for row in rows:
         us, mass = row["microseconds"], row["GB_s"].get("mass")
         ratio = f"{us['mass'] / us['plain']:.3f}" if us.get("mass") and us.get("plain") else "-"
         rate = [f"{mass:,.0f}", f"{row['of_copy_bandwidth']['mass']:.2f}"] if mass else ["-", "-"]
         times = [f"{us[name]:.1f}" if us.get(name) else "-" for name in names]
-        lines.append([row["model"], row["case"], *times, ratio, *rate])
-    return utils.markdown(["model", "case", *names, "mass / plain", "GB/s", "of copy"], lines)
+        cells.append([row["model"], row["case"], *times, ratio, *rate])
+    return utils.markdown(["model", "case", *names, "mass / plain", "GB/s", "of copy"], cells).splitlines()
 
 
 def main() -> int:
-    start = time.monotonic()
-    parser = utils.parser(__doc__)
-    parser.add_argument("--out", type=Path, default=utils.RESULTS / "kernels_gpu.json")
-    parser.add_argument("--seconds", type=float, default=600, help="cases that start later are left out")
-    parser.add_argument("--models", default="Llama-3-8B,Qwen2.5-7B")
-    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU; figures mean nothing")
-    args = parser.parse_args()
+    options = utils.Options(__doc__, "kernels_gpu", short=False)
+    options.add_argument("--seconds", type=float, default=600, help="cases that start later are left out")
+    options.add_argument("--models", default="Llama-3-8B,Qwen2.5-7B")
+    options.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU; figures mean nothing")
+    args = options.parse()
     if not torch.cuda.is_available():
         raise SystemExit("kernels_gpu: no CUDA device here (--dry-run runs it on a CPU)")
-    earlier = utils.read_json(args.out) if args.out.exists() else {}
-    rows = [row for row in earlier.get("rows", []) if not row["errors"]]
-    done = {(row["case"], row["model"]) for row in rows}
     models, all_cases = (["tiny"], tiny_cases()) if args.dry_run else (args.models.split(","), cases())
+    dtype, rounds = (torch.float32, 2) if args.dry_run else (torch.bfloat16, 30)
     free, _ = torch.cuda.mem_get_info()
     jobs, too_large = plan(models, all_cases, free)
-    todo = [job for job in jobs if (job[0].name, job[1]) not in done]
     required = {f"{case.name} {models[0]}" for case in all_cases[:REQUIRED]}
-    dtype, rounds = (torch.float32, 2) if args.dry_run else (torch.bfloat16, 30)
+
+    def without_errors(earlier: dict[str, Any]) -> dict[str, Any]:
+        return {f"{row['case']} {row['model']}": row for row in earlier.get("rows", []) if not row["errors"]}
+
+    progress = utils.Progress(args.out, args.seconds, jobs, required, too_large, without_errors)
+    # In several processes: one after another it takes most of a short run.
     processes = 1 if args.dry_run else max(1, min(8, os.cpu_count() or 1, free // COMPILE_BYTES))
-    compile_ahead([(*job, dtype) for job in todo[: 1 if args.dry_run else 12]], processes)
+    first = [(*jobs[name], dtype) for name in progress.todo[: 1 if args.dry_run else 12]]
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_one, first))
     bandwidth = copy_bandwidth(1 << 20 if args.dry_run else 2 << 30)
-    report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-    report["unit"] = "microseconds"
-    report |= {"copy_GB_s": round(bandwidth, 1), "rows": rows, "too_large": too_large, "table": table(rows)}
-    report["left_out"] = [f"{case.name} {model}" for case, model in todo]
+    about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "unit": "microseconds"}
+    about["copy_GB_s"] = round(bandwidth, 1)
 
-    def write() -> None:
-        report["required_left_out"] = [name for name in report["left_out"] if name in required]
-        utils.write_json(report, args.out)
+    def write() -> list[dict[str, Any]]:
+        rows = list(progress.cases.values())
+        progress.write({**about, "rows": rows, "table": table(rows)})
+        return rows
 
-    write()
-    slowest = 0.0
-    for case, model in todo:
+    rows, slowest = write(), 0.0
+    for name in list(progress.todo):
         begin = time.monotonic()
-        if begin - start + slowest > args.seconds:
+        if not progress.fits(slowest):
             break
-        rows.append(measure(case, model, bandwidth, dtype, rounds))
+        progress.done(name, measure(*jobs[name], bandwidth, dtype, rounds))
         torch.cuda.empty_cache()
-        slowest = max(slowest, time.monotonic() - begin)
-        report["left_out"] = report["left_out"][1:]
-        report["table"] = table(rows)
-        write()
+        slowest, rows = max(slowest, time.monotonic() - begin), write()
         print(rows[-1], flush=True)
     errors = [f"{row['case']}: {name}: {error}" for row in rows for name, error in row["errors"].items()]
     print("\n".join([*table(rows), *(f"FAILED {error}" for error in errors)]))

@@ -19,18 +19,16 @@ which no interval contains (see idle.py). Ratios are also taken of CPU time of t
 disturb less, and of the steps that only decode. On a GPU: overhead_gpu.py.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -42,8 +40,6 @@ from utils import Child, Shapes, Stopwatch
 
 PLAIN = "plain"
 REGIONS = ("system", "user", "prompt")
-# A share needs the system prompt's mass and the prompt's: no engine records fewer.
-FEWEST_REGIONS = ("system", "prompt")
 PAGE = 32
 MOST_BATCH = 64
 KV_ROOM = 1.25  # of what the cases' prompts and answers take
@@ -52,17 +48,11 @@ TIMES = ("seconds", "cpu_seconds", "decode_seconds")
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """An engine to start.
-
-    Args:
-        kind: plain, idle, probing, logits or entropy.
-        regions: Regions that the engine records.
-        default_settings: Take headrift's default settings if these are faster than vLLM's.
-    """
+    """An engine to start. kind: plain, idle, probing, logits or entropy."""
 
     kind: str
-    regions: tuple[str, ...] = REGIONS
-    default_settings: bool = False
+    regions: tuple[str, ...] = REGIONS  # that the engine records
+    default_settings: bool = False  # headrift's, if these are faster than vLLM's
 
     @property
     def measures(self) -> dict[str, bool]:
@@ -72,25 +62,15 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A batch of prompts.
-
-    Args:
-        name: Its name in the results.
-        batch: Number of prompts, all in flight at once.
-        context: Tokens of each prompt.
-        steps: Recorded steps; each answer has one token more.
-        shared: Whether the prompts have all but their last page in common.
-        arms: Arms that run it.
-        more: How many times the turns of the other cases.
-    """
+    """A batch of prompts."""
 
     name: str
-    batch: int = 8
-    context: int = 1000
-    steps: int = 10
-    shared: bool = False
+    batch: int = 8  # prompts, all in flight at once
+    context: int = 1000  # tokens of each prompt
+    steps: int = 10  # that are recorded; each answer has one token more
+    shared: bool = False  # whether the prompts have all but their last page in common
     arms: tuple[str, ...] = (PLAIN, "probing")
-    more: int = 1
+    more: int = 1  # times the turns of the other cases
 
     @property
     def request(self) -> dict[str, Any]:
@@ -124,18 +104,11 @@ SHORT_CASES = (
     Case("2 regions, the fewest there are", 4, 200, 4, arms=(PLAIN, "probing, 2 regions")),
     Case("attention entropy", 4, 200, 4, arms=(PLAIN, "entropy")),
 )
-ARMS = {
-    PLAIN: Arm(PLAIN),
-    "probing": Arm("probing"),
-    "logits": Arm("logits"),
-    "idle": Arm("idle"),
+ARMS = {kind: Arm(kind) for kind in (PLAIN, "idle", "probing", "logits", "entropy")} | {
     "headrift, default settings": Arm("probing", default_settings=True),
-    "probing, 2 regions": Arm("probing", regions=FEWEST_REGIONS),
-    "entropy": Arm("entropy"),
+    # A share needs the system prompt's mass and the prompt's: no engine records fewer.
+    "probing, 2 regions": Arm("probing", regions=("system", "prompt")),
 }
-
-
-# ------------------------------------------------------------------------------------------------- engines (children)
 
 
 @lru_cache(maxsize=4)
@@ -143,8 +116,7 @@ def make_prompts(vocabulary: int, prompts: int, context: int, shared: int, seed:
     """Return prompts of random token ids, with their first `shared` tokens in common; the same for the same seed."""
     ids = np.random.default_rng(seed).integers(min(100, vocabulary - 1), vocabulary, (prompts, context))
     ids[:, :shared] = ids[0, :shared]
-    token_ids: list[list[int]] = ids.tolist()
-    return token_ids
+    return ids.tolist()
 
 
 class PlainEngine:
@@ -152,21 +124,8 @@ class PlainEngine:
 
     bytes_out = recorder_bytes = 0
 
-    def __init__(self, settings: dict[str, Any]):
-        from vllm.engine.arg_utils import EngineArgs
-        from vllm.v1.engine.llm_engine import LLMEngine
-
-        self._use(LLMEngine.from_engine_args(EngineArgs(**settings)))
-
-    def _use(self, llm_engine: Any) -> None:
+    def __init__(self, llm_engine: Any):
         self.llm_engine, self._submitted = llm_engine, 0
-
-    @classmethod
-    def on(cls, llm_engine: Any) -> PlainEngine:
-        """Drive an engine that is there already."""
-        engine = cls.__new__(cls)
-        engine._use(llm_engine)
-        return engine
 
     def answer(self, prompts: list[list[int]], tokens: int, at_once: int) -> list[tuple[list[int], int, None]]:
         """Answer prompts with `tokens` tokens each: token ids and number of cached prompt tokens, in order."""
@@ -224,12 +183,12 @@ class HeadriftEngine:
         from headrift.requests import ProbeRequest
 
         def request(ids: list[int]) -> ProbeRequest:
-            prompt = ids[: len(ids) - tokens] if replay else ids
-            n, system = len(prompt), len(prompt) * 2 // 5
+            n = len(ids) - tokens if replay else len(ids)
+            system = n * 2 // 5
             regions = {"system": (0, system), "user": (system, n - 4), "prompt": (0, n)}
             regions = {name: span for name, span in regions.items() if name in self.engine.regions}
             answer = ids[n:] if replay else None
-            return ProbeRequest(prompt, regions, tokens - 1, answer_ids=answer, ignore_eos=True, **measures)
+            return ProbeRequest(ids[:n], regions, tokens - 1, answer_ids=answer, ignore_eos=True, **measures)
 
         runs = self.engine.run(((i, request(ids)) for i, ids in enumerate(prompts)), at_once=at_once)
         done = {
@@ -256,30 +215,23 @@ class Engine:
     def start(self, kind: str, settings: dict[str, Any], **options: Any) -> dict[str, Any]:
         """Start vLLM by itself (`plain`), where nothing of headrift may be loaded, or headrift's engine."""
         with Stopwatch() as clock:
-            self.engine: Any = PlainEngine(settings) if kind == PLAIN else HeadriftEngine(settings, **options)
+            self.engine: Any = HeadriftEngine(settings, **options) if kind != PLAIN else start_plain(settings)
         loaded = sorted(name for name in sys.modules if is_headrift(name))
         if kind == PLAIN and loaded:
             raise RuntimeError(f"vLLM without headrift was to run here, and {loaded[0]} is loaded")
         config = self.engine.llm_engine.vllm_config
-        resolved = {
-            name: str(getattr(getattr(config, part), name)) for part, names in _SECTIONS.items() for name in names
-        }
-        gpu = {
+        return {
+            "seconds": clock.seconds,
+            "resolved": {
+                name: str(getattr(getattr(config, part), name)) for part, names in _SECTIONS.items() for name in names
+            },
+            "recorder_bytes": self.engine.recorder_bytes,
             "attention_backend": str(config.attention_config.backend),
             "model_runner_v2": bool(config.use_v2_model_runner),
         }
-        return {"seconds": clock.seconds, "resolved": resolved, "recorder_bytes": self.engine.recorder_bytes, **gpu}
 
     def run(
-        self,
-        *,
-        prompts: int,
-        context: int,
-        tokens: int,
-        seed: list[int],
-        shared: int = 0,
-        at_once: int = 0,
-        **measures: Any,
+        self, prompts: int, context: int, tokens: int, seed: list[int], shared: int = 0, at_once: int = 0, **how: Any
     ) -> dict[str, Any]:
         """Answer random prompts once.
 
@@ -290,23 +242,21 @@ class Engine:
             seed: For the prompts' tokens.
             shared: Number of first tokens that all prompts have in common.
             at_once: Most requests in flight (default: all).
-            measures: See HeadriftEngine.answer.
+            how: What to measure, see HeadriftEngine.answer.
         """
         vocabulary = self.engine.llm_engine.vllm_config.model_config.get_vocab_size()
         idle = time.process_time() - self._last_turn
         ids = make_prompts(vocabulary, prompts, context, shared, tuple(seed))
-        before, decode = self.engine.bytes_out, _DecodeClock(self.engine.llm_engine)
-        with Stopwatch() as clock, decode:
-            done = self.engine.answer(ids, tokens, at_once or prompts, **measures)
+        before = self.engine.bytes_out
+        with Stopwatch() as clock, count_steps(self.engine.llm_engine) as counted:
+            done = self.engine.answer(ids, tokens, at_once or prompts, **how)
         self._last_turn = time.process_time()
         share = [np.asarray(share) for _, _, share in done if share is not None]
         return {
             "seconds": clock.seconds,
             "cpu_seconds": clock.cpu_seconds,
             "idle_cpu_seconds": idle,  # while the others had their turns
-            "steps": decode.all_steps,
-            "decode_seconds": decode.seconds,
-            "decode_steps": decode.steps,
+            **vars(counted),
             "prompt_tokens": prompts * context,
             "tokens": sum(len(answer) for answer, *_ in done),
             "answers": [hashlib.sha256(repr(answer).encode()).hexdigest()[:12] for answer, *_ in done],
@@ -318,38 +268,39 @@ class Engine:
         }
 
 
-class _DecodeClock:
-    """Counts engine steps and times those after the first tokens of all requests, if all run at once."""
+def start_plain(settings: dict[str, Any]) -> PlainEngine:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
 
-    def __init__(self, llm_engine: Any) -> None:
-        self._engine, self.all_steps, self.steps, self.seconds = llm_engine, 0, 0, 0.0
+    return PlainEngine(LLMEngine.from_engine_args(EngineArgs(**settings)))
 
-    def __enter__(self) -> None:
-        step, states = self._engine.step, self._engine.output_processor.request_states
-        prefilling = True
 
-        def timed() -> Any:
-            nonlocal prefilling
-            start = time.perf_counter()
-            outputs = step()
-            self.all_steps += 1
-            if not prefilling:
-                self.seconds += time.perf_counter() - start
-                self.steps += 1
-            prefilling = prefilling and any(state.is_prefilling for state in states.values())
-            return outputs
+@contextmanager
+def count_steps(llm_engine: Any):
+    """Count engine steps, and time those after the first tokens of all requests, if all run at once."""
+    step, states = llm_engine.step, llm_engine.output_processor.request_states
+    counted, prefilling = SimpleNamespace(steps=0, decode_seconds=0.0, decode_steps=0), True
 
-        self._engine.step = timed
+    def timed() -> Any:
+        nonlocal prefilling
+        start = time.perf_counter()
+        outputs = step()
+        counted.steps += 1
+        if not prefilling:
+            counted.decode_seconds += time.perf_counter() - start
+            counted.decode_steps += 1
+        prefilling = prefilling and any(state.is_prefilling for state in states.values())
+        return outputs
 
-    def __exit__(self, *exc: object) -> None:
-        del self._engine.step
+    llm_engine.step = timed
+    try:
+        yield counted
+    finally:
+        del llm_engine.step
 
 
 def is_headrift(module: str) -> bool:
     return module.partition(".")[0] in ("headrift", "headrift_kernels")
-
-
-# ------------------------------------------------------------------------------------------------- the measurement
 
 
 def engine_settings(model: Path, cases: tuple[Case, ...]) -> dict[str, Any]:
@@ -398,7 +349,7 @@ def start(arm: Arm, settings: dict[str, Any], steps: int, processes: ExitStack) 
     return child, child.call("start", kind=arm.kind, settings=settings, regions=arm.regions, steps=steps, **options)
 
 
-def check_same(engines: Mapping[str, Mapping[str, Any]]) -> None:
+def check_same(engines: dict[str, dict]) -> None:
     """SystemExit if the arms do not run with the same settings."""
     # Which graphs can be captured depends on the attention backend. It is in the report.
     resolved = [
@@ -408,7 +359,7 @@ def check_same(engines: Mapping[str, Mapping[str, Any]]) -> None:
         raise SystemExit(f"the arms' settings differ: {json.dumps(resolved, indent=1)}")
 
 
-def check_work(case: str, runs: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
+def check_work(case: str, runs: dict[str, dict]) -> tuple[int, int]:
     """Return the answer tokens and cached prompt tokens of a case; SystemExit if they are not those of every arm."""
     work = {(run["tokens"], run["cached_tokens"]) for run in runs.values()}
     if len(work) > 1:
@@ -416,7 +367,7 @@ def check_work(case: str, runs: Mapping[str, Mapping[str, Any]]) -> tuple[int, i
     return work.pop()
 
 
-def measure(case: Case, engines: Mapping[str, Child], pairs: int) -> dict[str, Any]:
+def measure(case: Case, engines: dict[str, Child], pairs: int) -> dict[str, Any]:
     """Return the case's samples by arm."""
     arms = {
         name: lambda name=name: engines[name].call("run", **case.request, **ARMS[name].measures) for name in case.arms
@@ -426,78 +377,68 @@ def measure(case: Case, engines: Mapping[str, Child], pairs: int) -> dict[str, A
     first = {name: arm() for name, arm in arms.items()}
     tokens, cached = check_work(case.name, first)
     runs = utils.run_in_turns(arms, pairs * case.more)
-    equal = {
-        name: float(np.mean([a == b for a, b in zip(run["answers"], first[PLAIN]["answers"])]))
-        for name, run in first.items()
-    }
+    expected = np.array(first[PLAIN]["answers"])
     return {
         **asdict(case),
         "tokens": tokens,
         "prompt_tokens_computed": case.batch * case.context - cached,
-        "answers_equal": equal,
+        "answers_equal": {name: float((np.array(run["answers"]) == expected).mean()) for name, run in first.items()},
         "peak_bytes": {name: of_arm[-1]["peak_bytes"] for name, of_arm in runs.items()},
         "samples": utils.columns(runs, (*TIMES, "idle_cpu_seconds", "bytes_out")),
     }
 
 
-def evaluate(case: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
+def evaluate(case: dict[str, Any], shapes: Shapes) -> dict[str, Any]:
     """Return rates, ratios to plain and bytes per prompt of each arm, and the bound on those bytes."""
     arms: dict[str, Any] = {}
     for name, samples in case["samples"].items():
-        seconds = float(np.median(samples["seconds"]))
-        plain = case["samples"][PLAIN]
-        ratios = utils.median_ratios(plain, samples, TIMES) if name != PLAIN else None
+        seconds, plain = float(np.median(samples["seconds"])), case["samples"][PLAIN]
         arms[name] = {
             "tokens_per_second": case["tokens"] / seconds,
             "prompts_per_second": case["batch"] / seconds,
             "bytes_per_prompt": max(samples["bytes_out"]) / case["batch"],
             "peak_bytes": case["peak_bytes"][name],
-            "over": {PLAIN: ratios} if ratios else {},
+            "over": {} if name == PLAIN else {PLAIN: utils.median_ratios(plain, samples, TIMES)},
         }
     bound = utils.recorded_bytes_bound(case["steps"], shapes.layers, shapes.heads, entropy="entropy" in arms)
     return {"arms": arms, "bytes_bound": bound}
 
 
-def table(report: Mapping[str, Any]) -> list[str]:
-    """Return the lines of the report's page."""
+def table(report: dict[str, Any]) -> str:
     rows = []
     for case in report["cases"]:
         for name, arm in case["arms"].items():
+            ratios = arm["over"].get(PLAIN)
+            compared = [PLAIN, *(utils.cell(ratios[kind], 3) for kind in TIMES)] if ratios else [""] * 4
             rates = [f"{arm['tokens_per_second']:,.0f}", f"{arm['prompts_per_second']:.1f}"]
-            rates.append(f"{arm['peak_bytes'] / 1e9:.2f}")
-            out = f"{arm['bytes_per_prompt']:,.0f}" + (f" (at most {case['bytes_bound']:,})" if arm["over"] else "")
-            for plain, ratios in arm["over"].items() or [("", None)]:
-                cells = [utils.cell(ratios[kind], 3) if ratios else "" for kind in TIMES]
-                rows.append([case["name"], name, plain, *cells, *rates, out])
+            out = f"{arm['bytes_per_prompt']:,.0f}" + (f" (at most {case['bytes_bound']:,})" if ratios else "")
+            rows.append([case["name"], name, *compared, *rates, f"{arm['peak_bytes'] / 1e9:.2f}", out])
     head = ["case", "arm", "over", "wall", "CPU", "decode steps", "tokens/s", "prompts/s", "peak GB"]
     worst = min(min(case["answers_equal"].values()) for case in report["cases"])
     idle = max(max(arm["idle_cpu_seconds"]) for case in report["cases"] for arm in case["samples"].values())
-    return [
+    return utils.page(
         utils.title(report, "What probing costs"),
-        "",
-        "Made by `bench/overhead.py`. Ratios are throughput over plain vLLM's, above 1 is faster: medians with 95%",
-        f"bootstrap intervals over at least {report['pairs']} ABBA turns. The prompts are in the prefix cache, so that",
-        "decoding is timed. Wall time; CPU time of the process; wall time of the steps that only decode.",
-        "",
-        *utils.markdown([*head, "bytes out a prompt"], rows),
-        "",
-        f"Answers equal to plain vLLM's, token for token: {worst:.0%} of a case's prompts or more.",
+        "Made by `bench/overhead.py`. Ratios are throughput over plain vLLM's, above 1 is faster: medians with 95%\n"
+        f"bootstrap intervals over at least {report['pairs']} ABBA turns. The prompts are in the prefix cache, so "
+        "that\ndecoding is timed. Wall time; CPU time of the process; wall time of the steps that only decode.",
+        utils.markdown([*head, "bytes out a prompt"], rows),
+        f"Answers equal to plain vLLM's, token for token: {worst:.0%} of a case's prompts or more.\n"
         f"CPU time that an engine took while the others had their turns: {1e3 * idle:.0f} ms at most.",
-    ]
+    )
 
 
 def main() -> None:
-    options = utils.parser(__doc__, "overhead")
-    options.add_argument("--pairs", type=int, help="turns of each case (20; 4 with --short)")
+    options = utils.Options(__doc__, "overhead")
+    options.amount("pairs", 20, 4, "turns of each case")
     options.add_argument("--case", help="only the case of this name")
-    args = options.parse_args()
+    args = options.parse()
     cases = tuple(c for c in (SHORT_CASES if args.short else CASES) if args.case in (None, c.name))
     if not cases:
         raise SystemExit(f"there is no case '{args.case}'; there are: {', '.join(c.name for c in CASES)}")
-    pairs, shapes = args.pairs or (4 if args.short else 20), Shapes.read(args.model)
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    settings = engine_settings(args.model, cases)
-    report = utils.new_report(args, pairs=pairs, settings=settings | {"model": args.model.name}, engines={}, cases=[])
+    settings, shapes = engine_settings(args.model, cases), Shapes.read(args.model)
+    about = {"pairs": args.pairs, "settings": settings | {"model": args.model.name}}
+    report = utils.new_report(args, **about, engines={}, cases=[])
     with ExitStack() as processes:
         engines = {}
         for name in dict.fromkeys(name for case in cases for name in case.arms):
@@ -506,12 +447,13 @@ def main() -> None:
             print(f"{name}: started in {about['seconds']:.1f} s", flush=True)
         check_same(report["engines"])
         for case in cases:
-            measured = measure(case, engines, pairs)
-            report["cases"].append(measured | evaluate(measured, shapes))
-            for name, arm in report["cases"][-1]["arms"].items():
-                for plain, ratios in arm["over"].items():
-                    print(f"{case.name}: {name} over {plain}: {utils.cell(ratios['seconds'], 3)}", flush=True)
-    utils.write(report, table(report), utils.out_path(args))
+            measured = measure(case, engines, args.pairs)
+            measured |= evaluate(measured, shapes)
+            report["cases"].append(measured)
+            for name, arm in measured["arms"].items():
+                if arm["over"]:
+                    print(f"{case.name}: {name}: {utils.cell(arm['over'][PLAIN]['seconds'], 3)}", flush=True)
+    utils.write(report, table(report), args.out)
 
 
 if __name__ == "__main__":

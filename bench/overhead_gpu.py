@@ -17,8 +17,6 @@ Exit status 1: an engine failed, a recorded share is missing or outside 0..1, or
 fits --seconds is listed as left out. --out is written after each case; the cases that it already has are kept.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import statistics
@@ -26,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -40,7 +37,7 @@ import utils
 from utils import Child, Shapes
 
 ENGINE_OF = {"idle": "headrift", "plain": "plain", "probing": "headrift"}
-ARMS, REGIONS = tuple(ENGINE_OF), overhead.REGIONS
+ARMS = tuple(ENGINE_OF)
 PROFILED = "KV cache sized by memory profiling"
 _KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 _KEYS += ("vocab_size", "max_position_embeddings")
@@ -74,8 +71,12 @@ class Case:
         return f"{self.kind} {self.batch} x {self.context}{shared}"
 
     @property
+    def streaming(self) -> bool:
+        return self.kind == "streaming"
+
+    @property
     def prompts(self) -> int:
-        return 2 * self.batch if self.kind == "streaming" else self.batch
+        return 2 * self.batch if self.streaming else self.batch
 
     @property
     def prompt_tokens(self) -> int:
@@ -90,9 +91,8 @@ class Case:
 
     def request(self, seed: int) -> dict[str, Any]:
         """Arguments of Engine.run. The same seed gives the same prompts."""
-        request: dict[str, Any] = {"prompts": self.prompts, "at_once": self.batch, "context": self.context}
-        request |= {"tokens": self.tokens, "shared": self.shared}
-        return request | {"seed": [self.batch, self.context, self.shared, seed]}
+        request = {"prompts": self.prompts, "at_once": self.batch, "context": self.context, "tokens": self.tokens}
+        return {**request, "shared": self.shared, "seed": [self.batch, self.context, self.shared, seed]}
 
 
 # The most telling ones first. 256 prompts of 4,096 tokens fit a GPU only if they share most of them.
@@ -105,34 +105,56 @@ CASES = (
     Case("streaming", 256, 1024),
     Case("streaming", 64, 4096),
 )
+TINY_CASES = (Case("decode", 2, 40, 4), Case("streaming", 2, 40, 4), Case("decode", 3, 80, 4, shared=64))
 # Those without which a part is incomplete; a slow GPU has time for no more.
 REQUIRED = {
     "overhead": (PROFILED, "decode 64 x 1024"),
     "step0_replay": ("steps=0, measured", "replay, measured"),
     "profile": ("probed decode steps",),
 }
-TINY_CASES = (Case("decode", 2, 40, 4), Case("streaming", 2, 40, 4), Case("decode", 3, 80, 4, shared=64))
 
 
-# ------------------------------------------------------------------------------------------------- memory
+def rates_cases(dry_run: bool) -> dict[str, dict[str, Any]]:
+    """Return the arguments of Engine.run by name. Prompts share their first 40%, as behind one system prompt."""
+    prompts, context, answer, at_once = (4, 48, 4, 4) if dry_run else (256, 1024, 64, 256)
+    common = {"prompts": prompts, "at_once": at_once, "context": context, "shared": context * 2 // 5}
+    step0, replay = {**common, "tokens": 1}, {**common, "tokens": answer, "replay": True}
+    return {
+        "steps=0, measured": {**step0, "probed": True},
+        "replay, measured": {**replay, "probed": True},
+        "steps=0, not measured": step0,
+        "replay, not measured": replay,
+        "decoding the answers, measured": {**common, "tokens": answer, "probed": True},
+    }
+
+
+def profile_case(dry_run: bool) -> Case:
+    return Case("decode", 2, 40, 4) if dry_run else Case("decode", 64, 1024, 16)
+
+
+def kv_tokens(part: str, dry_run: bool) -> dict[str, int]:
+    """Tokens that the KV cache must hold for each case of a part, in the order of the cases."""
+    if part == "overhead":
+        return {case.name: case.kv_tokens for case in (TINY_CASES if dry_run else CASES)}
+    if part == "profile":
+        return {"probed decode steps": profile_case(dry_run).kv_tokens}
+    needs = {}
+    for name, case in rates_cases(dry_run).items():
+        decoded = Case("decode", case["at_once"], case["context"], case["tokens"], case["shared"])
+        needs[name] = PREFILL_TOKENS if case["tokens"] == 1 or "replay" in case else decoded.kv_tokens
+    return needs
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What fits a GPU.
-
-    Args:
-        engines: Engines that run at once.
-        kv_bytes: KV cache of each, enough for every case that fits.
-        too_large: The other cases, each with the reason.
-    """
+    """What fits a GPU: engines at once, the KV cache of each, and the cases that do not fit with the reason."""
 
     engines: int
     kv_bytes: int
     too_large: dict[str, str]
 
 
-def share_memory(total: float, weights: int, cases: Mapping[str, int], engines: int = 1) -> Memory | None:
+def share_memory(total: float, weights: int, cases: dict[str, int], engines: int = 1) -> Memory | None:
     """Return what fits when each engine gets an equal share, with the most engines at once that hold any case.
 
     Args:
@@ -182,9 +204,6 @@ def free_bytes() -> tuple[int, int]:
     return free, total
 
 
-# ------------------------------------------------------------------------------------------------- engines
-
-
 class Engine(overhead.Engine):
     """A child process with one engine."""
 
@@ -205,46 +224,52 @@ class Engine(overhead.Engine):
         return result | {"kernels": sorted(kernels, key=lambda kernel: -kernel["microseconds"])[:60]}
 
 
-class Setup:
-    """What all engines of a run are started with.
+class Part(utils.Progress):
+    """A part's results, and its engines.
 
     Args:
-        dry_run: Whether to run a tiny model with vLLM's CPU build.
-        attention: headrift's attention backend.
+        args: The script's options.
         folder: Where the model's configuration is written; vLLM makes the weights up.
-        shape: The model's.
-        memory: Which cases fit, and the KV cache of an engine.
-        free: Part of the GPU's memory that is free.
+        free: Bytes of the GPU's memory that are free.
+        total: Bytes of the GPU's memory.
     """
 
-    def __init__(self, dry_run: bool, attention: str, folder: Path, shape: Shapes, memory: Memory, free: float):
+    def __init__(self, args: Any, folder: Path, free: float, total: float):
         from headrift.vllm_engine.config import machine_defaults
 
-        self.dry_run, self.attention, self.memory, self.free = dry_run, attention, memory, free
-        self.plain, self.ours = overhead.environments(gpu=not dry_run)
+        shape, self.memory = choose_sizes(args.part, free, args.dry_run)
+        names = ([PROFILED] if args.part == "overhead" else []) + list(kv_tokens(args.part, args.dry_run))
+        required = names if args.dry_run else REQUIRED[args.part]
+        super().__init__(args.out, args.seconds, names, required, self.memory.too_large)
+        self.engines: dict[str, Any] = self.earlier.get("engines", {})
+        self.table: list[str] = self.earlier.get("table", [])
+        self.sizes = {"layers": shape.layers, "free_bytes": int(free), "kv_cache_bytes": self.memory.kv_bytes}
+        self.sizes["engines_at_once"] = self.memory.engines
+        self.dry_run, self.attention, self.free = args.dry_run, args.attention, free / total
+        self.plain, self.ours = overhead.environments(gpu=not args.dry_run)
         config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
         config |= {"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False}
-        config |= {**(TINY if dry_run else LLAMA_3_8B), "num_hidden_layers": shape.layers}
+        config |= {**(TINY if args.dry_run else LLAMA_3_8B), "num_hidden_layers": shape.layers}
         config |= {"bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16"}
         (folder / "config.json").write_text(json.dumps(config))
-        self.layers = shape.layers
         self.settings: dict[str, Any] = {
             **machine_defaults(),
             "model": str(folder),
             "load_format": "dummy",
             "skip_tokenizer_init": True,
-            "dtype": "float32" if dry_run else "bfloat16",
-            "max_model_len": 256 if dry_run else 4608,
-            "max_num_seqs": 8 if dry_run else 256,
-            "max_num_batched_tokens": 64 if dry_run else 8192,
-            "kv_cache_memory_bytes": memory.kv_bytes,
+            "dtype": "bfloat16",
+            "max_model_len": 4608,
+            "max_num_seqs": 256,
+            "max_num_batched_tokens": 8192,
+            "kv_cache_memory_bytes": self.memory.kv_bytes,
             "gpu_memory_utilization": 0.05,  # vLLM only checks that this much is free
             "enable_prefix_caching": True,
             "disable_log_stats": True,
             "seed": 0,
         }
-        if dry_run:
-            self.settings["prefix_match_unit"] = None
+        if args.dry_run:
+            self.settings |= {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 8}
+            self.settings |= {"max_num_batched_tokens": 64, "prefix_match_unit": None}
         else:
             self.settings["compilation_config"] = {"cudagraph_capture_sizes": CAPTURE_SIZES}
 
@@ -255,321 +280,217 @@ class Setup:
 
     def start(self, child: Child, kind: str, steps: int, **settings: Any) -> dict[str, Any]:
         """Start an engine in a process; its description."""
-        options = {} if kind == "plain" else {"steps": steps, "attention_backend": self.attention, "regions": REGIONS}
-        return child.call("start", kind=kind, settings={**self.settings, **settings}, **options)
+        options = {"steps": steps, "attention_backend": self.attention, "regions": overhead.REGIONS}
+        settings = {**self.settings, **settings}
+        return child.call("start", kind=kind, settings=settings, **(options if kind != "plain" else {}))
+
+    def save(self) -> None:
+        content = {"sizes": self.sizes, "engines": self.engines, "cases": self.cases, "table": self.table}
+        self.write(content)
+
+    def add(self, name: str, case: dict[str, Any]) -> None:
+        self.done(name, case)
+        self.save()
 
 
-@dataclass
-class Report:
-    """Results of one part, written to a file after each case. Cases of an earlier run are kept.
+def run_case(child: Child, name: str, probed: bool | None = None, method: str = "run", **case: Any) -> dict[str, Any]:
+    """Run a case; RuntimeError if measured requests left no values, or values that cannot be shares.
 
-    Args:
-        out: The file.
-        seconds: Time limit from now on.
-        names: All cases in their order.
-        required: Those that make the part incomplete when they are left out.
-        too_large: Cases that do not fit the GPU, with the reason.
-        about: Sizes of model and memory.
+    probed: Whether requests are measured (None: plain vLLM).
     """
-
-    out: Path
-    seconds: float
-    names: Sequence[str]
-    required: Sequence[str]
-    too_large: Mapping[str, str]
-    about: Mapping[str, Any]
-
-    def __post_init__(self) -> None:
-        self.stop = time.monotonic() + self.seconds
-        earlier = utils.read_json(self.out) if self.out.exists() else {}
-        self.cases: dict[str, Any] = earlier.get("cases", {})
-        self.todo = [name for name in self.names if name not in self.cases and name not in self.too_large]
-        self.engines: dict[str, Any] = earlier.get("engines", {})
-        self.table: list[str] = earlier.get("table", [])
-
-    @property
-    def seconds_left(self) -> float:
-        return self.stop - time.monotonic()
-
-    def add(self, name: str, case: Mapping[str, Any]) -> None:
-        self.cases[name] = case
-        self.todo.remove(name)
-        self.write()
-
-    def write(self) -> None:
-        content = {"sizes": self.about, "engines": self.engines, "cases": self.cases, "table": self.table}
-        content |= {"too_large": self.too_large, "left_out": self.todo}
-        content["required_left_out"] = [name for name in self.todo if name in self.required]
-        utils.write_json(content, self.out)
-
-
-def require_shares(name: str, run: Mapping[str, Any], probed: bool) -> None:
-    """RuntimeError if measured requests left no values, or values that cannot be shares."""
+    run = child.call(method, **case, **({} if probed is None else {"probed": probed}))
     if probed and (run["bad_values"] or not run["values"]):
         raise RuntimeError(f"{name}: {run['bad_values']} of {run['values']} recorded shares are not in 0..1")
+    return run
 
 
-# ------------------------------------------------------------------------------------------------- overhead
-
-
-def measure_overhead(setup: Setup, report: Report) -> None:
+def measure_overhead(part: Part) -> None:
     failure: RuntimeError | None = None
-    if PROFILED in report.todo:
+    if PROFILED in part.todo:
         try:
-            report.add(PROFILED, profiled_engine(setup))
+            part.add(PROFILED, profiled_engine(part))
         except RuntimeError as error:  # the times are still worth having
             failure = error
-    todo = [case for case in (TINY_CASES if setup.dry_run else CASES) if case.name in report.todo]
-    if todo:
-        compare(setup, report, todo)
+    todo = [case for case in (TINY_CASES if part.dry_run else CASES) if case.name in part.todo]
+    groups = [("plain", "headrift")] if part.memory.engines > 1 else [("plain",), ("headrift",)]
+    samples: dict[str, dict[str, list]] = {case.name: {} for case in todo}
+    for number, kinds in enumerate(groups):
+        if todo:
+            stop = time.monotonic() + (part.stop - time.monotonic()) / (len(groups) - number)
+            sample_group(part, kinds, todo, samples, stop)
+            todo = [case for case in todo if samples[case.name]]
     if failure is not None:
         raise failure
 
 
-def compare(setup: Setup, report: Report, todo: Sequence[Case]) -> None:
-    """Time all arms of each case, until the time is over."""
-    groups = [("plain", "headrift")] if setup.memory.engines > 1 else [("plain",), ("headrift",)]
-    samples: dict[str, dict[str, list[dict[str, Any]]]] = {case.name: {} for case in todo}
-    for number, kinds in enumerate(groups, start=1):
-        stop = time.monotonic() + report.seconds_left / (1 + len(groups) - number)
-        with ExitStack() as processes:
-            # Made in this thread: a child ends with the thread that made it.
-            children = {kind: setup.child(kind, processes) for kind in kinds}
-            with ThreadPoolExecutor() as pool:
-                steps = max(case.tokens for case in todo) - 1
-                starts = {kind: pool.submit(setup.start, children[kind], kind, steps) for kind in kinds}
-                report.engines |= {kind: started.result() for kind, started in starts.items()}
-            report.write()
-            pace = 0.0  # seconds of a first turn for each prompt token
-            for case in todo:
-                # Later decode turns take a fraction of the first, whose prompts are not in the prefix cache.
-                first_turns = 3 if case.kind == "streaming" else 2
-                if time.monotonic() + first_turns * pace * case.prompt_tokens >= stop:
-                    continue
-                runs, seconds = sample(case, children, stop, turns=2 if setup.dry_run else 6)
-                pace = max(pace, seconds / case.prompt_tokens)
-                if not runs:
-                    continue
-                samples[case.name] |= runs
-                if number == len(groups):
-                    arms = samples[case.name]
-                    summaries = {arm: summary(case, arms[arm], arms["plain"]) for arm in ARMS}
-                    result = {**asdict(case), "engines_at_once": setup.memory.engines, "arms": summaries}
-                    report.table = overhead_table(report.cases | {case.name: result})
-                    report.add(case.name, result)
-        todo = [case for case in todo if samples[case.name]]
-        if not todo:
-            break
+def sample_group(part: Part, kinds: tuple[str, ...], todo: list[Case], samples: dict[str, dict], stop: float) -> None:
+    """Time the arms of these kinds of engine in each case, until the time is over; report cases with all arms."""
+    with ExitStack() as processes:
+        # Made in this thread: a child ends with the thread that made it.
+        children = {kind: part.child(kind, processes) for kind in kinds}
+        with ThreadPoolExecutor() as pool:
+            steps = max(case.tokens for case in todo) - 1
+            starts = {kind: pool.submit(part.start, children[kind], kind, steps) for kind in kinds}
+            part.engines |= {kind: started.result() for kind, started in starts.items()}
+        part.save()
+        pace = 0.0  # seconds of a first turn for each prompt token
+        for case in todo:
+            # Later decode turns take a fraction of the first, whose prompts are not in the prefix cache.
+            first_turns = 3 if case.streaming else 2
+            if time.monotonic() + first_turns * pace * case.prompt_tokens >= stop:
+                continue
+            runs, seconds = sample(case, children, stop, turns=2 if part.dry_run or case.streaming else 6)
+            pace = max(pace, seconds / case.prompt_tokens)
+            arms = samples[case.name]
+            arms |= runs
+            if runs and len(arms) == len(ARMS):
+                summaries = {arm: summary(case, arms[arm], arms["plain"]) for arm in ARMS}
+                result = {**asdict(case), "engines_at_once": part.memory.engines, "arms": summaries}
+                part.table = overhead_table(part.cases | {case.name: result})
+                part.add(case.name, result)
 
 
-def sample(
-    case: Case, children: Mapping[str, Child], stop: float, turns: int
-) -> tuple[dict[str, list[dict[str, Any]]], float]:
+def sample(case: Case, children: dict[str, Child], stop: float, turns: int) -> tuple[dict[str, list], float]:
     """Runs of each arm of these engines, empty without the time for two turns; and the seconds of a first turn."""
     arms = [arm for arm in ARMS if ENGINE_OF[arm] in children]
 
     def run(arm: str, seed: int) -> dict[str, Any]:
-        more = {} if arm == "plain" else {"probed": arm == "probing"}
-        result = children[ENGINE_OF[arm]].call("run", **case.request(seed), **more)
-        require_shares(f"{case.name}, {arm}", result, arm == "probing")
-        return result
+        probed = {"plain": None, "idle": False, "probing": True}[arm]
+        return run_case(children[ENGINE_OF[arm]], f"{case.name}, {arm}", probed, **case.request(seed))
 
     begin = time.monotonic()
     for arm in arms:  # warm; and for `decode`, the prompts into the prefix cache
         run(arm, 0)
-    samples: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
-    # Streaming computes its prompts: each turn of each arm has new ones, which no prefix cache holds.
-    fresh = case.kind == "streaming"
+    samples: dict[str, list] = {arm: [] for arm in arms}
     slowest = first = time.monotonic() - begin
-    for turn, order in enumerate(utils.orders(arms, 2 if fresh else turns)):
+    for turn, order in enumerate(utils.orders(arms, turns)):
         begin = time.monotonic()
         if stop - begin < slowest:
             break
         for arm in order:
-            samples[arm].append(run(arm, 1 + len(ARMS) * turn + ARMS.index(arm) if fresh else 0))
+            # Streaming computes its prompts: each turn of each arm has new ones, which no prefix cache holds.
+            samples[arm].append(run(arm, 1 + len(ARMS) * turn + ARMS.index(arm) if case.streaming else 0))
         slowest = time.monotonic() - begin
     return (samples if len(samples[arms[0]]) > 1 else {}), first
 
 
-def summary(case: Case, runs: list[dict[str, Any]], plain: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(case: Case, runs: list[dict], plain: list[dict]) -> dict[str, Any]:
     """Rates of an arm, and its speed over plain's in the same turns (above 1: faster than plain)."""
 
-    streaming = case.kind == "streaming"
+    def step_seconds(run: dict[str, Any]) -> float:
+        """Of decode steps alone, unless prompts are computed in between."""
+        if case.streaming:
+            return run["seconds"] / run["steps"]
+        return run["decode_seconds"] / max(run["decode_steps"], 1)
 
-    def seconds(run: Mapping[str, Any]) -> float:
-        """Of a step; decode steps alone, unless prompts are computed in between."""
-        if streaming:
-            return float(run["seconds"]) / run["steps"]
-        return float(run["decode_seconds"]) / max(run["decode_steps"], 1)
+    def tokens(run: dict[str, Any]) -> float:
+        return run["tokens"] + (run["prompt_tokens"] if case.streaming else 0)
 
-    def tokens(run: Mapping[str, Any]) -> float:
-        return float(run["tokens"]) + (run["prompt_tokens"] if streaming else 0.0)
-
-    ratios = [other["seconds"] / own["seconds"] for own, other in zip(runs, plain)]
-    steps = [seconds(other) / seconds(own) for own, other in zip(runs, plain)]
+    pairs = list(zip(runs, plain))
     return {
-        "ms_per_step": 1e3 * statistics.median(map(seconds, runs)),
+        "ms_per_step": 1e3 * statistics.median(map(step_seconds, runs)),
         "tokens_per_second": statistics.median(tokens(run) / run["seconds"] for run in runs),
-        "speed_over_plain": utils.spread(ratios),
-        "steps_over_plain": utils.spread(steps),
+        "speed_over_plain": utils.spread([other["seconds"] / own["seconds"] for own, other in pairs]),
+        "steps_over_plain": utils.spread([step_seconds(other) / step_seconds(own) for own, other in pairs]),
         "runs": [{name: value for name, value in run.items() if name != "answers"} for run in runs],
     }
 
 
-def overhead_table(cases: Mapping[str, Any]) -> list[str]:
+def overhead_table(cases: dict[str, Any]) -> list[str]:
     rows = [
         [name, arm, f"{result['ms_per_step']:.2f}", f"{result['tokens_per_second']:,.0f}"]
         + [utils.cell(result[speed], 3) for speed in ("speed_over_plain", "steps_over_plain")]
         for name, case in cases.items()
         for arm, result in case.get("arms", {}).items()
     ]
-    return utils.markdown(["case", "arm", "ms/step", "tokens/s", "speed over plain", "of its steps"], rows)
+    head = ["case", "arm", "ms/step", "tokens/s", "speed over plain", "of its steps"]
+    return utils.markdown(head, rows).splitlines()
 
 
-def profiled_engine(setup: Setup) -> dict[str, Any]:
+def profiled_engine(part: Part) -> dict[str, Any]:
     """Start an engine that sizes its KV cache by vLLM's memory profiling, and require finite masses of it.
 
     The profiling runs the model and captures graphs on a first KV cache that it then throws away.
     """
-    overrides = {"num_hidden_layers": min(4, setup.layers)}
-    settings = {"kv_cache_memory_bytes": None, "hf_overrides": overrides}
-    settings |= {"gpu_memory_utilization": 0.15 if setup.dry_run else setup.free / 2}
-    tokens = 4 if setup.dry_run else 16
-    case = Case("streaming", 4 if setup.dry_run else 32, 40 if setup.dry_run else 1024, tokens)
+    settings = {"kv_cache_memory_bytes": None, "hf_overrides": {"num_hidden_layers": min(4, part.sizes["layers"])}}
+    settings["gpu_memory_utilization"] = 0.15 if part.dry_run else part.free / 2
+    case = Case("streaming", 4, 40, 4) if part.dry_run else Case("streaming", 32, 1024, 16)
     with ExitStack() as processes:
-        child = setup.child("headrift", processes)
-        about = setup.start(child, "headrift", tokens - 1, **settings)
-        result = child.call("run", **case.request(0), probed=True)
-    require_shares(PROFILED, result, True)
-    return {"engine": about, **result}
+        child = part.child("headrift", processes)
+        about = part.start(child, "headrift", case.tokens - 1, **settings)
+        return {"engine": about, **run_case(child, PROFILED, True, **case.request(0))}
 
 
-# ------------------------------------------------------------------------------------------------- other parts
-
-
-def rates_cases(dry_run: bool) -> dict[str, dict[str, Any]]:
-    """Return the arguments of Engine.run by name. Prompts share their first 40%, as behind one system prompt."""
-    prompts, context, answer, at_once = (4, 48, 4, 4) if dry_run else (256, 1024, 64, 256)
-    common = {"prompts": prompts, "at_once": at_once, "context": context, "shared": context * 2 // 5}
-    step0, replay = {**common, "tokens": 1}, {**common, "tokens": answer, "replay": True}
-    return {
-        "steps=0, measured": {**step0, "probed": True},
-        "replay, measured": {**replay, "probed": True},
-        "steps=0, not measured": step0,
-        "replay, not measured": replay,
-        "decoding the answers, measured": {**common, "tokens": answer, "probed": True},
-    }
-
-
-def measure_rates(setup: Setup, report: Report) -> None:
-    cases = rates_cases(setup.dry_run)
-    if not report.todo:
-        return
+def measure_rates(part: Part) -> None:
+    cases = rates_cases(part.dry_run)
     with ExitStack() as processes:
-        child = setup.child("headrift", processes)
-        report.engines["headrift"] = setup.start(child, "headrift", max(case["tokens"] for case in cases.values()) - 1)
+        child = part.child("headrift", processes)
+        part.engines["headrift"] = part.start(child, "headrift", max(case["tokens"] for case in cases.values()) - 1)
         for i, case in enumerate(cases.values()):  # warm, with few prompts
             child.call("run", **{**case, "prompts": 2, "seed": [9, i]})
         slowest = 0.0
-        for name in list(report.todo):
-            number, case, runs = list(cases).index(name), cases[name], []
-            for turn in range(2):
-                begin = time.monotonic()
-                if report.stop - begin < slowest:
-                    break
-                runs.append(child.call("run", **case, seed=[turn, number]))
-                require_shares(name, runs[-1], case.get("probed", False))
-                slowest = max(slowest, time.monotonic() - begin)
-            if not runs:
-                break
-            seconds = [run["seconds"] for run in runs]
-            rate = case["prompts"] / statistics.median(seconds)
-            rates = {"prompts_per_second": rate, "tokens_per_second": rate * case["context"]}
-            report.table.append(f"{name:32} {rate:9.1f} prompts/s  {rates['tokens_per_second']:11,.0f} tokens/s")
-            report.add(name, {**case, "seconds": seconds, **rates})
+        for number, (name, case) in enumerate(cases.items()):
+            runs: list[dict] = []
+            while name in part.todo and len(runs) < 2 and part.fits(slowest):
+                runs.append(run_case(child, name, **{"probed": False, **case}, seed=[len(runs), number]))
+                slowest = max(slowest, runs[-1]["seconds"])
+            if runs:
+                seconds = [run["seconds"] for run in runs]
+                rate = case["prompts"] / statistics.median(seconds)
+                rates = {"prompts_per_second": rate, "tokens_per_second": rate * case["context"]}
+                part.table.append(f"{name:32} {rate:9.1f} prompts/s  {rates['tokens_per_second']:11,.0f} tokens/s")
+                part.add(name, {**case, "seconds": seconds, **rates})
 
 
-def profile_case(dry_run: bool) -> Case:
-    return Case("decode", 2, 40, 4) if dry_run else Case("decode", 64, 1024, 16)
-
-
-def measure_profile(setup: Setup, report: Report) -> None:
-    if not report.todo:
-        return
-    case = profile_case(setup.dry_run)
+def measure_profile(part: Part) -> None:
+    case = profile_case(part.dry_run)
     with ExitStack() as processes:
         # In the process itself, so that torch's profiler sees the worker's kernels.
-        child = setup.child("headrift", processes, VLLM_ENABLE_V1_MULTIPROCESSING="0")
-        report.engines["headrift"] = setup.start(child, "headrift", case.tokens - 1)
-        request = {**case.request(0), "probed": True}
-        for _ in range(2):
-            child.call("run", **request)
-        profile = child.call("profile", **request)
-    require_shares("profile", profile, True)
+        child = part.child("headrift", processes, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+        part.engines["headrift"] = part.start(child, "headrift", case.tokens - 1)
+        for method in ("run", "run", "profile"):
+            profile = run_case(child, "profile", True, method, **case.request(0))
     total = sum(kernel["microseconds"] for kernel in profile["kernels"])
     for kernel in profile["kernels"][:25]:
-        part = f"{kernel['microseconds'] / total:6.1%} {kernel['microseconds']:10.0f} us {kernel['calls']:6} x "
-        report.table.append(part + kernel["kernel"][:90])
+        figures = f"{kernel['microseconds'] / total:6.1%} {kernel['microseconds']:10.0f} us {kernel['calls']:6} x "
+        part.table.append(figures + kernel["kernel"][:90])
     if not total:
         raise RuntimeError("the profiler recorded no kernel")
-    report.add("probed decode steps", {**asdict(case), **profile})
+    part.add("probed decode steps", {**asdict(case), **profile})
 
 
-def kv_tokens(part: str, dry_run: bool) -> dict[str, int]:
-    """Tokens that the KV cache must hold for each case of a part, in the order of the cases."""
-    if part == "overhead":
-        return {case.name: case.kv_tokens for case in (TINY_CASES if dry_run else CASES)}
-    if part == "profile":
-        return {"probed decode steps": profile_case(dry_run).kv_tokens}
-    needs = {}
-    for name, case in rates_cases(dry_run).items():
-        decoded = Case("decode", case["at_once"], case["context"], case["tokens"], case["shared"])
-        prefill_only = case["tokens"] == 1 or case.get("replay", False)
-        needs[name] = PREFILL_TOKENS if prefill_only else decoded.kv_tokens
-    return needs
-
-
-PARTS: dict[str, Callable[[Setup, Report], None]] = {
-    "overhead": measure_overhead,
-    "step0_replay": measure_rates,
-    "profile": measure_profile,
-}
+PARTS = {"overhead": measure_overhead, "step0_replay": measure_rates, "profile": measure_profile}
 
 
 def main() -> None:
-    parser = utils.parser(__doc__)
-    parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--seconds", type=float, default=600)
-    parser.add_argument("--attention", default="auto", help="headrift's attention backend")
-    parser.add_argument("--out", type=Path, help="default: bench/results/PART_gpu.json")
-    parser.add_argument("--memory", type=float, metavar="GB", help="use no more of the GPU (default: what is free)")
-    parser.add_argument("--dry-run", action="store_true", help="a tiny model on a CPU; figures mean nothing")
-    args = parser.parse_args()
+    options = utils.Options(__doc__, "PART_gpu", short=False)
+    options.add_argument("part", choices=PARTS)
+    options.add_argument("--seconds", type=float, default=600)
+    options.add_argument("--attention", default="auto", help="headrift's attention backend")
+    options.add_argument("--memory", type=float, metavar="GB", help="use no more of the GPU (default: what is free)")
+    options.add_argument("--dry-run", action="store_true", help="a tiny model on a CPU; figures mean nothing")
+    args = options.parse()
+    args.out = args.out.with_name(args.out.name.replace("PART", args.part))
     if not args.dry_run:
         from headrift.vllm_engine.config import has_gpu
 
         if not has_gpu():
             raise SystemExit("overhead_gpu: this torch is not a build for GPUs (--dry-run runs it on a CPU)")
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    out = args.out or utils.RESULTS / f"{args.part}_gpu.json"
     free, total = (DRY_RUN_BYTES, DRY_RUN_BYTES) if args.dry_run else free_bytes()
     free = min(free, args.memory * GB) if args.memory else free
-    try:
-        shape, memory = choose_sizes(args.part, free, args.dry_run)
-    except ValueError as error:
-        raise SystemExit(f"overhead_gpu: {error}") from None
-    names, about = list(kv_tokens(args.part, args.dry_run)), {"layers": shape.layers, "free_bytes": int(free)}
-    about |= {"kv_cache_bytes": memory.kv_bytes, "engines_at_once": memory.engines}
-    names = [PROFILED, *names] if args.part == "overhead" else names
-    required = names if args.dry_run else REQUIRED[args.part]
-    report = Report(out, args.seconds, names, required, memory.too_large, about)
-    print(f"{free / GB:.0f} GB are free: {shape.layers} layers, engines at once: {memory.engines}", flush=True)
     with tempfile.TemporaryDirectory(prefix="headrift-model-") as folder:
         try:
-            PARTS[args.part](Setup(args.dry_run, args.attention, Path(folder), shape, memory, free / total), report)
+            part = Part(args, Path(folder), free, total)
+        except ValueError as error:
+            raise SystemExit(f"overhead_gpu: {error}") from None
+        print(f"{free / GB:.0f} GB are free: {part.sizes}", flush=True)
+        try:
+            if part.todo:
+                PARTS[args.part](part)
         finally:
-            report.write()
-    print("\n".join([*report.table, *(f"too large: {name} {reason}" for name, reason in memory.too_large.items())]))
+            part.save()
+    print("\n".join([*part.table, *(f"too large: {name} {reason}" for name, reason in part.too_large.items())]))
 
 
 if __name__ == "__main__":

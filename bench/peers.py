@@ -16,15 +16,12 @@ tokenises in the time that is counted. The peak is the best float32 matrix produ
 beside each turn.
 """
 
-from __future__ import annotations
-
-import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -44,14 +41,12 @@ COMPILED = "generate, compiled"
 EAGER_HUGE = "transformers, one at a time, huge pages"
 NNSIGHT, PLUGIN = "nnsight", "vllm-lens"
 SLOW = (EAGER, EAGER_HUGE, BATCHED, NNSIGHT)
+COMPILE = {COMPILED: {"enforce_eager": False}}  # engine arguments
 # Whether torch asks the kernel for huge pages. headrift has it do so; by itself it does not.
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 BATCH = 16
 COLD = 10
 PLUGIN_PACKAGE = "vllm-lens==1.3.0"
-
-
-# ------------------------------------------------------------------------------------------------- child processes
 
 
 class Scored:
@@ -73,7 +68,7 @@ class Scored:
         engine.step = noted
         return {}
 
-    def run(self, rows: Sequence[dict[str, Any]], *, replay: bool = False, out: str | None = None) -> dict[str, Any]:
+    def run(self, rows: list[dict], replay: bool = False, out: str | None = None) -> dict[str, Any]:
         """Score the rows, with nothing in the prefix cache.
 
         Args:
@@ -82,12 +77,11 @@ class Scored:
             out: A file for masses and answers as Eager.run writes them, which then leave the device too, and for the
                 scores s0, s1, ...
         """
-        scorer = self._scorer
-        forget(scorer)
-        scorer.keep_mass = out is not None
+        forget(self._scorer)
+        self._scorer.keep_mass = out is not None
         self._finished.clear()
         with Stopwatch() as clock:
-            results = list(scorer.score(rows, replay=replay))
+            results = list(self._scorer.score(rows, replay=replay))
         rejected = [result for result in results if not hasattr(result, "shares")]
         if rejected:
             raise ValueError(f"prompts that cannot be scored: {rejected[:3]}")
@@ -119,6 +113,14 @@ def forget(scorer: Any) -> None:
     scorer._primed.clear()
 
 
+def start_headrift(model: Path, steps: int, environment: dict[str, str] | None = None, **engine_args: Any) -> Child:
+    """Start a Scorer's process."""
+    child = Child("peers.py", "headrift", environment=environment)
+    settings = {"kv_cache_memory_bytes": utils.KV_BYTES, **engine_args}
+    child.call("start", model=str(model), steps=steps, engine_args=settings)
+    return child
+
+
 class Eager:
     """transformers in float32 with eager attention: greedy answers and their masses, prompts in batches."""
 
@@ -133,15 +135,8 @@ class Eager:
         self._model.eval()
         return {}
 
-    def run(self, prompts: list[dict[str, Any]], steps: int, eos: int, out: str) -> dict[str, Any]:
-        """Answer the prompts.
-
-        Args:
-            prompts: `ids` and `regions` of each.
-            steps: Recorded steps.
-            eos: The end-of-text token.
-            out: A file for m0, m1, ... [steps, layers, heads, regions] and the answers a0, a1, ...
-        """
+    def run(self, prompts: list[dict], steps: int, eos: int, out: str) -> dict[str, Any]:
+        """Answer the prompts (`ids`, `regions`), to a file: m0, m1, ... [steps, layers, heads, regions]; a0, a1, ..."""
         import torch
 
         answers: list[tuple[Any, list[int]]] = []
@@ -152,7 +147,7 @@ class Eager:
         np.savez(out, **arrays, **{f"a{i}": answer for i, (_, answer) in enumerate(answers)})
         return {"seconds": clock.seconds, "cpu_seconds": clock.cpu_seconds}
 
-    def _answer(self, prompts: list[dict[str, Any]], steps: int, eos: int) -> list[tuple[Any, list[int]]]:
+    def _answer(self, prompts: list[dict], steps: int, eos: int) -> list[tuple[Any, list[int]]]:
         """Masses of the recorded steps, and the answer's tokens with the end of text, of each prompt of a batch."""
         import torch
 
@@ -193,7 +188,7 @@ class Traced(Eager):
         self._model = LanguageModel(model, dtype=torch.float32, attn_implementation="eager", dispatch=True)
         return {"versions": {name: version(name) for name in ("nnsight", "torch", "transformers")}}
 
-    def _answer(self, prompts: list[dict[str, Any]], steps: int, eos: int) -> list[tuple[Any, list[int]]]:
+    def _answer(self, prompts: list[dict], steps: int, eos: int) -> list[tuple[Any, list[int]]]:
         """As Eager's; generation continues for all steps, and what comes after `eos` is cut off."""
         import torch
 
@@ -213,16 +208,12 @@ class Traced(Eager):
         return [(torch.stack(masses).numpy()[: len(answer)], answer)]
 
 
-# ------------------------------------------------------------------------------------------------- the measurement
-
-
-def render(rows: list[dict[str, Any]], system: str, model: Path) -> list[dict[str, Any]]:
+def render(rows: list[dict], tokenizer: Any) -> list[dict]:
     """Return the rows as token ids with the regions' ranges, as headrift renders them."""
-    from headrift.prepare import load_tokenizer
     from headrift.prompts import ChatRenderer, chat_messages
 
-    renderer = ChatRenderer(load_tokenizer(str(model), False))
-    prompts = [renderer.render(chat_messages(row["prompt"], system)) for row in rows]
+    renderer = ChatRenderer(tokenizer)
+    prompts = [renderer.render(chat_messages(row["prompt"], row["system"])) for row in rows]
     return [{"ids": p.token_ids, "regions": [p.regions[name] for name in REGIONS]} for p in prompts]
 
 
@@ -243,7 +234,7 @@ def why_no_plugin() -> str:
 class Ways(ExitStack):
     """The processes, started one after another, each with its cold run."""
 
-    def __init__(self, args: Namespace, rows: list[dict[str, Any]], prompts: list[dict[str, Any]], eos: int):
+    def __init__(self, args: Namespace, rows: list[dict], prompts: list[dict], eos: int):
         super().__init__()
         self._args, self._rows, self._prompts, self._eos = args, rows, prompts, eos
         self._folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
@@ -258,35 +249,32 @@ class Ways(ExitStack):
 
     def start(self, name: str) -> None:
         """Start a way and have it do its first prompts."""
-        model, first = str(self._args.model), range(min(COLD, len(self._prompts)))
+        first, begin = min(COLD, len(self._prompts)), time.perf_counter()
+        self._children[name] = self.enter_context(self._process(name))
+        started = time.perf_counter() - begin
+        self.run(name, list(range(first)))
+        seconds = time.perf_counter() - begin
+        self.cold[name] = {"prompts": first, "start_s": started, "seconds": seconds}
+        print(f"{name}: started in {started:.1f} s, {first} prompts {seconds:.1f} s", flush=True)
+
+    def _process(self, name: str) -> Child:
+        if name not in SLOW:
+            return start_headrift(self._args.model, self._args.steps, **COMPILE.get(name, {}))
         # As they come: headrift's settings of OpenMP are headrift's.
         environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
         environment[HUGE_PAGES] = "1" if name == EAGER_HUGE else "0"
-        if name in (EAGER, EAGER_HUGE, BATCHED):
-            child = Child("peers.py", "transformers", environment=environment)
-            options = {"batch": BATCH if name == BATCHED else 1}
-        elif name == NNSIGHT:
+        if name == NNSIGHT:
             child, options = Child("peers.py", "nnsight", environment=environment, python=self._args.nnsight), {}
         else:
-            child, options = Child("peers.py", "headrift"), self._headrift(name)
-        self._children[name] = self.enter_context(child)
-        about = child.call("start", model=model, **options)
-        self.versions |= about.get("versions", {})
-        started = child.seconds_since_start
-        self.run(name, list(first))
-        self.cold[name] = {"prompts": len(first), "start_s": started, "seconds": child.seconds_since_start}
-        print(f"{name}: started in {started:.1f} s, {len(first)} prompts {child.seconds_since_start:.1f} s", flush=True)
+            child = Child("peers.py", "transformers", environment=environment)
+            options = {"batch": BATCH if name == BATCHED else 1}
+        self.versions |= child.call("start", model=str(self._args.model), **options).get("versions", {})
+        return child
 
     def compile(self) -> None:
-        """Have torch.compile compile the model, where it has not yet: what is timed is a start that finds it done."""
-        with Child("peers.py", "headrift") as child:
-            child.call("start", model=str(self._args.model), **self._headrift(COMPILED))
-
-    def _headrift(self, name: str) -> dict[str, Any]:
-        """What headrift is started with for this way."""
-        settings = {"kv_cache_memory_bytes": utils.KV_BYTES}
-        settings |= {"enforce_eager": False} if name == COMPILED else {}
-        return {"steps": self._args.steps, "engine_args": settings}
+        """Have torch.compile compile the model, if it has not yet: what is timed is a start that finds it done."""
+        with self._process(COMPILED):
+            pass
 
     def run(self, name: str, which: list[int], *, keep: bool = False) -> dict[str, Any]:
         """Have a way do these prompts. keep: headrift hands out its masses too (the others always do)."""
@@ -299,16 +287,21 @@ class Ways(ExitStack):
             rows = [{**row, "response_ids": self.answers[i]} for i, row in zip(which, rows)]
         return child.call("run", rows=rows, replay=name == REPLAY, out=out if keep else None)
 
-    def arrays(self, name: str) -> dict[str, np.ndarray]:
-        """What the way's last run left."""
+    def kept(self, name: str, n: int, before: dict[str, list] | None) -> dict[str, list]:
+        """Masses, answers and, if it has them, scores that the way's last run of n prompts left, after those before."""
         with np.load(self._file(name)) as file:
-            return dict(file)
+            masses, answers = ([file[f"{kind}{i}"] for i in range(n)] for kind in "ma")
+            kept = {"masses": masses, "answers": [answer.tolist() for answer in answers]}
+            if "s0" in file:  # headrift's own; of the others they are worked out from the masses
+                scores = [float(file[f"s{i}"]) for i in range(n)]
+                kept["scores"] = [None if np.isnan(score) else score for score in scores]
+        return {column: (before or {}).get(column, []) + values for column, values in kept.items()}
 
     def _file(self, name: str) -> Path:
         return self._folder / f"{name.replace(' ', '-')}.npz"
 
 
-def agreement(ours: Mapping[str, list], expected: Mapping[str, list], rows: list[dict], steps: int) -> dict[str, Any]:
+def agreement(ours: dict[str, list], expected: dict[str, list], rows: list[dict], steps: int) -> dict[str, Any]:
     """Compare two ways' masses, answers and scores by prompt; masses up to the first token that differs."""
     from scipy.stats import spearmanr
     from sklearn.metrics import roc_auc_score
@@ -348,8 +341,7 @@ def scores_of(masses: list[np.ndarray], answers: list[list[int]], steps: int) ->
     return scores
 
 
-def table(report: Mapping[str, Any]) -> list[str]:
-    """Return the lines of the report's page."""
+def table(report: dict[str, Any]) -> str:
     prompts, peak = report["prompts"], report["peak"]
     ways = [
         [name, utils.cell(way["prompts_per_second"], 2), utils.cell(way["ratio"], 2), f"{way['cold']['seconds']:.1f}"]
@@ -365,43 +357,33 @@ def table(report: Mapping[str, Any]) -> list[str]:
         compared.append([name, *cells, f"{auroc[0]} and {auroc[1]}"])
     head = ["way", "same answers", "masses compared", "largest difference", "mean difference", "rank correlation"]
     rates = ", ".join(f"{rows}: {max(by_name.values()):.0f}" for rows, by_name in peak["rates"]["gflops"].items())
-    return [
-        utils.title(report, "headrift and other ways to the same numbers"),
-        "",
-        f"Made by `bench/peers.py`: {prompts['n']} prompts of {prompts['file']}, {prompts['mean_tokens']:.0f} tokens",
-        f"in the mean, {prompts['system_tokens']:.0f} of them a shared system prompt; steps 0 to {prompts['steps']}.",
-        f"Over all of {len(report['turns'])} turns (least to most). Cold: start-up and {prompts['cold']} prompts;",
-        f"`{COMPILED}`: with the compiled model on disk.",
-        f"headrift's KV cache is held to {utils.KV_BYTES >> 30} GiB, since other engines share the memory.",
-        "",
-        *utils.markdown(["way", "prompts/s", "times the first", "cold, s", "cold prompts/s", "peak GB"], ways),
-        "",
-        f"Agreement with `{EAGER}`:",
-        "",
-        *utils.markdown([*head, "AUROC"], compared),
-        "",
-        f"Matrix products of the model's shapes reach, by rows, {rates} GFLOP/s at best.",
-        *(
-            f"{name}: {utils.cell(share, 2)} of the best ({peak['gflop'][name]:.0f} GFLOP computed)."
-            for name, share in peak["share"].items()
-        ),
+    shares = [
+        f"\n{name}: {utils.cell(share, 2)} of the best ({peak['gflop'][name]:.0f} GFLOP computed)."
+        for name, share in peak["share"].items()
     ]
+    return utils.page(
+        utils.title(report, "headrift and other ways to the same numbers"),
+        f"Made by `bench/peers.py`: {prompts['n']} prompts of {prompts['file']}, {prompts['mean_tokens']:.0f} tokens\n"
+        f"in the mean, {prompts['system_tokens']:.0f} of them a shared system prompt; steps 0 to {prompts['steps']}.\n"
+        f"Over all of {len(report['turns'])} turns (least to most). Cold: start-up and {prompts['cold']} prompts;\n"
+        f"`{COMPILED}`: with the compiled model on disk.\n"
+        f"headrift's KV cache is held to {utils.KV_BYTES >> 30} GiB, since other engines share the memory.",
+        utils.markdown(["way", "prompts/s", "times the first", "cold, s", "cold prompts/s", "peak GB"], ways),
+        f"Agreement with `{EAGER}`:",
+        utils.markdown([*head, "AUROC"], compared),
+        f"Matrix products of the model's shapes reach, by rows, {rates} GFLOP/s at best.{''.join(shares)}",
+    )
 
 
 def main() -> None:
-    options = utils.parser(__doc__, "peers")
-    sets = utils.ROOT
-    options.add_argument("--prompts", type=Path, default=sets / "datasets/obfuscated_word.jsonl")
-    options.add_argument("--system", type=Path, default=sets / "system_prompts/obfuscated_word.txt")
-    options.add_argument("--limit", type=int, help="prompts (100; 12 with --short)")
+    options = utils.Options(__doc__, "peers")
+    options.prompts()
+    options.amount("limit", 100, 12, "prompts")
     options.add_argument("--steps", type=int, default=12)
-    options.add_argument("--turns", type=int, help="turns of every way, and blocks of the prompts (4; 2 with --short)")
+    options.amount("turns", 4, 2, "turns of every way, and blocks of the prompts")
     options.add_argument("--nnsight", type=Path, metavar="PYTHON", help="a Python with nnsight, to measure it too")
-    args = options.parse_args()
-    n_turns = args.turns or (2 if args.short else 4)
-    lines = args.prompts.read_text(encoding="utf-8").splitlines()[: args.limit or (12 if args.short else 100)]
-    system = args.system.read_text(encoding="utf-8").strip()
-    rows = [{**json.loads(line), "system": system} for line in lines]
+    args = options.parse()
+    rows = utils.read_prompts(args.prompts, args.system, args.limit)
     Random(0).shuffle(rows)  # the file has its kinds one after another, and blocks are to be alike
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ[HUGE_PAGES] = "1"  # of this process, which measures the machine's peak
@@ -409,15 +391,13 @@ def main() -> None:
 
     from headrift.prepare import load_tokenizer
 
-    prompts, shapes = render(rows, system, args.model), Shapes.read(args.model)
-    eos = load_tokenizer(str(args.model), False).eos_token_id
-    every = list(range(len(rows)))
+    tokenizer, shapes = load_tokenizer(str(args.model), False), Shapes.read(args.model)
+    prompts, every = render(rows, tokenizer), list(range(len(rows)))
     kept: dict[str, dict[str, list]] = {}
     turns, rates = [], []
-    with Ways(args, rows, prompts, eos) as ways:
-        for name in (EAGER, EAGER_HUGE, BATCHED):
+    with Ways(args, rows, prompts, tokenizer.eos_token_id) as ways:
+        for name in (EAGER, EAGER_HUGE, BATCHED, GENERATE):
             ways.start(name)
-        ways.start(GENERATE)
         ways.answers = ways.run(GENERATE, every)["answers"]
         ways.start(REPLAY)
         if not args.short:  # compiling takes a minute
@@ -428,21 +408,22 @@ def main() -> None:
         report |= {"not_measured": {PLUGIN: why_no_plugin()}, "cold": ways.cold, "versions_of_peers": ways.versions}
         if not args.nnsight:
             report["not_measured"][NNSIGHT] = "no --nnsight PYTHON was given"
-        for turn, block in enumerate(np.array_split(every, n_turns)):
+        for block, order in zip(np.array_split(every, args.turns), utils.orders(ways.names, args.turns)):
             samples: dict[str, Any] = {}
-            for name in ways.names if turn % 2 == 0 else ways.names[::-1]:
+            for name in order:
                 which = block.tolist() if name in SLOW else every
                 samples[name] = {**ways.run(name, which), "prompts": len(which)}
                 samples[name].pop("answers", None)
                 if name in SLOW:
-                    _keep(kept.setdefault(name, {"masses": [], "answers": []}), ways.arrays(name), len(which))
+                    kept[name] = ways.kept(name, len(which), kept.get(name))
             turns.append(samples)
-            rates.append(utils.matrix_product_rates(shapes))
+            rates.append(matrix_product_rates(shapes))
             print({name: round(run["prompts"] / run["seconds"], 2) for name, run in samples.items()}, flush=True)
-        for name in (name for name in ways.names if name not in SLOW):
-            ways.run(name, every, keep=True)
-            _keep(kept.setdefault(name, {"masses": [], "answers": []}), ways.arrays(name), len(every))
         names = ways.names
+        for name in names:
+            if name not in SLOW:
+                ways.run(name, every, keep=True)
+                kept[name] = ways.kept(name, len(every), None)
     for way in kept.values():
         way.setdefault("scores", scores_of(way["masses"], way["answers"], args.steps))
     done = {name: tuple([t[name][column] for t in turns] for column in ("prompts", "seconds")) for name in names}
@@ -453,13 +434,13 @@ def main() -> None:
             "steps": args.steps,
             "cold": min(COLD, len(rows)),
             "mean_tokens": float(np.mean([len(prompt["ids"]) for prompt in prompts])),
-            "system_tokens": float(np.mean([end - start for start, end in (p["regions"][0] for p in prompts)])),
+            "system_tokens": float(np.mean([np.diff(prompt["regions"][0]) for prompt in prompts])),
         },
         "turns": turns,
         "ways": {
             name: {
                 "prompts_per_second": utils.over_all(*done[name]),
-                "ratio": _ratio(done[name], done[EAGER]),
+                "ratio": ratio(done[name], done[EAGER]),
                 "cold": report["cold"][name],
                 # Of generating and replaying alone: the runs that hand out masses come after the turns.
                 "peak_bytes": turns[-1][name]["peak_bytes"],
@@ -469,40 +450,48 @@ def main() -> None:
         "agreement": {name: agreement(kept[name], kept[EAGER], rows, args.steps) for name in names if name != EAGER},
         "peak": peak_report(turns, rates),
     }
-    utils.write(report, table(report), utils.out_path(args))
+    utils.write(report, table(report), args.out)
 
 
-def _keep(into: dict[str, list], arrays: dict[str, np.ndarray], n: int) -> None:
-    """Add a run's masses, answers and, if it has them, scores."""
-    into["masses"] += [arrays[f"m{i}"] for i in range(n)]
-    into["answers"] += [arrays[f"a{i}"].tolist() for i in range(n)]
-    if "s0" in arrays:  # headrift's own; of the others they are worked out from the masses
-        into["scores"] = [None if np.isnan(arrays[f"s{i}"]) else float(arrays[f"s{i}"]) for i in range(n)]
-
-
-def _ratio(ours: tuple[list[float], ...], theirs: tuple[list[float], ...]) -> dict[str, float]:
+def ratio(ours: tuple[list[float], ...], theirs: tuple[list[float], ...]) -> dict[str, float]:
     """Of two ways' prompts and seconds by turn: the ratio of their rates over all, and the least and most of a turn."""
-    rates = [[n / seconds for n, seconds in zip(*way)] for way in (ours, theirs)]
-    each = [a / b for a, b in zip(*rates)]
+    each = np.divide(*ours) / np.divide(*theirs)
     over_all = [utils.over_all(*way)["all"] for way in (ours, theirs)]
-    return {"all": over_all[0] / over_all[1], "low": min(each), "high": max(each)}
+    return {"all": over_all[0] / over_all[1], "low": float(each.min()), "high": float(each.max())}
 
 
-def peak_report(turns: list[dict[str, Any]], rates: list[dict[str, Any]]) -> dict[str, Any]:
+def matrix_product_rates(shapes: Shapes) -> dict[str, Any]:
+    """Measure float32 products of a model's shapes: GFLOP/s by rows and product, and the best of all as the peak."""
+    import torch
+
+    rates: dict[str, dict[str, float]] = {}
+    with torch.inference_mode():
+        for rows in (8, 64, 512, 2048):
+            rates[str(rows)] = {}
+            for name, (inputs, outputs) in shapes.matrices.items():
+                values, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
+                torch.nn.functional.linear(values, weight)
+                n, start = 0, time.perf_counter()
+                while (seconds := time.perf_counter() - start) < 0.15 or n < 2:
+                    torch.nn.functional.linear(values, weight)
+                    n += 1
+                rates[str(rows)][name] = 2e-9 * n * rows * inputs * outputs / seconds
+    return {"gflops": rates, "peak_gflops": max(max(by_product.values()) for by_product in rates.values())}
+
+
+def peak_report(turns: list[dict], rates: list[dict]) -> dict[str, Any]:
     """headrift's FLOPs of each turn over its time, over the best matrix product measured in the same turn."""
-    share = {
-        name: utils.spread(
-            [1e-9 * t[name]["flops"] / t[name]["seconds"] / r["peak_gflops"] for t, r in zip(turns, rates)]
-        )
-        for name in turns[0]
-        if name not in SLOW
-    }
-    best = max(rates, key=lambda rate: rate["peak_gflops"])
+
+    def share(name: str) -> list[float]:
+        runs = [turn[name] for turn in turns]
+        return [1e-9 * run["flops"] / run["seconds"] / r["peak_gflops"] for run, r in zip(runs, rates)]
+
+    names = [name for name in turns[0] if name not in SLOW]
     return {
-        "rates": best,
+        "rates": max(rates, key=lambda rate: rate["peak_gflops"]),
         "peak_gflops": [rate["peak_gflops"] for rate in rates],
-        "gflop": {name: 1e-9 * turns[0][name]["flops"] for name in share},
-        "share": share,
+        "gflop": {name: 1e-9 * turns[0][name]["flops"] for name in names},
+        "share": {name: utils.spread(share(name)) for name in names},
     }
 
 

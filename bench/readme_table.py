@@ -5,18 +5,15 @@
 Results that do not exist have no rows. A test fails if a page and the committed results differ.
 """
 
-from __future__ import annotations
-
+import string
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import utils
-from peers import BATCHED, COMPILED, EAGER, GENERATE, NNSIGHT, REPLAY
-from utils import cell
 
 README, ALL = utils.ROOT / "README.md", utils.ROOT / "docs/results/measured.md"
 # How the rows begin that the README has; the other page has all of them.
@@ -32,204 +29,189 @@ BRIEF = (
     "vLLM's CPU attention / ours with masses, AVX-512",
     "transformers, a pass a head / headrift",
 )
-Report = Mapping[str, Any]
-Rows = list[tuple[str, str]]  # what was measured, and the result
+Report = dict[str, Any]
+Rows = tuple[Callable[[Report], Iterator[Report]], str]
 
 
-def peers(report: Report) -> Rows:
-    ways = report["ways"]
-    shown = {
-        GENERATE: "headrift, generating",
-        COMPILED: "headrift, generating, with --compile",
-        REPLAY: "headrift, replaying logged answers",
-        EAGER: "transformers, eager attention, one prompt at a time",
-        BATCHED: "transformers, eager attention, in batches",
-        NNSIGHT: "nnsight, one prompt at a time",
-    }
-    rows = [(f"{shown[n]}, prompts/s", cell(ways[n]["prompts_per_second"], 2)) for n in shown if n in ways]
-    rows += [
-        (f"headrift {name} / transformers one at a time, warm", cell(ways[name]["ratio"]))
-        for name in (GENERATE, COMPILED, REPLAY)
-        if name in ways
-    ]
-    columns = {GENERATE: "headrift", COMPILED: "with --compile", EAGER: "transformers one at a time"}
-    columns = {name: shown for name, shown in columns.items() if name in ways}
-    for what, value in (
-        (f"cold, start-up and {report['prompts']['cold']} prompts, seconds", lambda way: way["cold"]["seconds"]),
-        ("start-up alone, seconds", lambda way: way["cold"]["start_s"]),
-        ("peak memory with a KV cache of 1 GiB, GB", lambda way: way["peak_bytes"] / 1e9),
-    ):
-        rows.append((f"{what}: {'; '.join(columns.values())}", "; ".join(f"{value(ways[n]):.1f}" for n in columns)))
-    same = report["agreement"][GENERATE]
-    differences = f"{same['largest_difference']:.1e}; {same['mean_difference']:.1e}"
-    return [
-        *rows,
-        (f"difference of a mass, of {same['masses_compared']:,}: largest; mean", differences),
-        ("rank correlation of their scores", f"{same['spearman_of_scores']:.4f}"),
-        ("AUROC on these prompts: headrift; transformers", f"{same['auroc']:.3f}; {same['auroc_expected']:.3f}"),
-        ("share of the best measured matrix product, generating", cell(report["peak"]["share"][GENERATE], 2)),
-    ]
+def arms(name: str) -> Callable[[Report], Iterator[Report]]:
+    """Return a function that yields each case's arms, with their ratios to plain vLLM's."""
+
+    def each(report: Report) -> Iterator[Report]:
+        for case in report[name]:
+            for arm, result in case["over"].items() if "over" in case else case["arms"].items():
+                over = result.get("over", {"plain": result}).get("plain")
+                # Of separate processes, idle.py compares idle engines with plain vLLM: they differ by more.
+                if over and (arm != "idle" or "over" in case):
+                    yield {"arm": arm, "case": case["name"], "over": over}
+
+    return each
 
 
-def overhead(report: Report) -> Rows:
-    rows = [
-        (f"{arm} / {plain} vLLM, {case['name']}: wall; CPU time", wall_and_cpu(over))
-        for case in report["cases"]
-        # Idle engines are compared with plain vLLM by idle.py: processes differ by more.
-        for arm, result in case["arms"].items()
-        if arm != "idle"
-        for plain, over in result["over"].items()
-    ]
-    case = report["cases"][0]
-    if "probing" in case["arms"]:
-        out = f"{case['arms']['probing']['bytes_per_prompt']:,.0f}; {case['bytes_bound']:,}"
-        rows.append((f"bytes that leave the engine a prompt, {case['steps']} steps; at most", out))
-    return rows
-
-
-def wall_and_cpu(over: Mapping[str, Any]) -> str:
-    return f"{cell(over['seconds'], 3)}; {cell(over['cpu_seconds'], 3)}"
-
-
-def idle(report: Report) -> Rows:
-    same = "the same engine without headrift's parts, in one process"
-    return [
-        *(
-            (f"{arm} / {same}, {case['name']}: wall; CPU time", wall_and_cpu(over))
-            for case in report["one_process"]
-            for arm, over in case["over"].items()
-        ),
-        *(
-            (
-                f"idle / plain vLLM, {report['processes']} processes of each, {case['name']}: CPU time",
-                cell(case["ratio"], 3),
-            )
-            for case in report["cases"]
-        ),
-    ]
-
-
-def kernels(report: Report) -> Rows:
-    means, wide = report["geometric_means"], report["machine"]["instructions"]
-    shapes = f"{len(report['cases'])} shapes of decode rows, geometric mean"
-    return [
-        (f"vLLM's CPU attention / ours with masses, {wide}, {shapes}", f"{means['speedup']:.2f}"),
-        (f"our kernel with masses / without, {wide}", f"{means['mass_over_plain']:.3f}"),
-    ]
-
-
-def host_cost(report: Report) -> Rows:
-    rows = []
+def host_steps(report: Report) -> Iterator[Report]:
     for step in ("decode", "streaming"):
-        steps = [row for row in report["rows"] if row["step"] == step]
-        batches, added = f"{steps[0]['rows']} to {steps[-1]['rows']} rows", [row["added"] for row in steps]
-        what = f"microseconds a {step} step, {batches}, 32 layers (CPU tensors)"
-        rows.append((f"host cost of probing on a GPU's backend, {what}", f"{min(added):.0f} to {max(added):.0f}"))
-    return rows
+        rows = [row for row in report["rows"] if row["step"] == step]
+        added = [row["added"] for row in rows]
+        yield {"step": step, "first": rows[0]["rows"], "last": rows[-1]["rows"], "low": min(added), "high": max(added)}
 
 
-def safety_heads(report: Report) -> Rows:
-    s = report["settings"]
-    passes = f"transformers, a pass a head / headrift, SHIPS of {s['heads']} heads, {s['queries']} queries"
-    return [
-        (passes, cell(report["loop_over_headrift"])),
-        ("rank correlation of their heads", f"{report['spearman_of_the_means']:.6f}"),
-    ]
+def whole(report: Report) -> Iterator[Report]:
+    yield {**report, "n": len(report.get("cases", []))}
 
 
-def sahara(report: Report) -> Rows:
-    s = report["settings"]
-    passes = f"transformers, a pass a row / headrift, Sahara, {s['steps']} steps, {s['queries']} queries"
-    return [(passes, cell(report["loop_over_headrift"]))]
+def cases(report: Report) -> Iterator[Report]:
+    for case in report["cases"]:
+        yield {**report, "case": case}
 
 
-# Result file: its rows, and the name of its page in the table.
-TABLES: dict[str, tuple[Callable[[Report], Rows], str]] = {
-    "peers": (peers, "peers"),
-    "overhead": (overhead, "overhead"),
-    "entropy": (overhead, "entropy"),
-    "idle": (idle, "idle"),
-    "kernels_cpu": (kernels, "kernels"),
-    "kernels_cpu_avx2": (kernels, "kernels"),
-    "host_cost": (host_cost, "host cost"),
-    "safety_heads": (safety_heads, "safety heads"),
-    "sahara": (sahara, "Sahara"),
+PEERS = """
+headrift, generating, prompts/s | {ways[generate][prompts_per_second]:2}
+headrift, generating, with --compile, prompts/s | {ways[generate, compiled][prompts_per_second]:2}
+headrift, replaying logged answers, prompts/s | {ways[replay][prompts_per_second]:2}
+transformers, eager attention, one prompt at a time, prompts/s \
+ | {ways[transformers, one at a time][prompts_per_second]:2}
+transformers, eager attention, in batches, prompts/s | {ways[transformers, batched][prompts_per_second]:2}
+nnsight, one prompt at a time, prompts/s | {ways[nnsight][prompts_per_second]:2}
+headrift generate / transformers one at a time, warm | {ways[generate][ratio]}
+headrift generate, compiled / transformers one at a time, warm | {ways[generate, compiled][ratio]}
+headrift replay / transformers one at a time, warm | {ways[replay][ratio]}
+cold, start-up and {prompts[cold]} prompts, seconds: headrift; with --compile; transformers one at a time \
+ | {ways[generate][cold][seconds]:.1f}; {ways[generate, compiled][cold][seconds]:.1f}; \
+{ways[transformers, one at a time][cold][seconds]:.1f}
+start-up alone, seconds: headrift; with --compile; transformers one at a time \
+ | {ways[generate][cold][start_s]:.1f}; {ways[generate, compiled][cold][start_s]:.1f}; \
+{ways[transformers, one at a time][cold][start_s]:.1f}
+peak memory with a KV cache of 1 GiB, GB: headrift; with --compile; transformers one at a time \
+ | {ways[generate][peak_bytes]:GB}; {ways[generate, compiled][peak_bytes]:GB}; \
+{ways[transformers, one at a time][peak_bytes]:GB}
+difference of a mass, of {agreement[generate][masses_compared]:,}: largest; mean \
+ | {agreement[generate][largest_difference]:.1e}; {agreement[generate][mean_difference]:.1e}
+rank correlation of their scores | {agreement[generate][spearman_of_scores]:.4f}
+AUROC on these prompts: headrift; transformers \
+ | {agreement[generate][auroc]:.3f}; {agreement[generate][auroc_expected]:.3f}
+share of the best measured matrix product, generating | {peak[share][generate]:2}
+"""
+WALL_AND_CPU = "wall; CPU time | {over[seconds]:3}; {over[cpu_seconds]:3}"
+OVERHEAD: list[Rows] = [
+    (arms("cases"), "{arm} / plain vLLM, {case}: " + WALL_AND_CPU),
+    (
+        whole,
+        "bytes that leave the engine a prompt, {cases[0][steps]} steps; at most "
+        "| {cases[0][arms][probing][bytes_per_prompt]:,.0f}; {cases[0][bytes_bound]:,}",
+    ),
+]
+ONE_PROCESS = "{arm} / the same engine without headrift's parts, in one process, {case}: " + WALL_AND_CPU
+SEVERAL = "idle / plain vLLM, {processes} processes of each, {case[name]}: CPU time | {case[ratio]:3}"
+KERNELS = """
+vLLM's CPU attention / ours with masses, {machine[instructions]}, {n} shapes of decode rows, geometric mean \
+ | {geometric_means[speedup]:.2f}
+our kernel with masses / without, {machine[instructions]} | {geometric_means[mass_over_plain]:.3f}
+"""
+HOST_COST = (
+    "host cost of probing on a GPU's backend, microseconds a {step} step, {first} to {last} rows, "
+    "32 layers (CPU tensors) | {low:.0f} to {high:.0f}"
+)
+SAFETY_HEADS = """
+transformers, a pass a head / headrift, SHIPS of {settings[heads]} heads, {settings[queries]} queries \
+ | {loop_over_headrift}
+rank correlation of their heads | {spearman_of_the_means:.6f}
+"""
+SAHARA = (
+    "transformers, a pass a row / headrift, Sahara, {settings[steps]} steps, {settings[queries]} queries "
+    "| {loop_over_headrift}"
+)
+# Result file: the name of its page in the table, and its rows (what was measured | the result) for each of its parts.
+TABLES: dict[str, tuple[str, list[Rows]]] = {
+    "peers": ("peers", [(whole, PEERS)]),
+    "overhead": ("overhead", OVERHEAD),
+    "entropy": ("entropy", OVERHEAD),
+    "idle": ("idle", [(arms("one_process"), ONE_PROCESS), (cases, SEVERAL)]),
+    "kernels_cpu": ("kernels", [(whole, KERNELS)]),
+    "kernels_cpu_avx2": ("kernels", [(whole, KERNELS)]),
+    "host_cost": ("host cost", [(host_steps, HOST_COST)]),
+    "safety_heads": ("safety heads", [(whole, SAFETY_HEADS)]),
+    "sahara": ("Sahara", [(whole, SAHARA)]),
 }
 
 
-def measured(reports: Mapping[str, Report], results: str, brief: bool = False) -> str:
+class Cells(string.Formatter):
+    """Formats ratios and spreads with as many digits as the format says (1), and bytes by `GB`."""
+
+    def format_field(self, value: Any, spec: str) -> str:
+        if isinstance(value, dict):
+            return utils.cell(value, int(spec or 1))
+        return f"{value / 1e9:.1f}" if spec == "GB" else format(value, spec)
+
+
+def table_rows(name: str, report: Report) -> Iterator[list[str]]:
+    """Yield what was measured and the result, without what the report does not have."""
+    for each, rows in TABLES[name][1]:
+        for part in each(report):
+            for row in rows.strip().splitlines():
+                try:
+                    yield [cell.strip() for cell in Cells().vformat(row, (), part).split(" | ")]
+                except KeyError:
+                    continue
+
+
+def measured(results: Path, link: str, brief: bool = False) -> str:
     """Return the main table, with what was measured on which machine.
 
     Args:
-        reports: Contents of the JSON files, by name.
-        results: bench/results, as seen from the page.
+        results: The folder of the JSON files.
+        link: That folder, as seen from the page.
         brief: Only the rows that BRIEF names.
     """
-    host, rows, lines = next(iter(reports.values()))["machine"], [], []
+    paths = {name: results / f"{name}.json" for name in (*TABLES, "scaling")}
+    reports: dict[str, Report] = {name: utils.read_json(path) for name, path in paths.items() if path.exists()}
+    host, rows, about = next(iter(reports.values()))["machine"], [], []
     if "peers" in reports:
-        prompts, turns = reports["peers"]["prompts"], len(reports["peers"]["turns"])
-        lines += [
-            f"One machine: {host['cpu']}, {host['cores']} cores, float32, the demonstration model.",
-            f"Against other ways: {prompts['n']} prompts, a system prompt of {prompts['system_tokens']:.0f} tokens,",
-            f"{prompts['steps']} steps, over all of {turns} turns (least to most).",
-        ]
+        about.append(
+            "One machine: {machine[cpu]}, {machine[cores]} cores, float32, the demonstration model.\n"
+            "Against other ways: {prompts[n]} prompts, a system prompt of {prompts[system_tokens]:.0f} tokens,\n"
+            "{prompts[steps]} steps, over all of {n} turns (least to most)."
+            "".format(**reports["peers"], n=len(reports["peers"]["turns"]))
+        )
     if "overhead" in reports:
-        lines += [
+        about.append(
             f"Against plain vLLM, above 1 is faster: medians, 95% intervals, at least {reports['overhead']['pairs']} "
-            "ABBA turns each, prompts",
-            "in the prefix cache: decoding is timed, where probing weighs most and a faster kernel pays most.",
+            "ABBA turns each, prompts\n"
+            "in the prefix cache: decoding is timed, where probing weighs most and a faster kernel pays most."
+        )
+    for name in (name for name in TABLES if name in reports):
+        cpu = reports[name]["machine"]["cpu"]
+        elsewhere = "" if cpu == host["cpu"] or name in ("idle", "kernels_cpu", "kernels_cpu_avx2") else f" [{cpu}]"
+        rows += [
+            [what + elsewhere, result, f"[{TABLES[name][0]}]({link}/{name}.md)"]
+            for what, result in table_rows(name, reports[name])
+            if not brief or what.startswith(BRIEF)
         ]
-    for name, (rows_of, page) in TABLES.items():
-        if name in reports:
-            cpu = reports[name]["machine"]["cpu"]
-            elsewhere = "" if cpu == host["cpu"] or name in ("idle", "kernels_cpu", "kernels_cpu_avx2") else f" [{cpu}]"
-            link = f"[{page}]({results}/{name}.md)"
-            rows += [
-                (what + elsewhere, result, link)
-                for what, result in rows_of(reports[name])
-                if not brief or what.startswith(BRIEF)
-            ]
-    lines += ["", *utils.markdown(["", "measured", "all of it"], rows)]
+    parts = ["\n".join(about), utils.markdown(["", "measured", "all of it"], rows)]
     if "scaling" in reports:
-        lines += ["", f"![Prompts/s by work and settings, and where the time goes]({results}/scaling.png)"]
-    return "\n".join(lines)
+        parts.append(f"![Prompts/s by work and settings, and where the time goes]({link}/scaling.png)")
+    return utils.page(*parts)
 
 
-def separation(sets: Sequence[Report]) -> str:
+def separation(results: Path) -> str:
     """Return the table of what the score and prompt length separate, by prompt set."""
     rows = []
-    for result in sets:
-        measures, cells = result["comparisons"][0]["measures"], []
-        for name in ("score (no score: lowest)", "prompt length"):
-            low, high = measures[name]["auroc_interval"]
-            cells.append(f"{measures[name]['auroc']:.3f} ({low:.3f} to {high:.3f})")
+    for result in utils.read_json(results / "sets.json"):
+        measures = result["comparisons"][0]["measures"]
+        both = [measures[name] for name in ("score (no score: lowest)", "prompt length")]
+        cells = ["{:.3f} ({:.3f} to {:.3f})".format(m["auroc"], *m["auroc_interval"]) for m in both]
         rows.append([result["set"], *cells])
-    return "\n".join(utils.markdown(["set", "score", "prompt length"], rows))
+    return utils.markdown(["set", "score", "prompt length"], rows)
 
 
-def page(text: str, results: Path = utils.RESULTS) -> str:
-    """Return the README with its tables made of the results."""
-    table = measured(read_reports(results), "bench/results", brief=True)
-    parts = {"measured": table, "separation": separation(utils.read_json(results / "sets.json"))}
-    return utils.fill(text, "bench/readme_table.py", parts)
-
-
-def page_of_all(text: str, results: Path = utils.RESULTS) -> str:
-    """Return docs/results/measured.md with its table made of the results."""
-    table = measured(read_reports(results), "../../bench/results")
-    return utils.fill(text, "bench/readme_table.py", {"measured": table})
-
-
-def read_reports(results: Path) -> dict[str, Report]:
-    """Return the contents of the JSON files that exist, by name."""
-    paths = {name: results / f"{name}.json" for name in (*TABLES, "scaling")}
-    return {name: utils.read_json(path) for name, path in paths.items() if path.exists()}
+def parts(page: Path, results: Path = utils.RESULTS) -> dict[str, str]:
+    """Return the parts of README.md or of docs/results/measured.md."""
+    if page == README:
+        return {"measured": measured(results, "bench/results", brief=True), "separation": separation(results)}
+    return {"measured": measured(results, "../../bench/results")}
 
 
 def main() -> None:
-    for path, make in ((README, page), (ALL, page_of_all)):
-        path.write_text(make(path.read_text(encoding="utf-8")), encoding="utf-8")
-        print(f"{path.name} written")
+    for page in (README, ALL):
+        utils.fill_file(page, "bench/readme_table.py", parts(page))
 
 
 if __name__ == "__main__":

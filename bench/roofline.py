@@ -6,20 +6,15 @@ writes the tables of docs/performance.md, from the models' shapes, the data shee
 aot.json and host_cost.json in bench/results say of headrift's kernels.
 """
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import utils
 from utils import Shapes, keys_attended, recorded_bytes_bound
 
-PAGE = utils.ROOT / "docs/performance.md"
 ITEM = 2  # bytes of a bfloat16
 REGIONS = 3
 WITH_MASS = 5  # regions of an engine for `--save mass`
@@ -80,40 +75,41 @@ def devices_needed(shapes: Shapes, device: Device, batch: int, context: int) -> 
     return n
 
 
-def extra_attention_bytes(traffic: dict[str, Any]) -> float:
-    """Bytes that the masses add to decode attention, by row, layer and query head: counted, 2,048 keys, split."""
-    (counted,) = [
-        row
-        for row in traffic["decode"]
-        if row["shape"].startswith("Llama-3-8B") and row["context"] == CONTEXT and row["splits"] > 1
-    ]
-    rows, heads = 2, 32  # of the counted case
-    return counted["all_bytes"] * (1 - 1 / counted["all_ratio"]) / rows / heads
+class Added:
+    """What masses add to decode attention, as counted and measured in bench/results.
 
+    Attributes:
+        bytes: By row, layer and query head: counted, 2,048 keys, split.
+        instructions: Part of those in the loop over K and V: sm_90, heads of 128, 2,048 keys, split.
+        host: Seconds that the host takes more, by kind of step, the most of all batches.
+    """
 
-def extra_instructions(aot: dict[str, Any]) -> float:
-    """Instructions in the loop over K and V with masses over those without: sm_90, heads of 128, 2,048 keys, split."""
-    (compiled,) = [
-        entry
-        for entry in aot["compiled"]
-        if (entry["target"], entry["shape"]["kernel"], entry["shape"]["head_dim"]) == ("sm_90", "decode", 128)
-        and entry["shape"]["dtype"] == "bf16"
-        and not entry["shape"]["cache"]
-        and entry["shape"]["splits"] > 1
-        and entry["shape"]["regions"] == REGIONS
-        and entry["shape"]["flags"] == ["MASS"]
-    ]
-    return compiled["ratios"][str(CONTEXT)]
-
-
-def host_seconds(host_cost: dict[str, Any], step: str) -> float:
-    """Host time that probing adds to a step, decode or streaming, the most of all batches."""
-    return max(row["added"] for row in host_cost["rows"] if row["step"] == step) * 1e-6
+    def __init__(self):
+        traffic, aot, host = (utils.read_json(utils.RESULTS / f"{x}.json") for x in ("traffic", "aot", "host_cost"))
+        (counted,) = [
+            row
+            for row in traffic["decode"]
+            if row["shape"].startswith("Llama-3-8B") and row["context"] == CONTEXT and row["splits"] > 1
+        ]
+        rows, heads = 2, 32  # of the counted case
+        self.bytes = counted["all_bytes"] * (1 - 1 / counted["all_ratio"]) / rows / heads
+        wanted = {"kernel": "decode", "head_dim": 128, "dtype": "bf16", "regions": REGIONS, "flags": ["MASS"]}
+        (compiled,) = [
+            entry
+            for entry in aot["compiled"]
+            if entry["target"] == "sm_90"
+            and wanted.items() <= entry["shape"].items()
+            and entry["shape"]["splits"] > 1
+            and not entry["shape"]["cache"]
+        ]
+        self.instructions = compiled["ratios"][str(CONTEXT)] - 1
+        self.host = {}
+        for row in host["rows"]:
+            self.host[row["step"]] = max(self.host.get(row["step"], 0.0), row["added"] * 1e-6)
 
 
 def recorded_bytes(shapes: Shapes, steps: int, regions: int = REGIONS) -> int:
-    """What leaves the device for a prompt: shares, the masses of step 0 on all regions but the whole prompt, next-token
-    statistics."""
+    """What leaves the device for a prompt: shares, masses of step 0 but the whole prompt's, next-token statistics."""
     heads = shapes.layers * shapes.heads
     return (steps + 1) * heads * 4 + heads * (regions - 1) * 4 + (steps + 1) * 12
 
@@ -125,84 +121,73 @@ def size(n: float) -> str:
     return f"{n:,.0f} B"
 
 
-def cases() -> Iterator[tuple[str, Shapes, str, Device]]:
-    """Yield each model on each device, with their names."""
-    for model, shapes in MODELS.items():
-        for name, device in DEVICES.items():
-            yield model, shapes, name, device
+# Each model on each device, with their names.
+PAIRS = [(model, shapes, name, device) for model, shapes in MODELS.items() for name, device in DEVICES.items()]
 
 
-def decode_tables(traffic: dict[str, Any], aot: dict[str, Any], host_cost: dict[str, Any]) -> tuple[list[str], ...]:
+def decode_tables(counted: Added) -> dict[str, str]:
     """Return what a decode step moves and computes, and what masses add to it."""
-    per_head, instructions = extra_attention_bytes(traffic), extra_instructions(aot)
-    host = host_seconds(host_cost, "decode")
     steps, added = [], []
-    for model, shapes, name, device in cases():
+    for model, shapes, name, device in PAIRS:
         for batch in BATCHES:
             work, n = forward(shapes, batch, CONTEXT - 1, 1), devices_needed(shapes, device, batch, CONTEXT)
             step, keys = work.seconds(device, n), batch * shapes.kv_bytes(CONTEXT, ITEM)
             first = [model, f"{n} x {name}", batch]
-            steps.append(
-                [*first, f"{work.bytes / 1e9:.1f}", f"{keys / work.bytes:.0%}", f"{work.flops / 1e9:,.0f}"]
-                + [f"{1e3 * step:.2f}", work.bound(device), f"{batch / step:,.0f}"]
-            )
-            extra = batch * shapes.layers * shapes.heads * per_head
+            moved = [f"{work.bytes / 1e9:.1f}", f"{keys / work.bytes:.0%}", f"{work.flops / 1e9:,.0f}"]
+            steps.append([*first, *moved, f"{1e3 * step:.2f}", work.bound(device), f"{batch / step:,.0f}"])
+            extra = batch * shapes.layers * shapes.heads * counted.bytes
             by_bytes = extra / device.bandwidth / n / step
-            by_instructions = keys / device.bandwidth / n * (instructions - 1) / step
-            added.append(
-                [*first, size(extra), f"{by_bytes:.3%}", f"{by_instructions:.2%}"]
-                + [f"{by_instructions + host / step:.2%}"]
-            )
+            by_instructions = keys / device.bandwidth / n * counted.instructions / step
+            both = f"{by_instructions + counted.host['decode'] / step:.2%}"
+            added.append([*first, size(extra), f"{by_bytes:.3%}", f"{by_instructions:.2%}", both])
     head = ["model", "devices", "batch"]
-    return (
-        utils.markdown([*head, "GB", "of it K, V", "GFLOP", "ms", "bound by", "tokens/s"], steps),
-        utils.markdown([*head, "bytes added", "by bytes", "by instructions", "and the host's time"], added),
-    )
+    return {
+        "decode": utils.markdown([*head, "GB", "of it K, V", "GFLOP", "ms", "bound by", "tokens/s"], steps),
+        "added": utils.markdown([*head, "bytes added", "by bytes", "by instructions", "and the host's time"], added),
+    }
 
 
-def streaming_table(traffic: dict[str, Any], aot: dict[str, Any], host_cost: dict[str, Any]) -> list[str]:
+def streaming_table(counted: Added) -> str:
     """What measuring adds to the steps of a job that streams prompts through a Llama-3-8B on an H200."""
-    shapes, device = MODELS["Llama-3-8B"], H200
-    per_head, instructions = extra_attention_bytes(traffic), extra_instructions(aot)
-    lines, hidden, unhidden = [], [], []
+    shapes, device, lines, hidden, unhidden = MODELS["Llama-3-8B"], H200, [], [], []
     for batch in (64, 256):
         for prompt, cached in ((300, 100), (1000, 100), (4000, 500)):
             # As many prompts end in a step as answers do, within the tokens of a step.
             prompts = min(batch / (STEPS + 1), STEP_TOKENS / (STEPS + prompt - cached))
-            decoding = STEPS * prompts
-            prefill = forward(shapes, 1, cached, prompt - cached)
-            kv = shapes.kv_bytes(prompt, ITEM)
+            decoding, kv = STEPS * prompts, shapes.kv_bytes(prompt, ITEM)
             weights = ITEM * (shapes.layer_weights + shapes.vocabulary_weights)
-            attention = decoding * shapes.flops(1, keys_attended(prompt, 1), 1)
-            step = Work(weights + (decoding + prompts) * kv, prompts * prefill.flops + attention).seconds(device, 1)
+            flops = prompts * forward(shapes, 1, cached, prompt - cached).flops
+            flops += decoding * shapes.flops(1, keys_attended(prompt, 1), 1)
+            step = Work(weights + (decoding + prompts) * kv, flops).seconds(device, 1)
             rows = (decoding + prompts) * shapes.layers * shapes.heads
-            by_bytes = (prompts * kv + rows * per_head) / device.bandwidth
-            by_instructions = (decoding + prompts) * kv / device.bandwidth * (instructions - 1)
-            host = host_seconds(host_cost, "streaming" if prompt <= UNSPLIT_KEYS else "streaming, long rows")
+            by_bytes = (prompts * kv + rows * counted.bytes) / device.bandwidth
+            by_instructions = (decoding + prompts) * kv / device.bandwidth * counted.instructions
+            host = counted.host["streaming" if prompt <= UNSPLIT_KEYS else "streaming, long rows"]
             hidden.append((by_bytes + by_instructions) / step)
             unhidden.append(hidden[-1] + host / step)
             parts = (by_bytes / step, by_instructions / step, hidden[-1], unhidden[-1])
             row = [batch, f"{prompt:,}", cached, f"{prompts:.1f}", f"{1e3 * step:.1f}"]
             lines.append([*row, *(f"{part:.2%}" for part in parts)])
     head = ["rows", "prompt tokens", "of them cached", "prompts a step", "step, ms", "last tokens and parts, by bytes"]
-    table = utils.markdown([*head, "masses, by instructions", "both", "and the host, if nothing hid it"], lines)
-    figures = f"{max(hidden):.2%} while the host is hidden (the bar is 1%), and {max(unhidden):.1%} if nothing hid it"
-    return [*table, "", f"At most {figures}."]
+    return utils.page(
+        utils.markdown([*head, "masses, by instructions", "both", "and the host, if nothing hid it"], lines),
+        f"At most {max(hidden):.2%} while the host is hidden (the bar is 1%), and {max(unhidden):.1%} if nothing hid "
+        "it.",
+    )
 
 
-def leaving_table() -> list[str]:
+def leaving_table() -> str:
     lines = []
     for model, shapes in MODELS.items():
         heads, rows = shapes.layers * shapes.heads, STEPS + 1
         ours, keys = recorded_bytes(shapes, STEPS), shapes.kv_bytes(CONTEXT, ITEM) // 2
-        queries = rows * heads * shapes.head_dim * ITEM
+        masses = recorded_bytes(shapes, STEPS, WITH_MASS) + rows * heads * WITH_MASS * 4
         ways = {
             "headrift: shares of all heads, masses of step 0": ours,
             "the bound it is held to (`bench/overhead.py`)": recorded_bytes_bound(STEPS, shapes.layers, shapes.heads),
-            f"headrift with `--save mass`, {WITH_MASS} regions": recorded_bytes(shapes, STEPS, WITH_MASS)
-            + rows * heads * WITH_MASS * 4,
+            f"headrift with `--save mass`, {WITH_MASS} regions": masses,
             "K of the prompt, all layers, bfloat16": keys,
-            f"K, and the queries of {rows} steps": keys + queries,
+            f"K, and the queries of {rows} steps": keys + rows * heads * shapes.head_dim * ITEM,
             f"whole rows of attention, {rows} steps, float32": rows * heads * CONTEXT * 4,
             "whole maps of the prompt, float16": heads * CONTEXT**2 * 2,
         }
@@ -210,36 +195,32 @@ def leaving_table() -> list[str]:
     head = ["model", f"for a prompt of {CONTEXT:,} tokens", "bytes", "times headrift's", "ms over PCIe"]
     shapes = MODELS["Llama-3-8B"]
     shares, keys = (1e3 * n for n in (recorded_bytes(shapes, STEPS), shapes.kv_bytes(CONTEXT, ITEM) // 2))
-    return [
-        *utils.markdown(head, lines),
-        "",
+    return utils.page(
+        utils.markdown(head, lines),
         f"At 1,000 prompts/s those of an 8B model are {shares / 1e6:.0f} MB/s; its K alone would be "
         f"{keys / 1e9:.0f} GB/s, {keys / PCIE:.1f} times what the bus carries.",
-    ]
+    )
 
 
-def replay_table() -> list[str]:
-    prompt, cached, batch = 300, 100, 64
-    lines = []
-    for model, shapes, name, device in cases():
+def replay_table() -> str:
+    prompt, cached, batch, lines = 300, 100, 64, []
+    for model, shapes, name, device in PAIRS:
         n = devices_needed(shapes, device, batch, prompt + 160)
         for answer in (12, 160):
             prefill = forward(shapes, batch, cached, prompt - cached).seconds(device, n)
             decoding = sum(forward(shapes, batch, prompt + t, 1).seconds(device, n) for t in range(answer))
             replay = forward(shapes, batch, cached, prompt - cached + answer).seconds(device, n)
             times = prefill + decoding
-            lines.append(
-                [model, f"{n} x {name}", str(answer), f"{1e3 * times:,.0f}", f"{1e3 * replay:,.0f}"]
-                + [f"{times / replay:.1f}"]
-            )
+            cells = [f"{1e3 * times:,.0f}", f"{1e3 * replay:,.0f}", f"{times / replay:.1f}"]
+            lines.append([model, f"{n} x {name}", answer, *cells])
     head = ["model", "devices", "answer tokens", "generate, ms", "replay, ms", "times"]
     return utils.markdown(head, lines)
 
 
-def ships_table() -> list[str]:
+def ships_table() -> str:
     """All heads of a query ablated in turn, one clean pass beside them: one at a time, and as rows of batches."""
     lines = []
-    for model, shapes, name, device in cases():
+    for model, shapes, name, device in PAIRS:
         for prompt in (40, 200):
             passes, rows = shapes.layers * shapes.heads + 1, STEP_TOKENS // prompt
             n = devices_needed(shapes, device, rows, prompt)
@@ -247,33 +228,18 @@ def ships_table() -> list[str]:
             full, left = divmod(passes, rows)
             batched = full * forward(shapes, rows, 0, prompt).seconds(device, n)
             batched += forward(shapes, left, 0, prompt).seconds(device, n) if left else 0.0
-            lines.append(
-                [model, f"{n} x {name}", str(prompt), f"{passes:,}", f"{loop:.2f}", f"{batched:.2f}"]
-                + [f"{loop / batched:.1f}"]
-            )
+            cells = [f"{passes:,}", f"{loop:.2f}", f"{batched:.2f}", f"{loop / batched:.1f}"]
+            lines.append([model, f"{n} x {name}", prompt, *cells])
     head = ["model", "devices", "prompt tokens", "passes", "one at a time, s", "as rows of batches, s", "times"]
     return utils.markdown(head, lines)
 
 
-def page(text: str) -> str:
-    """Return docs/performance.md with its tables."""
-    results = {name: utils.read_json(utils.RESULTS / f"{name}.json") for name in ("traffic", "aot", "host_cost")}
-    decode, added = decode_tables(**results)
-    parts = {
-        "decode": decode,
-        "added": added,
-        "streaming": streaming_table(**results),
-        "leaving": leaving_table(),
-        "replay": replay_table(),
-        "ships": ships_table(),
-    }
-    return utils.fill(text, "bench/roofline.py", {name: "\n".join(lines) for name, lines in parts.items()})
-
-
-def main() -> None:
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    print(f"{PAGE.relative_to(utils.ROOT)} written")
+def parts() -> dict[str, str]:
+    """Return the tables of docs/performance.md."""
+    counted = Added()
+    tables = {"leaving": leaving_table(), "replay": replay_table(), "ships": ships_table()}
+    return decode_tables(counted) | {"streaming": streaming_table(counted)} | tables
 
 
 if __name__ == "__main__":
-    main()
+    utils.fill_file(utils.ROOT / "docs/performance.md", "bench/roofline.py", parts())

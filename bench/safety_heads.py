@@ -9,43 +9,38 @@ way without the logits of all positions but the last, which the released code co
 writes bench/results/safety_heads.json: machine, versions, raw samples, and what is computed from them.
 """
 
-from __future__ import annotations
-
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import utils
-from utils import Shapes, cell, keys_attended, median_ratio, spread
+from utils import Shapes, Stopwatch, cell, keys_attended, median_ratio, spread
 
-QUERIES = utils.ROOT / "datasets/safety_topics.jsonl"
 EPSILON = 1e-5
-SHORT_HEADS = 12
 
 
 class Loop:
     """transformers, one pass at a time. For models whose query has no norm, such as Llama's."""
 
-    def __init__(self, model: str):
+    def __init__(self, model: Path):
         import torch
         from transformers import AutoModelForCausalLM
 
         self.torch = torch
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32).eval()
         self.dim = self.model.model.layers[0].self_attn.head_dim
 
     @contextmanager
     def ablated(self, layer: int, head: int):
         """Ablate the query of one head: its rotary embedding, which comes after, only rotates it."""
-        own = slice(head * self.dim, (head + 1) * self.dim)
 
         def scale(module, args, output):
-            output[..., own] *= EPSILON
+            output[..., head * self.dim : (head + 1) * self.dim] *= EPSILON
             return output
 
         handle = self.model.model.layers[layer].self_attn.q_proj.register_forward_hook(scale)
@@ -69,11 +64,38 @@ class Loop:
         return np.array(scores)
 
 
-def race(args, engine, loop: Loop, queries: list[list[int]], heads: list[tuple[int, int]]) -> dict:
+@contextmanager
+def open_engine(args, options_for=lambda n_queries: {}):
+    """headrift's engine for ablations, the queries' token ids, and the (layer, head) to ablate."""
+    from headrift.prepare import load_tokenizer
+    from headrift.probed_engine import ProbedEngine
+    from headrift.safety_heads.queries import prepare, read_rows
+    from headrift.safety_heads.ships import all_heads, sampled_heads
+
+    rows = read_rows([str(utils.ROOT / "datasets/safety_topics.jsonl")], limit=args.queries)
+    queries = [query.token_ids for query in prepare(rows, load_tokenizer(str(args.model), False))]
+    options = {"regions": ("system", "prompt"), "ablation": True, **options_for(len(queries))}
+    settings = {"kv_cache_memory_bytes": utils.KV_BYTES, "dtype": "float32"}
+    with ProbedEngine(args.model, steps=0, engine_args=settings, **options) as engine:
+        shape = engine.layers, engine.heads
+        yield engine, queries, sampled_heads(*shape, 12) if args.short else all_heads(*shape)
+
+
+def new_report(args, engine, queries: list[list[int]], **settings: Any) -> dict:
+    settings |= {"epsilon": EPSILON, "dtype": engine.dtype, "prompt_tokens": spread([len(ids) for ids in queries])}
+    settings = {"model": args.model.name, "queries": len(queries), **settings}
+    return {"machine": utils.host(), "versions": utils.versions(), "settings": settings}
+
+
+def ratios(seconds: dict[str, list[float]]) -> dict:
+    return {f"{way}_over_headrift": median_ratio(seconds[way], seconds["headrift"]) for way in ("loop", "lean")}
+
+
+def race(args, engine, queries: list[list[int]], heads: list[tuple[int, int]]) -> dict:
     """Return the seconds of each way for each block of queries, and the scores of both [queries, heads]."""
     from headrift.safety_heads.ships import ships
 
-    at = tuple(np.transpose(heads))
+    at, loop = tuple(np.transpose(heads)), Loop(args.model)
     ways = {
         "headrift": lambda block: [scores[at] for scores in ships(engine, block, heads)],
         "loop": lambda block: [loop.ships(ids, heads, lean=False) for ids in block],
@@ -85,81 +107,65 @@ def race(args, engine, loop: Loop, queries: list[list[int]], heads: list[tuple[i
     for i, start in enumerate(range(0, len(queries), args.block)):
         block, names = queries[start : start + args.block], list(ways)
         for name in names[i % 3 :] + names[: i % 3]:
-            begin = time.perf_counter()
-            results["scores"][name] += ways[name](block)
-            results["seconds"][name].append(time.perf_counter() - begin)
+            with Stopwatch() as clock:
+                results["scores"][name] += ways[name](block)
+            results["seconds"][name].append(clock.seconds)
         print({name: round(seconds[-1], 1) for name, seconds in results["seconds"].items()}, flush=True)
     return results
 
 
-def make_report(args, results: dict, queries: list[list[int]], n_heads: int, dtype: str) -> dict:
+def evaluate(results: dict, queries: list[list[int]], n_heads: int, shapes: Shapes) -> dict:
     from scipy.stats import spearmanr
 
     ours, loop = (np.array(results["scores"][name]) for name in ("headrift", "loop"))
-    shapes = Shapes.read(args.model)
-    rows = n_heads + 1
-    flops = sum(rows * shapes.flops(len(ids), keys_attended(0, len(ids)), 1) for ids in queries)
-    seconds = results["seconds"]
+    flops = sum((n_heads + 1) * shapes.flops(len(ids), keys_attended(0, len(ids)), 1) for ids in queries)
     return {
-        "machine": utils.host(),
-        "versions": utils.versions(),
-        "settings": {"model": args.model.name, "queries": len(queries), "block": args.block, "heads": n_heads,
-                     "epsilon": EPSILON, "dtype": dtype, "prompt_tokens": spread([len(ids) for ids in queries])},
-        "seconds_of_a_block": seconds,
-        "loop_over_headrift": median_ratio(seconds["loop"], seconds["headrift"]),
-        "lean_over_headrift": median_ratio(seconds["lean"], seconds["headrift"]),
+        "seconds_of_a_block": results["seconds"],
+        **ratios(results["seconds"]),
         # Of all tokens, had none been cached: at most what was computed.
-        "headrift_gflops_a_second": flops / sum(seconds["headrift"]) / 1e9,
+        "headrift_gflops_a_second": flops / sum(results["seconds"]["headrift"]) / 1e9,
         "spearman_of_the_means": float(spearmanr(ours.mean(0), loop.mean(0)).statistic),
-        "spearman_of_a_query": spread([float(spearmanr(a, b).statistic) for a, b in zip(ours, loop, strict=True)]),
+        "spearman_of_a_query": spread([float(spearmanr(a, b).statistic) for a, b in zip(ours, loop)]),
         "largest_difference_nats": float(np.abs(ours - loop).max()),
         "largest_score_nats": float(loop.max()),
         "mean_scores": {"headrift": ours.mean(0).tolist(), "loop": loop.mean(0).tolist()},
-    }  # fmt: skip
+    }
 
 
-def table(report: dict) -> list[str]:
-    """Return the lines of the report's page."""
-    s, per = report["settings"], report["seconds_of_a_block"]
+def ratio_rows(report: dict) -> list[list[str]]:
+    names = {"loop / headrift": "loop_over_headrift", "lean loop / headrift": "lean_over_headrift"}
+    return [[shown, cell(report[name], 2)] for shown, name in names.items()]
+
+
+def table(report: dict) -> str:
+    s, difference = report["settings"], "{largest_difference_nats:.1e} (scores reach {largest_score_nats:.2f})"
     rows = [
-        *([f"{name}, s a block", cell(spread(per[name]))] for name in per),
-        ["loop / headrift", cell(report["loop_over_headrift"], 2)],
-        ["lean loop / headrift", cell(report["lean_over_headrift"], 2)],
+        *([f"{name}, s a block", cell(spread(seconds))] for name, seconds in report["seconds_of_a_block"].items()),
+        *ratio_rows(report),
         ["headrift, GFLOP/s", f"{report['headrift_gflops_a_second']:.0f}"],
         ["Spearman of the mean scores", f"{report['spearman_of_the_means']:.6f}"],
         ["Spearman of a query's scores", cell(report["spearman_of_a_query"], 6)],
-        ["largest difference, nats", "{:.1e} (scores reach {:.2f})".format(
-            report["largest_difference_nats"], report["largest_score_nats"])],
-    ]  # fmt: skip
-    return [
+        ["largest difference, nats", difference.format(**report)],
+    ]
+    return utils.page(
         f"SHIPS of {s['heads']} heads of {s['model']}, {s['queries']} queries of {cell(s['prompt_tokens'], 0)} tokens, "
         f"blocks of {s['block']} in turns, {s['dtype']}, {report['machine']['cores']} cores.",
-        "",
-        *utils.markdown(["", ""], rows),
-    ]
+        utils.markdown(["", ""], rows),
+    )
 
 
 def main() -> None:
-    made = utils.parser(__doc__, "safety_heads")
-    made.add_argument("--queries", type=int, default=10)
-    made.add_argument("--block", type=int, default=2, help="queries that a way has in its turn")
-    args = made.parse_args()
-    from headrift.prepare import load_tokenizer
-    from headrift.probed_engine import ProbedEngine
-    from headrift.safety_heads.queries import prepare, read_rows
-    from headrift.safety_heads.ships import IN_FLIGHT, all_heads, sampled_heads
+    options = utils.Options(__doc__, "safety_heads")
+    options.amount("queries", 10, 4, "queries")
+    options.add_argument("--block", type=int, default=2, help="queries that a way has in its turn")
+    args = options.parse()
+    from headrift.safety_heads.ships import IN_FLIGHT
 
-    rows = read_rows([str(QUERIES)], limit=4 if args.short else args.queries)
-    queries = [query.token_ids for query in prepare(rows, load_tokenizer(str(args.model), False))]
-    options = {"kv_cache_memory_bytes": utils.KV_BYTES, "dtype": "float32"}
-    with ProbedEngine(
-        args.model, steps=0, regions=("system", "prompt"), ablation=True, references=IN_FLIGHT, engine_args=options
-    ) as engine:
-        shape = engine.layers, engine.heads
-        heads = sampled_heads(*shape, SHORT_HEADS) if args.short else all_heads(*shape)
-        results = race(args, engine, Loop(str(args.model)), queries, heads)
-        report = make_report(args, results, queries, len(heads), engine.dtype)
-    utils.write(report, table(report), utils.out_path(args))
+    with open_engine(args, lambda n: {"references": IN_FLIGHT}) as (engine, queries, heads):
+        results = race(args, engine, queries, heads)
+        report = new_report(args, engine, queries, block=args.block, heads=len(heads))
+    report |= evaluate(results, queries, len(heads), Shapes.read(args.model))
+    utils.write(report, table(report), args.out)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,13 @@ parts of a whole job's time (wall clock, one process, see `Job`). Each engine is
 time. Every run begins with an empty prefix cache and scores prompts that are all different.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
@@ -26,36 +24,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import utils
 from corpus import WORDS, make_tiny_model
-from peers import forget
+from peers import forget, start_headrift
 from utils import Child, Stopwatch
 
 STEPS = 12
-SERIES = {
-    "prompts": "prompts",
-    "prompt_tokens": "words of a user (8 prompts)",
-    "system_tokens": "system prompt's words (16 prompts)",
-    "in_flight": "most in flight, max_num_seqs (32 prompts)",
-    "layers": "layers, random, 256 wide (32 prompts)",
-    "hidden": "width of 4 random layers (32 prompts)",
+# Each series' title, its values in full, and with --short.
+SERIES: dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]] = {
+    "prompts": ("prompts", (1, 8, 64, 256), (1, 8)),
+    "prompt_tokens": ("words of a user (8 prompts)", (16, 64, 256, 512), (16, 64)),
+    "system_tokens": ("system prompt's words (16 prompts)", (32, 128, 512, 2048), (32, 128)),
+    "in_flight": ("most in flight, max_num_seqs (32 prompts)", (1, 4, 16, 64), (2, 8)),
+    "layers": ("layers, random, 256 wide (32 prompts)", (2, 4, 8, 16), (2, 4)),
+    "hidden": ("width of 4 random layers (32 prompts)", (128, 256, 512, 1024), (128, 256)),
 }
-# The values of each series, in full and with --short.
-FULL = {
-    "prompts": (1, 8, 64, 256),
-    "prompt_tokens": (16, 64, 256, 512),
-    "system_tokens": (32, 128, 512, 2048),
-    "in_flight": (1, 4, 16, 64),
-    "layers": (2, 4, 8, 16),
-    "hidden": (128, 256, 512, 1024),
-}
-SHORT = {series: values[:2] for series, values in FULL.items()} | {"in_flight": (2, 8)}
 PREFILL, DECODE = "steps with prefill", "steps of decoding"
 ATTENTION, MASS = "decode attention with masses", "masses of prompts' last tokens"
-TOKENISING, READING, WRITING, DRAIN, SCORES = "tokenising", "reading", "writing", "drain", "scores"
-REST = "the rest"
+TOKENISING, READING, WRITING, DRAIN, SCORES, REST = "tokenising", "reading", "writing", "drain", "scores", "the rest"
 PHASES = (READING, TOKENISING, PREFILL, DECODE, ATTENTION, MASS, DRAIN, SCORES, WRITING, REST)
-
-
-# ------------------------------------------------------------------------------------------------- child process
 
 
 class Clock:
@@ -105,8 +90,8 @@ class Job:
         self._prefilling = False
         clock.wrap(scorer.preparer, "prepare", TOKENISING)
         clock.wrap(scorer.engine, "step", lambda: PREFILL if self._prefilling else DECODE)
-        clock.wrap(scorer.engine, "collect", DRAIN)
-        clock.wrap(scorer.engine, "recordings", DRAIN)
+        for method in ("collect", "recordings"):
+            clock.wrap(scorer.engine, method, DRAIN)
         clock.wrap(scorer, "_result", SCORES)
         clock.wrap(PagedAttention, "attend", lambda *args, output=None, **more: MASS if output is None else ATTENTION)
         scheduler = scorer.engine.llm_engine.engine_core.engine_core.scheduler
@@ -158,30 +143,20 @@ class Job:
         return len(taken)
 
 
-# ------------------------------------------------------------------------------------------------- the measurement
-
-
-def words(n: int, random: Random) -> str:
-    """Return a text of about n tokens."""
-    return " ".join(random.choices(WORDS.split(), k=n))
-
-
 def rows(n: int, user: int = 20, system: int = 100, seed: int = 0) -> list[dict[str, str]]:
     """Return n prompts with one system prompt; `user` and `system` are words, about as many tokens."""
-    random = Random(seed)
-    same = words(system, random)
-    return [{"prompt": f"{i}: {words(user, random)}", "system": same} for i in range(n)]
+    random, words = Random(seed), WORDS.split()
+    same = " ".join(random.choices(words, k=system))
+    return [{"prompt": f"{i}: {' '.join(random.choices(words, k=user))}", "system": same} for i in range(n)]
 
 
 @contextmanager
-def scorer(model: Path, **engine_args: Any) -> Iterator[tuple[Child, dict[str, Any]]]:
-    """A Scorer's process, warm; and how it started."""
-    settings = {"kv_cache_memory_bytes": utils.KV_BYTES, "max_model_len": 4096, **engine_args}
-    with Child("peers.py", "headrift") as child:
-        about = child.call("start", model=str(model), steps=STEPS, engine_args=settings)
-        about["start_s"] = child.seconds_since_start
+def scorer(model: Path, **engine_args: Any) -> Iterator[tuple[Child, float]]:
+    """A Scorer's process, warm; and the seconds that it took to start."""
+    with start_headrift(model, STEPS, max_model_len=4096, **engine_args) as child:
+        started = child.seconds_since_start
         child.call("run", rows=rows(8, seed=1))
-        yield child, about
+        yield child, started
 
 
 def point(child: Child, at: int, prompts: list[dict[str, str]], repeats: int) -> dict[str, Any]:
@@ -198,50 +173,44 @@ def point(child: Child, at: int, prompts: list[dict[str, str]], repeats: int) ->
     }
 
 
-def measure_series(model: Path, sizes: Mapping[str, tuple[int, ...]], repeats: int) -> dict[str, list[dict[str, Any]]]:
+def measure_series(model: Path, short: bool, repeats: int) -> dict[str, list[dict[str, Any]]]:
     """Return the points of all series."""
-    series: dict[str, list[dict[str, Any]]] = {}
-    prompts = {
-        "prompts": rows,
-        "prompt_tokens": lambda n: rows(8, user=n),
-        "system_tokens": lambda n: rows(16, system=n),
-    }
-    with scorer(model) as (child, about):
-        print(f"{model.name}: started in {about['start_s']:.1f} s", flush=True)
-        for name, make in prompts.items():
+    sizes = {name: few if short else values for name, (_, values, few) in SERIES.items()}
+    series: dict[str, list] = {name: [] for name in SERIES}
+    with scorer(model) as (child, started):
+        print(f"{model.name}: started in {started:.1f} s", flush=True)
+        makers = {"prompts": rows, "prompt_tokens": lambda n: rows(8, n), "system_tokens": lambda n: rows(16, system=n)}
+        for name, make in makers.items():
             series[name] = [point(child, n, make(n), repeats) for n in sizes[name]]
 
     def alone(name: str, n: int, folder: Path, **engine_args: Any) -> None:
-        with scorer(folder, **engine_args) as (child, about):
-            series.setdefault(name, []).append(point(child, n, rows(32), repeats) | {"start_s": about["start_s"]})
+        with scorer(folder, **engine_args) as (child, started):
+            series[name].append(point(child, n, rows(32), repeats) | {"start_s": started})
 
     for n in sizes["in_flight"]:
         alone("in_flight", n, model, max_num_seqs=n)
-    shapes = [("layers", n, {"layers": n, "hidden": 256}) for n in sizes["layers"]]
-    shapes += [("hidden", n, {"layers": 4, "hidden": n}) for n in sizes["hidden"]]
-    for name, n, shape in shapes:
-        with tempfile.TemporaryDirectory() as folder:
-            alone(name, n, make_tiny_model(Path(folder), model, **shape))
+    for name, shape in (("layers", {"hidden": 256}), ("hidden", {"layers": 4})):
+        for n in sizes[name]:
+            with tempfile.TemporaryDirectory() as folder:
+                alone(name, n, make_tiny_model(Path(folder), model, **shape, **{name: n}))
     return series
 
 
-def phases(model: Path, prompts: Path, system: str, limit: int | None, repeats: int) -> list[dict[str, Any]]:
+def phases(args: Any) -> list[dict[str, Any]]:
     """Measure the seconds of a job by phase."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
-        lines = prompts.read_text(encoding="utf-8").splitlines()[:limit]
-        file.write_text("".join(json.dumps({**json.loads(line), "system": system}) + "\n" for line in lines))
+        prompts = utils.read_prompts(args.prompts, args.system, 12 if args.short else None)
+        file.write_text("".join(json.dumps(row) + "\n" for row in prompts))
         with Child("scaling.py", "job") as child:
             settings = {"kv_cache_memory_bytes": utils.KV_BYTES}
-            child.call("start", model=str(model), steps=STEPS, engine_args=settings)
-            child.call("run", file=str(file))
-            return [child.call("run", file=str(file)) for _ in range(repeats)]
+            child.call("start", model=str(args.model), steps=STEPS, engine_args=settings)
+            return [child.call("run", file=str(file)) for _ in range(1 + args.repeats)][1:]
 
 
-def table(report: Mapping[str, Any]) -> list[str]:
-    """Return the lines of the report's page."""
+def table(report: dict[str, Any]) -> str:
     points = [
-        [SERIES[series], f"{p['at']:,}", f"{p['prompt_tokens']:.0f}", f"{p['system_tokens']:.0f}"]
+        [SERIES[series][0], f"{p['at']:,}", f"{p['prompt_tokens']:.0f}", f"{p['system_tokens']:.0f}"]
         + [utils.cell(p["prompts_per_second"], 2), f"{p['start_s']:.1f}" if "start_s" in p else ""]
         + [f"{p['peak_bytes'] / 1e9:.2f}"]
         for series, points in report["series"].items()
@@ -250,18 +219,14 @@ def table(report: Mapping[str, Any]) -> list[str]:
     run = middle(report["phases"])
     parts = [[name, f"{run['phases'][name]:.2f}", f"{run['phases'][name] / run['seconds']:.1%}"] for name in PHASES]
     head = ["what grows", "", "prompt tokens", "of them system", "prompts/s", "start-up, s", "peak GB"]
-    return [
+    return utils.page(
         utils.title(report, "Prompts/s by work and settings"),
-        "",
-        f"Made by `bench/scaling.py`, {STEPS} steps; medians of {report['repeats']} runs (least to most). If nothing",
+        f"Made by `bench/scaling.py`, {STEPS} steps; medians of {report['repeats']} runs (least to most). If nothing\n"
         "else is said, a prompt has 20 words and a system prompt of 100 words, shared by all.",
-        "",
-        *utils.markdown(head, points),
-        "",
+        utils.markdown(head, points),
         f"Where the {run['seconds']:.1f} s of a job of {run['prompts']} prompts go:",
-        "",
-        *utils.markdown(["", "s", ""], parts),
-    ]
+        utils.markdown(["", "s", ""], parts),
+    )
 
 
 def middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -269,7 +234,7 @@ def middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return sorted(runs, key=lambda run: run["seconds"])[len(runs) // 2]
 
 
-def plot(report: Mapping[str, Any], path: Path) -> None:
+def plot(report: dict[str, Any], path: Path) -> None:
     from headrift.figures import new_figure, save
 
     figure = new_figure(14, 6.5)
@@ -279,7 +244,7 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
         rates = {name: [p["prompts_per_second"][name] for p in points] for name in ("median", "low", "high")}
         axis.plot(at, rates["median"], marker="o", color="tab:blue")
         axis.fill_between(at, rates["low"], rates["high"], color="tab:blue", alpha=0.2, linewidth=0)
-        axis.set(xscale="log", xlabel=SERIES[series], ylabel="prompts/s", ylim=(0, None))
+        axis.set(xscale="log", xlabel=SERIES[series][0], ylabel="prompts/s", ylim=(0, None))
         axis.set_xticks(at, [f"{n:,}" for n in at])
         axis.minorticks_off()
     bar, run, bottom = figure.add_subplot(places[:, 3]), middle(report["phases"]), 0.0
@@ -293,20 +258,15 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    options = utils.parser(__doc__, "scaling")
-    options.add_argument("--repeats", type=int, help="runs of each point (3; 2 with --short)")
-    options.add_argument("--prompts", type=Path, default=utils.ROOT / "datasets/obfuscated_word.jsonl")
-    options.add_argument("--system", type=Path, default=utils.ROOT / "system_prompts/obfuscated_word.txt")
-    args = options.parse_args()
+    options = utils.Options(__doc__, "scaling")
+    options.amount("repeats", 3, 2, "runs of each point")
+    options.prompts()
+    args = options.parse()
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    sizes, repeats = (SHORT if args.short else FULL), args.repeats or (2 if args.short else 3)
-    report = utils.new_report(args, repeats=repeats)
-    system = args.system.read_text(encoding="utf-8").strip()
-    report["phases"] = phases(args.model, args.prompts, system, 12 if args.short else None, repeats)
-    report["series"] = measure_series(args.model, sizes, repeats)
-    out = utils.out_path(args)
-    utils.write(report, table(report), out)
-    plot(report, out.with_suffix(".png"))
+    report = utils.new_report(args, repeats=args.repeats, phases=phases(args))
+    report["series"] = measure_series(args.model, args.short, args.repeats)
+    utils.write(report, table(report), args.out)
+    plot(report, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

