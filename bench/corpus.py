@@ -12,6 +12,7 @@ Without --only: through. Writes bench/results/corpus.json; what is not measured 
 
 import json
 import os
+import pickle
 import resource
 import sys
 import tempfile
@@ -116,9 +117,9 @@ class Job:
 
     def pickle_tokenizer(self, model: str, path: str) -> dict[str, Any]:
         """Write a model's tokenizer, in a process of its own: it loads torch, and the job is measured without."""
-        from headrift.corpus.scoring import PickledTokenizer
+        from headrift.prepare import load_tokenizer
 
-        return {"bytes": Path(path).write_bytes(PickledTokenizer.load(Path(model)).data)}
+        return {"bytes": Path(path).write_bytes(pickle.dumps(load_tokenizer(model)))}
 
     def through(self, file: str, out: str, model: str, tokenizer: str) -> dict[str, Any]:
         """Run a job where everything is real but the engine, which runs in its child process as always."""

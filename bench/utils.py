@@ -94,7 +94,7 @@ def read_prompts(prompts: Path, system: Path, limit: int | None = None) -> list[
 
 def host() -> dict[str, Any]:
     """Describe the host, and how busy it is."""
-    from headrift.runs.provenance import processor
+    from headrift.runs.folder import processor
 
     about = {"cpu": processor()[0], "cores": os.cpu_count(), "platform": platform.platform()}
     return {**about, "load_average": round(os.getloadavg()[0], 2)}

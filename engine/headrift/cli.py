@@ -12,12 +12,11 @@ from headrift.commands.consistency import consistency, evaluate_consistency, tra
 from headrift.commands.demo_model import demo_model
 from headrift.commands.doctor import doctor
 from headrift.commands.explain import explain
-from headrift.commands.gate import gate
 from headrift.commands.heads import heads
 from headrift.commands.internals import internals
 from headrift.commands.options import NOT_RESUMABLE, RESUMABLE, add_commands
 from headrift.commands.report import report
-from headrift.commands.score import score
+from headrift.commands.score import gate, score
 from headrift.commands.selftest import selftest
 
 app = typer.Typer(

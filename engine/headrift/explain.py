@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import wrap
@@ -38,7 +38,6 @@ class Explanation:
     score_range: ScoreRange
     percentile: float | None  # percent of the run's scores that are at most this one; None without a score
     n_scores: int  # of the run
-    has_texts: bool
     redacted: bool
 
     @property
@@ -76,7 +75,6 @@ def explain(folder: Path, row_id: str) -> Explanation:
         score_range=run.score_range,
         percentile=None if row["score"] is None else float((scores <= row["score"]).mean() * 100),
         n_scores=len(scores),
-        has_texts="text" in rows.schema.names,
         redacted=run.about["settings"].get("redact", False),
     )
 
@@ -97,47 +95,37 @@ def show(console: Console, explanation: Explanation) -> None:
     def line(text: str = "") -> None:
         console.print(printable(text), markup=False, highlight=False)
 
-    row, layers = explanation.row, explanation.layers
+    row, layers, window = explanation.row, explanation.layers, explanation.score_range.window
     line(", ".join(filter(None, [row["id"], row["label"], row["category"], *(row["flags"] or [])])))
     line(f"{row['source']}, row {row['row']}")
-    _show_texts(line, explanation)
-    _show_score(line, explanation)
-    panels = {"instability": explanation.instability}
-    if explanation.share is not None:
-        panels["mean share of the heads"] = explanation.share
-    console.print()
-    for text in _heatmaps(panels, layers):
-        console.print(text)
-    scored = f"steps {explanation.score_range.window} and layers {layers[0]} to {layers[1] - 1} (marked |)"
-    line(f"steps across, layers down; scored: {scored}")
-    if explanation.share is None:
-        line("the heads' shares were not kept: score with --save shares to see them too")
-
-
-def _show_texts(line: Callable[..., None], explanation: Explanation) -> None:
-    if not explanation.has_texts:
+    if "text" in row:
+        for name, text in (("prompt", row["prompt"] or ""), ("answer", row["text"] or "")):
+            shown = text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}... ({len(text):,} characters)"
+            line(f"\n{name}: {shown}")
+    else:
         why = "the run left texts out (--redact)" if explanation.redacted else "score with --save text to keep them"
         line(f"prompt and answer were not kept: {why}")
-        return
-    for name, key in (("prompt", "prompt"), ("answer", "text")):
-        text = explanation.row[key] or ""
-        line(f"\n{name}: {text if len(text) <= _MAX_TEXT else f'{text[:_MAX_TEXT]}... ({len(text):,} characters)'}")
-
-
-def _show_score(line: Callable[..., None], explanation: Explanation) -> None:
-    row, window = explanation.row, explanation.score_range.window
     line()
     if row["score"] is None:
         line(f"no score: {row['reason']} (the answer has steps 0 to {row['n_steps']}, the window is {window})")
-        return
-    place = f"higher than or equal to {explanation.percentile:.1f}% of this run's {explanation.n_scores:,} scores"
-    line(f"score {row['score']:.4f}: {place}")
-    line("contributing most (mean instability, part of the score):")
-    line(f"  layers {_top(explanation.scored, 0, explanation.layers[0])}")
-    line(f"  steps  {_top(explanation.scored, 1, window.start)}")
-    known = [(entry.label, row[entry.name]) for entry in signals(column=True) if row.get(entry.name) is not None]
-    for text in wrap(f"signals: {', '.join(f'{label} {value:.3f}' for label, value in known)}", 80):
-        line(text)
+    else:
+        place = f"higher than or equal to {explanation.percentile:.1f}% of this run's {explanation.n_scores:,} scores"
+        line(f"score {row['score']:.4f}: {place}")
+        line("contributing most (mean instability, part of the score):")
+        line(f"  layers {_top(explanation.scored, 0, layers[0])}")
+        line(f"  steps  {_top(explanation.scored, 1, window.start)}")
+        known = [(entry.label, row[entry.name]) for entry in signals(column=True) if row.get(entry.name) is not None]
+        for text in wrap(f"signals: {', '.join(f'{label} {value:.3f}' for label, value in known)}", 80):
+            line(text)
+    line()
+    panels = {"instability": explanation.instability}
+    if explanation.share is not None:
+        panels["mean share of the heads"] = explanation.share
+    for heatmap_line in _heatmaps(panels, layers):
+        console.print(heatmap_line)
+    line(f"steps across, layers down; scored: steps {window} and layers {layers[0]} to {layers[1] - 1} (marked |)")
+    if explanation.share is None:
+        line("the heads' shares were not kept: score with --save shares to see them too")
 
 
 def _top(cells: NDArray[np.float64], axis: int, first: int) -> str:
@@ -153,48 +141,36 @@ def _top(cells: NDArray[np.float64], axis: int, first: int) -> str:
 
 def _heatmaps(panels: Mapping[str, NDArray[np.float64]], layers: tuple[int, int]) -> list[Text]:
     """Draw panels next to each other, two columns per step; neighbours are averaged if there are too many."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
     from rich.text import Text
 
-    rows, steps = next(iter(panels.values())).T.shape
-    down, across = -(-rows // _MAX_ROWS), -(-steps // _MAX_STEPS)
-    width = 2 * -(-steps // across)
-    width = max(width, *(len(name) + 14 for name in panels))
+    steps, n_layers = next(iter(panels.values())).shape
+    down, across = -(-n_layers // _MAX_ROWS), -(-steps // _MAX_STEPS)
+    width = max(2 * -(-steps // across), *(len(name) + 14 for name in panels)) + 2
+    tops = range(0, n_layers, down)
     lines = [Text("        "), Text("layer   ")]
+    lines += [Text(f"{top:>5} {'|' if layers[0] <= top < layers[1] else ' '} ") for top in tops]
     marks = "".join(f"{step:>2}" if step < 100 else "  " for step in range(0, steps, across))
     for name, values in panels.items():
-        low, high = _limits(values)
-        lines[0].append(f"{name} {low:.2f}-{high:.2f}".ljust(width + 2))
-        lines[1].append(marks.ljust(width + 2))
-    for top in range(0, rows, down):
-        inside = layers[0] <= top < layers[1]
-        text = Text(f"{top:>5} {'|' if inside else ' '} ")
-        for values in panels.values():
-            low, high = _limits(values)
+        valid = values[~np.isnan(values)]
+        low, high = (float(valid.min()), float(valid.max())) if valid.size else (0.0, 0.0)
+        lines[0].append(f"{name} {low:.2f}-{high:.2f}".ljust(width))
+        lines[1].append(marks.ljust(width))
+        for top, text in zip(tops, lines[2:]):
             for left in range(0, steps, across):
-                cell = values[left : left + across, top : top + down]
-                text.append(*_cell(cell[~np.isnan(cell)], low, high))
-            text.append(" " * (width + 2 - 2 * -(-steps // across)))
-        lines.append(text)
+                block = values[left : left + across, top : top + down]
+                cell = block[~np.isnan(block)]
+                if not cell.size:
+                    text.append("· ")
+                    continue
+                part = (float(cell.mean()) - low) / (high - low) if high > low else 0.0  # dark for little, then bright
+                shade = _SHADES[min(int(part * len(_SHADES)), len(_SHADES) - 1)]
+                text.append(shade * 2, f"{to_hex(colormaps['viridis'](part))} on #202020")
+            text.append(" " * (width - len(marks)))
     for text in lines:
         text.rstrip()
     return lines
-
-
-def _limits(values: NDArray[np.float64]) -> tuple[float, float]:
-    valid = values[~np.isnan(values)]
-    return (float(valid.min()), float(valid.max())) if valid.size else (0.0, 0.0)
-
-
-def _cell(values: NDArray[np.float64], low: float, high: float) -> tuple[str, str]:
-    """Return two characters and their colour, from little (dark) to much (bright)."""
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
-
-    if not values.size:
-        return "· ", ""
-    part = (float(values.mean()) - low) / (high - low) if high > low else 0.0
-    shade = _SHADES[min(int(part * len(_SHADES)), len(_SHADES) - 1)]
-    return shade * 2, f"{to_hex(colormaps['viridis'](part))} on #202020"
 
 
 def write_png(path: Path, explanation: Explanation) -> None:
@@ -205,6 +181,5 @@ def write_png(path: Path, explanation: Explanation) -> None:
     if explanation.share is not None:
         panels["mean over the heads of the system prompt's share"] = explanation.share
     row, window = explanation.row, explanation.score_range.window
-    score = "no score" if row["score"] is None else f"score {row['score']:.4f}"
-    title = f"{row['id']}: {score}"
+    title = f"{row['id']}: " + ("no score" if row["score"] is None else f"score {row['score']:.4f}")
     heatmaps_png(path, panels, window=(window.start, window.end), layers=explanation.layers, title=title)

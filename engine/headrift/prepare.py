@@ -42,13 +42,11 @@ _MESSAGE_REGIONS = ("system", "user", "tool", BOS)
 # wants as many prompts at once as it has slots. The bytes bound batches of huge rows.
 _BATCH, _BATCHES_AHEAD, _MOST_BYTES = 16, 24, 128 << 20
 _MOST_WORKERS = 8
-# Prompts that are prepared without workers, which do not start before this many are done.
-_BEFORE_WORKERS = 256
+_BEFORE_WORKERS = 256  # prompts that are prepared in this process before workers start
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 # A prompt alone that kills its worker process this often is rejected, with this reason.
 _TRIALS, NOT_RENDERED = 2, "not_rendered"
-# More of them with no result between are not the prompts' fault.
-_MOST_IN_A_ROW = 8
+_MOST_IN_A_ROW = 8  # more of them with no result between are not the prompts' fault
 SKIP = object()  # for a prompt: an item of a stream that has none
 
 T = TypeVar("T")
@@ -111,36 +109,19 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class PrepareConfig:
-    """What prompts are prepared for: an engine, and the options of a scorer.
+    """What prompts are prepared for: an engine, and the options of a scorer."""
 
-    Attributes:
-        system_prompt: For prompts that bring none.
-        steps: N, steps 0 to N are recorded.
-        regions: Names of regions that the engine records; prompts may give them.
-        vocabulary: Number of the model's tokens.
-        max_model_len: Tokens of the model's context.
-        answer_tokens: The most tokens of an answer.
-        attention_entropy: Record the entropy of each head's attention.
-    """
-
-    system_prompt: str | None
-    steps: int
-    regions: tuple[str, ...]
-    vocabulary: int
+    system_prompt: str | None  # for prompts that bring none
+    steps: int  # N, steps 0 to N are recorded
+    regions: tuple[str, ...]  # that the engine records; prompts may give them
+    vocabulary: int  # number of the model's tokens
     max_model_len: int
-    answer_tokens: int
-    attention_entropy: bool = False
+    answer_tokens: int  # the most tokens of an answer
+    attention_entropy: bool = False  # record the entropy of each head's attention
 
 
 class Preparer:
-    """Prepares prompts, one at a time.
-
-    Attributes:
-        renderer: Renders chats as the model's own template does.
-
-    Raises:
-        TokenizerError: If the model's tokenizer or chat template cannot be used.
-    """
+    """Prepares prompts, one at a time. TokenizerError if the model's tokenizer or chat template cannot be used."""
 
     def __init__(self, config: PrepareConfig, tokenizer: PreTrainedTokenizerFast) -> None:
         self.config, self.tokenizer = config, tokenizer
@@ -155,7 +136,8 @@ class Preparer:
             rendered, answer_ids = self._render(prompt, replay)
             if BOS in config.regions:
                 rendered = replace(rendered, regions={BOS: (0, 1), **rendered.regions})
-            if "system" not in rendered.regions or rendered.regions["system"][0] == rendered.regions["system"][1]:
+            start, end = rendered.regions.get("system", (0, 0))
+            if start == end:
                 raise PromptError("no_system_prompt", "the prompt names no system region, or an empty one")
             self._check_length(len(rendered.token_ids), answer_ids)
         except PromptError as error:
@@ -176,16 +158,13 @@ class Preparer:
         config, answer = self.config, self.config.answer_tokens
         if answer_ids is not None:
             answer = signal.n_steps(len(answer_ids), config.steps) + 1
-        if prompt_tokens + answer <= config.max_model_len:
-            return
-        longer = config.answer_tokens > config.steps + 1
-        what = f"{answer} tokens of answer" if longer else f"{config.steps} steps"
-        raise PromptError(
-            "prompt_too_long",
-            f"the prompt has {prompt_tokens} tokens; with {what} at most {config.max_model_len - answer} fit the "
-            f"context of {config.max_model_len}: shorten it or "
-            f"{'ask for shorter answers' if longer else 'record fewer steps'}",
-        )
+        if prompt_tokens + answer > config.max_model_len:
+            what, fix = f"{config.steps} steps", "record fewer steps"
+            if config.answer_tokens > config.steps + 1:
+                what, fix = f"{answer} tokens of answer", "ask for shorter answers"
+            most = f"at most {config.max_model_len - answer} fit the context of {config.max_model_len}"
+            why = f"the prompt has {prompt_tokens} tokens; with {what} {most}: shorten it or {fix}"
+            raise PromptError("prompt_too_long", why)
 
     def _render(self, prompt: Prompt, replay: bool) -> tuple[RenderedPrompt, list[int] | None]:
         """Token ids and regions of the prompt, and the answer to replay (None: the model answers)."""
@@ -193,22 +172,17 @@ class Preparer:
         if prompt.token_ids is not None:
             rendered = from_token_ids(prompt.token_ids, prompt.regions)
             self._check_vocabulary(rendered.token_ids)
-            unknown = set(rendered.regions) - {*self.config.regions, *_MESSAGE_REGIONS}
-            if unknown:
-                raise PromptError(
-                    "unknown_region", f"regions {sorted(unknown)} were not named to the run: --region, or regions=..."
-                )
+            if unknown := sorted(set(rendered.regions) - {*self.config.regions, *_MESSAGE_REGIONS}):
+                why = f"regions {unknown} were not named to the run: --region, or regions=..."
+                raise PromptError("unknown_region", why)
         else:
-            messages, first_number = prompt.messages, 1
+            messages, first_number, default = prompt.messages, 1, self.config.system_prompt
             if messages is None:
                 if prompt.prompt is None:
                     raise PromptError("no_prompt", "a row needs a `prompt`, `messages` or `token_ids`")
-                system = prompt.system if prompt.system is not None else self.config.system_prompt
-                messages = chat_messages(prompt.prompt, system)
-            elif (
-                not any(_role(m) in ("system", "developer") for m in messages) and self.config.system_prompt is not None
-            ):
-                messages, first_number = [{"role": "system", "content": self.config.system_prompt}, *messages], 0
+                messages = chat_messages(prompt.prompt, default if prompt.system is None else prompt.system)
+            elif default is not None and not any(_role(m) in ("system", "developer") for m in messages):
+                messages, first_number = [{"role": "system", "content": default}, *messages], 0
             if replay and response is None and prompt.response_ids is None and messages:
                 last = messages[-1]
                 if _role(last) == "assistant" and isinstance(last.get("content"), str):
@@ -227,28 +201,17 @@ class Preparer:
 
     def _check_vocabulary(self, token_ids: Sequence[int]) -> None:
         n_tokens = self.config.vocabulary
-        if any(token >= n_tokens for token in token_ids):
-            raise PromptError("bad_token_ids", f"token {max(token_ids)} is not one of the model's {n_tokens}")
+        if (highest := max(token_ids, default=0)) >= n_tokens:
+            raise PromptError("bad_token_ids", f"token {highest} is not one of the model's {n_tokens}")
 
 
 def workers_for_machine(*, engine_in_process: bool = True) -> int:
     """How many worker processes suit this machine.
 
-    Args:
-        engine_in_process: Whether the engine is in the process that prepares prompts. If not, that process can do so
-            itself for an engine on the CPU, which wants the cores.
+    A process without the engine can prepare prompts itself for an engine on the CPU, which wants the cores.
     """
     cores = os.cpu_count() or 1
     return min(_MOST_WORKERS, max(1, cores - 2)) if has_gpu() else int(engine_in_process and cores > 1)
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """Numbered prompts on their way through a worker, and how many bytes they are."""
-
-    prompts: list[tuple[int, Any]]
-    n_bytes: int
-    future: Future[list[Prepared | Rejected]]
 
 
 class StreamPreparer:
@@ -258,7 +221,6 @@ class StreamPreparer:
 
     Args:
         preparer: Prepares prompts in this process: all of them without workers, else the first ones.
-        workers: Number of worker processes.
         load: Loads the tokenizer in a worker; by default a worker gets a copy of this process's.
     """
 
@@ -277,10 +239,9 @@ class StreamPreparer:
     def stream(
         self, items: Iterable[T], prompt_of: Callable[[T], Any], replay: bool
     ) -> Iterator[tuple[T, Prepared | Rejected | None]]:
-        """Prepare the prompt of each item.
+        """Prepare the prompt of each item; items are read as they are needed.
 
         Args:
-            items: Read as they are needed.
             prompt_of: An item's prompt; SKIP if it has none and is only to keep its place.
             replay: Whether the prompts' logged answers are scored.
 
@@ -302,7 +263,8 @@ class StreamPreparer:
             if (one := next(numbered, None)) is None:
                 return
             yield from prepared_here([one])
-        in_flight = deque[tuple[list[T], _Batch]]()
+        # Items of a batch, their numbered prompts, how many bytes these are, and the results to come.
+        in_flight = deque[tuple[list[T], list[tuple[int, Any]], int, Future[list[Prepared | Rejected]]]]()
         n_bytes = 0
         while True:
             while len(in_flight) < _BATCHES_AHEAD and n_bytes < _MOST_BYTES:
@@ -312,28 +274,23 @@ class StreamPreparer:
                 prompts = [(index, prompt) for index, item in batch if (prompt := prompt_of(item)) is not SKIP]
                 data = pickle.dumps(prompts, pickle.HIGHEST_PROTOCOL)
                 n_bytes += len(data)
-                future = self._submit(data, replay)
-                in_flight.append(([item for _, item in batch], _Batch(prompts, len(data), future)))
+                in_flight.append(([item for _, item in batch], prompts, len(data), self._submit(data, replay)))
             if not in_flight:
                 return
-            some, sent = in_flight.popleft()
-            n_bytes -= sent.n_bytes
-            results = iter(self._results(sent, replay))
+            some, prompts, size, future = in_flight.popleft()
+            n_bytes -= size
+            try:
+                results = future.result()
+                self._rejected_in_a_row = 0
+            except BrokenExecutor:  # a worker died with them: each alone, so that only the deadly are rejected
+                results = [self._alone(index, prompt, replay) for index, prompt in prompts]
+            remaining = iter(results)
             for item in some:
-                yield item, None if prompt_of(item) is SKIP else next(results)
+                yield item, None if prompt_of(item) is SKIP else next(remaining)
 
     def close(self) -> None:
         """End the worker processes."""
         self._open.close()
-
-    def _results(self, batch: _Batch, replay: bool) -> list[Prepared | Rejected]:
-        """A batch's results; if a worker died with it, of each prompt alone, so that only the deadly are rejected."""
-        try:
-            results = batch.future.result()
-        except BrokenExecutor:
-            return [self._alone(index, prompt, replay) for index, prompt in batch.prompts]
-        self._rejected_in_a_row = 0
-        return results
 
     def _alone(self, index: int, prompt: Any, replay: bool) -> Prepared | Rejected:
         for _ in range(_TRIALS):
@@ -355,7 +312,7 @@ class StreamPreparer:
             try:
                 return self._pool.submit(_prepare_batch, data, replay)
             except BrokenExecutor:  # a worker died before: another pool
-                self.__dict__.pop("_pool", None)
+                del self._pool
                 return self._pool.submit(_prepare_batch, data, replay)
         finally:
             signals.pthread_sigmask(signals.SIG_SETMASK, before)
@@ -395,7 +352,7 @@ def _prepare_batch(data: bytes, replay: bool) -> list[Prepared | Rejected]:
     return [_worker[0].prepare(index, prompt, replay) for index, prompt in prompts]
 
 
-def load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerFast:
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
     """Load a model's tokenizer, from a folder or by a name that transformers knows; EngineError if there is none."""
     prepare_torch()
     from transformers import AutoTokenizer
@@ -409,7 +366,7 @@ def load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerFas
 
 
 def _digests(rendered: RenderedPrompt, answer_ids: list[int] | None) -> tuple[bytes, bytes]:
-    """Prepared.prefix and Prepared.key."""
+    """`prefix` and `key` of a Prepared."""
     ids = np.asarray(rendered.token_ids, np.int64)
     prefix = hashlib.blake2b(ids[: rendered.regions["system"][1]].tobytes(), digest_size=16)
     key = prefix.copy()

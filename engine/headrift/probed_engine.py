@@ -264,7 +264,7 @@ class ProbedEngine:
 
         The copies need not have arrived before the next `step`: read them with `recordings` when it has run.
         """
-        ticket = Ticket(self._tickets, tuple(finished), want_mass)
+        ticket = Ticket(self._tickets, tuple(finished))
         self._tickets += 1
         probed = ticket.probed
         if probed:

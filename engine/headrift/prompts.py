@@ -6,11 +6,11 @@ rendering. The text is never searched for: a user may quote the system prompt, a
 
 Flags of a rendered prompt:
 
-- ``merged_system``: the leading system and developer messages became one system message, joined by a blank line.
-- ``folded_system``: the template takes no system message; its text and a blank line stand before the first user text.
-- ``assistant_prefill``: the conversation ends with an assistant message, which the model continues.
-- ``control_tokens``: a user or tool text spells a control token; it is tokenised as one, as a server does.
-- ``tool_not_found``: where the tool messages' text went is unknown; there is no ``tool`` region.
+- `merged_system`: the leading system and developer messages became one system message, joined by a blank line.
+- `folded_system`: the template takes no system message; its text and a blank line stand before the first user text.
+- `assistant_prefill`: the conversation ends with an assistant message, which the model continues.
+- `control_tokens`: a user or tool text spells a control token; it is tokenised as one, as a server does.
+- `tool_not_found`: where the tool messages' text went is unknown; there is no `tool` region.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _Apply = Callable[[list[Message]], str]
 
 
 class PromptError(ValueError):
-    """A prompt that cannot be scored. ``reason`` is a snake_case code, ``str(error)`` what is wrong and what to do."""
+    """A prompt that cannot be scored: `reason` is a snake_case code, `str(error)` what is wrong and what to do."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(reason, message)
@@ -59,10 +59,12 @@ class TokenizerError(ValueError):
 class RenderedPrompt:
     """A prompt as the model gets it.
 
-    ``token_ids``: the P token ids. ``regions``: named half-open token ranges, 0 <= start <= end <= P: always
-    ``prompt`` = (0, P); from a conversation also ``system``, ``user`` (the last user message) and, where there are tool
-    messages, ``tool`` (the last run of them). ``flags``: see the module. ``text``: what was tokenised, None for given
-    token ids.
+    Attributes:
+        token_ids: The P token ids.
+        regions: Named half-open token ranges, 0 <= start <= end <= P: always `prompt` = (0, P); from a conversation
+            also `system`, `user` (the last user message) and, if there are any, `tool` (the last run of tool messages).
+        flags: See the module.
+        text: What was tokenised, None for given token ids.
     """
 
     token_ids: list[int]
@@ -73,7 +75,7 @@ class RenderedPrompt:
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """A text whose place is wanted: message ``index`` has the content ``before + text + after``."""
+    """A text to find: message `index` has the content `before + text + after`."""
 
     index: int
     text: str
@@ -85,8 +87,14 @@ class _Slot:
 class ChatRenderer:
     """Renders conversations with a model's chat template and finds the system prompt and the user's text in the tokens.
 
-    ``tokenizer``: a fast transformers tokenizer with a chat template, else TokenizerError. ``max_prompt_tokens``: the
-    longest prompt accepted, in tokens; None for any. Not for use by several threads at once.
+    Not for use by several threads at once.
+
+    Args:
+        tokenizer: A fast transformers tokenizer with a chat template.
+        max_prompt_tokens: The longest prompt accepted, in tokens; None for any.
+
+    Raises:
+        TokenizerError: The tokenizer is not fast, or its chat template is missing or broken.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, *, max_prompt_tokens: int | None = None) -> None:
@@ -110,14 +118,10 @@ class ChatRenderer:
         self._known_shapes: dict[tuple, str] = {}
         # Random, so that no prompt can hold it on purpose; its one "h" comes first, so that two marks cannot overlap.
         self._mark = f"headrift{secrets.token_hex(8)}n{{}}x"
-        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        special = (special | set(tokenizer.all_special_tokens)) - {""}
-        self._control_token = re.compile("|".join(map(re.escape, sorted(special))) or "(?!)")
+        special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._control_token = _any_of({token.content for token in special} | set(tokenizer.all_special_tokens))
         # Control tokens at which a text can be cut in two: not those that take the blanks before them.
-        cutting = {
-            t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content and not t.lstrip
-        }
-        self._cut = re.compile("|".join(map(re.escape, sorted(cutting, key=len, reverse=True)))) if cutting else None
+        self._cut = _any_of({token.content for token in special if not token.lstrip})
         self._known_heads: dict[str, tuple[list[int], list[Span]]] = {}
         self._head_characters = 0
         try:
@@ -133,12 +137,17 @@ class ChatRenderer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         first_number: int = 1,
     ) -> RenderedPrompt:
-        """Render one conversation (OpenAI chat form, ``tools`` as JSON schemas) into token ids and regions.
+        """Render a conversation into token ids and regions.
 
-        It needs a leading system or developer message and a user message. ``first_number``: what errors call the first
-        message; 0 where the caller put a system message before those it was given. Raises PromptError with the reason
-        ``bad_messages``, ``bad_tools``, ``unsupported_content``, ``invalid_text``, ``no_user_message``,
-        ``no_system_prompt``, ``empty_system_prompt``, ``template_rejected``, ``span_not_found`` or ``prompt_too_long``.
+        Args:
+            messages: In OpenAI's chat form, a leading system or developer message and a user message among them.
+            tools: JSON schemas.
+            first_number: What errors call the first message; 0 if the caller put one before those it was given.
+
+        Raises:
+            PromptError: With the reason `bad_messages`, `bad_tools`, `unsupported_content`, `invalid_text`,
+                `no_user_message`, `no_system_prompt`, `empty_system_prompt`, `template_rejected`, `span_not_found` or
+                `prompt_too_long`.
         """
         conversation = _clean_messages(messages, first_number)
         if tools is not None and not (_is_list(tools) and all(isinstance(tool, Mapping) for tool in tools)):
@@ -158,7 +167,11 @@ class ChatRenderer:
         shape = self._shape(conversation, tools, apply)
         arranged, slots = _arrange(conversation, shape)
         text = apply(arranged)
-        self._check_length(text)
+        limit = self._max_prompt_tokens
+        # What is far too long is not tokenised: 10 MB take 8 s, in which the engine stands still. The longest token's
+        # length bounds the tokens from below; times 4, for normalisers that join characters.
+        if limit is not None and len(text) > 4 * limit * self._longest_token:
+            raise PromptError("prompt_too_long", _TOO_LONG.format(n=f"{len(text):,} characters", limit=limit))
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -181,27 +194,14 @@ class ChatRenderer:
                 spans[name] = min(start for start, _ in texts), max(end for _, end in texts)
         if spans["system"][0] < spans["user"][1] and spans["user"][0] < spans["system"][1]:
             raise PromptError("span_not_found", "the model's chat template puts the user text between system messages")
-        return self._tokenize(text, spans, tuple(flags))
-
-    def _check_length(self, text: str) -> None:
-        """Turn down what is far too long without tokenising it: 10 MB take 8 s, in which the engine stands still.
-
-        The longest token's length bounds the tokens from below; times 4, for normalisers that join characters.
-        """
-        limit = self._max_prompt_tokens
-        if limit is not None and len(text) > 4 * limit * self._longest_token:
-            raise PromptError("prompt_too_long", _TOO_LONG.format(n=f"{len(text):,} characters", limit=limit))
-
-    def _tokenize(self, text: str, spans: Mapping[str, Span], flags: tuple[str, ...]) -> RenderedPrompt:
         token_ids, offsets = self._encode(text, spans["system"][1])
-        n_tokens, limit = len(token_ids), self._max_prompt_tokens
+        n_tokens = len(token_ids)
         if limit is not None and n_tokens > limit:
             raise PromptError("prompt_too_long", _TOO_LONG.format(n=f"{n_tokens} tokens", limit=limit))
-        regions = {"prompt": (0, n_tokens)}
-        regions.update((name, _token_range(offsets, *span)) for name, span in spans.items())
+        regions = {"prompt": (0, n_tokens)} | {name: _token_range(offsets, *span) for name, span in spans.items()}
         if regions["system"][0] == regions["system"][1]:
             raise PromptError("empty_system_prompt", "the tokenizer makes no token of the system prompt; give another")
-        return RenderedPrompt(token_ids, regions, flags, text)
+        return RenderedPrompt(token_ids, regions, tuple(flags), text)
 
     def _encode(self, text: str, system_end: int) -> tuple[list[int], list[Span]]:
         """Token ids and the characters of each; a system prompt's tokens are worked out once.
@@ -209,7 +209,7 @@ class ChatRenderer:
         A tokenizer cuts a text at its control tokens before it does anything else, so what follows one is tokenised
         alike whatever stands before. That is put to the test with the first prompt after each system prompt.
         """
-        cut = self._cut.search(text, system_end) if self._cut else None
+        cut = self._cut.search(text, system_end)
         if cut is None:
             return self._encode_all(text)
         head, place = text[: cut.start()], cut.start()
@@ -220,7 +220,7 @@ class ChatRenderer:
         whole, first = self._encode_all(text), self._encode_all(head)
         rest = self._encode_all(text[place:])
         if (first[0] + rest[0], first[1] + [(s + place, e + place) for s, e in rest[1]]) != whole:
-            self._cut = None
+            self._cut = _any_of(())
         else:
             self._head_characters += len(head)
             if self._head_characters > _MAX_HEADS:
@@ -251,7 +251,7 @@ class ChatRenderer:
             raise PromptError("template_rejected", message) from error
 
     def _shape(self, conversation: list[Message], tools: list[dict] | None, apply: _Apply) -> str:
-        """How this template can be given the system prompt: ``as_is``, ``merged`` or ``folded``.
+        """How this template can be given the system prompt: `as_is`, `merged` or `folded`.
 
         Asked with marks for texts, so that the answer does not hang on any one prompt's words and can be remembered.
         """
@@ -281,6 +281,11 @@ class ChatRenderer:
         return "folded"  # nothing works: rendering the real texts so raises the error that says why
 
 
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """A pattern of any of these texts, the longest that fits; of none, one that matches nothing."""
+    return re.compile("|".join(map(re.escape, sorted(filter(None, texts), key=len, reverse=True))) or "(?!)")
+
+
 def chat_messages(prompt: str, system: str | None) -> list[Message]:
     """The conversation of a system prompt (None: there is none) and one user message."""
     user = {"role": "user", "content": prompt}
@@ -288,10 +293,9 @@ def chat_messages(prompt: str, system: str | None) -> list[Message]:
 
 
 def from_token_ids(token_ids: Iterable[int], regions: Mapping[str, Span]) -> RenderedPrompt:
-    """A prompt given as token ids with named half-open token ranges, taken as they are; ``prompt`` = (0, P) is added.
+    """A prompt given as token ids with named half-open token ranges, taken as they are; `prompt` = (0, P) is added.
 
-    Raises PromptError ``bad_token_ids`` (not a non-empty series of integers >= 0) or ``bad_regions`` (not names with
-    0 <= start <= end <= P, or a ``prompt`` that is not the whole prompt).
+    PromptError `bad_token_ids` or `bad_regions` if they are not that.
     """
     ids = _integers(token_ids)
     if not ids or min(ids) < 0:
@@ -418,11 +422,11 @@ def _arrange(conversation: list[Message], shape: str) -> tuple[list[Message], di
 
 
 def _find(arranged: list[Message], slot: _Slot, text: str, mark: str, apply: _Apply, name: str) -> Span:
-    """The characters [start, end) of ``text``, the rendering of ``arranged``, that the template made of ``slot``."""
+    """The characters [start, end) of `text`, the rendering of `arranged`, that the template made of `slot`."""
     printed = set()
 
     def around(content: str) -> tuple[str, str] | None:
-        """What is rendered before and after the mark in ``content``, put in place of the slot's text."""
+        """What is rendered before and after the mark in `content`, put in place of the slot's text."""
         changed = list(arranged)
         changed[slot.index] = {**arranged[slot.index], "content": slot.before + content + slot.after}
         try:

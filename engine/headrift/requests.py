@@ -130,7 +130,6 @@ class Ticket:
 
     number: int
     finished: tuple[Finished, ...]
-    want_mass: bool
 
     @property
     def probed(self) -> list[Finished]:

@@ -49,13 +49,11 @@ REPEAT_BYTES = 64 << 20
 
 
 class RequestScorer:
-    """Scores prepared prompts on an engine, which it closes.
+    """Scores prepared prompts on an engine of its own.
 
     Args:
-        engine: Made by `engine_factory`.
-        score_range: The steps and layers that are scored.
         decode: Makes an answer's text of its token ids.
-        others: As Scorer has them.
+        engine: Further options of ProbedEngine. The others are as Scorer has them.
 
     Attributes:
         seconds_waited: How long `score_requests` has waited for requests.
@@ -63,19 +61,25 @@ class RequestScorer:
 
     def __init__(
         self,
-        engine: ProbedEngine,
+        model: str | Path,
         *,
+        steps: int,
         score_range: ScoreRange,
         decode: Callable[[list[int]], str],
+        regions: Sequence[str] = (),
         logit_stats: bool = False,
         keep_mass: bool = False,
         group: bool = True,
         prime: bool = True,
         repeat_bytes: int = REPEAT_BYTES,
         stop_if: Callable[[ScoreResult], bool] | None = None,
+        **engine: Any,
     ) -> None:
-        self.engine, self.score_range = engine, score_range
-        self.logit_stats, self.keep_mass = logit_stats, keep_mass
+        names = (*REGIONS, *(name for name in regions if name not in REGIONS))
+        self.engine: ProbedEngine = engine_factory.get()(
+            model, steps=steps, regions=names, logit_stats=logit_stats, **engine
+        )
+        self.score_range, self.logit_stats, self.keep_mass = score_range, logit_stats, keep_mass
         self.seconds_waited = 0.0
         self._decode, self._stop_if = decode, stop_if
         self._stopped: dict[int, ScoreResult] = {}  # of answers that `stop_if` ended, by index
@@ -95,8 +99,7 @@ class RequestScorer:
     def score_requests(self, prepared: Iterable[Prepared | Rejected]) -> Generator[ScoreResult | Rejected, None, None]:
         """Score requests; results in their order, as they are ready, with rejected prompts in their places.
 
-        Args:
-            prepared: Read as they are needed. Their indexes are distinct and rise.
+        They are read as they are needed. Their indexes are distinct and rise.
         """
         self._stopped.clear()
         stream = _Stream(self, iter(prepared))
@@ -108,8 +111,7 @@ class RequestScorer:
                     if recording is None:
                         stream.primed()
                         continue
-                    stopped = self._stopped.pop(one.index) if one.index in self._stopped else None
-                    stream.add(one, stopped or self._result(one, done, recording))
+                    stream.add(one, self._stopped.pop(one.index, None) or self._result(one, done, recording))
                     yield from stream.ready()
         yield from stream.ready()
 
@@ -190,7 +192,9 @@ class _Stream:
     def fill(self) -> bool:
         """Take prompts as far as there is room for them; whether any are queued or there may be more."""
         while not self._exhausted and len(self._order) < _REORDER * self._slots and len(self._queue) < self._slots:
-            one = self._next()
+            begun = time.monotonic()
+            one = next(self._source, None)
+            self._scorer.seconds_waited += time.monotonic() - begun
             if one is None:
                 self._exhausted = True
                 break
@@ -240,13 +244,6 @@ class _Stream:
         """Results that no earlier prompt holds back."""
         while self._order and self._order[0] in self._ready:
             yield self._ready.pop(self._order.popleft())
-
-    def _next(self) -> Prepared | Rejected | None:
-        """Take the next request, None after the last; the time that it takes is time in which the engine waits."""
-        begun = time.monotonic()
-        prepared = next(self._source, None)
-        self._scorer.seconds_waited += time.monotonic() - begun
-        return prepared
 
 
 class Scorer(RequestScorer):
@@ -313,26 +310,22 @@ class Scorer(RequestScorer):
                 f"an answer of {max_new_tokens} tokens ends before step {steps}: raise max_new_tokens to {steps + 1} "
                 "or record fewer steps"
             )
-        engine = engine_factory.get()(
+        super().__init__(
             model,
             steps=steps,
-            regions=(*REGIONS, *(name for name in regions if name not in REGIONS)),
-            logit_stats=logit_stats,
-            attention_backend=attention_backend,
-            engine_args=engine_args,
-            verbose=verbose,
-            row_entropy=attention_entropy,
-        )
-        super().__init__(
-            engine,
             score_range=score_range,
             decode=lambda token_ids: self.tokenizer.decode(token_ids, skip_special_tokens=True),
+            regions=regions,
             logit_stats=logit_stats,
             keep_mass=keep_mass,
             group=group,
             prime=prime,
             repeat_bytes=repeat_bytes,
             stop_if=stop_if,
+            attention_backend=attention_backend,
+            engine_args=engine_args,
+            verbose=verbose,
+            row_entropy=attention_entropy,
         )
         try:
             args = engine_args or {}
@@ -409,12 +402,7 @@ class Scorer(RequestScorer):
 
 
 def with_progress(results: Iterator[T], total: int | None, done: int = 0) -> Generator[T, None, None]:
-    """Show a bar on standard error while results come.
-
-    Args:
-        total: How many results there will be, with those that came before.
-        done: How many came before.
-    """
+    """Show a bar on standard error while results come: of `total`, of which `done` came before."""
     with progress_bar("scoring", total, done, unit="prompts/s") as advance:
         for result in results:
             advance(1)

@@ -56,10 +56,7 @@ class Reporter:
         """Exit with `code` and one line on standard error if something expected goes wrong, with 130 on Ctrl-C.
 
         EngineError, RefusedError, TokenizerError, InputError and their like are all RuntimeError or ValueError.
-
-        Args:
-            code: Exit status of an error.
-            progress: Says what is finished by then and how to continue; printed behind the error.
+        `progress` says what is finished by then and how to continue; it is printed behind the error.
         """
         try:
             yield
@@ -87,7 +84,6 @@ def progress_bar(
         total: How many there will be; None if unknown.
         done: How many were finished before this run. The rate leaves them out.
         unit: Unit of the rate, as in "rows/s".
-        hidden: Show nothing.
 
     Yields:
         A function to call with the number of further ones that are done.

@@ -39,12 +39,8 @@ class FakeEngine(ProbedEngine):
     prompt's token ids is divisible by `short_every`.
 
     Args:
-        model: Ignored.
-        steps: N, the most steps (0 to N) of a request.
-        regions: Names of the key ranges.
         layers: Of the model that it stands for, as heads, max_model_len and vocabulary.
         slots: The most requests in flight.
-        answer: Text of the answers.
         short_every: 0 for no short answers.
         on_submit: Called with each request; may raise.
         ignored: Other arguments of ProbedEngine.
@@ -75,6 +71,7 @@ class FakeEngine(ProbedEngine):
         self.max_model_len, self.vocabulary = max_model_len, vocabulary
         self._answer, self._short_every, self._on_submit = list(answer.encode()), short_every, on_submit
         self._queue: list[Finished] = []
+        self._want_mass = False
         self._taken_slots = self._submitted = self._tickets = self.steps_run = 0
 
     def close(self) -> None:
@@ -121,13 +118,14 @@ class FakeEngine(ProbedEngine):
         """Free the slots of finished requests."""
         self._taken_slots -= len(finished)
         self._tickets += 1
-        return Ticket(self._tickets, tuple(finished), want_mass)
+        self._want_mass = want_mass
+        return Ticket(self._tickets, tuple(finished))
 
     def recordings(self, ticket: Ticket) -> list[Recording]:
         """The recordings of a ticket's probed requests."""
-        return [self._recording(done, ticket.want_mass) for done in ticket.probed]
+        return [self._recording(done) for done in ticket.probed]
 
-    def _recording(self, done: Finished, want_mass: bool) -> Recording:
+    def _recording(self, done: Finished) -> Recording:
         """Masses that a softmax could have: the system prompt's is within the prompt's, which is 1 at step 0."""
         ids = np.asarray(done.request.prompt_ids, np.int64)
         random = np.random.default_rng(list(hashlib.blake2b(ids.tobytes(), digest_size=8).digest()))
@@ -138,7 +136,7 @@ class FakeEngine(ProbedEngine):
         mass[..., others] *= mass[..., prompt, None] / len(others)
         share = signal.share(mass[..., system], mass[..., prompt]).astype(np.float32)
         stats = np.sort(random.random((len(share), 3), np.float32))[:, ::-1]
-        return Recording(share, mass[0][..., others], mass if want_mass else None, {"stats": stats})
+        return Recording(share, mass[0][..., others], mass if self._want_mass else None, {"stats": stats})
 
     def stop(self, request_id: int) -> bool:
         """False: every request has finished."""
@@ -160,14 +158,9 @@ def fake_engines(factory: Callable[..., Any] = FakeEngine, **options: Any) -> It
 
 
 def write_fake_model(folder: Path, **config: Any) -> Path:
-    """Make a folder that passes for a model: a real tokenizer and chat template, and weights that nothing loads.
+    """Make a folder that passes for a model, and return it: a real tokenizer and chat template, and empty weights.
 
-    Args:
-        folder: Is made if it does not exist.
-        config: For config.json, as `max_position_embeddings=64`, over the shape of a FakeEngine.
-
-    Returns:
-        The folder.
+    `config` is for config.json, as `max_position_embeddings=64`, over the shape of a FakeEngine.
     """
     folder.mkdir(parents=True, exist_ok=True)
     characters = _byte_characters()

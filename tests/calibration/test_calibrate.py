@@ -13,8 +13,7 @@ from headrift.calibration.evidence import held_out
 from headrift.calibration.search import SumTable
 from headrift.calibration.splits import divide
 from headrift.calibration.thresholds import CalibrateConfig, CalibrationError, Rule
-from headrift.runs.reading import RunError
-from headrift.runs.rows import exact_scores, read_instability, read_rows
+from headrift.runs.reading import RunError, exact_scores, read_instability, read_rows
 from headrift.signal import ScoreRange, Window
 from headrift.stats import highest_rate
 

@@ -12,8 +12,7 @@ from headrift.calibration.compare.normalisation import normalisation, normalised
 from headrift.calibration.compare.onset import onset
 from headrift.calibration.thresholds import CalibrationError
 from headrift.fail_terms import FailTerms
-from headrift.runs.reading import RunError
-from headrift.runs.rows import read_rows
+from headrift.runs.reading import RunError, read_rows
 from headrift.signal import ScoreRange, Window
 from headrift.signals import signals
 

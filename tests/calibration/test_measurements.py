@@ -9,7 +9,7 @@ from headrift.calibration import splits
 from headrift.calibration.compare import measurements
 from headrift.calibration.thresholds import CalibrationError
 from headrift.fail_terms import FailTerms
-from headrift.runs.rows import read_rows
+from headrift.runs.reading import read_rows
 from headrift.signal import ScoreRange, Window
 
 LABEL = ["attack"] * 30 + ["benign"] * 50

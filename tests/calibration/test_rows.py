@@ -8,8 +8,7 @@ import pytest
 from headrift import signal
 from headrift.calibration.calibrate import calibrate
 from headrift.calibration.thresholds import CalibrateConfig
-from headrift.runs.reading import RunError, open_run
-from headrift.runs.rows import exact_scores, open_csv, read_instability, read_rows
+from headrift.runs.reading import RunError, exact_scores, open_csv, open_run, read_instability, read_rows
 from headrift.signal import ScoreRange, Window
 
 

@@ -6,7 +6,7 @@ import pytest
 from headrift.calibration import splits as module
 from headrift.calibration.splits import divide
 from headrift.calibration.thresholds import CalibrateConfig, CalibrationError, Rule
-from headrift.runs.rows import BENIGN, read_rows
+from headrift.runs.reading import BENIGN, read_rows
 
 
 def rows_of(make, label, **columns):

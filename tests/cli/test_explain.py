@@ -157,7 +157,7 @@ def test_many_layers_and_steps_fit_the_terminal():
     n_steps, n_layers = 65, 96
     values = np.random.default_rng(0).random((n_steps, n_layers)) / 2
     row = {"id": "x", "source": "s", "row": 1, "label": None, "category": None, "flags": [], "score": 0.2}
-    explanation = Explanation(row, values, values, ScoreRange(Window(1, 64)), 50.0, 10, False, False)
+    explanation = Explanation(row, values, values, ScoreRange(Window(1, 64)), 50.0, 10, False)
     console = Console(width=80, record=True, file=io.StringIO())
     show(console, explanation)
     lines = console.export_text().splitlines()

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from headrift.cli import app
-from headrift.runs.journal import FolderLock
+from headrift.runs.parts import FolderLock
 from headrift.testing import fake_engines
 from helpers.fakes import FailAt, must_not_start, raises
 

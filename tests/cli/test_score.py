@@ -24,7 +24,7 @@ from headrift.calibration.thresholds import CalibrateConfig
 from headrift.cli import app
 from headrift.errors import EngineError, RefusedError
 from headrift.requests import ProbeRequest
-from headrift.runs.provenance import model_fingerprint
+from headrift.runs.folder import model_fingerprint
 from headrift.runs.reading import ModelIdentity
 from headrift.testing import FakeEngine, fake_engines, text_of, write_fake_model
 from helpers.fakes import FailAt, must_not_start, raises

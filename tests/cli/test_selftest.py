@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from headrift.prepare import load_tokenizer
 from headrift.selftest import checks
 from headrift.selftest.checks import bars_of, gaps_along, same_masses, same_shares, same_tokens
-from headrift.selftest.prompts import chats, load_tokenizer, token_prompts
-from headrift.selftest.run import SelfTest, SelfTestConfig
+from headrift.selftest.run import SelfTest, SelfTestConfig, chats, token_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"max_num_seqs": 8, "kv_cache_memory_bytes": 64 << 20}
@@ -116,7 +116,7 @@ def test_what_cannot_be_begun(tmp_path, model, options, says):
 @pytest.fixture(scope="module")
 def recorded(model) -> SimpleNamespace:
     """What a real engine recorded: masses and shares by prompt, its answers, and transformers' masses of the same."""
-    from headrift.selftest.references import EagerModel
+    from headrift.selftest.checks import EagerModel
     from headrift.selftest.run import _by_transformers
 
     config = SelfTestConfig(str(model), prompts=4, steps=5, rounds=1, engine_args=SETTINGS)

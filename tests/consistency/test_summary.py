@@ -6,7 +6,7 @@ from sklearn.metrics import roc_auc_score
 
 from headrift.consistency.scoring_job import part_schema
 from headrift.consistency.summary import PREDICTORS, print_summary, summarise
-from headrift.runs.resumable import table_from_records
+from headrift.runs.folder import table_from_records
 
 LAYERS, HEADS, QUESTIONS, FAMILIES = 2, 3, 40, ("hint", "talk")
 

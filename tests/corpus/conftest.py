@@ -1,6 +1,7 @@
 """What jobs with faulty engines need: a fake model, and processes that know the engines."""
 
 import os
+import pickle
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from headrift.corpus.scoring import PickledTokenizer
+from headrift.prepare import load_tokenizer
 from headrift.testing import write_fake_model
 
 FAULTS = Path(__file__).resolve().parent / "fault_injection"
@@ -30,5 +31,5 @@ def faulty() -> Iterator[ModuleType]:
 def fake_model(faulty: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fake model, with its tokenizer pickled for processes that are to start fast."""
     folder = write_fake_model(tmp_path_factory.mktemp("fake") / "model")
-    (folder / faulty.TOKENIZER).write_bytes(PickledTokenizer.load(folder).data)
+    (folder / faulty.TOKENIZER).write_bytes(pickle.dumps(load_tokenizer(str(folder))))
     return folder

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrift.corpus.config import Selection, differences, parse_shard, rows_per_shard
-from headrift.corpus.job import Interrupts
+from headrift.corpus.job import stopped_by_signals
 from headrift.runs.folder import JobError
-from headrift.runs.journal import JOURNAL, FinishedShard, FolderLock, Journal
+from headrift.runs.parts import JOURNAL, FinishedShard, FolderLock, Journal
 
 # ---------------------------------------------------------------------------------------------------------- journal
 
@@ -60,7 +60,7 @@ def test_a_journal_of_another_version(tmp_path):
 
 
 def test_a_folder_is_one_runs_and_free_again_when_that_is_dead(tmp_path):
-    code = "from pathlib import Path; from headrift.runs.journal import FolderLock; "
+    code = "from pathlib import Path; from headrift.runs.parts import FolderLock; "
     code += f"lock = FolderLock(Path({str(tmp_path)!r})); print('held', flush=True); input()"
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"
@@ -169,10 +169,10 @@ def test_what_differs_is_named(changes, says):
 def test_the_first_signal_asks_and_the_second_interrupts():
     notices = []
     before = signal.getsignal(signal.SIGTERM)
-    with Interrupts(lambda: notices.append(1)) as interrupts:
-        assert not interrupts.stop
+    with stopped_by_signals(lambda: notices.append(1)) as stopped:
+        assert not stopped()
         signal.raise_signal(signal.SIGTERM)
-        assert interrupts.stop
+        assert stopped()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert notices == [1]

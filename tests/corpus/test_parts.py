@@ -11,10 +11,10 @@ import pytest
 
 from headrift.corpus.rows import BadRow, Row, group_of
 from headrift.results import ScoreResult
-from headrift.runs import parts, provenance
+from headrift.runs import folder as run_folder
+from headrift.runs import parts
 from headrift.runs.folder import JobError, can_resume, write_json
-from headrift.runs.journal import FinishedShard
-from headrift.runs.parts import ShardFiles, part_schema, record, remove_unfinished
+from headrift.runs.parts import FinishedShard, ShardFiles, part_schema, record, remove_unfinished
 from headrift.scorer import Prompt
 
 LAYERS, HEADS, REGIONS = 4, 3, ("system", "user", "prompt")
@@ -340,45 +340,45 @@ def test_no_two_prompts_of_the_projects_own_sets_are_one_group():
 def test_fingerprints_change_with_what_they_stand_for(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"1234")
-    first = provenance.model_fingerprint(tmp_path)
+    first = run_folder.model_fingerprint(tmp_path)
     assert first["weights_bytes"] == {"model.safetensors": 4}
-    assert first == provenance.model_fingerprint(tmp_path)
+    assert first == run_folder.model_fingerprint(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"12345")
-    assert provenance.model_fingerprint(tmp_path)["fingerprint"] != first["fingerprint"]
+    assert run_folder.model_fingerprint(tmp_path)["fingerprint"] != first["fingerprint"]
     (tmp_path / "model.safetensors").write_bytes(b"1234")
     (tmp_path / "config.json").write_text("{} ")
-    assert provenance.model_fingerprint(tmp_path)["fingerprint"] != first["fingerprint"]
+    assert run_folder.model_fingerprint(tmp_path)["fingerprint"] != first["fingerprint"]
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"1235")  # as long as before
-    assert provenance.model_fingerprint(tmp_path)["fingerprint"] != first["fingerprint"]
+    assert run_folder.model_fingerprint(tmp_path)["fingerprint"] != first["fingerprint"]
     (tmp_path / "model.safetensors").write_bytes(b"1234")
-    assert provenance.model_fingerprint(tmp_path) == first
+    assert run_folder.model_fingerprint(tmp_path) == first
     (tmp_path / "chat_template.jinja").write_text("x")
-    assert provenance.model_fingerprint(tmp_path)["fingerprint"] != first["fingerprint"]
+    assert run_folder.model_fingerprint(tmp_path)["fingerprint"] != first["fingerprint"]
     (tmp_path / "config.json").write_text("{} ")
-    assert provenance.file_fingerprint(tmp_path / "config.json") == {
+    assert run_folder.file_fingerprint(tmp_path / "config.json") == {
         "bytes": 3,
         "sha256": hashlib.sha256(b"{} ").hexdigest(),
     }
 
 
 def test_large_files_are_hashed_in_places_their_ends_among_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(provenance, "_HASHED_WHOLE", 1000)
-    monkeypatch.setattr(provenance, "_BLOCK_BYTES", 10)
+    monkeypatch.setattr(run_folder, "_HASHED_WHOLE", 1000)
+    monkeypatch.setattr(run_folder, "_BLOCK_BYTES", 10)
     data = bytearray(5000)
     path = tmp_path / "large"
     path.write_bytes(data)
-    first = provenance.file_fingerprint(path)
+    first = run_folder.file_fingerprint(path)
     assert (first["bytes"], first["sampled"]) == (5000, True)
     for place in (0, 9, 4990, 4999):
         path.write_bytes(data[:place] + b"x" + data[place + 1 :])
-        assert provenance.file_fingerprint(path) != first
+        assert run_folder.file_fingerprint(path) != first
     path.write_bytes(data + b"\0")
-    assert provenance.file_fingerprint(path) != first
+    assert run_folder.file_fingerprint(path) != first
 
 
 def test_versions_and_processor_are_known_here():
-    result = provenance.versions()
+    result = run_folder.versions()
     assert set(result) == {"headrift", "python", "vllm", "torch", "transformers", "numba"}
     assert None not in result.values()
-    assert provenance.processor()[0]
+    assert run_folder.processor()[0]

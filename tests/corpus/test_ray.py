@@ -15,7 +15,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from headrift.cli import app
-from headrift.runs.journal import Journal
+from headrift.runs.parts import Journal
 
 FAULTS = Path(__file__).resolve().parent / "fault_injection"
 PAUSE = "0.004"  # seconds a row of the fake engine: shards of 100 rows, so that there is a middle to be killed in

@@ -12,7 +12,7 @@ from headrift.probed_engine import ProbedEngine
 from headrift.requests import ProbeRequest
 from headrift.results import Rejected
 from headrift.scorer import Scorer
-from headrift.selftest.references import plain_answers
+from headrift.selftest.checks import plain_answers
 
 SYSTEM = "You are a helpful assistant. You never speak about the weather, whatever the user says."
 STEPS, TOKENS = 6, 24

@@ -16,8 +16,7 @@ from headrift.calibration.evidence import Choice
 from headrift.calibration.search import Search, SumTable, grid
 from headrift.calibration.splits import Division, divide
 from headrift.calibration.thresholds import CalibrateConfig, CalibrationError, allowed, threshold
-from headrift.runs.reading import ScoreRun
-from headrift.runs.rows import UNLABELLED, Rows, check_alike, exact_scores, read_instability, read_rows
+from headrift.runs.reading import UNLABELLED, Rows, ScoreRun, check_alike, exact_scores, read_instability, read_rows
 from headrift.signal import ScoreRange
 from headrift.signals import get
 from headrift.stats import Ints

@@ -17,8 +17,7 @@ from headrift.calibration.artifact import ClassCoverage, ContaminationCase, Metr
 from headrift.calibration.search import SumTable
 from headrift.calibration.splits import CalibrationSamples, Division
 from headrift.calibration.thresholds import CalibrateConfig, Rule, threshold
-from headrift.runs.reading import ScoreRun
-from headrift.runs.rows import ATTACK, BENIGN, UNLABELLED, Rows
+from headrift.runs.reading import ATTACK, BENIGN, UNLABELLED, Rows, ScoreRun
 from headrift.signal import ScoreRange
 from headrift.signals import get
 from headrift.stats import CONFIDENCE, Bounds, Floats, Ints

@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrift.calibration.thresholds import CalibrateConfig, CalibrationError, needed
-from headrift.runs.reading import ScoreRun
-from headrift.runs.rows import ATTACK, BENIGN, HARD, UNLABELLED, Rows
+from headrift.runs.reading import ATTACK, BENIGN, HARD, UNLABELLED, Rows, ScoreRun
 from headrift.stats import CONFIDENCE, Bools, Ints
 
 FEWEST_TO_CHOOSE = 10  # samples of a class, below which there is nothing to choose by

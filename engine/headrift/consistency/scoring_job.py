@@ -37,9 +37,7 @@ from headrift.key_alignment import L2, TV
 from headrift.model_facts import read_shape
 from headrift.prepare import load_tokenizer
 from headrift.probed_engine import ProbedEngine
-from headrift.runs.folder import JobError
-from headrift.runs.provenance import model_fingerprint, versions
-from headrift.runs.resumable import ResumableParts
+from headrift.runs.folder import JobError, ResumableParts, model_fingerprint, versions
 from headrift.vllm_engine.config import lora_args, prepare_environment
 
 SUMMARY, REJECTS = "summary.json", "rejects.parquet"

@@ -34,9 +34,7 @@ from headrift.consistency.model import (
 )
 from headrift.consistency.pairs import Pair, fingerprint
 from headrift.model_facts import read_shape
-from headrift.runs.folder import JobError, atomic_path, write_json
-from headrift.runs.provenance import model_fingerprint, versions
-from headrift.runs.resumable import ResumableParts
+from headrift.runs.folder import JobError, ResumableParts, atomic_path, model_fingerprint, versions, write_json
 
 if TYPE_CHECKING:
     import torch

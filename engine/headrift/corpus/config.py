@@ -198,46 +198,35 @@ def check_context(steps: int, context: int | None, option: str = "steps") -> Non
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Describe, a line each, how the identities of two runs differ: in settings, inputs, model and engine."""
-    return [
-        *_setting_changes(before["settings"], now["settings"]),
-        *_input_changes(before["inputs"], now["inputs"]),
-        *_model_changes(before, now),
-    ]
-
-
-def _setting_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    for name in {**before, **now}:  # an earlier version, or another command, may not have had a setting
-        old, new = before.get(name), now.get(name)
+    lines = []
+    for name in {**before["settings"], **now["settings"]}:  # another version, or command, may not have had a setting
+        old, new = before["settings"].get(name), now["settings"].get(name)
         if old == new or not (old or new):
             continue
         if name == "system_prompt_sha256":
-            yield "the system prompt is another one"
+            lines.append("the system prompt is another one")
         elif name == "command":
-            yield f"it is a run of `headrift {old or 'score'}`"
+            lines.append(f"it is a run of `headrift {old or 'score'}`")
         elif name == "calibration":
             was = "without one" if old is None else "with another one" if new is not None else "with one"
-            yield f"--calibration: the run was begun {was}"
+            lines.append(f"--calibration: the run was begun {was}")
         elif not name.startswith("system_prompt"):
             was, value = ("not given" if one in (None, [], {}) else str(one) for one in (old, new))
-            yield f"--{_OPTIONS.get(name, name).replace('_', '-')} was {was} and is {value}"
-
-
-def _input_changes(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> Iterator[str]:
-    old_names, new_names = ([file["name"] for file in files] for files in (before, now))
-    if old_names != new_names:
-        changed = {"gone": set(old_names) - set(new_names), "new": set(new_names) - set(old_names)}
+            lines.append(f"--{_OPTIONS.get(name, name).replace('_', '-')} was {was} and is {value}")
+    old_files, new_files = ({file["name"]: file for file in identity["inputs"]} for identity in (before, now))
+    if list(old_files) != list(new_files):
+        changed = {"gone": set(old_files) - set(new_files), "new": set(new_files) - set(old_files)}
         changes = [f"{len(names)} {what} ({min(names)})" for what, names in changed.items() if names]
-        yield f"the input files are others: {', '.join(changes) or 'in another order'}"
-        return
-    for old, new in zip(before, now, strict=True):
-        if old != new:
-            sizes = f": {old['bytes']:,} bytes then, {new['bytes']:,} now" if old["bytes"] != new["bytes"] else ""
-            yield f"the input {old['name']} has changed{sizes}"
-
-
-def _model_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+        lines.append(f"the input files are others: {', '.join(changes) or 'in another order'}")
+    else:
+        for name, old in old_files.items():
+            if old != (new := new_files[name]):
+                sizes = f": {old['bytes']:,} bytes then, {new['bytes']:,} now" if old["bytes"] != new["bytes"] else ""
+                lines.append(f"the input {name} has changed{sizes}")
     if before["model"] != now["model"]:
-        yield "the model is another one, or its files (weights, config.json, tokenizer, chat template) have changed"
+        what = "the model is another one, or its files (weights, config.json, tokenizer, chat template) have changed"
+        lines.append(what)
     elif before["engine"] is not None and now["engine"] is not None and before["engine"] != now["engine"]:
-        changed = [name for name, value in before["engine"].items() if value != now["engine"].get(name)]
-        yield f"the engine is another one: its {', '.join(changed)}"
+        others = [name for name, value in before["engine"].items() if value != now["engine"].get(name)]
+        lines.append(f"the engine is another one: its {', '.join(others)}")
+    return lines

@@ -1,6 +1,6 @@
 """A job: inputs to an output folder, through an engine. `headrift score` is this with options around it.
 
-What is made of a row, and what is printed in the end, depends on the kind (scoring.ScoreKind, gating.GateKind).
+What is made of a row, and what is printed in the end, depends on the kind (ScoreKind or GateKind of `scoring`).
 ScoreJob checks all it can before a model is loaded; then `start` and `run`, in this order. The job's process reads the
 input, renders and tokenises the prompts, writes the output and keeps the journal; the engine runs in a child process,
 which may die at any moment, as the job may: with `resume` a new job continues where the journal ends.
@@ -15,7 +15,7 @@ import signal as signals
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from types import FrameType
@@ -25,16 +25,15 @@ from headrift.corpus import judging, readers, sources
 from headrift.corpus.config import ScoreConfig, check_context, differences, rows_per_shard
 from headrift.corpus.rows import REASONS, BadRow, Row
 from headrift.corpus.scoring import ScoreKind
+from headrift.corpus.summary import Summary
 from headrift.corpus.worker import Engine, EngineProcess, PoisonRow, Supervisor
-from headrift.model_facts import ModelFacts, read_model
+from headrift.model_facts import read_model
 from headrift.prepare import SKIP, PrepareConfig, Prepared, Preparer, StreamPreparer
 from headrift.probed_engine import ProbedEngine
 from headrift.results import Rejected, ScoreResult
-from headrift.runs.folder import JobError, can_resume
-from headrift.runs.journal import JOURNAL, FinishedShard, FolderLock, Journal
-from headrift.runs.parts import ShardFiles, remove_unfinished
-from headrift.runs.provenance import model_fingerprint, processor, versions
-from headrift.runs.reading import run_status, write_run
+from headrift.runs.folder import JobError, can_resume, model_fingerprint, processor, versions, write_json
+from headrift.runs.parts import JOURNAL, FolderLock, Journal, ShardFiles, remove_unfinished
+from headrift.runs.reading import RUN, run_status
 from headrift.scorer import engine_factory, with_progress
 
 if TYPE_CHECKING:
@@ -52,18 +51,13 @@ class ScoreJob:
     """A scoring job, checked on creation. A context manager.
 
     Args:
-        kind: What is made of a row; by default it is scored.
         resume: Continue the run in the out folder, if there is one.
         notice: Called with what the user should know on the way.
         engine: Makes the engine, anywhere; by default the kind's in a child process, or in this one if
             `scorer.engine_factory` is replaced.
-        shard_rows: Rows of a shard, if none were chosen before.
 
     Attributes:
         notices: What the user should know before it starts.
-        total: Rows to score or reject.
-        kept: Rows in finished shards.
-        done: Whether that is all.
         seconds: What starting and scoring took, and for how long of that the engine waited for rows.
 
     Raises:
@@ -82,7 +76,7 @@ class ScoreJob:
         engine: Callable[[], Engine] | None = None,
         shard_rows: int | None = None,
     ) -> None:
-        self.settings, self._notice = config, notice
+        self.config, self._notice = config, notice
         ray_workers = _ray_workers() if config.engine == "ray" else None
         self._kind = kind or ScoreKind(config)
         self.notices: list[str] = []
@@ -94,12 +88,19 @@ class ScoreJob:
         n_rows = None if resume and (config.out / JOURNAL).exists() else self._count()
         begun = can_resume(config.out, JOURNAL, resume=resume)
         self.seconds = {"start": 0.0, "scoring": 0.0, "engine_waited": 0.0}
-        self._summary: Any = None
+        self._summary: Summary | None = None
         self._open = ExitStack()
         lock = FolderLock(config.out)
         self._open.callback(lock.release)
         try:
-            self._identity = self._identified()
+            self._identity = {
+                "settings": {**config.identity(), **self._kind.identity()},
+                "inputs": [source.fingerprint() for source in self._sources],
+                "model": model_fingerprint(config.model),
+                "engine": None,
+                "versions": versions(),
+                "started": _now(),
+            }
             self._journal = self._open.enter_context(Journal(config.out)) if begun else None
             if self._journal is not None:
                 self._check_same(self._journal)
@@ -109,7 +110,7 @@ class ScoreJob:
                 self._identity["shard_rows"] = shard_rows or rows_per_shard(self.total)
             self._differs = self._check_calibration()
             self._check_files()
-            self._check_space(model)
+            self._check_space(self._kind.row_bytes(model))
         except BaseException:
             self._open.close()
             raise
@@ -139,7 +140,7 @@ class ScoreJob:
     @property
     def total(self) -> int:
         """Rows that end in the parts or the rejects."""
-        return self.settings.selection.count(self._identity["rows"])
+        return self.config.selection.count(self._identity["rows"])
 
     @property
     def kept(self) -> int:
@@ -151,23 +152,12 @@ class ScoreJob:
         """Whether every row is in a finished shard."""
         return self.kept == self.total
 
-    def _identified(self) -> dict[str, Any]:
-        """What makes this run's rows, numbers and columns: a resumed run must have the same."""
-        return {
-            "settings": {**self.settings.identity(), **self._kind.identity()},
-            "inputs": [source.fingerprint() for source in self._sources],
-            "model": model_fingerprint(self.settings.model),
-            "engine": None,
-            "versions": versions(),
-            "started": _now(),
-        }
-
     def _check_same(self, journal: Journal) -> None:
         then = journal.identity
         if changes := differences(then, self._identity):
             lines = "".join(f"\n  - {line}" for line in changes)
             raise JobError(
-                f"--resume: the run in {self.settings.out} is another one, so its parts would not go together:{lines}\n"
+                f"--resume: the run in {self.config.out} is another one, so its parts would not go together:{lines}\n"
                 "Use the same options, or choose another folder"
             )
         if then["versions"] != self._identity["versions"]:
@@ -177,7 +167,7 @@ class ScoreJob:
 
     def _check_files(self) -> None:
         """Check that the finished shards' files are as they were written; remove those of an unfinished one."""
-        out = self.settings.out
+        out = self.config.out
         for at, shard in enumerate(self._finished):
             sizes = {f"part-{at:05d}.parquet": shard.part_bytes, f"rejects-{at:05d}.parquet": shard.rejects_bytes}
             for name, size in sizes.items():
@@ -191,30 +181,29 @@ class ScoreJob:
 
     def _count(self) -> int:
         """Count the rows of the input, as far as they matter; ValueError if there is none to score."""
-        total, most = 0, self.settings.selection.max_read
+        total, most = 0, self.config.selection.max_read
         for source in self._sources:
             n = self._reader.count(source, None if most is None else most - total)
             if not n and total != most:
                 self.notices.append(f"{source.name} has no rows")
             total += n
-        if not self.settings.selection.count(total):
-            names = ", ".join(self.settings.inputs)
+        if not self.config.selection.count(total):
+            names = ", ".join(self.config.inputs)
             what = "no rows" if not total else f"{total} rows, and none of them for this --shard,"
             raise readers.InputError(f"{what} in {names}: there is nothing to score")
         return total
 
     def _check_calibration(self) -> list[str]:
         """How the calibration's model differs, if there is one; CalibrationError if it must not."""
-        calibration, anyway = self.settings.calibration, self.settings.calibration_anyway
+        calibration, anyway = self.config.calibration, self.config.calibration_anyway
         return [] if calibration is None else judging.check(calibration, self._identity, anyway=anyway)
 
-    def _check_space(self, model: ModelFacts) -> None:
-        row = self._kind.row_bytes(model)
-        need, free = row * (self.total - self.kept), shutil.disk_usage(self.settings.out).free
+    def _check_space(self, row_bytes: int) -> None:
+        need, free = row_bytes * (self.total - self.kept), shutil.disk_usage(self.config.out).free
         if need > free:
             room = f"the results may take {need / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free"
             fix = "make room, choose another disk, or save less"
-            raise JobError(f"--out {self.settings.out}: {room}: {fix}")
+            raise JobError(f"--out {self.config.out}: {room}: {fix}")
 
     def start(self) -> dict[str, Any]:
         """Load the model and begin, or continue, the journal; return what there is to know of the engine.
@@ -227,8 +216,18 @@ class ScoreJob:
         begun = time.monotonic()
         self._open.enter_context(self._supervisor)
         self._engine = engine = self._supervisor.begin()
-        check_context(self.settings.steps, engine["max_model_len"])
-        self._preparer = self._new_preparer(engine)
+        check_context(self.config.steps, engine["max_model_len"])
+        prepare = PrepareConfig(
+            system_prompt=self.config.system_prompt,
+            steps=self.config.steps,
+            regions=tuple(engine["regions"]),
+            vocabulary=engine["vocabulary"],
+            max_model_len=engine["max_model_len"],
+            answer_tokens=self._kind.answer_tokens,
+        )
+        workers = min(engine["prepare_workers"], (os.cpu_count() or 1) - 1)
+        self._preparer = StreamPreparer(Preparer(prepare, pickle.loads(engine["tokenizer"])), workers)
+        self._open.callback(self._preparer.close)
         same = {name: list(v) if isinstance(v := engine[name], tuple) else v for name in _ENGINE_IDENTITY}
         if self._journal is None:
             self._identity |= {"engine": same, "recorder_bytes": engine["recorder_bytes"]}
@@ -239,23 +238,9 @@ class ScoreJob:
         if self._differs:
             self._notice(f"the calibration is for something else and used anyway: {' and '.join(self._differs)} differ")
         if self._journal is None:
-            self._journal = self._open.enter_context(Journal(self.settings.out, self._identity))
+            self._journal = self._open.enter_context(Journal(self.config.out, self._identity))
         self.seconds["start"] = time.monotonic() - begun
         return engine
-
-    def _new_preparer(self, engine: dict[str, Any]) -> StreamPreparer:
-        config = PrepareConfig(
-            system_prompt=self.settings.system_prompt,
-            steps=self.settings.steps,
-            regions=tuple(engine["regions"]),
-            vocabulary=engine["vocabulary"],
-            max_model_len=engine["max_model_len"],
-            answer_tokens=self._kind.answer_tokens,
-        )
-        workers = min(engine["prepare_workers"], (os.cpu_count() or 1) - 1)
-        preparer = StreamPreparer(Preparer(config, pickle.loads(engine["tokenizer"])), workers)
-        self._open.callback(preparer.close)
-        return preparer
 
     def run(self, *, progress: bool = False) -> bool:
         """Score every row that is in no finished shard yet; return whether that was all.
@@ -270,10 +255,9 @@ class ScoreJob:
         begun = time.monotonic()
         self._write_run("running")
         try:
-            with Interrupts(self._stopping) as interrupts:
-                for _ in self._shards(self._journal, interrupts, progress):
-                    if interrupts.stop:
-                        break
+            stopping = "finishing the current shard; press again to stop now, and lose that shard"
+            with stopped_by_signals(partial(self._notice, stopping)) as stopped:
+                self._score(self._journal, stopped, progress)
         finally:
             self.seconds["scoring"] = time.monotonic() - begun
             self.seconds["engine_waited"] = self._supervisor.waited
@@ -284,40 +268,37 @@ class ScoreJob:
         return self.done
 
     def finish(self) -> None:
-        """Write what a run has beside its parts and then run.json, unless that was done before: a run may be killed at
-        its very end."""
-        if run_status(self.settings.out) != "done":
+        """Write what comes after the parts, and run.json, unless that is done: a run may be killed at its very end."""
+        if run_status(self.config.out) != "done":
             summary = self.summary()
             self._kind.finish(summary, [source.stem for source in self._sources])
             self._write_run("done", summary)
 
-    def summary(self) -> Any:
+    def summary(self) -> Summary:
         """The closing table of the finished shards, of the job's kind."""
         if self._summary is None or self._summary.rows != self.kept:
             self._summary = self._kind.summary()
         return self._summary
 
-    def _stopping(self) -> None:
-        self._notice("finishing the current shard; press again to stop now, and lose that shard")
-
-    def _shards(self, journal: Journal, interrupts: Interrupts, progress: bool) -> Iterator[FinishedShard]:
-        """Score the further shards; yields each once it is finished and in the journal."""
+    def _score(self, journal: Journal, stopped: Callable[[], bool], progress: bool) -> None:
+        """Score the further shards, each of which is in the journal once it is finished, until all are or `stopped`."""
         size = self._identity["shard_rows"]
-        answers = self._supervisor.answers(self._prepared_rows(journal))
+        prepared = self._preparer.stream(
+            self._rows(journal), lambda row: row.prompt if isinstance(row, Row) else SKIP, self.config.replay
+        )
+        answers = self._supervisor.answers(prepared)
         if progress:
             answers = with_progress(answers, self.total, self.kept)
         # Closed here when a run is interrupted, or else the progress bar would outlive the engine.
         with closing(answers):
-            while not self.done and not interrupts.stop:
+            while not self.done and not stopped():
                 number, rows = len(self._finished), min(size, self.total - self.kept)
                 files = self._kind.files(number, self._engine)
                 try:
                     while files.rows < rows:
-                        answered = next(answers, None)
-                        if answered is None:
-                            raise readers.InputError(
-                                "the input has fewer rows than when it was counted: do not change it"
-                            )
+                        if (answered := next(answers, None)) is None:
+                            what = "the input has fewer rows than when it was counted: do not change it"
+                            raise readers.InputError(what)
                         self._keep(*answered, files)
                     shard = files.publish()
                     journal.record(shard, number * size + rows)
@@ -325,12 +306,6 @@ class ScoreJob:
                     files.discard()
                     raise
                 self._finished.append(shard)
-                yield shard
-
-    def _prepared_rows(self, journal: Journal) -> Iterator[PreparedRow]:
-        return self._preparer.stream(
-            self._rows(journal), lambda row: row.prompt if isinstance(row, Row) else SKIP, self.settings.replay
-        )
 
     def _rows(self, journal: Journal) -> Iterator[Row | BadRow]:
         """The rows that are in no finished shard."""
@@ -338,7 +313,7 @@ class ScoreJob:
 
         def marks() -> Iterator[bool]:
             nonlocal left
-            for selected in self.settings.selection.selected(self._identity["rows"]):
+            for selected in self.config.selection.selected(self._identity["rows"]):
                 yield selected and not left
                 left -= selected and left > 0
 
@@ -363,10 +338,10 @@ class ScoreJob:
             assert answer is not None
             files.add(self._kind.record(row, answer))
             return
-        detail = REASONS[reason] if self.settings.redact else detail
+        detail = REASONS[reason] if self.config.redact else detail
         files.reject(row, reason, detail if len(detail) <= _MAX_DETAIL else f"{detail[:_MAX_DETAIL]}...")
 
-    def _write_run(self, status: str, summary: Any = None) -> None:
+    def _write_run(self, status: str, summary: Summary | None = None) -> None:
         identity = self._identity
         engine = {name: value for name, value in identity["engine"].items() if name != "chat_template_sha256"}
         particulars = {
@@ -375,7 +350,7 @@ class ScoreJob:
             "finished": None if status == "running" else _now(),
             "settings": identity["settings"],
             "versions": versions(),
-            "model": {"path": str(self.settings.model), **identity["model"]},
+            "model": {"path": str(self.config.model), **identity["model"]},
             "chat_template_sha256": identity["engine"]["chat_template_sha256"],
             "engine": {**engine, "recorder_bytes": identity["recorder_bytes"]},
             "host": {"cpu": processor()[0], "cores": os.cpu_count()},
@@ -384,40 +359,42 @@ class ScoreJob:
             "engine_restarts": self._supervisor.restarts,
             "seconds": self.seconds,
         }
-        if (calibration := self.settings.calibration) is not None:
-            particulars["calibration"] = judging.particulars(calibration, self._differs)
+        if (calibration := self.config.calibration) is not None:
+            particulars["calibration"] = {
+                "sha256": calibration.sha256,
+                "threshold": calibration.threshold,
+                "target_fpr": calibration.setting.target_fpr,
+                "promise": calibration.setting.promise,
+                "differs": self._differs,
+            }
         if summary is not None:
             particulars |= summary.numbers()
-        write_run(self.settings.out, particulars)
+        write_json(self.config.out / RUN, particulars)
 
 
-class Interrupts:
-    """Ctrl-C and SIGTERM: the first sets `stop` and calls `notice`, the second raises KeyboardInterrupt.
+@contextmanager
+def stopped_by_signals(notice: Callable[[], None]) -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM: the first calls `notice`, the second raises KeyboardInterrupt.
 
-    A context manager. Outside a program's main thread, where signals do not arrive, it does nothing.
+    Yields whether there was one. Outside a program's main thread, where signals do not arrive, nothing happens.
     """
+    stopped = False
 
-    _SIGNALS = (signals.SIGINT, signals.SIGTERM)
-
-    def __init__(self, notice: Callable[[], None]) -> None:
-        self.stop = False
-        self._notice = notice
-        self._before: dict[signals.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
-
-    def __enter__(self) -> Interrupts:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {name: signals.signal(name, self._interrupt) for name in self._SIGNALS}
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for name, handler in self._before.items():
-            signals.signal(name, handler)
-
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        if self.stop:
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        if stopped:
             raise KeyboardInterrupt
-        self.stop = True
-        self._notice()
+        stopped = True
+        notice()
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    names = (signals.SIGINT, signals.SIGTERM) if in_main_thread else ()
+    before = {name: signals.signal(name, interrupt) for name in names}
+    try:
+        yield lambda: stopped
+    finally:
+        for name, handler in before.items():
+            signals.signal(name, handler)
 
 
 def _request_of(prepared_row: PreparedRow) -> Prepared | None:

@@ -1,7 +1,7 @@
-"""A calibration in a run: whether it is for the run's model, and what it says of all rows at the end.
+"""What a calibration says of a run's rows at the end, and what a gate did with them.
 
-Each row's `flagged` and `p_value` are in the parts. The review list of rows of which few are benign is made from them
-in two passes over the parts: memory is flat in the number of rows.
+Each row's `flagged`, `p_value` and `blocked` are in the parts, which are read again: memory is flat in the number of
+rows. Rates are of distinct prompts (at most 20,000 of a class, sampled).
 """
 
 from __future__ import annotations
@@ -42,19 +42,15 @@ _SCORES_OF = {
 }
 
 
-def differences(calibration: Calibration, identity: Mapping[str, Any]) -> list[str]:
+def check(calibration: Calibration, identity: Mapping[str, Any], *, anyway: bool) -> list[str]:
     """Name, in words, what differs between the calibration's model and the one in a run's identity.
 
-    Before the engine has started, only what is known of it is compared.
+    Before the engine has started, only what is known of it is compared. CalibrationError if anything differs, unless
+    the calibration is to be used anyway.
     """
     known = {"fingerprint": identity["model"]["fingerprint"], **(identity["engine"] or {})}
     same = {name: value for name, value in known.items() if name in type(calibration.model).model_fields}
-    return calibration.model.differences(calibration.model.model_copy(update=same))
-
-
-def check(calibration: Calibration, identity: Mapping[str, Any], *, anyway: bool) -> list[str]:
-    """Return the differences. CalibrationError if there are any, unless the calibration is to be used anyway."""
-    differs = differences(calibration, identity)
+    differs = calibration.model.differences(calibration.model.model_copy(update=same))
     if differs and not anyway:
         verb = "differs" if len(differs) == 1 else "differ"
         raise CalibrationError(
@@ -64,39 +60,30 @@ def check(calibration: Calibration, identity: Mapping[str, Any], *, anyway: bool
     return differs
 
 
-def particulars(calibration: Calibration, differs: list[str]) -> dict[str, Any]:
-    """Return what run.json says of the calibration itself; `differs` is what `check` returned."""
-    setting = calibration.setting
-    return {
-        "sha256": calibration.sha256,
-        "threshold": calibration.threshold,
-        "target_fpr": setting.target_fpr,
-        "promise": setting.promise,
-        "differs": differs,
-    }
-
-
 @dataclass(frozen=True, slots=True)
-class Flagged:
-    """How many rows, and how many distinct prompts, of a class are flagged."""
+class Rate:
+    """k of n distinct prompts, with the exact 95% interval of the rate (Clopper-Pearson)."""
 
-    rows: int
-    flagged: int
-    prompts: int  # distinct ones, at most 20,000, sampled
-    prompts_flagged: int
-    interval: tuple[float, float]  # exact, 95%, of the prompts' rate
+    k: int
+    n: int
+    rate: float
+    interval: tuple[float, float]
+
+    @classmethod
+    def from_counts(cls, k: int, n: int) -> Rate:
+        return cls(k, n, k / n, exact_interval(k, n))
 
     @property
-    def rate(self) -> float:
-        """Fraction of the distinct prompts that are flagged."""
-        return self.prompts_flagged / self.prompts
+    def cells(self) -> tuple[str, str]:
+        """The rate and its interval, to print."""
+        return f"{self.rate:.1%}", f"{self.interval[0]:.1%}-{self.interval[1]:.1%}"
 
 
 class Judged:
     """What a calibration says of the rows in a folder's parts, which have its columns.
 
     Attributes:
-        flagged: Counts by class.
+        flagged: By class: rows, flagged rows, and the rate of flagged prompts.
         cutoff: The highest p-value on the review list; None if the list is empty.
         listed: How many rows are on it.
         drift: Of the scores of the class `drift_of`; None without benign and unlabelled rows.
@@ -113,14 +100,12 @@ class Judged:
             flagged.update(labels.filter(batch["flagged"]).to_pylist())
             values, counts = np.unique(batch["p_value"].drop_null().to_numpy(), return_counts=True)
             p_values.update(dict(zip(values.tolist(), counts.tolist())))
-        self._n = rows.total()
         self.flagged = {}
         for name, scores in prompt_scores.items():
-            n = int(calibration.apply(scores).flagged.sum())
-            interval = exact_interval(n, len(scores))
-            self.flagged[name] = Flagged(rows[name], flagged[name], len(scores), n, interval)
+            rate = Rate.from_counts(int(calibration.apply(scores).flagged.sum()), len(scores))
+            self.flagged[name] = rows[name], flagged[name], rate
         values, counts = np.array(list(p_values)), np.array(list(p_values.values()), np.int64)
-        self.cutoff = cutoff(values, counts, self._n, FDR)
+        self.cutoff = cutoff(values, counts, rows.total(), FDR)
         self.listed = 0 if self.cutoff is None else int(counts[values <= self.cutoff].sum())
         self.drift_of = "benign" if "benign" in prompt_scores else "unlabelled"
         self.drift: Drift | None = None
@@ -129,7 +114,17 @@ class Judged:
 
     def numbers(self) -> dict[str, Any]:
         """Return what run.json keeps."""
-        by_class = {name: {**asdict(counts), "rate": counts.rate} for name, counts in self.flagged.items()}
+        by_class = {
+            name: {
+                "rows": rows,
+                "flagged": flagged,
+                "prompts": prompts.n,
+                "prompts_flagged": prompts.k,
+                "interval": prompts.interval,
+                "rate": prompts.rate,
+            }
+            for name, (rows, flagged, prompts) in self.flagged.items()
+        }
         listed = {"rate": FDR, "rows": self.listed, "highest_p_value": self.cutoff, "file": LIST}
         moved = None if self.drift is None else {"of": self.drift_of, **asdict(self.drift)}
         return {"flagged": by_class, "fdr_list": listed, "drift": moved}
@@ -147,35 +142,98 @@ class Judged:
                 if len(on_list):
                     writer.write_batch(on_list)
 
-    def print(self, console: Console) -> None:
+    def print(self, console: Console, *, drift_only: bool = False) -> None:
         """Print what is flagged, how long the review list is, and whether scores have drifted."""
-        rows = [
-            (
-                _CLASSES[name],
-                f"{counts.rows:,}",
-                f"{counts.flagged:,}",
-                f"{counts.rate:.1%}",
-                f"{counts.interval[0]:.1%}-{counts.interval[1]:.1%}",
-            )
-            for name, counts in self.flagged.items()
-        ]
-        head = f"score >= {self._calibration.threshold:.6f}"
-        print_table(console, (head, "rows", "flagged", "of prompts", "95% interval"), rows)
-        text = f"{LIST}: review list of {self.listed:,} rows, at most {FDR:.0%} expected false alarms"
-        if not self.listed:
-            text = f"{LIST} is empty: too few calibration prompts for a {FDR:.0%} false-discovery list"
-        if self.drift is not None and self.drift.warning is not None:
-            text += "; as the scores have drifted, that does not hold here"
-        _print(console, text)
-        self.print_warnings(console)
-
-    def print_warnings(self, console: Console) -> None:
-        """Warn if scores have drifted."""
-        if self.drift is not None and self.drift.warning is not None:
-            _print(console, f"Warning: {self.drift.warning}")
+        warning = None if self.drift is None else self.drift.warning
+        texts = []
+        if not drift_only:
+            head = f"score >= {self._calibration.threshold:.6f}"
+            table = [
+                (_CLASSES[name], f"{rows:,}", f"{flagged:,}", *prompts.cells)
+                for name, (rows, flagged, prompts) in self.flagged.items()
+            ]
+            print_table(console, (head, "rows", "flagged", "of prompts", "95% interval"), table)
+            text = f"{LIST}: review list of {self.listed:,} rows, at most {FDR:.0%} expected false alarms"
+            if not self.listed:
+                text = f"{LIST} is empty: too few calibration prompts for a {FDR:.0%} false-discovery list"
+            texts.append(text if warning is None else f"{text}; as the scores have drifted, that does not hold here")
+        if warning is not None:
+            texts.append(f"Warning: {warning}")
+        for text in texts:
+            console.print()
+            for line in wrap(text, min(console.width, 100)):
+                console.print(line, markup=False, highlight=False)
 
 
-def _print(console: Console, text: str) -> None:
-    console.print()
-    for line in wrap(text, min(console.width, 100)):
-        console.print(line, markup=False, highlight=False)
+@dataclass(frozen=True, slots=True)
+class GatedClass:
+    """What a gate did to a class of rows."""
+
+    rows: int
+    rows_blocked: int
+    tokens: int  # decoded for answers
+    blocked: Rate | None
+    leaked: Rate | None  # answers with a fail term; None without fail terms
+    leaked_ungated: Rate | None  # the same without the gate; None unless compared
+    prevented: Rate | None  # blocked answers that would have had a fail term; None unless compared
+
+
+def gated_classes(folder: Path, samples: Mapping[str, NDArray[np.int64]], *, compared: bool) -> dict[str, GatedClass]:
+    """Count what a gate did to the rows in a folder's parts.
+
+    Args:
+        folder: The output folder.
+        samples: By class the numbers of the rows, from 0, that stand for its distinct prompts.
+        compared: Whether the parts have a column leaked_ungated.
+    """
+    sampled = np.sort(np.concatenate([*samples.values(), np.array([], np.int64)]))
+    columns = ["label", "blocked", "leaked", "answer_tokens", *(["leaked_ungated"] if compared else [])]
+    rows, blocked, tokens = Counter[str](), Counter[str](), Counter[str]()
+    prompts: dict[str, list[dict[str, Any]]] = {label: [] for label in samples}
+    first = 0
+    for batch in read_batches(folder, columns):
+        labels = batch["label"].fill_null("unlabelled").to_pylist()
+        for label, is_blocked, n in zip(labels, batch["blocked"].to_pylist(), batch["answer_tokens"].to_pylist()):
+            rows[label] += 1
+            blocked[label] += is_blocked
+            tokens[label] += n
+        start, stop = np.searchsorted(sampled, [first, first + len(batch)])
+        for row in batch.take(pa.array(sampled[start:stop] - first)).to_pylist():
+            prompts[row["label"] or "unlabelled"].append(row)
+        first += len(batch)
+
+    def rate(label: str, *names: str) -> Rate | None:
+        """The rate of prompts for which all these columns are true; None if the parts do not have them."""
+        of_class = prompts[label]
+        if any(of_class[0].get(name) is None for name in names):
+            return None
+        return Rate.from_counts(sum(all(row[name] for name in names) for row in of_class), len(of_class))
+
+    return {
+        label: GatedClass(
+            rows=rows[label],
+            rows_blocked=blocked[label],
+            tokens=tokens[label],
+            blocked=rate(label, "blocked"),
+            leaked=rate(label, "leaked"),
+            leaked_ungated=rate(label, "leaked_ungated"),
+            prevented=rate(label, "blocked", "leaked_ungated"),
+        )
+        for label in samples
+    }
+
+
+def print_gated(console: Console, classes: Mapping[str, GatedClass]) -> None:
+    """Print what was blocked of each class, and how many answers had a fail term."""
+    blocked, leaks = [], []
+    for name, gated in classes.items():
+        counts = (f"{n:,}" for n in (gated.rows, gated.rows_blocked, gated.tokens))
+        assert gated.blocked is not None
+        blocked.append((name, *counts, *gated.blocked.cells))
+        rates = (gated.leaked, gated.leaked_ungated, gated.prevented)
+        for what, rate in zip(("with the gate", "without it", "prevented by it"), rates):
+            if rate is not None:
+                leaks.append((f"{name}, {what}", f"{rate.k:,} of {rate.n:,}", *rate.cells))
+    print_table(console, ("", "rows", "blocked", "tokens made", "of prompts", "95% interval"), blocked)
+    if leaks:
+        print_table(console, ("answers with a fail term", "prompts", "", "95% interval"), leaks)

@@ -26,7 +26,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from headrift.corpus.worker import Engine, Supervisor, numbers_from
 from headrift.errors import EngineError
-from headrift.runs.provenance import model_fingerprint, versions
+from headrift.runs.folder import model_fingerprint, versions
 from headrift.vllm_engine.config import ENGINES_PER_MACHINE
 
 # Answers that travel in one message.
@@ -42,12 +42,12 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class _State:
-    """What an actor reports with its answers. notices: new ones; error: why it gives up."""
+    """What an actor reports with its answers."""
 
     restarts: int
     waited: float
-    notices: list[str]
-    error: str | None = None
+    notices: list[str]  # new ones
+    error: str | None = None  # why it gives up
 
 
 class _Actor:
@@ -89,31 +89,24 @@ class _Actor:
 
 @dataclass(slots=True, eq=False)
 class _Worker:
-    """The driver's end of an actor. ready: what `begin` will return, None once it has; shards: it has to score."""
+    """The driver's end of an actor."""
 
     actor: Any
-    ready: Any
+    ready: Any  # what `begin` will return, None once it has
     name: str = "a machine that is not known yet"
-    shards: int = 0
+    shards: int = 0  # that it has to score
 
 
 @dataclass(slots=True, eq=False)
 class _Shard:
-    """Rows in flight.
-
-    Attributes:
-        rows, requests: Both in Ray's object store; only the requests leave this machine.
-        answered: How many rows were returned with their answers.
-        stream: The worker's answers, None while no worker has the shard.
-        done: Whether all answers have arrived.
-    """
+    """Rows in flight. Rows and requests are in Ray's object store; only the requests leave this machine."""
 
     rows: Any
     requests: Any
-    answered: int = 0
+    answered: int = 0  # rows that were returned with their answers
     worker: _Worker | None = None
-    stream: Any = None
-    done: bool = False
+    stream: Any = None  # the worker's answers, None while no worker has the shard
+    done: bool = False  # whether all answers have arrived
 
 
 class RayWorkers(Generic[T]):
@@ -122,10 +115,8 @@ class RayWorkers(Generic[T]):
     Args:
         start, request_of, notice: As Supervisor has them; `start` is called on the workers.
         model: A folder that must be the same on all machines.
-        shard_rows: Rows that go to a worker at once.
         workers: How many, by default one for each GPU or, without any, for each machine; those that find no room wait
             for a machine that joins the cluster.
-        verbose: Whether Ray logs.
     """
 
     def __init__(
@@ -269,8 +260,7 @@ class RayWorkers(Generic[T]):
                     self._lost_in_a_row = 0
 
     def _answers_in(self, shard: _Shard) -> Iterator[tuple[T, Any]]:
-        """The answers of a shard that is done, from the first that was not returned; if some are lost it is no longer
-        done."""
+        """The answers of a shard that is done, but for those returned before; if some are lost it is no longer done."""
         rows, answers = ray.get(shard.rows), self._arrived(shard)
         for at, row in enumerate(rows):
             answer = None
@@ -346,7 +336,6 @@ class RayWorkers(Generic[T]):
 
 
 def _last_line(error: RayError) -> str:
-    """The message at the end of a traceback."""
     return str(error).strip().rpartition("\n")[2]
 
 

@@ -41,6 +41,7 @@ from headrift.corpus.sources import InputError, Source
 MAX_LINE_BYTES = 64 << 20
 MAX_CELL_CHARACTERS = 64 << 20
 _PARQUET_BATCH = 64  # records of a Parquet file in memory at a time
+_NUL = "has a NUL byte: the file is not a text, or is UTF-16; convert it to UTF-8"
 
 
 class Reader:
@@ -78,12 +79,9 @@ class Reader:
                         return
                     if not take:
                         continue
-                fields: Fields
-                try:
-                    fields = file.fields(record)
+                fields = file.read(record)
+                if isinstance(fields, dict):
                     fields |= {key: value for key, value in source.partition if fields.get(key) is None}
-                except RowError as error:
-                    fields = error
                 yield make_row(source.name, number, f"{source.stem}:{number}", source.label, fields, take_id)
 
 
@@ -98,10 +96,7 @@ def read_fields(source: Source, keys: Mapping[str, str]) -> Iterator[tuple[int, 
         raise InputError(f"{source.name} cannot be read: {error.strerror or error}") from error
     file = _FORMATS[source.kind](source, keys)
     for number, record in file.records_until_damage():
-        try:
-            yield number, file.fields(record)
-        except RowError as error:
-            yield number, error
+        yield number, file.read(record)
 
 
 class _Format:
@@ -125,6 +120,15 @@ class _Format:
     def fields(self, record: Any) -> dict[str, Any]:
         """Return a record's values by key. RowError if it cannot be read."""
         raise NotImplementedError
+
+    def read(self, record: Any) -> Fields:
+        """Return a record's values by key, or why it cannot be read."""
+        try:
+            if isinstance(record, RowError):
+                raise record
+            return self.fields(record)
+        except RowError as error:
+            return error
 
     def records_until_damage(self) -> Iterator[tuple[int, Any]]:
         """Find the records; if the file is damaged, the last one is a RowError."""
@@ -161,7 +165,7 @@ class _Text(_Format):
                 if text and not (self.comments and text.startswith(b"#")):
                     yield number, line
 
-    def fields(self, record: bytes | RowError | None) -> dict[str, Any]:
+    def fields(self, record: bytes | None) -> dict[str, Any]:
         return {"prompt": _decode(record)}
 
 
@@ -170,7 +174,7 @@ class _JsonLines(_Text):
 
     comments = False
 
-    def fields(self, record: bytes | RowError | None) -> dict[str, Any]:
+    def fields(self, record: bytes | None) -> dict[str, Any]:
         text = _decode(record)
         value = parse_json(text)
         if not isinstance(value, dict):
@@ -180,14 +184,12 @@ class _JsonLines(_Text):
         return dict(check_characters(fields, text))
 
 
-def _decode(line: bytes | RowError | None) -> str:
-    if isinstance(line, RowError):
-        raise line
+def _decode(line: bytes | None) -> str:
     if line is None:
         fix = "is the file one JSON list? write an object per line"
         raise RowError("row_too_big", f"the line is longer than {MAX_LINE_BYTES:,} bytes; {fix}")
     if b"\0" in line:
-        raise RowError("nul_byte", "the line has a NUL byte: the file is not a text, or is UTF-16; convert it to UTF-8")
+        raise RowError("nul_byte", f"the line {_NUL}")
     try:
         return line.decode()
     except UnicodeDecodeError as error:
@@ -212,26 +214,20 @@ class _Csv(_Format):
             header = _header(reader)
             number = 0
             while True:
-                record: tuple[list[str], list[str]] | RowError
                 try:
-                    cells = next(reader, None)
-                    if cells is None:
-                        return
-                    if not cells:
-                        continue
-                    record = header, cells
+                    cells: list[str] | RowError | None = next(reader, None)
                 except csv.Error as error:
-                    record = _csv_error(str(error))
-                number += 1
-                yield number, record
+                    cells = _csv_error(str(error))
+                if cells is None:
+                    return
+                if cells:  # not a blank line
+                    number += 1
+                    yield number, cells if isinstance(cells, RowError) else (header, cells)
 
-    def fields(self, record: tuple[list[str], list[str]] | RowError) -> dict[str, Any]:
-        if isinstance(record, RowError):
-            raise record
+    def fields(self, record: tuple[list[str], list[str]]) -> dict[str, Any]:
         header, cells = record
         if any("\0" in cell for cell in cells):
-            detail = "the record has a NUL byte: the file is not a text, or is UTF-16; convert it to UTF-8"
-            raise RowError("nul_byte", detail)
+            raise RowError("nul_byte", f"the record {_NUL}")
         for name, cell in chain(zip(header, cells), [("the record", "".join(cells[len(header) :]))]):
             try:
                 cell.encode()
@@ -240,10 +236,9 @@ class _Csv(_Format):
                 detail = f"a byte of `{name}` (0x{byte:02x}) is not valid UTF-8; convert the file to UTF-8"
                 raise RowError("invalid_utf8", detail) from error
         if len(cells) != len(header):
-            detail = f"the record has {len(cells)} cells, and the first line names {len(header)} columns; "
-            raise RowError("wrong_columns", detail + "put cells with commas or line breaks in double quotes")
-        named = zip(header, cells)
-        return parse_nested({self.keys[name]: cell for name, cell in named if name in self.keys and cell != ""})
+            detail = f"the record has {len(cells)} cells, and the first line names {len(header)} columns"
+            raise RowError("wrong_columns", f"{detail}; put cells with commas or line breaks in double quotes")
+        return parse_nested({self.keys[name]: cell for name, cell in zip(header, cells) if cell and name in self.keys})
 
     def _open(self) -> io.TextIOWrapper:
         # Bytes that are not UTF-8 pass as lone surrogates, so that only the records that have them are rejected.
@@ -276,10 +271,8 @@ class _Parquet(_Format):
             try:
                 columns = pq.read_schema(file).names
             except (pa.ArrowException, OSError, ValueError) as error:
-                reason = _first_line(error)
-                raise ValueError(
-                    f"is not a readable Parquet file ({reason}): write it again, or restore it from a copy"
-                ) from error
+                what = f"is not a readable Parquet file ({_first_line(error)})"
+                raise ValueError(f"{what}: write it again, or restore it from a copy") from error
         _check_columns(columns, self.keys)
 
     def count(self, limit: int | None) -> int:
@@ -309,9 +302,7 @@ class _Parquet(_Format):
                         yield number, RowError("unreadable_rows", detail)
                 first += n_rows
 
-    def fields(self, record: tuple[pa.RecordBatch, int] | RowError) -> dict[str, Any]:
-        if isinstance(record, RowError):
-            raise record
+    def fields(self, record: tuple[pa.RecordBatch, int]) -> dict[str, Any]:
         batch, i = record
         cells = ((self.keys[name], column[i]) for name, column in zip(batch.schema.names, batch.columns))
         return parse_nested({key: _cell_value(key, cell) for key, cell in cells})

@@ -184,22 +184,22 @@ def _quote(text: str) -> str:
 
 
 def _check_types(given: Mapping[str, Any]) -> None:
-    def wrong_type(key: str, actual: str, needed: str) -> RowError:
-        return RowError("wrong_type", f"`{key}` is {actual}; it must be {needed}")
-
-    for key in _TEXTS:
-        if key in given and not isinstance(given[key], str):
-            raise wrong_type(key, kind_of(given[key]), "a text in quotes" if key == "prompt" else "a text")
-    for key in _OBJECTS:
-        value = given.get(key, [])
-        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-            actual = "a list with other things in it" if isinstance(value, list) else kind_of(value)
-            raise wrong_type(key, actual, "a list of objects, as in OpenAI's chat API")
-    for key in _NUMBERS:
-        if not isinstance(given.get(key, []), list):
-            raise wrong_type(key, kind_of(given[key]), "a list of token ids")
-    if not isinstance(given.get("regions", {}), dict):
-        raise wrong_type("regions", kind_of(given["regions"]), 'an object, as in {"system": [1, 20]}')
+    for key, value in given.items():
+        actual = kind_of(value)
+        if key in _TEXTS:
+            right, needed = isinstance(value, str), "a text in quotes" if key == "prompt" else "a text"
+        elif key in _OBJECTS:
+            right, needed = isinstance(value, list), "a list of objects, as in OpenAI's chat API"
+            if right and not all(isinstance(item, dict) for item in value):
+                right, actual = False, "a list with other things in it"
+        elif key in _NUMBERS:
+            right, needed = isinstance(value, list), "a list of token ids"
+        elif key == "regions":
+            right, needed = isinstance(value, dict), 'an object, as in {"system": [1, 20]}'
+        else:
+            continue
+        if not right:
+            raise RowError("wrong_type", f"`{key}` is {actual}; it must be {needed}")
 
 
 def _own_id(given: Mapping[str, Any]) -> str | None:

@@ -1,39 +1,47 @@
-"""What a scoring job makes of its rows: `ScoreKind` in the job's process, `ScoringEngine` in the engine's."""
+"""What a job makes of its rows: `ScoreKind` and `GateKind` in the job's process, `ScoringEngine` in the engine's."""
 
 from __future__ import annotations
 
 import hashlib
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from pydantic import ValidationError
 
 from headrift.calibration.artifact import add_verdicts
-from headrift.corpus.config import MASS_REGIONS, ScoreConfig
+from headrift.corpus.config import MASS_REGIONS, ScoreConfig, check_context
+from headrift.corpus.judging import gated_classes
 from headrift.corpus.rows import Row
 from headrift.corpus.summary import SCORE, Summary
 from headrift.corpus.worker import Engine
 from headrift.errors import EngineError, RefusedError
+from headrift.fail_terms import FailTerms
 from headrift.model_facts import ModelFacts
 from headrift.prepare import Prepared, load_tokenizer, workers_for_machine
-from headrift.probed_engine import REGIONS, ProbedEngine
+from headrift.probed_engine import REGIONS
 from headrift.prompts import ChatRenderer
 from headrift.results import ScoreResult
-from headrift.runs.parts import Record, ShardFiles, part_schema, record
-from headrift.scorer import RequestScorer, engine_factory
+from headrift.runs.parts import Record, ShardFiles, column_types, part_schema, record
+from headrift.scorer import RequestScorer
 from headrift.vllm_engine.config import check_compiler
 
 TEXT_BYTES = 4096  # a guess at what a row's texts take, for the space a run needs
 # Fields of a ScoreResult that only some --save need.
 _SAVED_FIELDS = {"shares": "shares", "mass": "mass", "focus": "focus_heads", "entropy": "logit_stats"}
 
+BLOCKED = "[blocked]"
+# Columns of a gate's parts, before and after its own.
+_BEFORE = ("id", "source", "row", "label", "category", "group", "system_hash")
+_AFTER = ("score", "reason", "n_steps", "n_scored", "prompt_tokens", "system_tokens", "answer_tokens", "flags")
+
 
 class ScoreKind:
-    """What a job makes of its rows: here `headrift score`; gating.GateKind is another kind."""
+    """What a job makes of its rows: here `headrift score`."""
 
     def __init__(self, config: ScoreConfig) -> None:
         self._config = config
@@ -67,18 +75,20 @@ class ScoreKind:
         return record(row.columns(replay=self._config.replay, text="text" in self._config.save), result)
 
     def files(self, number: int, engine: dict[str, Any]) -> ShardFiles:
-        """A shard's files. engine: its `about`."""
-        config, shape = self._config, {name: engine[name] for name in ("layers", "heads", "regions")}
-        schema = part_schema(config.save, **shape)
-        if config.calibration is None:
-            return ShardFiles(config.out, number, schema)
-        return ShardFiles(config.out, number, schema, partial(add_verdicts, calibration=config.calibration))
+        """A shard's files, with the calibration's columns. engine: its `about`."""
+        schema, calibration = self._schema(engine), self._config.calibration
+        if calibration is None:
+            return ShardFiles(self._config.out, number, schema)
+        return ShardFiles(self._config.out, number, schema, partial(add_verdicts, calibration=calibration))
 
-    def summary(self) -> Any:
+    def _schema(self, engine: dict[str, Any]) -> pa.Schema:
+        return part_schema(self._config.save, **{name: engine[name] for name in ("layers", "heads", "regions")})
+
+    def summary(self) -> Summary:
         """The closing table of the finished shards, from their files."""
         return Summary.of_folder(self._config.out, self._config.score_range.window.end, self._config.calibration)
 
-    def finish(self, summary: Any, names: Sequence[str]) -> None:
+    def finish(self, summary: Summary, names: Sequence[str]) -> None:
         """Draw scores.png and, with a calibration, write the review list. names: of the inputs."""
         from headrift.figures import Curve, scores_png
 
@@ -95,6 +105,117 @@ class ScoreKind:
             summary.judged.write_list()
 
 
+class OnNull(StrEnum):
+    """What becomes of an answer without a score."""
+
+    BLOCK = "block"
+    PASS = "pass"
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """Options of `headrift gate`.
+
+    Attributes:
+        on_null: None blocks an answer without a score unless it is empty.
+        compare_ungated: Also record what would have been answered; nothing is stopped.
+    """
+
+    max_new_tokens: int = 160
+    fail_terms: tuple[str, ...] = ()
+    on_null: OnNull | None = None
+    compare_ungated: bool = False
+
+    def blocks(self, result: ScoreResult, threshold: float) -> bool:
+        """Tell whether an answer is held back."""
+        if result.score is not None:
+            return result.score >= threshold
+        if self.on_null is None:
+            return bool(result.text.strip())
+        return self.on_null is OnNull.BLOCK
+
+
+class GateKind(ScoreKind):
+    """`headrift gate`: answers, `[blocked]` if the score is at or above the calibration's threshold.
+
+    An answer is scored while it is made: the request decodes through the calibration's window, where a blocked one
+    stops. ValueError if gate and config contradict.
+    """
+
+    def __init__(self, config: ScoreConfig, gate: Gate) -> None:
+        super().__init__(config)
+        assert config.calibration is not None
+        self._gate, self._calibration = gate, config.calibration
+        self._terms = FailTerms(gate.fail_terms)
+        if gate.max_new_tokens <= config.steps:
+            raise ValueError(
+                f"--max-new-tokens {gate.max_new_tokens} is no more than the steps that decide, {config.steps}: give "
+                f"at least {config.steps + 1}"
+            )
+        if gate.compare_ungated and not gate.fail_terms:
+            raise ValueError(
+                "--compare-ungated counts answers that should not have been given: name what gives them away with "
+                "--fail-term"
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must have in common, besides the config."""
+        return {"command": "gate", **asdict(self._gate), "fail_terms": list(self._gate.fail_terms)}
+
+    def check(self, context: int | None) -> None:
+        """ValueError if an answer exceeds a model's context, in tokens."""
+        check_context(self._gate.max_new_tokens, context, "max-new-tokens")
+
+    @property
+    def answer_tokens(self) -> int:
+        """The most tokens of an answer."""
+        return self._gate.max_new_tokens
+
+    def engine(self, verbose: bool) -> Callable[[], Engine]:
+        """What makes the engine, in its process: it stops the answers that the gate blocks."""
+        blocks = partial(Gate.blocks, self._gate, threshold=self._calibration.threshold)
+        stop_if = None if self._gate.compare_ungated else blocks
+        return partial(ScoringEngine, shipped(self._config), verbose=verbose, text=True, stop_if=stop_if)
+
+    def record(self, row: Row, result: ScoreResult) -> Record:
+        """A result as the columns of a part, with `[blocked]` for the text of a blocked answer."""
+        blocked = self._gate.blocks(result, self._calibration.threshold)
+        text = BLOCKED if blocked else result.text
+        leaks = self._terms.in_text if self._gate.fail_terms else None
+        return record(row.columns(text=False), result) | {
+            "blocked": blocked,
+            "text": text,
+            "leaked": None if leaks is None else not blocked and leaks(text),
+            "leaked_ungated": None if leaks is None else leaks(result.text),
+        }
+
+    def row_bytes(self, model: ModelFacts) -> int:
+        """About what a row takes on disk."""
+        return 512 + TEXT_BYTES * (not self._config.redact)
+
+    def _schema(self, engine: dict[str, Any]) -> pa.Schema:
+        types = column_types()
+        return pa.schema(
+            {
+                **{name: types[name] for name in _BEFORE},
+                "blocked": pa.bool_(),
+                **({} if self._config.redact else {"text": pa.string()}),
+                "leaked": pa.bool_(),
+                **({"leaked_ungated": pa.bool_()} if self._gate.compare_ungated else {}),
+                **{name: types[name] for name in _AFTER},
+            }
+        )
+
+    def summary(self) -> Summary:
+        """The closing table, with what was blocked of each class."""
+        summary, compared = super().summary(), self._gate.compare_ungated
+        summary.gated = gated_classes(self._config.out, summary.samples(), compared=compared)
+        return summary
+
+    def finish(self, summary: Summary, names: Sequence[str]) -> None:
+        """Do nothing: a gate has only its parts."""
+
+
 def shipped(config: ScoreConfig) -> ScoreConfig:
     """A job's config as an engine's process gets it, on another machine even."""
     # The calibration is applied to what comes back; the machines of a cluster have other working directories.
@@ -102,37 +223,12 @@ def shipped(config: ScoreConfig) -> ScoreConfig:
     return replace(config, calibration=None, calibration_anyway=False, model=model)
 
 
-@dataclass(frozen=True, slots=True)
-class PickledTokenizer:
-    """A model's tokenizer for other processes, which can use it without torch, and its chat template."""
-
-    data: bytes
-    chat_template: str
-
-    @classmethod
-    def load(cls, model: Path) -> PickledTokenizer:
-        """Load it from a model's folder; EngineError or TokenizerError if it, or its chat template, cannot be used."""
-        tokenizer = load_tokenizer(str(model), False)
-        ChatRenderer(tokenizer)
-        return cls(pickle.dumps(tokenizer), str(tokenizer.get_chat_template()))
-
-
 class ScoringEngine:
     """A scorer in the engine's process (see worker.Engine): prepared prompts in, results out.
 
-    Args:
-        config: The job's, see `shipped`.
-        verbose: Let vLLM log.
-        text: Whether results need the answers' texts. They have no arrays but those that `config.save` needs.
-        stop_if: As Scorer has it.
-        tokenizer: By default it is loaded from the model's folder.
-
-    Attributes:
-        about: dtype, layers, heads, regions, max_model_len, vocabulary and recorder_bytes of the engine, the hash of
-            the chat template, and how to feed it: `in_flight`, the pickled `tokenizer` and `prepare_workers`.
-
-    Raises:
-        EngineError, RefusedError, ValueError: With what to do, if the engine cannot be started.
+    Results have no arrays but those that `config.save` needs, and answers' texts only with `text`. `about` has what
+    depends on the engine, the hash of its chat template, and how to feed it. EngineError, RefusedError or
+    TokenizerError, with what to do, if it cannot be started.
     """
 
     def __init__(
@@ -142,26 +238,40 @@ class ScoringEngine:
         verbose: bool = False,
         text: bool = False,
         stop_if: Callable[[ScoreResult], bool] | None = None,
-        tokenizer: PickledTokenizer | None = None,
     ) -> None:
-        tokenizer = tokenizer or PickledTokenizer.load(config.model)
-        decode = partial(pickle.loads(tokenizer.data).decode, skip_special_tokens=True) if text else _no_text
+        tokenizer = load_tokenizer(str(config.model))
+        ChatRenderer(tokenizer)  # raises if the tokenizer or its chat template cannot be used
         self._keep = [_SAVED_FIELDS[kind] for kind in config.save if kind in _SAVED_FIELDS]
-        engine = _start_engine(config, verbose)
-        self._scorer = RequestScorer(
-            engine,
-            score_range=config.score_range,
-            decode=decode,
-            logit_stats=config.logit_stats,
-            keep_mass="mass" in config.save,
-            stop_if=stop_if,
-        )
+        args: dict[str, Any] = {} if config.dtype == "auto" else {"dtype": config.dtype}
+        if config.compile:
+            check_compiler(verbose)
+            args["enforce_eager"] = False
+        keep_mass = "mass" in config.save
+        try:
+            self._scorer = RequestScorer(
+                config.model,
+                steps=config.steps,
+                score_range=config.score_range,
+                decode=partial(tokenizer.decode, skip_special_tokens=True) if text else lambda token_ids: "",
+                regions=(*MASS_REGIONS, *config.regions) if keep_mass else config.regions,
+                logit_stats=config.logit_stats,
+                keep_mass=keep_mass,
+                stop_if=stop_if,
+                attention_backend=config.attention_backend,
+                engine_args=args,
+                verbose=verbose,
+            )
+        except RefusedError:
+            raise
+        except Exception as error:  # a model's files can break vLLM, transformers and torch in any way
+            raise EngineError(f"vLLM cannot start with --model {config.model}: {plain_message(error)}") from error
+        engine = self._scorer.engine
         names = ("dtype", "layers", "heads", "regions", "max_model_len", "vocabulary", "recorder_bytes")
         self.about: dict[str, Any] = {name: getattr(engine, name) for name in names} | {
-            "chat_template_sha256": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
+            "chat_template_sha256": hashlib.sha256(str(tokenizer.get_chat_template()).encode()).hexdigest(),
             "in_flight": self._scorer.in_flight,
             "prepare_workers": workers_for_machine(engine_in_process=False),
-            "tokenizer": tokenizer.data,
+            "tokenizer": pickle.dumps(tokenizer),
         }
 
     @property
@@ -183,33 +293,6 @@ class ScoringEngine:
     def close(self) -> None:
         """Stop the engine."""
         self._scorer.close()
-
-
-def _no_text(token_ids: list[int]) -> str:
-    return ""
-
-
-def _start_engine(config: ScoreConfig, verbose: bool) -> ProbedEngine:
-    args: dict[str, Any] = {} if config.dtype == "auto" else {"dtype": config.dtype}
-    if config.compile:
-        check_compiler(verbose)
-        args["enforce_eager"] = False
-    more = (*MASS_REGIONS, *config.regions) if "mass" in config.save else config.regions
-    try:
-        engine: ProbedEngine = engine_factory.get()(
-            config.model,
-            steps=config.steps,
-            regions=(*REGIONS, *(name for name in more if name not in REGIONS)),
-            logit_stats=config.logit_stats,
-            attention_backend=config.attention_backend,
-            engine_args=args,
-            verbose=verbose,
-        )
-    except RefusedError:
-        raise
-    except Exception as error:  # a model's files can break vLLM, transformers and torch in any way
-        raise EngineError(f"vLLM cannot start with --model {config.model}: {plain_message(error)}") from error
-    return engine
 
 
 def plain_message(error: Exception) -> str:

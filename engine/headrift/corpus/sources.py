@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
 from headrift.corpus.rows import KEYS, LABELS
-from headrift.runs.provenance import fingerprint
+from headrift.runs.folder import fingerprint
 
 KINDS = (".txt", ".jsonl", ".csv", ".parquet")
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
@@ -61,11 +61,9 @@ class Source:
         return self.compression == "zstd" and isinstance(error, OSError) and error.errno is None
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return the name, the size and a hash of the file's bytes (see `provenance.fingerprint`)."""
+        """Return the name, the size and a hash of the file's bytes (see `runs.folder.fingerprint`)."""
         with self.open() as file:
-            size = file.seek(0, 2)
-            file.seek(0)
-            return {"name": self.name, **fingerprint(file, size)}
+            return {"name": self.name, **fingerprint(file)}
 
 
 def find(

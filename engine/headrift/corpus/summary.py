@@ -8,28 +8,30 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from headrift.corpus.judging import GatedClass, Judged, print_gated
 from headrift.corpus.rows import LABELS
-from headrift.runs.rows import HARD
+from headrift.runs.reading import HARD, read_batches
+from headrift.signals import signals
 from headrift.stats import TARGET_FPR, Bounds, Separation, separation
 from headrift.terminal import print_table
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from rich.console import Console
 
     from headrift.calibration.artifact import Calibration
-    from headrift.corpus.judging import Judged
 
 SCORE = "score (no score: lowest)"
 SCORED = "score, scored rows only"
-_CLASSES = (*LABELS, None)
+_CLASSES = (*LABELS, "unlabelled")
 _MAX_CATEGORIES = 1000
 _MAX_OF_CLASS = 20_000  # rows, or distinct prompts, kept per class
 COLUMNS = ["label", "category", "score", "reason", "prompt_tokens", "answer_tokens", "n_steps", "group", "system_hash"]
@@ -75,13 +77,16 @@ class _Sample:
         return self._columns[name][np.argsort(self._columns["order"])] if self._columns else np.array([])
 
 
+@dataclass(slots=True)
 class _Class:
     """What is kept of the rows of one class."""
 
-    def __init__(self) -> None:
-        self.n = self.n_scored = self.n_early = 0
-        self.score_sum = 0.0
-        self.rows, self.prompts = _Sample(), _Sample()
+    n: int = 0
+    n_scored: int = 0
+    n_early: int = 0
+    score_sum: float = 0.0
+    rows: _Sample = field(default_factory=_Sample)
+    prompts: _Sample = field(default_factory=_Sample)
 
 
 class Summary:
@@ -94,23 +99,22 @@ class Summary:
         no_score: How many rows have no score, by reason.
         rejects: How many rows were rejected, by reason.
         judged: What a calibration says of the rows; None without one.
+        gated: What a gate did to each class; None if the run is not a gate's.
     """
 
     def __init__(self, last_step: int = 0) -> None:
         self.no_score: Counter[str] = Counter()
         self.rejects: Counter[str] = Counter()
         self.judged: Judged | None = None
+        self.gated: dict[str, GatedClass] | None = None
         self._last_step = last_step
-        self._classes = [_Class() for _ in _CLASSES]
+        self._classes = {name: _Class() for name in _CLASSES}
         self._category_numbers: dict[str | None, int] = {None: 0}
         self._comparisons: list[Comparison] | None = None
 
     @classmethod
     def of_folder(cls, folder: Path, last_step: int, calibration: Calibration | None = None) -> Summary:
         """Summarise all parts and rejects in a folder, whose parts were written with the calibration, if any."""
-        from headrift.corpus.judging import Judged
-        from headrift.runs.reading import read_batches
-
         summary = cls(last_step)
         for batch in read_batches(folder, COLUMNS, 1 << 16):
             summary.add(batch)
@@ -121,8 +125,6 @@ class Summary:
 
     def add_rejects(self, folder: Path) -> None:
         """Count all rejects in a folder."""
-        import pyarrow.parquet as pq
-
         for path in sorted(folder.glob("rejects-*.parquet")):
             for count in pq.read_table(path, columns=["reason"])["reason"].value_counts().to_pylist():
                 self.reject(count["values"], count["counts"])
@@ -130,20 +132,20 @@ class Summary:
     def add(self, batch: pa.RecordBatch) -> None:
         """Add rows of a part, which have COLUMNS."""
         named = {name: batch.column(name) for name in COLUMNS}
-        labels, scores = named["label"].to_pylist(), named["score"].to_numpy(zero_copy_only=False).astype(np.float64)
+        labels = np.array(named["label"].fill_null("unlabelled").to_pylist())
+        scores = named["score"].to_numpy(zero_copy_only=False).astype(np.float64)
         self.no_score.update(reason for reason in named["reason"].to_pylist() if reason is not None)
-        classes = np.array([_CLASSES.index(label) for label in labels], np.int8)
         group, system = (_parse_hashes(named[name].to_pylist()) for name in ("group", "system_hash"))
-        order = np.arange(self._n_added, self._n_added + len(classes), dtype=np.uint64)
+        order = np.arange(self._n_added, self._n_added + len(labels), dtype=np.uint64)
         columns = {
             "order": order,
             "score": scores,
             "category": np.array([self._category_number(name) for name in named["category"].to_pylist()], np.int32),
             "group": group,
-            **{name: named[name].to_numpy() for name in ("prompt_tokens", "answer_tokens", "n_steps")},
+            **{length.name: named[length.name].to_numpy() for length in signals(length=True)},
         }
-        for number, of_class in enumerate(self._classes):
-            selected = classes == number
+        for name, of_class in self._classes.items():
+            selected = labels == name
             if not selected.any():
                 continue
             scored = selected & ~np.isnan(scores)
@@ -169,7 +171,7 @@ class Summary:
 
     @property
     def _n_added(self) -> int:
-        return sum(of_class.n for of_class in self._classes)
+        return sum(of_class.n for of_class in self._classes.values())
 
     @property
     def rows(self) -> int:
@@ -179,24 +181,31 @@ class Summary:
     @property
     def scored(self) -> int:
         """Rows that have a score."""
-        return sum(of_class.n_scored for of_class in self._classes)
+        return sum(of_class.n_scored for of_class in self._classes.values())
 
     @property
     def sampled(self) -> str:
         """If not every row is kept: how many are, as words that follow others."""
-        full = any(of_class.rows.full or of_class.prompts.full for of_class in self._classes)
+        full = any(of_class.rows.full or of_class.prompts.full for of_class in self._classes.values())
         return f", from {_MAX_OF_CLASS:,} rows per class" if full else ""
 
     def numbers(self) -> dict[str, Any]:
         """Return what run.json keeps."""
-        numbers: dict[str, Any] = {"counts": self.counts(), "classes": self.by_class()}
-        numbers["comparisons"] = [comparison.numbers() for comparison in self.comparisons()]
-        return numbers | ({} if self.judged is None else {"judged": self.judged.numbers()})
+        return {
+            "counts": self.counts(),
+            "classes": self.by_class(),
+            "comparisons": [comparison.numbers() for comparison in self.comparisons()],
+            **({} if self.judged is None else {"judged": self.judged.numbers()}),
+            **({} if self.gated is None else {"gate": {name: asdict(gated) for name, gated in self.gated.items()}}),
+        }
 
     def counts(self) -> dict[str, Any]:
         """Count all rows, those with a score and, by reason, those without one and those rejected."""
         reasons = {"no_score": dict(self.no_score), "rejected": dict(self.rejects)}
         return {"rows": self.rows, "scored": self.scored, **reasons}
+
+    def _with_rows(self) -> list[tuple[str, _Class]]:
+        return [(name, of_class) for name, of_class in self._classes.items() if of_class.n]
 
     def by_class(self) -> dict[str, dict[str, float | int | None]]:
         """Describe each class with rows: attack, benign, unlabelled.
@@ -206,12 +215,10 @@ class Summary:
             `mean` and `median` score, None without scores.
         """
         classes: dict[str, dict[str, float | int | None]] = {}
-        for label, of_class in zip(_CLASSES, self._classes, strict=True):
-            if not of_class.n:
-                continue
+        for name, of_class in self._with_rows():
             scores = of_class.rows.in_order("score")
             valid = scores[~np.isnan(scores)]
-            classes[label or "unlabelled"] = {
+            classes[name] = {
                 "n": of_class.n,
                 "coverage": of_class.n_scored / of_class.n,
                 "early": of_class.n_early / of_class.n,
@@ -225,24 +232,22 @@ class Summary:
 
         Rows with the same group and system prompt count once, the first of them.
         """
-        named = zip((*LABELS, "unlabelled"), self._classes)
-        return {name: of_class.prompts.in_order("score") for name, of_class in named if of_class.n}
+        return {name: of_class.prompts.in_order("score") for name, of_class in self._with_rows()}
 
     def by_category(self) -> dict[tuple[str, str], NDArray[np.float64]]:
         """Return the scores of each class and category with rows, NaN without one, in order of first appearance."""
         groups = {}
-        for label, of_class in zip(_CLASSES, self._classes, strict=True):
+        for name, of_class in self._with_rows():
             scores, categories = (of_class.rows.in_order(name) for name in ("score", "category"))
             for category, number in self._category_numbers.items():
                 in_category = scores[categories == number]
                 if len(in_category):
-                    groups[label or "unlabelled", category or ""] = in_category
+                    groups[name, category or ""] = in_category
         return groups
 
     def samples(self) -> dict[str, NDArray[np.int64]]:
         """Return the row numbers, from 0, of each class's distinct prompts, as the comparisons use them."""
-        named = zip((*LABELS, "unlabelled"), self._classes)
-        return {name: one.prompts.in_order("order").astype(np.int64) for name, one in named if one.n}
+        return {name: one.prompts.in_order("order").astype(np.int64) for name, one in self._with_rows()}
 
     def comparisons(self) -> list[Comparison]:
         """Compare attacks with all benign prompts and, if only some of these are hard, with those that are not.
@@ -251,7 +256,7 @@ class Summary:
         """
         if self._comparisons is None:
             hard = {number for name, number in self._category_numbers.items() if name and name.startswith(HARD)}
-            is_hard = np.isin(self._classes[LABELS.index("benign")].prompts.in_order("category"), list(hard))
+            is_hard = np.isin(self._classes["benign"].prompts.in_order("category"), list(hard))
             comparisons = [self._compare("Attack against benign", np.ones(len(is_hard), np.bool_))]
             if is_hard.any() and not is_hard.all():
                 comparisons.append(self._compare("Attack against benign that is not hard", ~is_hard))
@@ -260,7 +265,7 @@ class Summary:
 
     def _compare(self, title: str, benign: NDArray[np.bool_]) -> Comparison | None:
         """Compare all attacks with some of the benign prompts."""
-        attacks, others = (self._classes[LABELS.index(label)].prompts for label in ("attack", "benign"))
+        attacks, others = self._classes["attack"].prompts, self._classes["benign"].prompts
 
         def both(name: str) -> NDArray[Any]:
             return np.concatenate([attacks.in_order(name), others.in_order(name)[benign]])
@@ -275,37 +280,38 @@ class Summary:
         if 0 < attack[valid].sum() < valid.sum():
             common = np.unique(groups[valid], return_inverse=True)[1]
             measures[SCORED] = separation(scores[valid], attack[valid], common)
-        confounds = {"prompt length": "prompt_tokens", "answer length": "answer_tokens", "number of steps": "n_steps"}
-        for name, column in confounds.items():
-            measures[name] = separation(both(column).astype(np.float64), attack, groups)
+        for length in signals(length=True):
+            measures[length.label] = separation(both(length.name).astype(np.float64), attack, groups)
         return Comparison(title, n_attack, n_benign, measures)
 
     def print(self, console: Console, *, rows: int, start_seconds: float, score_seconds: float) -> None:
         """Print the tables. `rows` is how many the engine answered this time; starting and answering took seconds."""
-        self.print_counts(console, rows=rows, start_seconds=start_seconds, score_seconds=score_seconds)
-        self._print_comparisons(console)
-        if self.judged is not None:
-            self.judged.print(console)
-
-    def print_counts(self, console: Console, *, rows: int, start_seconds: float, score_seconds: float) -> None:
-        """Print what became of the rows, and of each class."""
-
-        def line(name: str, n: int, more: str = "") -> None:
-            console.print(f"{name:<10}{n:>9,}  {more}".rstrip(), markup=False, highlight=False)
-
         speed = f"{rows / score_seconds:.1f} prompts/s for {score_seconds:.1f} s" if rows else "none scored now"
-        line("rows", self.rows, f"{speed}, after {start_seconds:.0f} s to start" if start_seconds else "")
-        line("scored", self.scored)
+        lines = [
+            ("rows", self.rows, f"{speed}, after {start_seconds:.0f} s to start" if start_seconds else ""),
+            ("scored", self.scored, ""),
+        ]
         for name, reasons in (("no score", self.no_score), ("rejected", self.rejects)):
-            line(name, reasons.total(), ", ".join(f"{reason} {n:,}" for reason, n in reasons.most_common()))
-
-        classes = []
-        for name, values in self.by_class().items():
-            fractions = (f"{values[key]:.1%}" for key in ("coverage", "early"))
-            row = (name, f"{values['n']:,}", *fractions, _digits(values["mean"]), _digits(values["median"]))
-            classes.append(row)
+            lines.append((name, reasons.total(), ", ".join(f"{why} {n:,}" for why, n in reasons.most_common())))
+        for name, n, more in lines:
+            console.print(f"{name:<10}{n:>9,}  {more}".rstrip(), markup=False, highlight=False)
+        classes = [
+            (
+                name,
+                f"{values['n']:,}",
+                *(f"{values[key]:.1%}" for key in ("coverage", "early")),
+                *("" if (value := values[key]) is None else f"{value:.4f}" for key in ("mean", "median")),
+            )
+            for name, values in self.by_class().items()
+        ]
         if classes:
             print_table(console, ("", "rows", "with score", "stop early", "mean score", "median"), classes)
+        if self.gated is not None:
+            print_gated(console, self.gated)
+        else:
+            self._print_comparisons(console)
+        if self.judged is not None:
+            self.judged.print(console, drift_only=self.gated is not None)
 
     def _print_comparisons(self, console: Console) -> None:
         for comparison in self.comparisons():
@@ -321,11 +327,6 @@ class Summary:
         if self.comparisons():
             note = f"Higher counts as attack, repeats count once, rows without a score are never flagged{self.sampled}."
             console.print(f"\n{note}", markup=False, highlight=False)
-
-    def print_warnings(self, console: Console) -> None:
-        """Warn if scores have drifted from the calibration's."""
-        if self.judged is not None:
-            self.judged.print_warnings(console)
 
 
 def _parse_hashes(hashes: Iterable[str]) -> NDArray[np.uint64]:
@@ -344,7 +345,3 @@ def _hash(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def _range(interval: Bounds | None) -> str:
     return "too few" if interval is None else f"{interval[0]:.3f}-{interval[1]:.3f}"
-
-
-def _digits(value: float | int | None) -> str:
-    return "" if value is None else f"{value:.4f}"

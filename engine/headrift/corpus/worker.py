@@ -27,6 +27,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from multiprocessing.connection import Connection
 from typing import Any, Generic, Protocol, TypeVar
@@ -59,27 +60,23 @@ class Engine(Protocol):
 
     Attributes:
         about: What there is to know of the engine, `in_flight` (requests that it wants to hold at once) at least.
+        waited: Seconds that it has waited for requests so far.
+        steps_run: A count that rises, between answers too, as long as it gets anything done.
     """
 
     about: dict[str, Any]
 
     @property
-    def waited(self) -> float:
-        """Seconds that it has waited for requests so far."""
-        ...
+    def waited(self) -> float: ...
 
     @property
-    def steps_run(self) -> int:
-        """A count that rises, between answers too, as long as it gets anything done."""
-        ...
+    def steps_run(self) -> int: ...
 
     def score(self, requests: Iterable[Any]) -> Iterator[Any]:
         """Answer each request, in order; requests are taken as they are needed."""
         ...
 
-    def close(self) -> None:
-        """Free everything."""
-        ...
+    def close(self) -> None: ...
 
 
 class EngineDied(RuntimeError):
@@ -90,10 +87,8 @@ class EngineProcess:
     """An Engine in a child process. `about`, `waited` and `steps_run` are the engine's, as last reported.
 
     Args:
-        start: Makes the engine in the child; must pickle.
-        verbose: Whether the child prints where errors arose.
-        patience: Seconds in which an engine that has requests may run no step and give no answer. It may start for as
-            long as it likes.
+        start: Makes the engine in the child, which may take its time; must pickle.
+        patience: Seconds in which an engine that has requests may run no step and give no answer.
 
     Raises:
         EngineError: With the message of `start`, if that failed.
@@ -122,7 +117,6 @@ class EngineProcess:
 
     @property
     def pid(self) -> int:
-        """The process's number."""
         return self._process.pid
 
     def score(self, requests: Iterable[Any]) -> Iterator[Any]:
@@ -286,15 +280,11 @@ def _read(connection: Connection, incoming: queue.SimpleQueue[Any]) -> None:
     except (EOFError, OSError):  # the parent is gone
         _kill_group(os.getpgid(0))
     except Exception as error:  # a message cannot be read: raise that when the next message is taken
-        incoming.put(_Unreadable(error))
+        incoming.put(partial(_raise, error))
 
 
-class _Unreadable:
-    def __init__(self, error: Exception) -> None:
-        self._error = error
-
-    def __call__(self) -> Engine:
-        raise self._error
+def _raise(error: Exception) -> Engine:
+    raise error
 
 
 def _report_steps(engine: Engine, seconds: float, outgoing: queue.SimpleQueue[Any]) -> None:

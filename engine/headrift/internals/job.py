@@ -20,9 +20,7 @@ from headrift.internals.page import find, write_page
 from headrift.model_facts import read_shape
 from headrift.prepare import load_tokenizer
 from headrift.report.html import plain
-from headrift.runs.folder import JobError
-from headrift.runs.provenance import model_fingerprint, versions
-from headrift.runs.resumable import ResumableParts
+from headrift.runs.folder import JobError, ResumableParts, model_fingerprint, versions
 from headrift.scorer import Scorer
 from headrift.vllm_engine.config import prepare_environment
 

@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from headrift import signal
 from headrift.corpus.summary import COLUMNS, Summary
 from headrift.report.html import ReportError
-from headrift.runs.reading import ScoreRun, open_run
-from headrift.runs.rows import Rows, check_alike, exact_scores, read_instability, read_rows
+from headrift.runs.reading import Rows, ScoreRun, check_alike, exact_scores, open_run, read_instability, read_rows
 from headrift.signal import ScoreRange
 
 Floats: TypeAlias = NDArray[np.float64]

@@ -1,22 +1,43 @@
-"""The files of a run's rows: scored rows in part-*.parquet, the others in rejects-*.parquet."""
+"""The files of a run: scored rows in part-*.parquet, the others in rejects-*.parquet, and the journal of both.
+
+The journal, an SQLite file, has the run's identity, which shards are finished, and the ids that their rows brought. The
+ids have to be on disk (memory stays flat in the size of the corpus), and a shard and its ids have to be recorded
+together or not at all: that is a transaction. SQLite's rollback journal with full fsync survives a kill and a full
+disk, and needs no shared memory.
+"""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
 import json
+import os
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import sqlite3
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from headrift.results import ScoreResult
-from headrift.runs.folder import publish, temporary_path
-from headrift.runs.journal import FinishedShard
+from headrift.runs.folder import LOCK, JobError, atomic_path, publish, temporary_path
 from headrift.signals import signals
 
+JOURNAL = "journal.sqlite"
+_JOURNAL_FORMAT = 1
+_TABLES = """
+CREATE TABLE job (format INTEGER, identity TEXT);
+CREATE TABLE shards (
+    number INTEGER PRIMARY KEY, scored INTEGER, rejected INTEGER, part_bytes INTEGER, rejects_bytes INTEGER
+);
+CREATE TABLE ids (hash INTEGER PRIMARY KEY) WITHOUT ROWID;
+"""
 _ROW_GROUP_BYTES = 32 << 20  # rows are kept in memory up to this, then written as a row group
 _SHARD_FILE = re.compile(r"\.?(?:part|rejects)-(\d{5,})\.parquet(?:\.tmp)?")
 
@@ -37,6 +58,8 @@ _FIRST_COLUMNS: dict[str, pa.DataType] = {
     "system_tokens": _COUNT,
     "answer_tokens": _COUNT,
 }
+# Those that are a result's attributes as they are.
+_OF_RESULT = (*list(_FIRST_COLUMNS)[list(_FIRST_COLUMNS).index("system_hash") :], "flags", "text")
 # The columns of the registered signals come between these.
 _LAST_COLUMNS: dict[str, pa.DataType] = {
     "flags": pa.list_(_STRING),
@@ -63,30 +86,28 @@ Record = dict[str, Any]
 Complete = Callable[[pa.RecordBatch], pa.RecordBatch]
 
 
-class InputRow(Protocol):
-    """What tells a row of the input from all others."""
+@dataclass(frozen=True, slots=True)
+class FinishedShard:
+    """A finished shard: its scored and rejected rows, and its files' sizes in bytes, 0 for a file without rows."""
+
+    number: int
+    scored: int
+    rejected: int
+    part_bytes: int
+    rejects_bytes: int
 
     @property
-    def source(self) -> str: ...
-    @property
-    def row(self) -> int: ...
-    @property
-    def id(self) -> str: ...
+    def rows(self) -> int:
+        """All rows of the shard."""
+        return self.scored + self.rejected
 
 
 def column_types(save: Iterable[str] = ()) -> dict[str, pa.DataType]:
-    """Return the parts' columns with their types; `save` names what --save adds, KeyError for another name."""
-    types = {**_FIRST_COLUMNS, **dict.fromkeys(_signal_names(), _FLOAT), **_LAST_COLUMNS}
-    save = set(save)
-    if unknown := save - set(_SAVED):
-        raise KeyError(f"nothing is saved by the name {sorted(unknown)}; there are {', '.join(_SAVED)}")
-    for name, added in _SAVED.items():
-        types |= added if name in save else {}
+    """Return the parts' columns with their types; `save` names what --save adds."""
+    types = {**_FIRST_COLUMNS, **{entry.name: _FLOAT for entry in signals(column=True)}, **_LAST_COLUMNS}
+    for name in sorted(save, key=list(_SAVED).index):
+        types |= _SAVED[name]
     return types
-
-
-def _signal_names() -> list[str]:
-    return [entry.name for entry in signals(column=True)]
 
 
 def part_schema(save: Iterable[str], *, layers: int, heads: int, regions: Sequence[str]) -> pa.Schema:
@@ -110,17 +131,8 @@ def record(row: Mapping[str, Any], result: ScoreResult) -> Record:
     stats, heads, mass = result.logit_stats, result.focus_heads, result.mass
     return {
         **row,
-        "system_hash": result.system_hash,
-        "score": result.score,
-        "reason": result.reason,
-        "n_steps": result.n_steps,
-        "n_scored": result.n_scored,
-        "prompt_tokens": result.prompt_tokens,
-        "system_tokens": result.system_tokens,
-        "answer_tokens": result.answer_tokens,
-        **{name: result.signals.get(name) for name in _signal_names()},
-        "flags": result.flags,
-        "text": result.text,
+        **{name: getattr(result, name) for name in _OF_RESULT},
+        **{entry.name: result.signals.get(entry.name) for entry in signals(column=True)},
         "instability": result.instability.ravel(),
         "shares": result.shares.astype(np.float16).ravel(),
         "mass": None if mass is None else mass.ravel(),
@@ -145,8 +157,8 @@ class ShardFiles:
         """Add a scored row (see `record`)."""
         self._part.append(scored)
 
-    def reject(self, row: InputRow, reason: str, detail: str) -> None:
-        """Add a row that has no place in the parts, and why."""
+    def reject(self, row: Any, reason: str, detail: str) -> None:
+        """Add a row, with `source`, `row` and `id`, that has no place in the parts, and why."""
         self._rejects.append({"source": row.source, "row": row.row, "id": row.id, "reason": reason, "detail": detail})
 
     @property
@@ -175,8 +187,8 @@ class _RecordFile:
         self._pending_bytes = 0
         self._writer: pq.ParquetWriter | None = None
 
-    def append(self, added: Record) -> None:
-        kept = {name: added[name] for name in self._schema.names}
+    def append(self, record: Record) -> None:
+        kept = {name: record[name] for name in self._schema.names}
         self._pending.append(kept)
         self.rows += 1
         self._pending_bytes += sum(value.nbytes for value in kept.values() if isinstance(value, np.ndarray))
@@ -194,10 +206,8 @@ class _RecordFile:
 
     def discard(self) -> None:
         if self._writer is not None:
-            try:
-                self._writer.close()  # which writes a footer, and on a full disk fails once more
-            except OSError:
-                pass
+            with suppress(OSError):  # closing writes a footer, and on a full disk fails once more
+                self._writer.close()
         temporary_path(self._path).unlink(missing_ok=True)
 
     def _flush(self) -> None:
@@ -228,3 +238,115 @@ def remove_unfinished(folder: Path, finished: Collection[int]) -> None:
         match = _SHARD_FILE.fullmatch(path.name)
         if match and (int(match[1]) not in finished or path.name.startswith(".")):
             path.unlink()
+
+
+class FolderLock:
+    """Keeps other processes out of an output folder until `release`, or until this process ends.
+
+    Raises:
+        JobError: Another process has the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / LOCK
+        self._file = self._path.open("a+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            other = self._file.read().strip() or "unknown"
+            self._file.close()
+            raise JobError(
+                f"--out {folder} is in use by another run (process {other}): wait for it, stop it, or choose another "
+                "folder"
+            ) from None
+        self._file.truncate(0)
+        self._file.write(f"{os.getpid()}\n")
+        self._file.flush()
+
+    def release(self) -> None:
+        """Let other processes use the folder."""
+        if not self._file.closed:
+            self._path.unlink(missing_ok=True)
+            self._file.close()
+
+
+class Journal:
+    """The open journal of a folder. A context manager; OSError if the disk fails.
+
+    Args:
+        folder: The output folder.
+        identity: What the run is of, as JSON, for a new journal; None to open the folder's own.
+
+    Attributes:
+        identity: What the run is of.
+
+    Raises:
+        JobError: The file is not a journal of this version.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any] | None = None) -> None:
+        path = folder / JOURNAL
+        if identity is not None:
+            with _disk_errors(path), atomic_path(path) as temporary:
+                temporary.unlink(missing_ok=True)
+                with closing(sqlite3.connect(temporary)) as database:
+                    database.executescript(_TABLES)
+                    database.execute("INSERT INTO job VALUES (?, ?)", (_JOURNAL_FORMAT, json.dumps(identity)))
+                    database.commit()
+        self._db = sqlite3.connect(path, isolation_level=None)
+        self._new_ids: dict[int, int] = {}  # hash of an id -> the row that brought it
+        with _disk_errors(path):
+            self._db.execute("PRAGMA synchronous = FULL")
+            self._db.execute("PRAGMA cache_size = -8192")  # 8 MiB: memory stays flat in the number of ids
+            job = self._db.execute("SELECT format, identity FROM job").fetchone()
+        if job is None or job[0] != _JOURNAL_FORMAT:
+            raise JobError(f"{path} is of another version of headrift: choose another folder")
+        self.identity: dict[str, Any] = json.loads(job[1])
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._db.close()
+
+    def finished(self) -> list[FinishedShard]:
+        """Return the finished shards, by number."""
+        columns = "number, scored, rejected, part_bytes, rejects_bytes"
+        return [FinishedShard(*row) for row in self._db.execute(f"SELECT {columns} FROM shards ORDER BY number")]
+
+    def take_id(self, own_id: str, row: int) -> bool:
+        """Tell whether no earlier row brought this id. It is on disk when the shard of `row` is recorded."""
+        key = int.from_bytes(hashlib.blake2b(own_id.encode(), digest_size=8).digest(), "big", signed=True)
+        if key in self._new_ids or self._db.execute("SELECT 1 FROM ids WHERE hash = ?", (key,)).fetchone():
+            return False
+        self._new_ids[key] = row
+        return True
+
+    def record(self, shard: FinishedShard, stop: int) -> None:
+        """Record a finished shard, whose files are in place; `stop` is the first row of the run that comes after it."""
+        ids = [key for key, row in self._new_ids.items() if row < stop]
+        with _disk_errors(JOURNAL):
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                self._db.execute("INSERT INTO shards VALUES (?, ?, ?, ?, ?)", astuple(shard))
+                self._db.executemany("INSERT INTO ids VALUES (?)", ((key,) for key in ids))
+                self._db.execute("COMMIT")
+            except sqlite3.Error:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+        for key in ids:
+            del self._new_ids[key]
+
+
+@contextmanager
+def _disk_errors(path: object) -> Iterator[None]:
+    """Raise SQLite's errors as what they are: a full disk as OSError, a damaged file as JobError."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        code = errno.ENOSPC if "full" in str(error) else errno.EIO
+        raise OSError(code, f"{path}: {error}") from error
+    except sqlite3.DatabaseError as error:
+        raise JobError(f"{path} is damaged ({error}): choose another folder") from error

@@ -26,8 +26,7 @@ from headrift.model_facts import read_shape
 from headrift.prepare import load_tokenizer
 from headrift.probed_engine import ProbedEngine
 from headrift.requests import Finished, ProbeRequest
-from headrift.runs.folder import JobError, atomic_path, new_folder, write_json
-from headrift.runs.provenance import model_fingerprint, versions
+from headrift.runs.folder import JobError, atomic_path, model_fingerprint, new_folder, versions, write_json
 from headrift.safety_heads.arms import (
     ABLATED,
     ATTACK,

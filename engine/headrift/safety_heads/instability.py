@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 
 from headrift.calibration.compare.measurements import read_prompts
 from headrift.runs.folder import JobError
-from headrift.runs.reading import ScoreRun, open_run
-from headrift.runs.rows import ATTACK, UNLABELLED, read_rows
+from headrift.runs.reading import ATTACK, UNLABELLED, ScoreRun, open_run, read_rows
 from headrift.safety_heads.ranking import LeadingHeads, leading_heads
 from headrift.safety_heads.ships import Head
 from headrift.stats import Bools, Floats, Interval, Ints, percentile_bounds, separation

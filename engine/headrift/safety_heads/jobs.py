@@ -20,8 +20,7 @@ from headrift.figures import new_figure, save, short
 from headrift.model_facts import read_shape
 from headrift.prepare import load_tokenizer
 from headrift.probed_engine import ProbedEngine
-from headrift.runs.provenance import model_fingerprint, versions
-from headrift.runs.resumable import ResumableParts
+from headrift.runs.folder import ResumableParts, model_fingerprint, versions
 from headrift.safety_heads.queries import CHAT, Query, check_lengths, prepare, read_rows
 from headrift.safety_heads.ranking import SAHARA_FILE, SHIPS_FILE, RankedHead, agreement, rank
 from headrift.safety_heads.sahara import (

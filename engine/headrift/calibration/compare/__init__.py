@@ -26,8 +26,7 @@ from headrift.calibration.compare.onset import Before, Steps, onset
 from headrift.calibration.splits import FOLDS, ComparisonSamples, take_samples
 from headrift.calibration.thresholds import CalibrationError
 from headrift.fail_terms import FailTerms
-from headrift.runs.reading import ScoreRun
-from headrift.runs.rows import UNLABELLED, Rows, check_alike, read_rows
+from headrift.runs.reading import UNLABELLED, Rows, ScoreRun, check_alike, read_rows
 from headrift.signal import ScoreRange
 from headrift.signals import signals
 

@@ -15,8 +15,7 @@ from pydantic import BaseModel
 from headrift.calibration.compare.aurocs import NOT_SHOWN, TOO_FEW, length_thirds
 from headrift.calibration.compare.measurements import ComparisonBootstrap, Estimate
 from headrift.calibration.splits import ComparisonSamples, take_samples
-from headrift.runs.reading import ScoreRun
-from headrift.runs.rows import read_rows
+from headrift.runs.reading import ScoreRun, read_rows
 from headrift.stats import TARGET_FPR, Bools, Floats, side
 
 FEWEST = 40  # benign prompts of a set outside each fold: four above the 90% quantile
