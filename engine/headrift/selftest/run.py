@@ -170,7 +170,11 @@ class SelfTest:
 
     def run(self) -> bool:
         """Make every check and print it as it is made; return whether none failed."""
-        self._print_header()
+        model, prompts, (low, high) = self.facts["model"], self.facts["prompts"], self.facts["prompts"]["tokens"]
+        kind, last = f"{prompts['n']} {prompts['kind']} of {low} to {high} tokens", prompts["steps"]
+        self.say(f"device      {self.facts['machine']['device']}")
+        self.say(f"model       {model['name']}: {model['layers']} layers x {model['heads']} heads, {model['dtype']}")
+        self.say(f"prompts     {kind}, steps 0 to {last}\n")
         try:
             recorded = self._record()
         except Exception as error:  # on a new machine an engine can break in any way: that is a finding
@@ -204,16 +208,6 @@ class SelfTest:
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-    def _print_header(self) -> None:
-        model, prompts = self.facts["model"], self.facts["prompts"]
-        low, high = prompts["tokens"]
-        self.say(f"device      {self.facts['machine']['device']}")
-        self.say(f"model       {model['name']}: {model['layers']} layers x {model['heads']} heads, {model['dtype']}")
-        self.say(
-            f"prompts     {prompts['n']} {prompts['kind']} of {low} to {high} tokens, steps 0 to {prompts['steps']}"
-        )
-        self.say("")
 
     def _add(self, check: Check) -> None:
         """Keep a check, and print it: the figure, and the bar under it."""
@@ -330,11 +324,9 @@ class SelfTest:
             with self.step("Comparing with transformers, eager attention, float32"):
                 eager = EagerModel(self.config.model, trust_remote_code=self.config.trust_remote_code)
                 expected = [_by_transformers(eager, answer.done) for answer in probed]
-        except CannotCompareError as error:
-            yield Check(name, None, "not compared", str(error))
-            return
         except Exception as error:  # out of memory, or a model of which transformers gives no attention
-            yield Check(name, None, "not compared", f"transformers failed: {type(error).__name__}: {_line(error)}")
+            failed = f"transformers failed: {type(error).__name__}: {_line(error)}"
+            yield Check(name, None, "not compared", str(error) if isinstance(error, CannotCompareError) else failed)
             return
         regions = len(REGIONS)
         yield checks.same_masses(name, [answer.mass[..., :regions] for answer in probed], expected, self._bars)
