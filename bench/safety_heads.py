@@ -69,7 +69,7 @@ def open_engine(args, options_for=lambda n_queries: {}):
     """headrift's engine for ablations, the queries' token ids, and the (layer, head) to ablate."""
     from headrift.prepare import load_tokenizer
     from headrift.probed_engine import ProbedEngine
-    from headrift.safety_heads.queries import prepare, read_rows
+    from headrift.safety_heads.jobs import prepare, read_rows
     from headrift.safety_heads.ships import all_heads, sampled_heads
 
     rows = read_rows([str(utils.ROOT / "datasets/safety_topics.jsonl")], limit=args.queries)

@@ -8,7 +8,7 @@ import torch
 from headrift.ablation import SIDES
 from headrift.probed_engine import ProbedEngine
 from headrift.requests import ProbeRequest
-from headrift.safety_heads.evaluate import answers, log_likelihoods
+from headrift.safety_heads.evaluate import log_likelihoods, run_arms
 from headrift.vllm_plugin.recorder import Recorder
 
 # Next-token probabilities of two float32 computations of the same model: logits of size 10 differ by some 1e-5.
@@ -257,8 +257,8 @@ def test_answers_and_a_text_are_ablated_throughout(tiny):
     prompts[1] = prompts[0][:70] + prompts[1][:9]
     arms = {"clean": [], "one": random_heads(rng, engine, 1), "some": random_heads(rng, engine, 3)}
     rows = []
-    result = answers(engine, prompts, arms, tokens=24, epsilon=EPSILON, on_rows=rows.append)
-    read = log_likelihoods(engine, prompts, arms, epsilon=EPSILON)
+    result = run_arms(engine, prompts, arms, rows.append, answer_tokens=24, epsilon=EPSILON)
+    read = log_likelihoods(run_arms(engine, prompts, arms, ignore_eos=True, logprobs=True, epsilon=EPSILON))
     assert sum(rows) == 9
     assert engine.free_slots == engine.slots
     for number, ids in enumerate(prompts):

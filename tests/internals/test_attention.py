@@ -112,13 +112,13 @@ def test_regions_as_stored_and_summarised(looked):
     summary = summarise_regions(table, PromptBootstrap(2))
     own = [mass for _, mass in kept[:2]]
     np.testing.assert_allclose(
-        summary.mass["none_to_system"].value, np.mean([mass.mean((0, 2)) for mass in own], axis=0), atol=5e-4
+        summary["mass"]["none_to_system"].value, np.mean([mass.mean((0, 2)) for mass in own], axis=0), atol=5e-4
     )
     lengths, n = table["region_tokens"][0].as_py(), table["prompt_tokens"][0].as_py()
     assert sum(lengths[:3]) == n
     assert lengths[3] == 5
     # Over all tokens of the prompt, what a token gets is the average, but for what the answer gets.
-    per_token, mass = summary.per_token["none_to_system"].value, summary.mass["none_to_system"].value
+    per_token, mass = summary["per_token"]["none_to_system"].value, summary["mass"]["none_to_system"].value
     assert np.all((per_token[:, :3] > 0) & np.isfinite(per_token[:, :3]))
     np.testing.assert_allclose(mass[:, [0, 1, 2, 4]].sum(-1), 1, atol=2e-3)
     assert "attention to system prompt" in results["findings"]["Where does the model look?"][0]["measure"]
@@ -132,18 +132,18 @@ def test_entropies_as_stored_and_summarised(looked):
     first = np.array(table["entropy"][0].as_py()).reshape(-1, 2, 4)
     np.testing.assert_allclose(first, results[0].attention_entropy, rtol=1e-3)  # float16: eleven bits
     summary = summarise_entropy(table, PromptBootstrap(2))
-    assert summary.rows == 4
+    assert summary["rows"] == 4
     for kind, own in (("none_to_system", results[:2]), ("none_to_neutral", results[2:4])):
         nats = [[each.attention_entropy[0].mean(1), each.attention_entropy[1:].mean((0, 2))] for each in own]
-        np.testing.assert_allclose(summary.nats[kind].value, np.mean(nats, axis=0).T, rtol=1e-3)
+        np.testing.assert_allclose(summary["nats"][kind].value, np.mean(nats, axis=0).T, rtol=1e-3)
         keys = [np.log(each.prompt_tokens + np.arange(len(each.shares)))[:, None, None] for each in own]
         over = [each.attention_entropy / of_steps for each, of_steps in zip(own, keys)]
         relative = [[each[0].mean(1), each[1:].mean((0, 2))] for each in over]
-        np.testing.assert_allclose(summary.relative[kind].value, np.mean(relative, axis=0).T, rtol=1e-3)
-        assert np.all((summary.relative[kind].value > 0) & (summary.relative[kind].value <= 1))
-    system, neutral = (summary.relative[kind].value.mean(0) for kind in attention.KINDS)
-    np.testing.assert_allclose(summary.difference.value, system - neutral)
-    np.testing.assert_allclose(summary.by_system.value[0], summary.difference.value)  # there is one system prompt
+        np.testing.assert_allclose(summary["relative"][kind].value, np.mean(relative, axis=0).T, rtol=1e-3)
+        assert np.all((summary["relative"][kind].value > 0) & (summary["relative"][kind].value <= 1))
+    system, neutral = (summary["relative"][kind].value.mean(0) for kind in attention.KINDS)
+    np.testing.assert_allclose(summary["difference"].value, system - neutral)
+    np.testing.assert_allclose(summary["by_system"].value[0], summary["difference"].value)  # there is one system prompt
     assert any("entropy" in one["measure"] for one in written["findings"]["Where does the model look?"])
     assert (job.config.out / "report-files" / "entropy.png").exists()
 
@@ -158,5 +158,5 @@ def test_a_sliding_window_is_all_that_a_layer_may_see():
     entropy = np.repeat(np.log(seen)[..., None], 2, -1).astype(np.float16).ravel()
     rows = [record | {"kind": kind, "entropy": entropy} for kind in attention.KINDS]
     summary = summarise_entropy(pa.Table.from_pylist(rows, schema=attention.schema(2, 2, windows)), PromptBootstrap(1))
-    np.testing.assert_allclose(summary.relative["none_to_system"].value, 1, rtol=1e-3)  # float16
-    np.testing.assert_allclose(summary.nats["none_to_system"].value[:, 0], np.log([20, 8]), rtol=1e-3)
+    np.testing.assert_allclose(summary["relative"]["none_to_system"].value, 1, rtol=1e-3)  # float16
+    np.testing.assert_allclose(summary["nats"]["none_to_system"].value[:, 0], np.log([20, 8]), rtol=1e-3)

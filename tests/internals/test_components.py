@@ -7,8 +7,7 @@ import pytest
 import torch
 import transformers
 
-from headrift.internals.comparing import cosine, relative_l2
-from headrift.internals.components import (
+from headrift.internals.comparing import (
     ATTENTION,
     COMPONENTS,
     MLP,
@@ -18,6 +17,7 @@ from headrift.internals.components import (
     UnsupportedModelError,
     find_components,
 )
+from headrift.internals.estimates import cosine, relative_l2
 
 # Of a vector's length, and in nats: float32 sums in another order, whose rounding grows over three layers.
 CLOSE = 1e-5

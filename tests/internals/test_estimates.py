@@ -7,8 +7,19 @@ import pytest
 from scipy import stats
 
 from headrift.internals.analysis import length_correlations, mixed_model
-from headrift.internals.comparing import cka_by_chance, cosine, gram, kl, linear_cka, relative_l2
-from headrift.internals.estimates import PromptBootstrap, pearson, spearman, student
+from headrift.internals.estimates import (
+    PromptBootstrap,
+    cka_by_chance,
+    cosine,
+    gram,
+    kl,
+    linear_cka,
+    pearson,
+    relative_l2,
+    spearman,
+    student,
+)
+from headrift.stats import side
 
 
 def test_intervals_are_over_prompts_not_rows():
@@ -30,14 +41,15 @@ def test_intervals_cover_as_often_as_they_say():
     values = np.random.default_rng(2).normal(0.0, 1.0, (40, 1000))
     estimates = PromptBootstrap(40).mean(values)
     assert ((estimates.low > 0) | (estimates.high < 0)).mean() == pytest.approx(0.06, abs=0.03)
-    assert np.mean([student(column)[0].shown for column in values.T]) == pytest.approx(0.05, abs=0.03)
+    shown = [side(student(column)[0].interval, 0) is not None for column in values.T]
+    assert np.mean(shown) == pytest.approx(0.05, abs=0.03)
 
 
 def test_missing_prompts_are_left_out_and_few_have_no_interval():
     values = np.array([1.0, 3.0, np.nan, np.nan])
     estimate = PromptBootstrap(4).mean(values).at()
     assert (estimate.value, estimate.interval, estimate.prompts) == (2.0, None, 2)
-    assert not estimate.shown
+    assert side(estimate.interval, 0) is None
     alike, p = student([2.0, 2.0, 2.0])
     assert (alike.value, alike.interval) == (2.0, None)
     assert np.isnan(p)
@@ -79,17 +91,17 @@ def test_the_mixed_model_finds_planted_slopes():
     for name, slope in (("per_100_neutral", 0.2), ("per_100_beyond", 0.3)):
         # Wald's standard error is about 0.004 here; 0.02 is five of them.
         assert results[name].value == pytest.approx(slope, abs=0.02)
-        assert results[name].shown
+        assert side(results[name].interval, 0)
     # The levels were drawn with 0.5; of 30 prompts their spread is that to within about a quarter.
     assert results["random_effect_sd"] == pytest.approx(0.5, rel=0.4)
 
 
 def test_no_slope_beyond_neutral_text_is_none_shown():
     system, neutral, tokens = planted(0.2, 0.0)
-    assert not mixed_model(system, neutral, tokens)["per_100_beyond"].shown
+    assert side(mixed_model(system, neutral, tokens)["per_100_beyond"].interval, 0) is None
     beyond = length_correlations(system - neutral, tokens, PromptBootstrap(30))
-    assert not beyond["spearman"].shown
-    assert length_correlations(system, tokens, PromptBootstrap(30))["spearman"].shown
+    assert side(beyond["spearman"].interval, 0) is None
+    assert side(length_correlations(system, tokens, PromptBootstrap(30))["spearman"].interval, 0)
 
 
 def test_too_little_for_a_mixed_model_says_why():

@@ -16,6 +16,7 @@ from headrift.internals.sentences import (
     rank_sentences,
     read_rules,
 )
+from headrift.stats import side
 
 ROOT = Path(__file__).resolve().parents[2]
 RULES = read_rules()
@@ -86,9 +87,9 @@ def test_features_of_sentences_are_put_together_by_prompt():
     assert results["brevity"]["sentences"] == 2
     assert results["brevity"]["effect"].value == pytest.approx(np.mean(list(effects.values())))
     assert results["brevity"]["effect"].prompts == 8
-    assert results["brevity"]["effect"].shown
+    assert side(results["brevity"]["effect"].interval, 0)
     assert results["none of them"]["sentences"] == 1
-    assert not results["none of them"]["effect"].shown
+    assert side(results["none of them"]["effect"].interval, 0) is None
     assert results["persona"]["sentences"] == 0
 
 

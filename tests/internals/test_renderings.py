@@ -74,7 +74,7 @@ def test_without_a_default_the_baseline_is_the_question_alone(tokenizer, rendere
 def test_questions_are_lined_up_by_token_id(tokenizer, renderer_of, template):
     renderer = renderer_of(template)
     base = renderer.alone(QUESTION)
-    ways = (renderer.with_system, renderer.before_question, renderer.after_question)
+    ways = (renderer.with_system, renderer.in_user_turn, lambda q, system: renderer.in_user_turn(q, after=system))
     for way in ways:
         other = way(QUESTION, SYSTEM)
         alignment = align(base, other)
@@ -99,7 +99,7 @@ def test_neutral_text_has_exactly_as_many_tokens(tokenizer, renderer_of):
     rendered = renderer.with_system(QUESTION, SYSTEM)
     assert rendered.system is not None
     n = rendered.system[1] - rendered.system[0]
-    other = rendered.with_system_ids(neutral.excerpt(n, 5))
+    other = rendered.with_tokens(rendered.system, neutral.excerpt(n, 5))
     assert len(other.token_ids) == len(rendered.token_ids)
     assert other.token_ids[: rendered.system[0]] == rendered.token_ids[: rendered.system[0]]
     assert other.token_ids[rendered.system[1] :] == rendered.token_ids[rendered.system[1] :]
@@ -137,7 +137,7 @@ def test_a_drop_replaces_the_sentences_own_tokens(tokenizer, renderer_of, tmp_pa
     file = tmp_path / "q.txt"
     file.write_text(f"{QUESTION}\n")
     questions, _ = read_questions((str(file),), renderer)
-    drops = drop_sentences(questions, SystemPrompt("pirate", SYSTEM), renderer, neutral)
+    drops = list(drop_sentences(questions, SystemPrompt("pirate", SYSTEM), renderer, neutral))
     assert len(drops) == 3
     for drop, left in zip(
         drops, ("Never say 'ship'. You are a pirate who", "You are a pirate. You are", "'ship'.<|im_end|>")

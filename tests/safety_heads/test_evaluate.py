@@ -12,10 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from headrift.cli import app
-from headrift.safety_heads.arms import ABLATED, CLEAN, ArmAnswers, against_controls, summarise, table
 from headrift.safety_heads.evaluate import EvaluateConfig, EvaluateJob
-from headrift.safety_heads.ranking import rank
-from headrift.safety_heads.refusals import is_refusal
+from headrift.safety_heads.refusals import ABLATED, CLEAN, ArmAnswers, against_controls, is_refusal, summarise, table
+from headrift.safety_heads.ships import rank
 
 TOPICS = Path(__file__).resolve().parents[2] / "datasets" / "safety_topics.jsonl"
 

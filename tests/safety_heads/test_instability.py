@@ -12,7 +12,7 @@ from headrift import signal
 from headrift.cli import app
 from headrift.runs.folder import JobError
 from headrift.safety_heads.instability import instability
-from headrift.safety_heads.ranking import rank
+from headrift.safety_heads.ships import rank
 from headrift.stats import separation
 
 STEPS, LAYERS, HEADS = 6, 8, 4

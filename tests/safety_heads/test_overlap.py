@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from headrift.cli import app
 from headrift.safety_heads.overlap import overlap
-from headrift.safety_heads.ranking import rank
+from headrift.safety_heads.ships import rank
 
 
 def write(folder, means: np.ndarray, **more):

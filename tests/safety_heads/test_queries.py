@@ -9,7 +9,7 @@ import pytest
 
 from headrift.corpus.sources import InputError
 from headrift.prepare import load_tokenizer
-from headrift.safety_heads.queries import prepare, read_rows
+from headrift.safety_heads.jobs import prepare, read_rows
 
 SET = Path(__file__).resolve().parents[2] / "datasets" / "safety_topics.jsonl"
 NEAR = 0.9

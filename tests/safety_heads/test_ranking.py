@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from headrift.safety_heads.ranking import agreement, rank, table
+from headrift.safety_heads.ships import agreement, rank, table
 
 
 def test_rank_by_the_mean_with_dispersion():

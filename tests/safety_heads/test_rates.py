@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from headrift.safety_heads import arms
-from headrift.safety_heads.arms import mean_interval, paired_difference, rate
+from headrift.safety_heads import refusals
+from headrift.safety_heads.refusals import mean_interval, paired_difference, rate
 
 
 def test_a_rate_with_wilsons_interval():
@@ -74,4 +74,4 @@ def test_a_means_interval():
 def test_a_difference_is_shown_if_interval_and_exact_test_agree(stopped, verdict):
     paired = paired_difference([False] * 20, [True] * stopped + [False] * (20 - stopped))
     assert paired.interval[1] < 0
-    assert verdict in arms._difference("attack", paired.difference, paired.interval, paired.p_value)
+    assert verdict in refusals._difference("attack", paired.difference, paired.interval, paired.p_value)

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from headrift.safety_heads.arms import rate
-from headrift.safety_heads.refusals import OPENING, is_refusal
+from headrift.safety_heads.refusals import OPENING, is_refusal, rate
 
 REPLIES = [json.loads(line) for line in (Path(__file__).parent / "replies.jsonl").read_text("utf-8").splitlines()]
 SOURCES = ("by hand", "model")

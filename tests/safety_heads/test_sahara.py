@@ -8,9 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from headrift.cli import app
-from headrift.safety_heads.overlap import overlap
-from headrift.safety_heads.ranking import leading_heads, rank
+from headrift.safety_heads.overlap import leading_heads, overlap
 from headrift.safety_heads.sahara import Step, hidden_states_for
+from headrift.safety_heads.ships import rank
 
 
 @pytest.mark.parametrize(

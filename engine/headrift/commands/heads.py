@@ -92,6 +92,58 @@ class SearchOptions:
         return {"heads": parse_heads(self.only), **{name: getattr(self, name) for name in names}}
 
 
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Which heads are ablated together, and what that is compared with."""
+
+    only: Annotated[
+        str | None,
+        typer.Option("--heads", metavar="L:H,...", help="Ablate these heads, as in 3:0,11:7.", show_default=False),
+    ] = None
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", metavar="RUN", help="Or the first heads of a run of ships or sahara.", show_default=False
+        ),
+    ] = None
+    top: Annotated[
+        int | None, typer.Option(metavar="K", min=1, help="How many heads to take --from the run.", show_default=False)
+    ] = None
+    kind: Annotated[
+        KindName | None,
+        typer.Option(metavar="KIND", help=f"{_KINDS} (default: as in the run, or the first).", show_default=False),
+    ] = None
+    epsilon: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="Factor of an undifferentiated query or scaled output (default: as in the run, or 1e-5).",
+            show_default=False,
+        ),
+    ] = None
+    tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer, in tokens.")] = 64
+    draws: Annotated[
+        int, typer.Option(metavar="N", min=0, help="How often as many other heads, drawn at random, are ablated.")
+    ] = 3
+    seed: options.Seed = 0
+    labels: options.Labels = None
+    limit: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Use only the first N queries of each label.", show_default=False),
+    ] = None
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A look: 5 queries of each label, 32 tokens, one draw, less text.")
+    ] = False
+    keep_completions: Annotated[
+        bool, typer.Option("--keep-completions", help="Keep the answers' texts too, in answers.parquet.")
+    ] = False
+
+    def config(self) -> dict[str, Any]:
+        """These options as fields of a job's config. ValueError if one is malformed."""
+        values = vars(self) | {"heads": parse_heads(self.only), "labels": options.parse_labels(self.labels)}
+        return {name: value for name, value in values.items() if name != "only"}
+
+
 Top = Annotated[int, typer.Option(metavar="N", min=1, help="How many heads the table shows.")]
 
 
@@ -129,7 +181,7 @@ def ships(
     ships.json (settings, ranking), heatmap.png.
     """
     from headrift.safety_heads.jobs import HeadsConfig, ShipsJob
-    from headrift.safety_heads.ranking import table
+    from headrift.safety_heads.ships import table
 
     reporter = messages.reporter()
     with reporter.errors(2):
@@ -170,7 +222,8 @@ def sahara(
     Writes to the folder: angles/ (Parquet, a row per step and head), sahara.json
     (settings, the group, the ranking of each step), heatmap.png (of step 1).
     """
-    from headrift.safety_heads.jobs import HeadsConfig, SaharaJob, sahara_table
+    from headrift.safety_heads.jobs import HeadsConfig, SaharaJob
+    from headrift.safety_heads.sahara import table
 
     reporter = messages.reporter()
     with reporter.errors(2):
@@ -183,54 +236,14 @@ def sahara(
         reporter.progress_bar("rows", rows, unit="rows/s") as on_rows,
     ):
         result = job.run(on_rows, messages.verbose)
-    print(sahara_table(result.steps, top))
+    print(table(result.steps, top))
     reporter.say(f"{result.seconds:.1f} s in the engine; results: {queries.out}")
 
 
 def evaluate(
     *,
     queries: QueryOptions,
-    only: Annotated[
-        str | None,
-        typer.Option("--heads", metavar="L:H,...", help="Ablate these heads, as in 3:0,11:7.", show_default=False),
-    ] = None,
-    run: Annotated[
-        Path | None,
-        typer.Option(
-            "--from", metavar="RUN", help="Or the first heads of a run of ships or sahara.", show_default=False
-        ),
-    ] = None,
-    top: Annotated[
-        int | None, typer.Option(metavar="K", min=1, help="How many heads to take --from the run.", show_default=False)
-    ] = None,
-    kind: Annotated[
-        KindName | None,
-        typer.Option(metavar="KIND", help=f"{_KINDS} (default: as in the run, or the first).", show_default=False),
-    ] = None,
-    epsilon: Annotated[
-        float | None,
-        typer.Option(
-            metavar="X",
-            help="Factor of an undifferentiated query or scaled output (default: as in the run, or 1e-5).",
-            show_default=False,
-        ),
-    ] = None,
-    tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer, in tokens.")] = 64,
-    draws: Annotated[
-        int, typer.Option(metavar="N", min=0, help="How often as many other heads, drawn at random, are ablated.")
-    ] = 3,
-    seed: options.Seed = 0,
-    labels: options.Labels = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Use only the first N queries of each label.", show_default=False),
-    ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A look: 5 queries of each label, 32 tokens, one draw, less text.")
-    ] = False,
-    keep_completions: Annotated[
-        bool, typer.Option("--keep-completions", help="Keep the answers' texts too, in answers.parquet.")
-    ] = False,
+    arms: EvaluateOptions,
     engine: options.EngineOptions,
     messages: options.Messages,
 ) -> None:
@@ -245,28 +258,12 @@ def evaluate(
     Writes to the folder: evaluate.json (settings, rates with intervals),
     answers.parquet (a row per query and arm), arms.png.
     """
-    from headrift.safety_heads.arms import table
     from headrift.safety_heads.evaluate import EvaluateConfig, EvaluateJob
+    from headrift.safety_heads.refusals import table
 
     reporter = messages.reporter()
     with reporter.errors(2):
-        config = EvaluateConfig(
-            **queries.config(),
-            heads=parse_heads(only),
-            run=run,
-            top=top,
-            kind=kind,
-            epsilon=epsilon,
-            tokens=tokens,
-            draws=draws,
-            seed=seed,
-            limit=limit,
-            quick=quick,
-            labels=options.parse_labels(labels),
-            keep_completions=keep_completions,
-            **engine.config(),
-        )
-        job = EvaluateJob(config)
+        job = EvaluateJob(EvaluateConfig(**queries.config(), **arms.config(), **engine.config()))
     chosen = ", ".join(f"{layer}:{head}" for layer, head in job.heads)
     reporter.say(f"{len(job.queries)} queries in {len(job.arms)} arms; {job.kind}: {chosen}")
     with reporter.errors(1), reporter.progress_bar("rows", job.rows, unit="rows/s") as on_rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -10,18 +11,20 @@ import typer
 from headrift.commands import options
 
 
-def internals(
-    *,
-    model: options.Model,
+@dataclass(frozen=True)
+class InternalsOptions:
+    """What is compared in which model; fields of the job's config."""
+
+    model: options.Model
     system_prompts: Annotated[
         Path, typer.Option(metavar="DIR", help="A folder with a .txt file for each system prompt.")
-    ],
+    ]
     prompts: Annotated[
         list[str], typer.Option(metavar="FILE", help="Prompts: .txt, .jsonl, .csv or .parquet. Repeatable.")
-    ],
-    out: options.Out,
-    limit: options.Limit = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Quick: 4 system prompts, the first 6 prompts.")] = False,
+    ]
+    out: options.Out
+    limit: options.Limit = None
+    quick: Annotated[bool, typer.Option("--quick", help="Quick: 4 system prompts, the first 6 prompts.")] = False
     drop_sentences: Annotated[
         int,
         typer.Option(
@@ -29,24 +32,25 @@ def internals(
             min=0,
             help="Number of prompts for which each sentence is dropped in turn and the system prompt is put elsewhere.",
         ),
-    ] = 8,
+    ] = 8
     attention: Annotated[
         bool,
         typer.Option(
             "--attention/--no-attention",
             help="Measure attention, and what sentences do to the instability, which starts vLLM.",
         ),
-    ] = True,
-    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Number of answer tokens to compare.")] = 8,
+    ] = True
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Number of answer tokens to compare.")] = 8
     features: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="A TOML file with more features of sentences."),
-    ] = None,
-    dtype: options.DType = "auto",
-    seed: options.Seed = 0,
-    resume: options.Resume = False,
-    messages: options.Messages,
-) -> None:
+    ] = None
+    dtype: options.DType = "auto"
+    seed: options.Seed = 0
+    resume: options.Resume = False
+
+
+def internals(*, measured: InternalsOptions, messages: options.Messages) -> None:
     """Measure what system prompts change inside a model and in its answers, and which of their sentences do it.
 
     Every prompt runs without a system prompt, under each, and under neutral text of exactly as many tokens. Compared
@@ -64,23 +68,7 @@ def internals(
     with reporter.errors(2):
         from headrift.internals.job import InternalsConfig, InternalsJob
 
-        job = InternalsJob(
-            InternalsConfig(
-                model=model,
-                system_prompts=system_prompts,
-                prompts=tuple(prompts),
-                out=out,
-                limit=limit,
-                quick=quick,
-                drop_sentences=drop_sentences,
-                steps=steps,
-                attention=attention,
-                features=features,
-                dtype=dtype,
-                seed=seed,
-                resume=resume,
-            )
-        )
+        job = InternalsJob(InternalsConfig(**vars(measured) | {"prompts": tuple(measured.prompts)}))
     rows = job.rows
     reporter.say(f"{len(job.questions)} prompts, {len(job.systems)} system prompts: {rows:,} rows to run")
     reporter.say(f"Without a system prompt means: {job.renderer.baseline}")
@@ -93,4 +81,4 @@ def internals(
     from headrift.internals.page import print_findings
 
     print_findings({"In short": results["summary"], **results["findings"]})
-    reporter.say(f"\n{results['seconds']:.1f} s; results: {out}, the page: {out / 'report.html'}")
+    reporter.say(f"\n{results['seconds']:.1f} s; results: {measured.out}, the page: {measured.out / 'report.html'}")

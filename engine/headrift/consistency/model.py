@@ -97,11 +97,11 @@ def recompute_long_prompts(model: Any) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def batch_by_length(lengths: Sequence[int]) -> list[list[int]]:
-    """Group prompts, by index, to run together: neighbours in length, as many as a pass takes."""
+def batch_by_length(lengths: Sequence[int], most: int = _TOKENS_PER_PASS) -> list[list[int]]:
+    """Group prompts, by index, to run together: neighbours in length, with at most so many tokens, padded."""
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if groups and lengths[i] * (len(groups[-1]) + 1) <= _TOKENS_PER_PASS:
+        if groups and lengths[i] * (len(groups[-1]) + 1) <= most:
             groups[-1].append(i)
         else:
             groups.append([i])

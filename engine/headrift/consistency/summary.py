@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
+from headrift.runs.folder import list_column
 from headrift.stats import MIN_FOR_INTERVAL, Bools, ClusterBootstrap, Floats, Interval, Ints, separation, side
 from headrift.terminal import print_table
 
@@ -136,7 +136,7 @@ def _by_layer(table: pa.Table) -> dict[str, Any]:
     layers, heads = _shape(table)
     means: dict[str, Any] = {}
     for name in ("distance_l2", "distance_tv"):
-        by_pair = [np.reshape(row, (-1, layers, heads)).mean(axis=(0, 2)) for row in _rows(table, name)]
+        by_pair = [np.reshape(row, (-1, layers, heads)).mean(axis=(0, 2)) for row in list_column(table, name)]
         means[name] = np.mean(by_pair, axis=0).tolist()
     for version in ("clean", "wrapped"):
         masses = _first_step(table, f"{version}_mass").mean(axis=(0, 2))
@@ -147,13 +147,9 @@ def _by_layer(table: pa.Table) -> dict[str, Any]:
 def _first_step(table: pa.Table, name: str) -> Floats:
     """[pairs, layers, heads, 3] masses at step 0."""
     shape = (*_shape(table), 3)
-    return np.stack([row[: np.prod(shape)].reshape(shape) for row in _rows(table, name)]).astype(np.float64)
+    return np.stack([row[: np.prod(shape)].reshape(shape) for row in list_column(table, name)]).astype(np.float64)
 
 
 def _shape(table: pa.Table) -> tuple[int, int]:
     about = json.loads(table.schema.metadata[b"headrift"])
     return about["layers"], about["heads"]
-
-
-def _rows(table: pa.Table, name: str) -> list[NDArray[np.float32]]:
-    return [chunk[i].values.to_numpy() for chunk in table[name].chunks for i in range(len(chunk))]

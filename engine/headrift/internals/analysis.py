@@ -13,8 +13,7 @@ import pyarrow as pa
 
 from headrift.internals.attention import summarise_entropy, summarise_regions
 from headrift.internals.cases import CHECK, SystemPrompt
-from headrift.internals.comparing import BEYOND, COMPARISONS, NEUTRAL, PLACEMENTS, PLACES, SYSTEM
-from headrift.internals.components import COMPONENTS, RESIDUAL
+from headrift.internals.comparing import BEYOND, COMPARISONS, COMPONENTS, NEUTRAL, PLACEMENTS, PLACES, RESIDUAL, SYSTEM
 from headrift.internals.estimates import (
     Estimate,
     Estimates,
@@ -26,7 +25,8 @@ from headrift.internals.estimates import (
     spearman,
     student,
 )
-from headrift.internals.sentences import Rules, effect_of_features, find_features, rank_sentences
+from headrift.internals.sentences import Rules, effect_of_features, rank_sentences
+from headrift.runs.folder import list_column
 from headrift.stats import Floats, Ints
 
 # How much a system prompt changes, three ways; changes of the residual stream are relative, mean over layers.
@@ -46,14 +46,14 @@ class Changes:
     """The records of comparing.compare as arrays, NaN for a prompt without a record."""
 
     systems: list[str]  # names of the system prompts, CHECK last
-    prompts: int
     layers: int
     numbers: dict[tuple[str, str], Floats]  # by comparison and column [prompts, systems]
     states: dict[tuple[str, str], Floats]  # by comparison and column [prompts, systems, layers, components]
+    bootstrap: PromptBootstrap
 
     @classmethod
-    def from_table(cls, table: pa.Table, n_prompts: int) -> Changes:
-        """Make the arrays from the records of all parts."""
+    def from_table(cls, table: pa.Table, n_prompts: int, seed: int) -> Changes:
+        """Make the arrays from the records of all parts. seed: of the intervals."""
         metadata = json.loads(table.schema.metadata[b"headrift"])
         names, comparisons = column(table, "system").tolist(), column(table, "comparison")
         systems = list(dict.fromkeys(names))
@@ -67,20 +67,14 @@ class Changes:
                 numbers[comparison, name] = np.full(shape, np.nan)
                 numbers[comparison, name][index] = column(table, name).astype(float)[rows]
             for name in metadata["shapes"]:
-                lists = table[name].combine_chunks().values.to_numpy().reshape(-1, *cells)
                 states[comparison, name] = np.full((*shape, *cells), np.nan)
-                states[comparison, name][index] = lists[rows]
-        return cls(systems, n_prompts, metadata["layers"], numbers, states)
+                states[comparison, name][index] = np.reshape(list_column(table, name), (-1, *cells))[rows]
+        return cls(systems, metadata["layers"], numbers, states, PromptBootstrap(n_prompts, seed))
 
     @property
     def own(self) -> list[int]:
         """The numbers of the system prompts without CHECK."""
         return [i for i, name in enumerate(self.systems) if name != CHECK]
-
-    @property
-    def rows(self) -> int:
-        """Prompts under system prompts, without CHECK."""
-        return int(np.isfinite(self.numbers[COMPARISONS[0], "kl"][:, self.own]).sum())
 
     def effect(self, measure: str, comparison: str) -> Floats:
         """One of MEASURES [prompts, systems]."""
@@ -89,44 +83,42 @@ class Changes:
         place = measure.removeprefix("residual_")
         return self.states[comparison, f"{place}_l2"][..., COMPONENTS.index(RESIDUAL)].mean(-1)
 
-
-@dataclass(frozen=True, slots=True)
-class Analysis:
-    """All results, under their keys in internals.json and figures.json; None for what was not measured."""
-
-    changes: Changes
-    results: dict[str, Any]
+    def mean(self, values: Floats) -> Estimates:
+        """Mean over prompts and, but for CHECK, system prompts of values [prompts, systems, ...]."""
+        rows = int(np.isfinite(self.numbers[SYSTEM, "kl"][:, self.own]).sum())
+        return self.bootstrap.mean(nan_mean(values[:, self.own]), rows)
 
 
 def analyse(
     tables: Mapping[str, pa.Table | None], n_prompts: int, systems: Sequence[SystemPrompt], rules: Rules, seed: int = 0
-) -> Analysis:
-    """Analyse measured tables.
+) -> tuple[Changes, dict[str, Any]]:
+    """Analyse the tables of all kinds of measurements, None for those that were not measured. seed: of intervals.
 
-    Args:
-        tables: components, cka, sentences, placements, attention, instability; None for what was not measured.
-        seed: Of the intervals.
+    The results are under their keys in internals.json and figures.json, None for what was not measured.
     """
     components, sentences, placements = tables["components"], tables["sentences"], tables["placements"]
     attention, scores = tables["attention"], tables["instability"]
     assert components is not None
-    changes, bootstrap = Changes.from_table(components, n_prompts), PromptBootstrap(n_prompts, seed)
-    texts = {system.name: system.text for system in systems}
+    changes = Changes.from_table(components, n_prompts, seed)
+    bootstrap, texts = changes.bootstrap, {system.name: system.text for system in systems}
     cosine = {one: bootstrap.mean(nan_mean(changes.states[one, "last_cosine"], 2)) for one in COMPARISONS}
+    by_layer: dict[str, dict[str, Estimates]] = {comparison: {} for comparison in COMPARISONS}
+    for (comparison, name), values in changes.states.items():
+        by_layer[comparison][name] = changes.mean(values)  # [layers, components]
     results = {
         "prompts": n_prompts,
         "system_prompts": [changes.systems[i] for i in changes.own],
-        "by_layer": {comparison: _by_layer(changes, comparison, bootstrap) for comparison in COMPARISONS},
+        "by_layer": by_layer,
         "by_system": {"systems": changes.systems, "cosine_at_last_token": cosine},
-        "output": {comparison: _output(changes, comparison, bootstrap) for comparison in COMPARISONS},
-        "beyond_neutral": {measure: _beyond(changes, measure, bootstrap) for measure in MEASURES},
+        "output": {comparison: _output(changes, comparison) for comparison in COMPARISONS},
+        "beyond_neutral": {measure: _beyond(changes, measure) for measure in MEASURES},
         "predicting_kl": {
-            "over_rows": {place: _predicting(changes, place, bootstrap, within=False) for place in PLACES},
-            "within_system_prompts": {place: _predicting(changes, place, bootstrap, within=True) for place in PLACES},
+            "over_rows": {place: _predicting(changes, place, within=False) for place in PLACES},
+            "within_system_prompts": {place: _predicting(changes, place, within=True) for place in PLACES},
         },
         "cka": _cka(tables["cka"], changes.layers),
-        "length": _length(changes, bootstrap),
-        "features": _features(changes, texts, rules, bootstrap),
+        "length": {measure: _length(changes, measure) for measure in MEASURES},
+        "features": _features(changes, texts, rules),
         "sentences": None if sentences is None else rank_sentences(sentences, rules),
         "sentence_features": None if sentences is None else effect_of_features(sentences, rules),
         "placements": None if placements is None else _placements(placements),
@@ -139,44 +131,33 @@ def analyse(
             BEYOND: "with neutral text and with the system prompt",
         },
     }
-    return Analysis(changes, results)
+    return changes, results
 
 
-def _by_layer(changes: Changes, comparison: str, bootstrap: PromptBootstrap) -> dict[str, Estimates]:
-    """By column of comparing.schema, the mean over prompts and system prompts [layers, components]."""
-    states = {name: values for (one, name), values in changes.states.items() if one == comparison}
-    return {name: bootstrap.mean(nan_mean(values[:, changes.own]), changes.rows) for name, values in states.items()}
-
-
-def _output(changes: Changes, comparison: str, bootstrap: PromptBootstrap) -> dict[str, Estimate]:
+def _output(changes: Changes, comparison: str) -> dict[str, Estimate]:
     """Mean KL, how often the most likely first token changes, and the fraction of the answer's steps in common."""
-    numbers = {name: changes.numbers[comparison, name] for name in ("kl", "top1_changed", "same_steps", "steps")}
-    columns = {
-        "kl": numbers["kl"],
-        "top1_changed": numbers["top1_changed"],
-        "same": numbers["same_steps"] / numbers["steps"],
-    }
-    return {
-        name: bootstrap.mean(nan_mean(values[:, changes.own]), changes.rows).at() for name, values in columns.items()
-    }
+    numbers = {name: changes.numbers[comparison, name] for name in _NUMBERS}
+    same = numbers["same_steps"] / numbers["steps"]
+    columns = {"kl": numbers["kl"], "top1_changed": numbers["top1_changed"], "same": same}
+    return {name: changes.mean(values).at() for name, values in columns.items()}
 
 
-def _beyond(changes: Changes, measure: str, bootstrap: PromptBootstrap) -> dict[str, Estimate]:
+def _beyond(changes: Changes, measure: str) -> dict[str, Estimate]:
     """Mean effect less that of neutral text, by system prompt; "": of all but CHECK."""
     values = changes.effect(measure, SYSTEM) - changes.effect(measure, NEUTRAL)
-    together = bootstrap.mean(nan_mean(values[:, changes.own]), changes.rows).at()
-    return {"": together} | {name: bootstrap.mean(values[:, i]).at() for i, name in enumerate(changes.systems)}
+    return {"": changes.mean(values).at()} | {
+        name: changes.bootstrap.mean(values[:, i]).at() for i, name in enumerate(changes.systems)
+    }
 
 
-def _predicting(changes: Changes, place: str, bootstrap: PromptBootstrap, *, within: bool) -> Estimates:
+def _predicting(changes: Changes, place: str, *, within: bool) -> Estimates:
     """Spearman's correlation of a layer's change and the KL [layers, components], over rows or within systems."""
     change = changes.states[SYSTEM, f"{place}_l2"][:, changes.own]
     kl = changes.numbers[SYSTEM, "kl"][:, changes.own]
     valid = np.isfinite(kl) & np.isfinite(change).all((2, 3))
 
     def correlate(x: Floats, y: Floats) -> Floats:
-        x = x.reshape(len(y), -1)
-        return spearman(x, np.broadcast_to(y[:, None], x.shape)).reshape(change.shape[2:])
+        return spearman(x.reshape(len(y), -1), y[:, None]).reshape(change.shape[2:])
 
     def over_rows(drawn: Ints) -> Floats:
         keep = valid[drawn]
@@ -186,38 +167,31 @@ def _predicting(changes: Changes, place: str, bootstrap: PromptBootstrap, *, wit
         kept = [drawn[valid[drawn, i]] for i in range(kl.shape[1])]
         return nan_mean(np.stack([correlate(change[rows, i], kl[rows, i]) for i, rows in enumerate(kept)]), 0)
 
-    return bootstrap.statistic(within_systems if within else over_rows, int(valid.sum()), _RANK_RESAMPLES)
+    return changes.bootstrap.statistic(within_systems if within else over_rows, int(valid.sum()), _RANK_RESAMPLES)
 
 
 def _cka(table: pa.Table | None, layers: int) -> dict[str, dict[str, Floats]]:
     """By comparison and place, mean CKA over system prompts [layers, components], and by chance."""
     if table is None or not table.num_rows:
         return {}
-    rows = table.to_pylist()
-    names = list(dict.fromkeys(row["component"] for row in rows))
+    comparisons, places = column(table, "comparison"), column(table, "place")
+    values = np.stack([column(table, "cka"), column(table, "by_chance")])
     results = {}
-    for key in dict.fromkeys((row["comparison"], row["place"]) for row in rows):
-        sums, counts = np.zeros((2, layers, len(names))), np.zeros((layers, len(names)))
-        for row in rows:
-            if (row["comparison"], row["place"]) == key and row["system"] and np.isfinite(row["cka"]):
-                index = row["layer"], names.index(row["component"])
-                sums[(slice(None), *index)] += row["cka"], row["by_chance"]
-                counts[index] += 1
-        means = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
-        results[" / ".join(key)] = {"cka": means[0], "by_chance": means[1]}
+    for comparison, place in dict.fromkeys(zip(comparisons.tolist(), places.tolist())):
+        own = values[:, (comparisons == comparison) & (places == place)]
+        cka, by_chance = nan_mean(own.reshape(2, -1, layers, len(COMPONENTS)))
+        results[f"{comparison} / {place}"] = {"cka": cka, "by_chance": by_chance}
     return results
 
 
-def _length(changes: Changes, bootstrap: PromptBootstrap) -> dict[str, Any]:
-    """By measure, the correlation of length and effect of system prompts, of neutral texts and of their difference."""
+def _length(changes: Changes, measure: str) -> dict[str, Any]:
+    """The correlation of length and effect of system prompts, of neutral texts and of their difference."""
     tokens = changes.numbers[SYSTEM, "system_tokens"][:, changes.own]
-    results: dict[str, Any] = {}
-    for measure in MEASURES:
-        system, neutral = (changes.effect(measure, comparison)[:, changes.own] for comparison in (SYSTEM, NEUTRAL))
-        results[measure] = {"mixed": mixed_model(system, neutral, tokens)}
-        for name, values in (("system", system), ("neutral", neutral), ("beyond", system - neutral)):
-            results[measure][name] = length_correlations(values, tokens, bootstrap)
-    return results
+    system, neutral = (changes.effect(measure, comparison)[:, changes.own] for comparison in (SYSTEM, NEUTRAL))
+    groups = {"system": system, "neutral": neutral, "beyond": system - neutral}
+    return {"mixed": mixed_model(system, neutral, tokens)} | {
+        name: length_correlations(values, tokens, changes.bootstrap) for name, values in groups.items()
+    }
 
 
 def length_correlations(values: Floats, tokens: Floats, bootstrap: PromptBootstrap) -> dict[str, Estimate]:
@@ -234,11 +208,7 @@ def length_correlations(values: Floats, tokens: Floats, bootstrap: PromptBootstr
 
 
 def mixed_model(system: Floats, neutral: Floats, tokens: Floats) -> dict[str, Any]:
-    """Fit effect ~ length * (neutral text or system prompt) with the prompt as random effect.
-
-    Args:
-        system, neutral: Effects [prompts, systems].
-        tokens: Lengths [prompts, systems].
+    """Fit effect ~ length * (neutral text or system prompt), all [prompts, systems], with the prompt as random effect.
 
     Returns:
         With Wald intervals, per 100 tokens: the slope of neutral texts, and by how much that of system prompts is
@@ -264,8 +234,8 @@ def mixed_model(system: Floats, neutral: Floats, tokens: Floats) -> dict[str, An
         except (np.linalg.LinAlgError, ValueError) as error:
             return {"reason": f"the model could not be fitted: {error}", **counts}
         intervals = fit.conf_int()
-    results: dict[str, Any] = {"converged": bool(fit.converged), **counts}
-    results["random_effect_sd"] = float(np.sqrt(max(0.0, np.asarray(fit.cov_re)[0, 0])))
+    sd = float(np.sqrt(max(0.0, np.asarray(fit.cov_re)[0, 0])))
+    results: dict[str, Any] = {"converged": bool(fit.converged), **counts, "random_effect_sd": sd}
     for name, i in (("per_100_neutral", 1), ("per_100_beyond", 3)):
         low, high = map(float, intervals[i])
         interval = (low, high) if np.isfinite([low, high]).all() else None
@@ -273,32 +243,33 @@ def mixed_model(system: Floats, neutral: Floats, tokens: Floats) -> dict[str, An
     return results
 
 
-def _features(
-    changes: Changes, texts: Mapping[str, str], rules: Rules, bootstrap: PromptBootstrap
-) -> dict[str, dict[str, Any]]:
+def _features(changes: Changes, texts: Mapping[str, str], rules: Rules) -> dict[str, dict[str, Any]]:
     """By feature, the KL beyond neutral text of the system prompts that have it, less that of the others."""
     beyond = (changes.effect("kl", SYSTEM) - changes.effect("kl", NEUTRAL))[:, changes.own]
     results: dict[str, dict[str, Any]] = {}
-    for feature in rules:
-        has = np.array([feature in find_features(texts[changes.systems[i]], rules) for i in changes.own])
+    for feature, pattern in rules.items():
+        has = np.array([pattern.search(texts[changes.systems[i]]) is not None for i in changes.own])
         results[feature] = {"with": int(has.sum()), "without": int((~has).sum()), "difference": None}
         if has.any() and not has.all():
-            difference = bootstrap.mean(nan_mean(beyond[:, has]) - nan_mean(beyond[:, ~has]))
+            difference = changes.bootstrap.mean(nan_mean(beyond[:, has]) - nan_mean(beyond[:, ~has]))
             results[feature]["difference"] = difference.at()
     return results
 
 
 def _placements(table: pa.Table) -> dict[str, dict[str, Estimate]]:
     """By placement the mean effects and, but for the first, each less that as system prompt (`.._less`)."""
-    prompts = sorted(set(column(table, "prompt").tolist()))
+    prompts, placements = sorted(set(column(table, "prompt").tolist())), column(table, "placement")
     results: dict[str, dict[str, Estimate]] = {placement: {} for placement in PLACEMENTS}
     for measure in MEASURES:
-        values = {one: prompt_means(table, measure, prompts, placement=one) for one in PLACEMENTS}
-        for placement, means in values.items():
-            rows = int((column(table, "placement") == placement).sum())
-            results[placement][measure] = student(means, rows)[0]
-            if placement != PLACEMENTS[0]:
-                results[placement][f"{measure}_less"] = student(means - values[PLACEMENTS[0]], rows)[0]
+        first: Floats | None = None
+        for placement in PLACEMENTS:
+            own = table.filter(pa.array(placements == placement))
+            means = prompt_means(own, measure, prompts)
+            results[placement][measure] = student(means, own.num_rows)[0]
+            if first is None:
+                first = means
+            else:
+                results[placement][f"{measure}_less"] = student(means - first, own.num_rows)[0]
     return results
 
 
@@ -306,14 +277,11 @@ def _instability(table: pa.Table, rules: Rules) -> dict[str, Any]:
     """What sentences do to the instability score; rows without a score are left out."""
     table = table.drop_null()
     prompts = sorted(set(column(table, "prompt").tolist()))
-    means = {
-        name: student(prompt_means(table, name, prompts), table.num_rows)[0]
-        for name in (*SCORES, "effect", "effect_dropped")
-    }
+    names = (*SCORES, "effect", "effect_dropped")
+    means = {name: student(prompt_means(table, name, prompts), table.num_rows)[0] for name in names}
     return {
-        "scores": {name: means[name] for name in SCORES},
-        "effect": means["effect"],
-        "effect_dropped": means["effect_dropped"],
+        "scores": {name: means.pop(name) for name in SCORES},
+        **means,
         "sentences": rank_sentences(table, rules, (*SCORES, "effect_dropped")),
         "features": effect_of_features(table, rules),
     }

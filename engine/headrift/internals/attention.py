@@ -12,19 +12,22 @@ the number of keys that a head may see (fewer with a sliding window): 1 is the s
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from headrift.internals.cases import CHECK, Case, Rendering
-from headrift.internals.comparing import NEUTRAL, SYSTEM, columns
-from headrift.internals.estimates import Estimates, PromptBootstrap, column, list_column, nan_mean
+from headrift.internals.comparing import NEUTRAL, SYSTEM, Record
+from headrift.internals.estimates import PromptBootstrap, column, nan_mean
 from headrift.prepare import Prompt
-from headrift.results import Rejected, ScoreResult
+from headrift.prompts import Span
+from headrift.results import ScoreResult
+from headrift.runs.folder import OnRows, columns, ignore_rows, list_column
 from headrift.scorer import Scorer
 from headrift.stats import Floats
 
@@ -49,46 +52,55 @@ def open_scorer(model: Path, steps: int, dtype: str, verbose: bool) -> Scorer:
     )
 
 
-def make_prompts(cases: Sequence[Case]) -> Iterator[Prompt]:
-    """Each case with its system prompt, then each with neutral text: the order of `records`."""
+def score(
+    scorer: Scorer, prompts: Iterable[Prompt], on_rows: OnRows = ignore_rows, *, replay: bool = False
+) -> Generator[ScoreResult | None, None, None]:
+    """Score prompts; results in order, None for what the engine rejected."""
+    with closing(scorer.score(prompts, replay=replay)) as results:
+        for result in results:
+            on_rows(1)
+            yield result if isinstance(result, ScoreResult) else None
+
+
+def renderings(cases: Sequence[Case]) -> Iterator[tuple[str, Case, Rendering]]:
+    """Each case with its system prompt, then each with neutral text: kind, case and rendering."""
     for kind in KINDS:
         for case in cases:
-            rendering = _rendering(case, kind)
-            yield Prompt(token_ids=rendering.token_ids, regions=_regions(rendering))
+            yield kind, case, case.system if kind == SYSTEM else case.neutral
 
 
-def _rendering(case: Case, kind: str) -> Rendering:
-    return case.system if kind == SYSTEM else case.neutral
+def make_prompt(rendering: Rendering, answer_ids: Sequence[int] | None = None) -> Prompt:
+    """The prompt of a rendering, with the answer to replay if there is one."""
+    return Prompt(token_ids=rendering.token_ids, regions=_regions(rendering), response_ids=answer_ids)
 
 
-def _regions(rendering: Rendering) -> dict[str, tuple[int, int]]:
-    assert rendering.system is not None
+def make_prompts(cases: Sequence[Case]) -> Iterator[Prompt]:
+    """The prompt of each of `renderings`."""
+    return (make_prompt(rendering) for _, _, rendering in renderings(cases))
+
+
+def _regions(rendering: Rendering) -> dict[str, Span]:
     n = len(rendering.token_ids)
     return {"system": rendering.system, "user": rendering.question, "last_five": (max(0, n - _LAST), n)}
 
 
-def records(name: str, cases: Sequence[Case], results: Iterator[ScoreResult | Rejected]) -> Iterator[dict[str, Any]]:
+def records(name: str, cases: Sequence[Case], results: Iterator[ScoreResult | None]) -> Iterator[Record]:
     """Make a record (see `schema`) of each result of `make_prompts`; none of what the engine rejected."""
-    for kind in KINDS:
-        for case, result in zip(cases, results):
-            if isinstance(result, Rejected):
-                continue
-            rendering = _rendering(case, kind)
-            tokens = {region: end - start for region, (start, end) in _regions(rendering).items()}
-            tokens["template"] = len(rendering.token_ids) - tokens["system"] - tokens["user"]
-            mass, entropy = region_masses(result), result.attention_entropy
-            assert entropy is not None
-            yield {
-                "system": name,
-                "prompt": case.question.number,
-                "id": case.question.id,
-                "kind": kind,
-                "prompt_tokens": len(rendering.token_ids),
-                "region_tokens": [tokens[region] for region in REGIONS[:-1]],
-                "steps": len(mass),
-                "mass": mass.astype(np.float16).ravel(),
-                "entropy": entropy.astype(np.float16).ravel(),
-            }
+    for (kind, case, rendering), result in zip(renderings(cases), results):
+        if result is None:
+            continue
+        tokens = {region: end - start for region, (start, end) in _regions(rendering).items()}
+        tokens["template"] = len(rendering.token_ids) - tokens["system"] - tokens["user"]
+        mass, entropy = region_masses(result), result.attention_entropy
+        assert entropy is not None
+        yield case.question.record(name) | {
+            "kind": kind,
+            "prompt_tokens": len(rendering.token_ids),
+            "region_tokens": [tokens[region] for region in REGIONS[:-1]],
+            "steps": len(mass),
+            "mass": mass.astype(np.float16).ravel(),
+            "entropy": entropy.astype(np.float16).ravel(),
+        }
 
 
 def region_masses(result: ScoreResult) -> Floats:
@@ -110,97 +122,79 @@ def schema(layers: int, heads: int, windows: Sequence[int | None]) -> pa.Schema:
     return pa.schema([*scalars, *lists], metadata={b"headrift": json.dumps(metadata).encode()})
 
 
-@dataclass(frozen=True, slots=True)
-class RegionSummary:
-    """Attention to regions; CHECK is left out."""
-
-    rows: int
-    mass: dict[str, Estimates]  # by kind, mean over steps and heads [layers, REGIONS]
-    per_token: dict[str, Estimates]  # the same relative to the average token, without `generated`
-    by_step: dict[str, Floats]  # mean over layers and heads [steps, REGIONS], of the answers that reach the step
-    answers: dict[str, list[int]]  # how many answers reach each step
-    by_head: dict[str, Floats]  # mass on the system prompt, mean over steps [layers, heads]
-    difference: Estimates  # of the system prompt's `per_token`, less neutral text's; mean over layers
+# A row of a table of all parts: kind; numbers of the prompt and, without CHECK, of the system prompt; keys that a query
+# sees [steps]; tokens of REGIONS, without `generated`; values [steps, layers, heads, ...].
+_Row = tuple[str, tuple[int, int], Floats, NDArray[np.int32], Floats]
 
 
-def summarise_regions(table: pa.Table, bootstrap: PromptBootstrap) -> RegionSummary:
-    """Summarise the masses of all parts."""
+def _read_rows(table: pa.Table, name: str, *shape: int) -> tuple[list[str], int, Iterator[_Row]]:
+    """Names of system prompts, number of rows, and the rows with a column's values [steps, *shape]; without CHECK's."""
+    table = table.filter(pa.array(column(table, "system") != CHECK))
+    kinds, prompts, systems, tokens = (table[one].to_pylist() for one in ("kind", "prompt", "system", "prompt_tokens"))
+    names = list(dict.fromkeys(systems))
+    values = [one.reshape(-1, *shape) for one in list_column(table, name)]
+    keys = (n + np.arange(float(len(steps))) for n, steps in zip(tokens, values))
+    places = zip(prompts, map(names.index, systems))
+    as_floats = (one.astype(np.float64) for one in values)
+    return names, len(values), zip(kinds, places, keys, list_column(table, "region_tokens"), as_floats)
+
+
+def summarise_regions(table: pa.Table, bootstrap: PromptBootstrap) -> dict[str, Any]:
+    """Summarise the masses of all parts, without CHECK's, by kind."""
     metadata = json.loads(table.schema.metadata[b"headrift"])
     layers, heads = metadata["layers"], metadata["heads"]
-    kinds, own = column(table, "kind"), column(table, "system") != CHECK
-    number, tokens = column(table, "prompt"), column(table, "region_tokens").astype(float)
-    lengths, masses = column(table, "prompt_tokens").astype(float), list_column(table, "mass")
-    n_steps = int(column(table, "steps").max())
-    mass, per_token, by_step, by_head, answers = ({} for _ in range(5))
-    rows = 0
-    for kind in KINDS:
-        mass_sum, per_token_sum = (np.zeros((bootstrap.n, layers, n)) for n in (len(REGIONS), _PER_TOKEN))
-        counts, step_sum, step_counts = np.zeros(bootstrap.n), np.zeros((n_steps, len(REGIONS))), np.zeros(n_steps, int)
-        head_sum = np.zeros((layers, heads))
-        for i in np.flatnonzero(own & (kinds == kind)):
-            one = masses[i].astype(np.float64).reshape(-1, layers, heads, len(REGIONS))
-            keys = lengths[i] + np.arange(len(one))
-            mass_sum[number[i]] += one.mean((0, 2))
-            per_token_sum[number[i]] += (one[..., :_PER_TOKEN] * keys[:, None, None, None] / tokens[i]).mean((0, 2))
-            counts[number[i]] += 1
-            head_sum += one[..., 0].mean(0)
-            step_sum[: len(one)] += one.mean((1, 2))
-            step_counts[: len(one)] += 1
-        rows += int(counts.sum())
-        n = np.where(counts > 0, counts, np.nan)[:, None, None]
-        mass[kind], per_token[kind] = mass_sum / n, per_token_sum / n
-        answers[kind] = [int(count) for count in step_counts if count]
-        by_step[kind] = step_sum[: len(answers[kind])] / np.array(answers[kind])[:, None]
-        by_head[kind] = head_sum / counts.sum()
-    system, neutral = (per_token[kind][..., 0].mean(1) for kind in KINDS)
-    return RegionSummary(
-        rows=rows,
-        mass={kind: bootstrap.mean(values, rows // 2) for kind, values in mass.items()},
-        per_token={kind: bootstrap.mean(values, rows // 2) for kind, values in per_token.items()},
-        by_step=by_step,
-        answers=answers,
-        by_head=by_head,
-        difference=bootstrap.mean(system - neutral, rows),
+    names, n_rows, rows = _read_rows(table, "mass", layers, heads, len(REGIONS))
+    mass, per_token = (
+        {kind: np.full((bootstrap.n, len(names), layers, n), np.nan) for kind in KINDS}
+        for n in (len(REGIONS), _PER_TOKEN)
     )
+    steps: dict[str, list[Floats]] = {kind: [] for kind in KINDS}
+    by_head = {kind: np.zeros((layers, heads)) for kind in KINDS}
+    for kind, place, keys, tokens, one in rows:
+        mass[kind][place] = one.mean((0, 2))
+        per_token[kind][place] = (one[..., :_PER_TOKEN] * keys[:, None, None, None] / tokens).mean((0, 2))
+        steps[kind].append(one.mean((1, 2)))
+        by_head[kind] += one[..., 0].mean(0)
+    reaching = {
+        kind: [[one[i] for one in own if i < len(one)] for i in range(max(map(len, own), default=0))]
+        for kind, own in steps.items()
+    }
+    system, neutral = (nan_mean(per_token[kind])[..., 0].mean(1) for kind in KINDS)
+    return {
+        "rows": n_rows,
+        # Mean over steps and heads [layers, REGIONS]; and relative to the average token, without `generated`.
+        "mass": {kind: bootstrap.mean(nan_mean(values), n_rows // 2) for kind, values in mass.items()},
+        "per_token": {kind: bootstrap.mean(nan_mean(values), n_rows // 2) for kind, values in per_token.items()},
+        # Mean over layers and heads [steps, REGIONS], of the answers that reach the step, and how many do.
+        "by_step": {kind: np.array([np.mean(one, 0) for one in own]) for kind, own in reaching.items()},
+        "answers": {kind: [len(one) for one in own] for kind, own in reaching.items()},
+        "by_head": {kind: by_head[kind] / len(own) for kind, own in steps.items()},  # on the system prompt
+        # Of `per_token` of the system prompt, less that of neutral text; mean over layers.
+        "difference": bootstrap.mean(system - neutral, n_rows),
+    }
 
 
-@dataclass(frozen=True, slots=True)
-class EntropySummary:
-    """Entropy of attention, mean over heads; CHECK is left out."""
-
-    rows: int
-    nats: dict[str, Estimates]  # by kind [layers, WHEN]
-    relative: dict[str, Estimates]  # to the logarithm of the number of keys
-    difference: Estimates  # of `relative`, system prompt less neutral text; mean over layers [WHEN]
-    systems: list[str]
-    by_system: Estimates  # the same by system prompt [systems, WHEN]
-
-
-def summarise_entropy(table: pa.Table, bootstrap: PromptBootstrap) -> EntropySummary:
-    """Summarise the entropies of all parts."""
+def summarise_entropy(table: pa.Table, bootstrap: PromptBootstrap) -> dict[str, Any]:
+    """Summarise the entropies of all parts, without CHECK's, mean over heads."""
     metadata = json.loads(table.schema.metadata[b"headrift"])
     windows = np.array([np.inf if window is None else window for window in metadata["windows"]])
-    names = [name for name in dict.fromkeys(column(table, "system").tolist()) if name != CHECK]
-    shape = (2, bootstrap.n, len(names), metadata["layers"], len(WHEN))  # nats and relative
+    names, n_rows, rows = _read_rows(table, "entropy", metadata["layers"], metadata["heads"])
+    shape = 2, bootstrap.n, len(names), metadata["layers"], len(WHEN)
     entropy = {kind: np.full(shape, np.nan) for kind in KINDS}
-    rows = 0
-    parts = (column(table, name) for name in ("system", "kind", "prompt", "prompt_tokens"))
-    for values, system, kind, number, tokens in zip(list_column(table, "entropy"), *parts):
-        if system == CHECK:
-            continue
-        nats = values.astype(np.float64).reshape(-1, metadata["layers"], metadata["heads"]).mean(-1)
-        keys = np.minimum(tokens + np.arange(len(nats))[:, None], windows)
-        for i, steps in enumerate((nats, nats / np.log(keys))):
+    for kind, place, keys, _, values in rows:
+        nats = values.mean(-1)
+        relative = nats / np.log(np.minimum(keys[:, None], windows))
+        for i, steps in enumerate((nats, relative)):
             answer = steps[1:].mean(0) if len(steps) > 1 else np.full(len(windows), np.nan)
-            entropy[kind][i, number, names.index(system)] = np.stack([steps[0], answer], -1)
-        rows += 1
+            entropy[kind][i, *place] = np.stack([steps[0], answer], -1)
     system, neutral = (entropy[kind][1].mean(2) for kind in KINDS)
-    nats, relative = ({kind: bootstrap.mean(nan_mean(entropy[kind][i]), rows // 2) for kind in KINDS} for i in range(2))
-    return EntropySummary(
-        rows=rows,
-        nats=nats,
-        relative=relative,
-        difference=bootstrap.mean(nan_mean(system - neutral), rows),
-        systems=names,
-        by_system=bootstrap.mean(system - neutral, rows // len(names)),
-    )
+    return {
+        "rows": n_rows,
+        # By kind [layers, WHEN]; relative to ln(keys).
+        "nats": {kind: bootstrap.mean(nan_mean(values[0]), n_rows // 2) for kind, values in entropy.items()},
+        "relative": {kind: bootstrap.mean(nan_mean(values[1]), n_rows // 2) for kind, values in entropy.items()},
+        # Of `relative`, system prompt less neutral text, mean over layers [WHEN]; and by system prompt.
+        "difference": bootstrap.mean(nan_mean(system - neutral), n_rows),
+        "systems": names,
+        "by_system": bootstrap.mean(system - neutral, n_rows // len(names)),
+    }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
 from importlib.resources import files
 from pathlib import Path
@@ -41,78 +41,65 @@ class Rendering:
 
     token_ids: list[int] = field(repr=False)
     question: Span
-    system: Span | None = None  # None without a system prompt
+    system: Span = (0, 0)  # empty without a system prompt
 
-    def with_system_ids(self, ids: Sequence[int]) -> Rendering:
-        """Replace the system prompt's tokens by as many others."""
-        assert self.system is not None
-        start, end = self.system
+    @property
+    def system_tokens(self) -> int:
+        """The length of the system prompt."""
+        return self.system[1] - self.system[0]
+
+    def with_tokens(self, span: Span, ids: Sequence[int]) -> Rendering:
+        """Replace the tokens of a span by as many others."""
+        start, end = span
         assert len(ids) == end - start
-        return Rendering([*self.token_ids[:start], *ids, *self.token_ids[end:]], self.question, self.system)
+        return replace(self, token_ids=[*self.token_ids[:start], *ids, *self.token_ids[end:]])
 
 
 class Renderer:
-    """Renders questions with a model's chat template. TokenizerError if it cannot be used.
-
-    Attributes:
-        default: The system prompt that the template adds if none is given, None if it adds none.
-        baseline: How a prompt without a system prompt is rendered, in words.
-    """
+    """Renders questions with a model's chat template. TokenizerError if it cannot be used."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, max_tokens: int | None = None) -> None:
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
         self._chats = ChatRenderer(tokenizer, max_prompt_tokens=max_tokens)
         self._mark = f"headrift{secrets.token_hex(8)}"
-        self._before: list[dict[str, str]] = []
-        self.default = self._find_default()
-        self.baseline = "no system message"
-        if self.default is not None:
-            empty = {"role": "system", "content": ""}
-            if self.default in self._apply([empty, _user("x")]):
-                self.baseline = "the template's own system prompt, which it adds even for an empty one"
-            else:
-                self._before = [empty]
-                self.baseline = "an empty system message, since the template would add a system prompt of its own"
+        self._no_system: str | None = None  # the system message of a prompt without a system prompt
+        self.default = self._find_default()  # the system prompt that the template adds if none is given
+        self.baseline = "no system message"  # how a prompt without a system prompt is rendered
+        if self.default is not None and self.default in self._apply("x", ""):
+            self.baseline = "the template's own system prompt, which it adds even for an empty one"
+        elif self.default is not None:
+            self._no_system = ""
+            self.baseline = "an empty system message, since the template would add a system prompt of its own"
 
     def alone(self, question: str) -> Rendering:
         """Render the question without a system prompt. PromptError as from ChatRenderer, here and below."""
-        return self._in_user_turn("", question, "")
+        return self.in_user_turn(question)
 
     def with_system(self, question: str, system: str) -> Rendering:
         """Render the question under a system prompt."""
-        chat = self._chats.render(chat_messages(question, system))
-        return Rendering(chat.token_ids, chat.regions["user"], chat.regions["system"])
+        return self.with_parts(question, system, ())[0]
 
     def with_parts(self, question: str, system: str, parts: Sequence[Span]) -> tuple[Rendering, list[Span]]:
-        """Render the question under a system prompt, and find the tokens of its parts, characters [start, end).
-
-        Raises:
-            PromptError: Also if the template has trimmed a part away.
-        """
+        """Render the question under a system prompt, and find the tokens of its parts, characters [start, end)."""
         chat = self._chats.render(chat_messages(question, system))
-        text, trimmed = chat.text or "", system.strip()
-        offsets = self._tokenize(text)[1]
+        rendering = Rendering(chat.token_ids, chat.regions["user"], chat.regions["system"])
+        if not parts:
+            return rendering, []
+        text, offsets = chat.text or "", self._tokenize(chat.text or "")[1]
         blanks = len(system) - len(system.lstrip())
         # The text begins within the first token that overlaps it.
-        begin = text.index(trimmed, offsets[chat.regions["system"][0]][0]) - blanks
-        spans = [_overlapping(offsets, begin + start, begin + end) for start, end in parts]
-        return Rendering(chat.token_ids, chat.regions["user"], chat.regions["system"]), spans
+        begin = text.index(system.strip(), offsets[chat.regions["system"][0]][0]) - blanks
+        return rendering, [_overlapping(offsets, begin + start, begin + end) for start, end in parts]
 
-    def before_question(self, question: str, system: str) -> Rendering:
-        """Render the system prompt's text in the user's turn, before the question."""
-        return self._in_user_turn(system + _GAP, question, "")
-
-    def after_question(self, question: str, system: str) -> Rendering:
-        """Render the system prompt's text in the user's turn, after the question."""
-        return self._in_user_turn("", question, _GAP + system)
-
-    def _in_user_turn(self, before: str, question: str, after: str) -> Rendering:
+    def in_user_turn(self, question: str, before: str = "", after: str = "") -> Rendering:
+        """Render a text, such as a system prompt's, in the user's turn around the question."""
+        before, after = before + _GAP if before else "", _GAP + after if after else ""
         question = question.strip()
         if not question:
             raise PromptError("no_user_message", "the prompt is empty: there is nothing to answer")
         content = before + question + after
-        text = self._apply([*self._before, _user(content)])
-        head, *tails = self._apply([*self._before, _user(self._mark)]).split(self._mark)
+        text = self._apply(content, self._no_system)
+        head, *tails = self._apply(self._mark, self._no_system).split(self._mark)
         if len(tails) != 1 or text != head + content + tails[0]:
             raise PromptError("span_not_found", "the model's chat template changes the user's text")
         ids, offsets = self._tokenize(text)
@@ -127,7 +114,9 @@ class Renderer:
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return encoded["input_ids"], encoded["offset_mapping"]
 
-    def _apply(self, messages: list[dict[str, str]]) -> str:
+    def _apply(self, content: str, system: str | None) -> str:
+        """Render a user message without tokenizing it."""
+        messages = chat_messages(content, system)
         try:
             text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             text.encode()
@@ -138,9 +127,9 @@ class Renderer:
         return text
 
     def _find_default(self) -> str | None:
-        alone = self._apply([_user("x")])
+        alone = self._apply("x", None)
         try:
-            around = self._apply([{"role": "system", "content": self._mark}, _user("x")]).split(self._mark)
+            around = self._apply("x", self._mark).split(self._mark)
         except PromptError:  # it takes no system message
             return None
         if len(around) != 2 or not (alone.startswith(around[0]) and alone.endswith(around[1])):
@@ -154,10 +143,6 @@ def _overlapping(offsets: Sequence[Span], start: int, end: int) -> Span:
     if not inside:
         raise PromptError("span_not_found", "the tokenizer makes no token of a text that is to be compared")
     return inside[0], inside[-1] + 1
-
-
-def _user(text: str) -> dict[str, Any]:
-    return {"role": "user", "content": text}
 
 
 class Alignment(NamedTuple):
@@ -183,8 +168,9 @@ class NeutralText:
     def __init__(self, tokenizer: Any) -> None:
         text = (files("headrift.safety_heads") / "neutral.txt").read_text(encoding="utf-8")
         parts = split_sentences(text)
-        self._first, self._inner = ([_ids(tokenizer, blank + part) for part in parts] for blank in ("", " "))
-        self._stop = _ids(tokenizer, "end.")[-1]
+        texts = (*parts, *(f" {part}" for part in parts), "end.")
+        ids: list[list[int]] = [tokenizer(one, add_special_tokens=False)["input_ids"] for one in texts]
+        self._first, self._inner, self._stop = ids[: len(parts)], ids[len(parts) : -1], ids[-1][-1]
         self.starts = len(parts)  # how many different excerpts there are of a length
 
     def excerpt(self, n_tokens: int, start: int, inner: bool = False) -> list[int]:
@@ -207,24 +193,35 @@ def split_sentences(text: str) -> list[str]:
     return [part for line in lines for part in _SENTENCE_END.split(line)]
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """An input row, or a question under one system prompt, that cannot be compared; a row of rejects.parquet."""
+
+    source: str
+    row: int
+    id: str
+    system: str | None
+    reason: str
+    detail: str
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt: its number, id and category, and its rendering without a system prompt."""
+    """A prompt, and its rendering without a system prompt."""
 
     number: int
     id: str
     category: str
     text: str = field(repr=False)
-    source: str = ""
-    row: int = 0
-    base: Rendering = field(default_factory=lambda: Rendering([], (0, 0)), repr=False)
+    source: str
+    row: int
+    base: Rendering = field(repr=False)
 
-    def reject(self, system: str | None, error: PromptError) -> Reject:
+    def record(self, system: str) -> dict[str, Any]:
+        """The columns that all records of this question under a system prompt have."""
+        return {"system": system, "prompt": self.number, "id": self.id}
+
+    def reject(self, system: str, error: PromptError) -> Reject:
         """The reject of this question under a system prompt."""
         return Reject(self.source, self.row, self.id, system, error.reason, str(error))
 
@@ -236,8 +233,7 @@ class SystemPrompt(NamedTuple):
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
+class Case(NamedTuple):
     """A question under a system prompt, and under neutral text of as many tokens, both aligned with it alone."""
 
     question: Question
@@ -245,24 +241,6 @@ class Case:
     neutral: Rendering
     system_alignment: Alignment
     neutral_alignment: Alignment
-
-    @property
-    def system_tokens(self) -> int:
-        """The length of the system prompt."""
-        assert self.system.system is not None
-        return self.system.system[1] - self.system.system[0]
-
-
-@dataclass(frozen=True, slots=True)
-class Reject:
-    """An input row, or a question under one system prompt, that cannot be compared; a row of rejects.parquet."""
-
-    source: str
-    row: int
-    id: str
-    system: str | None
-    reason: str
-    detail: str
 
 
 def read_system_prompts(folder: Path) -> list[SystemPrompt]:
@@ -299,10 +277,9 @@ def read_questions(
     for row in Reader(sources.find(inputs)).rows(take_id=take_id):
         if limit is not None and len(questions) == limit:
             break
-        if isinstance(row, BadRow):
-            rejects.append(Reject(row.source, row.row, row.id, None, row.reason, row.detail))
-            continue
         try:
+            if isinstance(row, BadRow):
+                raise PromptError(row.reason, row.detail)
             text = row.prompt.prompt
             if text is None:
                 raise PromptError("no_prompt", "the row has no `prompt`: only single user messages are compared")
@@ -318,17 +295,15 @@ def make_cases(
     questions: Sequence[Question], system: SystemPrompt | None, number: int, renderer: Renderer, neutral: NeutralText
 ) -> Iterator[Case | Reject]:
     """Render each question under a system prompt, None for CHECK. Its number decides which neutral texts it gets."""
+    name, text = (CHECK, _CHECK_TEXT) if system is None else system
     for question in questions:
         try:
-            rendering = renderer.with_system(question.text, _CHECK_TEXT if system is None else system.text)
-            assert rendering.system is not None
-            n_tokens = rendering.system[1] - rendering.system[0]
-            start = question.number + _STRIDE * number
-            control = rendering.with_system_ids(neutral.excerpt(n_tokens, start))
+            rendering = renderer.with_system(question.text, text)
+            n, start = rendering.system_tokens, question.number + _STRIDE * number
+            control = rendering.with_tokens(rendering.system, neutral.excerpt(n, start))
             if system is None:
-                rendering = rendering.with_system_ids(neutral.excerpt(n_tokens, start + neutral.starts // 2))
-            alignments = (align(question.base, rendering), align(question.base, control))
+                other = neutral.excerpt(n, start + neutral.starts // 2)
+                rendering = rendering.with_tokens(rendering.system, other)
+            yield Case(question, rendering, control, *(align(question.base, one) for one in (rendering, control)))
         except PromptError as error:
-            yield question.reject(CHECK if system is None else system.name, error)
-            continue
-        yield Case(question, rendering, control, *alignments)
+            yield question.reject(name, error)

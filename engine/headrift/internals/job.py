@@ -5,22 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from headrift.internals import attention, cases, comparing, sentences
 from headrift.internals.analysis import analyse
-from headrift.internals.components import StateReader
-from headrift.internals.page import find, write_page
+from headrift.internals.comparing import Record, StateReader
+from headrift.internals.page import IN_SHORT, find, write_page
 from headrift.model_facts import read_shape
 from headrift.prepare import load_tokenizer
+from headrift.prompts import PromptError
 from headrift.report.html import plain
-from headrift.runs.folder import JobError, ResumableParts, model_fingerprint, versions
+from headrift.runs.folder import JobError, OnRows, ResumableParts, columns, ignore_rows, model_fingerprint, versions
 from headrift.scorer import Scorer
 from headrift.vllm_engine.config import prepare_environment
 
@@ -30,11 +33,7 @@ ATTENTION, INSTABILITY = "attention", "instability"
 # Measured in transformers; and in vLLM, which starts once for both.
 IN_TRANSFORMERS, IN_ENGINE = (COMPONENTS, PLACEMENTS, SENTENCES), (ATTENTION, INSTABILITY)
 QUICK_SYSTEMS, QUICK_PROMPTS, QUICK_DROPS = 4, 6, 2
-_REJECTS_SCHEMA = pa.schema(
-    comparing.columns("source string, row int64, id string, system string, reason string, detail string")
-)
-
-OnRows = Callable[[int], None]
+_REJECTS_SCHEMA = pa.schema(columns("source string, row int64, id string, system string, reason string, detail string"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +76,11 @@ class _Part:
 
 
 class InternalsJob:
-    """Measures into a folder. Inputs are checked before the model is loaded.
-
-    Raises:
-        ValueError: JobError, InputError, RulesError or ModelError.
-    """
+    """Measures into a folder. ValueError if the config or an input cannot be used, before the model is loaded."""
 
     def __init__(self, config: InternalsConfig) -> None:
         self.config = config
-        self._seconds: dict[str, float] = {}  # by kind of measurement
+        self._seconds: dict[str, float] = defaultdict(float)  # by kind of measurement
         facts, self._layers, self._heads = read_shape(config.model)
         self._rules = sentences.read_rules(config.features)
         self._tokenizer = load_tokenizer(str(config.model), False)
@@ -94,7 +89,8 @@ class InternalsJob:
         self.systems = cases.read_system_prompts(config.system_prompts)
         limit, n_drops = config.limit, config.drop_sentences
         if config.quick:
-            self.systems = _spread(self.systems, QUICK_SYSTEMS)
+            last, n = len(self.systems) - 1, min(QUICK_SYSTEMS, len(self.systems))
+            self.systems = [self.systems[round(i)] for i in np.linspace(0, last, n).tolist()]  # evenly spaced
             limit, n_drops = min(limit or QUICK_PROMPTS, QUICK_PROMPTS), min(n_drops, QUICK_DROPS)
         self.questions, self.rejects = cases.read_questions(config.prompts, self.renderer, limit)
         if not self.questions:
@@ -148,15 +144,15 @@ class InternalsJob:
         }
 
     @property
-    def _missing(self) -> list[tuple[str, int]]:
-        """Kind and number of the parts that are still to be measured."""
-        return [(kind, number) for kind, number in self._work if self._folder.missing([_name(kind, number)])]
-
-    @property
     def _work(self) -> list[tuple[str, int]]:
         """Kind and number of all parts."""
         kinds = (*IN_TRANSFORMERS, *IN_ENGINE) if self.config.attention else IN_TRANSFORMERS
         return [(kind, number) for kind in kinds for number, part in enumerate(self._parts) if part.rows(kind)]
+
+    @property
+    def _missing(self) -> list[tuple[str, int]]:
+        """Those that are still to be measured."""
+        return [one for one in self._work if self._folder.missing([_name(*one)])]
 
     @property
     def rows(self) -> int:
@@ -165,11 +161,11 @@ class InternalsJob:
         alone = len(self.questions) if any(kind in IN_TRANSFORMERS for kind, _ in missing) else 0
         return sum(self._parts[number].rows(kind) for kind, number in missing) + alone
 
-    def run(self, on_rows: OnRows | None = None, verbose: bool = False) -> dict[str, Any]:
+    def run(self, on_rows: OnRows = ignore_rows, verbose: bool = False) -> dict[str, Any]:
         """Measure, analyse and write the results, and return what internals.json contains. verbose: let vLLM log."""
         return self._write_results(self.measure(on_rows, verbose))
 
-    def measure(self, on_rows: OnRows | None = None, verbose: bool = False) -> float:
+    def measure(self, on_rows: OnRows = ignore_rows, verbose: bool = False) -> float:
         """Measure the missing parts, and return how many seconds it took."""
         missing, start, config = self._missing, time.monotonic(), self.config
         prepare_environment(verbose)
@@ -187,8 +183,8 @@ class InternalsJob:
                     self._measure_attention(scorer, in_engine[ATTENTION], on_rows)
                 for number in in_engine[INSTABILITY]:
                     part = self._parts[number]
-                    drops = sentences.scored_drops(part.drops)
                     with self._timed(INSTABILITY):
+                        drops = sentences.scored_drops(part.drops)
                         records = sentences.measure_instability(scorer, part.name, drops, on_rows)
                     self._write(INSTABILITY, number, records, sentences.INSTABILITY_SCHEMA)
         return time.monotonic() - start
@@ -197,36 +193,34 @@ class InternalsJob:
     def _timed(self, kind: str) -> Iterator[None]:
         start = time.monotonic()
         yield
-        self._seconds[kind] = self._seconds.get(kind, 0.0) + time.monotonic() - start
+        self._seconds[kind] += time.monotonic() - start
 
     def _measure_part(
-        self, reader: StateReader, baseline: comparing.Baseline, kind: str, number: int, on_rows: OnRows | None
+        self, reader: StateReader, baseline: comparing.Baseline, kind: str, number: int, on_rows: OnRows
     ) -> None:
         part = self._parts[number]
         if kind == COMPONENTS:
             records, cka = comparing.compare(reader, part.name, part.cases, baseline, on_rows)
             # Before the components, whose file says that the part is done.
             self._write(CKA, number, cka, comparing.CKA_SCHEMA)
-            schema = comparing.schema(reader.shape[0])
+            self._write(kind, number, records, comparing.schema(self._layers))
         elif kind == PLACEMENTS:
             records = comparing.compare_placements(reader, part.name, part.placed, baseline, on_rows)
-            schema = comparing.PLACEMENTS_SCHEMA
+            self._write(kind, number, records, comparing.PLACEMENTS_SCHEMA)
         else:
             records = sentences.measure_kl(reader, part.name, part.drops, on_rows)
-            schema = sentences.KL_SCHEMA
-        self._write(kind, number, records, schema)
+            self._write(kind, number, records, sentences.KL_SCHEMA)
 
-    def _measure_attention(self, scorer: Scorer, numbers: Sequence[int], on_rows: OnRows | None) -> None:
+    def _measure_attention(self, scorer: Scorer, numbers: Sequence[int], on_rows: OnRows) -> None:
         """Run parts through the engine, which is kept full across them."""
         schema = attention.schema(self._layers, self._heads, scorer.engine.windows)
         prompts = (prompt for number in numbers for prompt in attention.make_prompts(self._parts[number].cases))
-        with closing(scorer.score(prompts)) as results:
-            counted = _count(results, on_rows)
+        with closing(attention.score(scorer, prompts, on_rows)) as results:
             for number in numbers:
                 part = self._parts[number]
-                self._write(ATTENTION, number, list(attention.records(part.name, part.cases, counted)), schema)
+                self._write(ATTENTION, number, list(attention.records(part.name, part.cases, results)), schema)
 
-    def _write(self, kind: str, number: int, records: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
+    def _write(self, kind: str, number: int, records: Sequence[Record], schema: pa.Schema) -> None:
         self._folder.write_records(_name(kind, number), records, schema)
 
     def table(self, kind: str) -> pa.Table | None:
@@ -242,19 +236,19 @@ class InternalsJob:
         rejects = [*self.rejects, *self._not_finite()]
         self._folder.write_records(REJECTS, map(asdict, rejects), _REJECTS_SCHEMA)
         tables = {kind: self.table(kind) for kind in (*IN_TRANSFORMERS, *IN_ENGINE, CKA)}
-        analysis = analyse(tables, len(self.questions), self.systems, self._rules, self.config.seed)
-        findings = {question: [one.to_json() for one in some] for question, some in find(analysis.results).items()}
+        changes, numbers = analyse(tables, len(self.questions), self.systems, self._rules, self.config.seed)
+        findings = {question: [one.to_json() for one in some] for question, some in find(numbers).items()}
         results = self._folder.write_summary(
             {
                 "seconds": round(seconds, 2),
                 "seconds_of": {kind: round(one, 2) for kind, one in self._seconds.items()},
                 "rejected": len(rejects),
-                "summary": findings.pop("In short"),
+                "summary": findings.pop(IN_SHORT),
                 "findings": findings,
-                "numbers": plain(analysis.results),
+                "numbers": plain(numbers),
             }
         )
-        write_page(self.config.out, analysis, results["about"], len(rejects))
+        write_page(self.config.out, self.config.model.name, changes, numbers, self.renderer.baseline, len(rejects))
         return results
 
     def _not_finite(self) -> list[cases.Reject]:
@@ -263,8 +257,9 @@ class InternalsJob:
         assert table is not None
         measured = set(zip(table["system"].to_pylist(), table["prompt"].to_pylist()))
         detail = "the model computes infinities or no numbers for it: try --dtype float32, or leave the prompt out"
+        error = PromptError("not_finite", detail)
         return [
-            cases.Reject(case.question.source, case.question.row, case.question.id, part.name, "not_finite", detail)
+            case.question.reject(part.name, error)
             for part in self._parts
             for case in part.cases
             if (part.name, case.question.number) not in measured
@@ -274,17 +269,3 @@ class InternalsJob:
 def _name(kind: str, number: int) -> str:
     """The file of a system prompt's part in the folder."""
     return f"{kind}/part-{number:03d}.parquet"
-
-
-def _count(results: Iterator[Any], on_rows: OnRows | None) -> Iterator[Any]:
-    for result in results:
-        if on_rows:
-            on_rows(1)
-        yield result
-
-
-def _spread(systems: Sequence[cases.SystemPrompt], n: int) -> list[cases.SystemPrompt]:
-    """At most n of them, evenly spaced, with the first and the last."""
-    if len(systems) <= n:
-        return list(systems)
-    return [systems[round(i * (len(systems) - 1) / (n - 1))] for i in range(n)]

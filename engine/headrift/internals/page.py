@@ -2,45 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
 
 from headrift._version import __version__
-from headrift.internals import figures
-from headrift.internals.analysis import MEASURES, Analysis
+from headrift.figures import short
+from headrift.internals.analysis import MEASURES, Changes
 from headrift.internals.attention import KINDS, REGIONS, WHEN
 from headrift.internals.cases import CHECK
-from headrift.internals.comparing import LAST, NEUTRAL, PLACEMENTS, PLACES, SYSTEM
-from headrift.internals.components import COMPONENTS
+from headrift.internals.comparing import COMPONENTS, LAST, NEUTRAL, PLACEMENTS, PLACES, SYSTEM
 from headrift.internals.estimates import Estimate, Estimates
 from headrift.internals.sentences import ALPHA
 from headrift.report import html, plots
-from headrift.stats import Bounds
+from headrift.stats import Bounds, Floats
 from headrift.terminal import print_table
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 PAGE = "report.html"
-_ALL = "all system prompts"
+COLUMNS = ("", "value", "95% interval", "prompts", "rows", "verdict")
+IN_SHORT = "In short"
 NOT_JUDGED = "not judged"  # the largest of many, whose interval does not allow for the choosing
+_ALL = "all system prompts"
 _MOST_SENTENCES = 20
 _PLACE_LABELS = dict(zip(PLACES, ("the last prompt token", "the question's tokens")))
 _KIND_LABELS = dict(zip(KINDS, ("with the system prompt", "with neutral text in its place")))
+_WITHIN_LABELS = {"over_rows": "over all rows", "within_system_prompts": "within each system prompt"}
 _MORE, _GROWS = ("shown: more", "shown: less"), ("shown: longer, more", "shown: longer, less")
 _CAUTION = (
     "An interval that includes 0 shows no effect, which does not say that there is none. Intervals are over prompts: "
     "they say nothing of other models or other system prompts."
 )
+_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#595959")  # Okabe and Ito's
+_LAYER = "layer (0: nearest the input)"
 
 Results = Mapping[str, Any]  # see analysis.analyse
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(NamedTuple):
     """A result, and what it shows: a row of a table."""
 
     measure: str
@@ -49,20 +54,17 @@ class Finding:
 
     def cells(self) -> tuple[str, ...]:
         """The cells under COLUMNS."""
-        estimate = self.estimate
-        numbers = html.show_number(estimate.value), _show_interval(estimate.interval)
-        return self.measure, *numbers, f"{estimate.prompts:,}", f"{estimate.rows:,}", self.verdict
+        one = self.estimate
+        return self.measure, *_numbers(one.value, one.interval), f"{one.prompts:,}", f"{one.rows:,}", self.verdict
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain values, by name."""
         return {"measure": self.measure, **html.plain(self.estimate), "verdict": self.verdict}
 
 
-COLUMNS = ("", "value", "95% interval", "prompts", "rows", "verdict")
-
-
-def _show_interval(interval: Bounds | None) -> str:
-    return "" if interval is None else html.show_interval(interval)
+def _numbers(value: float | None, interval: Bounds | None) -> tuple[str, str]:
+    """The cells of a value and its interval."""
+    return html.show_number(value), "" if interval is None else html.show_interval(interval)
 
 
 def with_verdict(measure: str, estimate: Estimate, verdicts: tuple[str, str] = _MORE) -> Finding:
@@ -77,14 +79,8 @@ def without_interval(measure: str, value: float, estimates: Estimates) -> Findin
 
 def find(results: Results) -> dict[str, list[Finding]]:
     """All findings by question, the short answer first."""
-    return {
-        "In short": _in_short(results),
-        "What changes, and where": _where(results),
-        "Which layers' change goes with a changed output": _predicting(results["predicting_kl"]),
-        "Do longer system prompts change more?": _length(results["length"]),
-        "Which phrases matter?": _phrases(results),
-        "Does the position matter?": _position(results["placements"] or {}),
-        "Where does the model look?": _attention(results),
+    return {IN_SHORT: list(_in_short(results))} | {
+        question: list(findings(results)) for question, findings, _ in _SECTIONS.values()
     }
 
 
@@ -92,149 +88,40 @@ def print_findings(findings: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Print findings, as internals.json has them, in tables of 80 columns."""
     console = Console(width=80, force_jupyter=False, color_system=None)
     for question, some in findings.items():
-        rows = [(f["measure"], html.show_number(f["value"]), _show_interval(f["interval"]), f["verdict"]) for f in some]
+        rows = [(one["measure"], *_numbers(one["value"], one["interval"]), one["verdict"]) for one in some]
         if rows:
             print_table(console, (question, "value", "95% interval", "verdict"), rows)
 
 
-def _in_short(results: Results) -> list[Finding]:
-    beyond, output = results["beyond_neutral"]["kl"], results["output"]
-    findings = [
-        Finding("next-token KL (nats) of system prompts", output[SYSTEM]["kl"]),
-        Finding("next-token KL (nats) of neutral text of the same length", output[NEUTRAL]["kl"]),
-        with_verdict("the difference", beyond[""], ("shown: system prompts more", "shown: system prompts less")),
-    ]
-    if CHECK in beyond:
-        verdicts = ("shown: distrust the rest", "shown: distrust the rest")
-        findings.append(with_verdict("check: neutral text against other neutral text", beyond[CHECK], verdicts))
-    return findings
-
-
-def _where(results: Results) -> list[Finding]:
-    findings = []
-    for place, words in _PLACE_LABELS.items():
-        change, control = (results["by_layer"][comparison][f"{place}_l2"] for comparison in (SYSTEM, NEUTRAL))
-        for i, component in enumerate(COMPONENTS):
-            layer = int(np.nanargmax(change.value[:, i]))
-            label = f"largest relative change of {component} at {words}: layer {layer}"
-            findings += [Finding(label, change.at(layer, i)), Finding("with neutral text", control.at(layer, i))]
-    output = results["output"][SYSTEM]
-    findings.append(Finding("fraction of rows with another most likely first token", output["top1_changed"]))
-    findings.append(Finding("fraction of the greedy answer's first tokens in common", output["same"]))
-    for measure, words in (("kl", "KL"), ("residual_last", "change of residual at the last prompt token")):
-        for name, estimate in results["beyond_neutral"][measure].items():
-            findings.append(with_verdict(f"{words} beyond neutral text, {name or _ALL}", estimate))
-    return findings
-
-
-def _predicting(results: Results) -> list[Finding]:
-    findings = []
-    for key, words in (("over_rows", "over all rows"), ("within_system_prompts", "within each system prompt")):
-        estimates = results[key][LAST]
-        values = np.where(np.isfinite(estimates.value), estimates.value, -2.0)
-        layer, component = (int(i) for i in np.unravel_index(int(values.argmax()), values.shape))
-        label = f"Spearman {words}: {COMPONENTS[component]} of layer {layer}, the largest of {values.size}"
-        findings.append(Finding(label, estimates.at(layer, component), NOT_JUDGED))
-        above = float((estimates.low > 0).mean())
-        findings.append(without_interval("fraction of them whose interval is above 0", above, estimates))
-    return findings
-
-
-def _length(results: Results) -> list[Finding]:
-    findings = []
-    groups = {"system": "system prompts", "neutral": "neutral texts", "beyond": "the difference"}
-    for measure, words in MEASURES.items():
-        for name, group in groups.items():
-            for statistic in ("spearman", "pearson"):
-                label = f"{words}: {statistic.capitalize()} with length, {group}"
-                findings.append(with_verdict(label, results[measure][name][statistic], _GROWS))
-        mixed, label = results[measure]["mixed"], f"{words}: mixed model"
-        if "reason" in mixed:
-            nothing = Estimate(float("nan"), None, mixed["prompts"], mixed["rows"])
-            findings.append(Finding(label, nothing, mixed["reason"]))
-            continue
-        label += "" if mixed["converged"] else " (which did not converge)"
-        findings.append(with_verdict(f"{label}, per 100 tokens of neutral text", mixed["per_100_neutral"], _GROWS))
-        findings.append(with_verdict(f"{label}, more per 100 tokens of system prompt", mixed["per_100_beyond"]))
-    return findings
-
-
-def _phrases(results: Results) -> list[Finding]:
-    findings = []
-    for feature, result in results["features"].items():
-        label = f"`{feature}`: KL of {result['with']} system prompts with it less that of {result['without']} without"
-        if result["difference"] is not None:
-            findings.append(with_verdict(label, result["difference"]))
-    for feature, result in (results["sentence_features"] or {}).items():
-        if result["sentences"]:
-            findings.append(with_verdict(f"`{feature}`: KL of its {result['sentences']} sentences", result["effect"]))
-    instability = results["instability"]
-    if instability is not None:
-        findings += [
-            Finding("inter-head instability under the whole system prompt", instability["scores"]["whole"]),
-            with_verdict("less that with neutral text for a sentence", instability["effect"]),
-            with_verdict("less that without a sentence", instability["effect_dropped"]),
-        ]
-    return findings
-
-
-def _position(results: Results) -> list[Finding]:
-    findings = []
-    for placement, estimates in results.items():
-        for measure, words in MEASURES.items():
-            findings.append(Finding(f"{words}: {placement}", estimates[measure]))
-            if placement != PLACEMENTS[0]:
-                findings.append(with_verdict("less that as system prompt", estimates[f"{measure}_less"]))
-    return findings
-
-
-def _attention(results: Results) -> list[Finding]:
-    regions, entropy = results["attention"], results["attention_entropy"]
-    if regions is None:
-        return []
-    findings = []
-    for kind, words in zip(KINDS, ("system prompt", "neutral text")):
-        layer = int(np.nanargmax(regions.mass[kind].value[:, 0]))
-        findings.append(Finding(f"attention to {words}, largest: layer {layer}", regions.mass[kind].at(layer, 0)))
-        findings.append(Finding("per token, in average tokens", regions.per_token[kind].at(layer, 0)))
-    findings.append(
-        with_verdict("per token, system prompt less neutral text, mean over layers", regions.difference.at())
-    )
-    for i, when in enumerate(WHEN):
-        for unit, estimates in (("nats", entropy.nats), ("relative to ln(keys)", entropy.relative)):
-            for kind, words in _KIND_LABELS.items():
-                mean = float(np.nanmean(estimates[kind].value[:, i]))
-                findings.append(without_interval(f"entropy, {unit}, {when}, {words}", mean, estimates[kind]))
-        findings.append(
-            with_verdict("the difference", entropy.difference.at(i), ("shown: more even", "shown: less even"))
-        )
-    return findings
-
-
-def write_page(folder: Path, analysis: Analysis, about: Mapping[str, Any], rejected: int) -> Path:
-    """Write report.html and the folder of its figures, and return the page's path. about: as in internals.json."""
+def write_page(folder: Path, model: str, changes: Changes, results: Results, baseline: str, rejected: int) -> None:
+    """Write report.html and the folder of its figures. baseline: how prompts without a system prompt were rendered."""
     output = html.Output(folder / PAGE)
     output.begin()
     try:
-        findings = find(analysis.results)
+        findings = find(results)
         records = {question: [one.to_json() for one in some] for question, some in findings.items()}
-        output.numbers(headrift=__version__, summary=records.pop("In short"), findings=records, **analysis.results)
+        output.numbers(headrift=__version__, summary=records.pop(IN_SHORT), findings=records, **results)
         tables = {question: html.Table(COLUMNS, [one.cells() for one in some]) for question, some in findings.items()}
-        notes = [f"Without a system prompt means: {about['baseline']}.", _CAUTION]
+        notes = [f"Without a system prompt means: {baseline}.", _CAUTION]
         if rejected:
             notes.append(f"{rejected} prompts were rejected, in all or under one system prompt: see `rejects.parquet`.")
-        in_short = [tables.pop("In short"), html.Text(notes)]
+        sections = []
         with plots.style():
-            sections = [
-                html.Section(key, question, [*([table] if table.rows else []), *_BLOCKS[key](analysis, output)])
-                for key, (question, table) in zip(_BLOCKS, tables.items())
-            ]
+            for key, (question, _, draw) in _SECTIONS.items():
+                blocks: list[html.Block] = [tables[question]] if tables[question].rows else []
+                pictures = [output.picture(*one) for one in draw(results, changes)]
+                if not pictures:
+                    blocks.append(html.Missing(_NO_PICTURES[key]))
+                else:
+                    blocks += [html.Text([_NOTES[key]])] if key in _NOTES else []
+                    blocks += [html.Pictures(pictures), *(_sentence_tables(results) if key == "phrases" else ())]
+                sections.append(html.Section(key, question, blocks))
         page = html.render(
             "internals.html.j2",
-            title=Path(about["model"]).name,
-            model=f"{analysis.changes.prompts} prompts, {len(analysis.changes.own)} system prompts",
+            title=model,
+            model=f"{results['prompts']} prompts, {len(changes.own)} system prompts",
             date=f"{datetime.now(UTC):%Y-%m-%d}, headrift {__version__}",
-            in_short=in_short,
+            in_short=[tables[IN_SHORT], html.Text(notes)],
             sections=sections,
             files=output.folder.name,
             redact=False,
@@ -242,127 +129,281 @@ def write_page(folder: Path, analysis: Analysis, about: Mapping[str, Any], rejec
         output.publish(page)
     finally:
         output.discard()
-    return folder / PAGE
 
 
-def _where_blocks(analysis: Analysis, output: html.Output) -> list[html.Block]:
-    results, pictures = analysis.results, []
+# Findings
+
+
+def _in_short(results: Results) -> Iterator[Finding]:
+    beyond, output = results["beyond_neutral"]["kl"], results["output"]
+    yield Finding("next-token KL (nats) of system prompts", output[SYSTEM]["kl"])
+    yield Finding("next-token KL (nats) of neutral text of the same length", output[NEUTRAL]["kl"])
+    yield with_verdict("the difference", beyond[""], ("shown: system prompts more", "shown: system prompts less"))
+    if CHECK in beyond:
+        verdicts = ("shown: distrust the rest", "shown: distrust the rest")
+        yield with_verdict("check: neutral text against other neutral text", beyond[CHECK], verdicts)
+
+
+def _where(results: Results) -> Iterator[Finding]:
+    for place, words in _PLACE_LABELS.items():
+        change, control = (results["by_layer"][comparison][f"{place}_l2"] for comparison in (SYSTEM, NEUTRAL))
+        for i, component in enumerate(COMPONENTS):
+            layer = int(np.nanargmax(change.value[:, i]))
+            label = f"largest relative change of {component} at {words}: layer {layer}"
+            yield Finding(label, change.at(layer, i))
+            yield Finding("with neutral text", control.at(layer, i))
+    output = results["output"][SYSTEM]
+    yield Finding("fraction of rows with another most likely first token", output["top1_changed"])
+    yield Finding("fraction of the greedy answer's first tokens in common", output["same"])
+    for measure, words in (("kl", "KL"), ("residual_last", "change of residual at the last prompt token")):
+        for name, estimate in results["beyond_neutral"][measure].items():
+            yield with_verdict(f"{words} beyond neutral text, {name or _ALL}", estimate)
+
+
+def _predicting(results: Results) -> Iterator[Finding]:
+    for key, words in _WITHIN_LABELS.items():
+        estimates = results["predicting_kl"][key][LAST]
+        values = np.where(np.isfinite(estimates.value), estimates.value, -2.0)
+        layer, component = (int(i) for i in np.unravel_index(int(values.argmax()), values.shape))
+        label = f"Spearman {words}: {COMPONENTS[component]} of layer {layer}, the largest of {values.size}"
+        yield Finding(label, estimates.at(layer, component), NOT_JUDGED)
+        above = float((estimates.low > 0).mean())
+        yield without_interval("fraction of them whose interval is above 0", above, estimates)
+
+
+def _length(results: Results) -> Iterator[Finding]:
+    groups = {"system": "system prompts", "neutral": "neutral texts", "beyond": "the difference"}
+    for measure, words in MEASURES.items():
+        length = results["length"][measure]
+        for name, group in groups.items():
+            for statistic in ("spearman", "pearson"):
+                label = f"{words}: {statistic.capitalize()} with length, {group}"
+                yield with_verdict(label, length[name][statistic], _GROWS)
+        mixed, label = length["mixed"], f"{words}: mixed model"
+        if "reason" in mixed:
+            nothing = Estimate(float("nan"), None, mixed["prompts"], mixed["rows"])
+            yield Finding(label, nothing, mixed["reason"])
+            continue
+        label += "" if mixed["converged"] else " (which did not converge)"
+        yield with_verdict(f"{label}, per 100 tokens of neutral text", mixed["per_100_neutral"], _GROWS)
+        yield with_verdict(f"{label}, more per 100 tokens of system prompt", mixed["per_100_beyond"])
+
+
+def _phrases(results: Results) -> Iterator[Finding]:
+    for feature, result in results["features"].items():
+        label = f"`{feature}`: KL of {result['with']} system prompts with it less that of {result['without']} without"
+        if result["difference"] is not None:
+            yield with_verdict(label, result["difference"])
+    for feature, result in (results["sentence_features"] or {}).items():
+        if result["sentences"]:
+            yield with_verdict(f"`{feature}`: KL of its {result['sentences']} sentences", result["effect"])
+    instability = results["instability"]
+    if instability is not None:
+        yield Finding("inter-head instability under the whole system prompt", instability["scores"]["whole"])
+        yield with_verdict("less that with neutral text for a sentence", instability["effect"])
+        yield with_verdict("less that without a sentence", instability["effect_dropped"])
+
+
+def _position(results: Results) -> Iterator[Finding]:
+    for placement, estimates in (results["placements"] or {}).items():
+        for measure, words in MEASURES.items():
+            yield Finding(f"{words}: {placement}", estimates[measure])
+            if placement != PLACEMENTS[0]:
+                yield with_verdict("less that as system prompt", estimates[f"{measure}_less"])
+
+
+def _attention(results: Results) -> Iterator[Finding]:
+    regions, entropy = results["attention"], results["attention_entropy"]
+    if regions is None:
+        return
+    for kind, words in zip(KINDS, ("system prompt", "neutral text")):
+        layer = int(np.nanargmax(regions["mass"][kind].value[:, 0]))
+        yield Finding(f"attention to {words}, largest: layer {layer}", regions["mass"][kind].at(layer, 0))
+        yield Finding("per token, in average tokens", regions["per_token"][kind].at(layer, 0))
+    yield with_verdict("per token, system prompt less neutral text, mean over layers", regions["difference"].at())
+    for i, when in enumerate(WHEN):
+        for unit, estimates in (("nats", entropy["nats"]), ("relative to ln(keys)", entropy["relative"])):
+            for kind, words in _KIND_LABELS.items():
+                mean = float(np.nanmean(estimates[kind].value[:, i]))
+                yield without_interval(f"entropy, {unit}, {when}, {words}", mean, estimates[kind])
+        yield with_verdict("the difference", entropy["difference"].at(i), ("shown: more even", "shown: less even"))
+
+
+# Pictures: the file's name, the figure, its title, and the rest of its caption.
+
+Pictures = Iterator[tuple[str, "Figure", str, str]]
+
+
+def _where_pictures(results: Results, changes: Changes) -> Pictures:
     for place, where in _PLACE_LABELS.items():
         for measure, words in (("cosine", "Cosine"), ("l2", "Relative L2 change")):
             system, neutral = (results["by_layer"][one][f"{place}_{measure}"] for one in (SYSTEM, NEUTRAL))
-            figure = figures.lines(system, COMPONENTS, words, neutral.value, "neutral text")
+            figure = _lines(system, COMPONENTS, words, ("neutral text", neutral.value))
             title = f"{words} at {where} by layer and component, with the system prompt against without"
-            text = "Bands: 95% intervals over prompts. Dashed: neutral text."
-            pictures.append(output.picture(f"{place}_{measure}", figure, title, text))
+            yield f"{place}_{measure}", figure, title, "Bands: 95% intervals over prompts. Dashed: neutral text."
     if (cka := results["cka"].get(f"{SYSTEM} / {LAST}")) is not None:
         title = "Linear CKA over prompts at the last prompt token, by layer and component"
-        text = "Mean over system prompts; dashed: prompts in random order."
-        figure = figures.lines(cka["cka"], COMPONENTS, "linear CKA over prompts", cka["by_chance"], "by chance")
-        pictures.append(output.picture("cka", figure, title, text))
-    by_system = results["by_system"]
-    figure = figures.by_system(by_system["cosine_at_last_token"][SYSTEM], by_system["systems"])
+        figure = _lines(cka["cka"], COMPONENTS, "linear CKA over prompts", ("by chance", cka["by_chance"]))
+        yield "cka", figure, title, "Mean over system prompts; dashed: prompts in random order."
+    figure = _by_system(results["by_system"]["cosine_at_last_token"][SYSTEM].value, changes.systems)
     title = "Cosine at the last prompt token by system prompt and component"
-    pictures.append(output.picture("by_system", figure, title, "The last row is the check: neutral text."))
-    beyond = {name or _ALL: estimate for name, estimate in results["beyond_neutral"]["kl"].items()}
-    figure = figures.forest(beyond.items(), "KL beyond neutral text of the same length (nats)")
+    yield "by_system", figure, title, "The last row is the check: neutral text."
+    beyond = ((name or _ALL, estimate) for name, estimate in results["beyond_neutral"]["kl"].items())
+    figure = _forest(beyond, "KL beyond neutral text of the same length (nats)")
     text = "95% intervals; coloured: it leaves out 0. The last row must not."
-    pictures.append(output.picture("beyond", figure, "Effect beyond neutral text by system prompt", text))
-    return [html.Pictures(pictures)]
+    yield "beyond", figure, "Effect beyond neutral text by system prompt", text
 
 
-def _predicting_blocks(analysis: Analysis, output: html.Output) -> list[html.Block]:
-    pictures = []
-    for name, words in (("over_rows", "over all rows"), ("within_system_prompts", "within each system prompt")):
+def _predicting_pictures(results: Results, changes: Changes) -> Pictures:
+    for name, words in _WITHIN_LABELS.items():
         for place, where in _PLACE_LABELS.items():
-            estimates = analysis.results["predicting_kl"][name][place]
-            figure = figures.lines(estimates, COMPONENTS, "Spearman, change and next-token KL")
+            figure = _lines(results["predicting_kl"][name][place], COMPONENTS, "Spearman, change and next-token KL")
             title = f"Correlation of a layer's change at {where} and the next token's KL, {words}"
             file = f"{'predicting' if name == 'over_rows' else 'within'}_{place}"
-            pictures.append(output.picture(file, figure, title, "Bands: 95% intervals over prompts."))
-    return [html.Pictures(pictures)]
+            yield file, figure, title, "Bands: 95% intervals over prompts."
 
 
-def _length_blocks(analysis: Analysis, output: html.Output) -> list[html.Block]:
-    pictures = []
+def _length_pictures(results: Results, changes: Changes) -> Pictures:
+    tokens = np.nanmean(changes.numbers[SYSTEM, "system_tokens"][:, changes.own], axis=0)
+    kinds = (("system prompt", SYSTEM, _COLOURS[0], "o"), ("neutral text", NEUTRAL, _COLOURS[1], "s"))
     for measure, words in MEASURES.items():
-        figure = figures.lengths(analysis.changes, measure, "KL (nats)" if measure == "kl" else "relative change")
-        text = "A point for each system prompt, mean over prompts."
-        pictures.append(output.picture(f"length_{measure}", figure, f"Length and {words}", text))
-    return [html.Pictures(pictures)]
+        figure, axes = plots.one_panel(3.8)
+        for name, comparison, colour, marker in kinds:
+            means = np.nanmean(changes.effect(measure, comparison)[:, changes.own], axis=0)
+            axes.scatter(tokens, means, color=colour, marker=marker, s=26, label=name)
+        unit = "KL (nats)" if measure == "kl" else "relative change"
+        axes.set(xscale="log", xlabel="tokens of the system prompt", ylabel=f"{unit}, mean over prompts")
+        axes.legend(fontsize="small", loc="upper left")
+        yield f"length_{measure}", figure, f"Length and {words}", "A point for each system prompt, mean over prompts."
 
 
-def _phrase_blocks(analysis: Analysis, output: html.Output) -> list[html.Block]:
-    kl, instability = analysis.results["sentences"], analysis.results["instability"]
-    if not kl:
-        return [html.Missing("No system prompt of several sentences was taken apart.")]
-    text = "System prompts with a feature differ from those without in other things too: sentences are the causal test."
-    pictures: list[html.Picture] = []
-    tables: list[html.Block] = []
-    by_size = sorted(instability["sentences"] if instability else [], key=lambda row: -abs(row["effect"].value))
-    for name, ranked, words in (
-        ("sentences", kl, "KL beyond neutral text (nats)"),
-        ("sentences_instability", by_size, "instability less that with neutral text"),
-    ):
-        if ranked:
-            rows = ranked[:_MOST_SENTENCES]
-            title = f"{words[0].upper()}{words[1:]}: the {len(rows)} of {len(ranked)} sentences with the largest effect"
-            figure = figures.forest([(row["text"], row["effect"]) for row in rows], words)
-            not_corrected = "95% intervals over prompts, not corrected for the number of sentences."
-            pictures.append(output.picture(name, figure, title, not_corrected))
-            n_shown = sum(row["shown"] for row in ranked)
-            caption = f"{title}; {n_shown} are shown at a false discovery rate of {ALPHA:.0%}."
-            columns = ("sentence", "system prompt", "features", *COLUMNS[1:], "p, corrected")
-            tables.append(html.Table(columns, [_sentence_cells(row) for row in rows], caption))
-    return [html.Text([text]), html.Pictures(pictures), *tables]
+def _rankings(results: Results) -> dict[str, tuple[str, list[Results]]]:
+    """By the name of their picture, the effect in words and the sentences with the largest first."""
+    kl, instability = results["sentences"] or [], results["instability"]
+    by_size = sorted(instability["sentences"] if kl and instability else [], key=lambda row: -abs(row["effect"].value))
+    rankings = {
+        "sentences": ("KL beyond neutral text (nats)", kl),
+        "sentences_instability": ("instability less that with neutral text", by_size),
+    }
+    return {name: (words, ranked) for name, (words, ranked) in rankings.items() if ranked}
 
 
-def _sentence_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    p = "" if row["p_corrected"] is None else f"{row['p_corrected']:.2g}"
-    numbers = Finding("", row["effect"], "shown" if row["shown"] else html.NOT_SHOWN).cells()[1:]
-    return row["text"], row["system"], ", ".join(row["features"]), *numbers, p
+def _title(words: str, ranked: Sequence[Results]) -> str:
+    n = min(len(ranked), _MOST_SENTENCES)
+    return f"{words[0].upper()}{words[1:]}: the {n} of {len(ranked)} sentences with the largest effect"
 
 
-def _position_blocks(analysis: Analysis, output: html.Output) -> list[html.Block]:
-    placements = analysis.results["placements"]
-    if placements is None:
-        return [html.Missing("The system prompts' texts were not put elsewhere.")]
-    figure = figures.forest([(name, placements[name]["kl"]) for name in PLACEMENTS], "next-token KL (nats)")
-    picture = output.picture("placements", figure, "Effect by position", "95% intervals (Student's) over prompts.")
-    text = "Behind the question, a text cannot change the question's own tokens: no token attends to a later one."
-    return [html.Pictures([picture]), html.Text([text])]
+def _phrase_pictures(results: Results, changes: Changes) -> Pictures:
+    text = "95% intervals over prompts, not corrected for the number of sentences."
+    for name, (words, ranked) in _rankings(results).items():
+        rows = ((row["text"], row["effect"]) for row in ranked[:_MOST_SENTENCES])
+        yield name, _forest(rows, words), _title(words, ranked), text
 
 
-def _attention_blocks(analysis: Analysis, output: html.Output) -> list[html.Block]:
-    regions, entropy = analysis.results["attention"], analysis.results["attention_entropy"]
+def _sentence_tables(results: Results) -> Iterator[html.Table]:
+    for words, ranked in _rankings(results).values():
+        rows = []
+        for row in ranked[:_MOST_SENTENCES]:
+            numbers = Finding("", row["effect"], "shown" if row["shown"] else html.NOT_SHOWN).cells()[1:]
+            p = "" if row["p_corrected"] is None else f"{row['p_corrected']:.2g}"
+            rows.append((row["text"], row["system"], ", ".join(row["features"]), *numbers, p))
+        n_shown = sum(row["shown"] for row in ranked)
+        caption = f"{_title(words, ranked)}; {n_shown} are shown at a false discovery rate of {ALPHA:.0%}."
+        yield html.Table(("sentence", "system prompt", "features", *COLUMNS[1:], "p, corrected"), rows, caption)
+
+
+def _position_pictures(results: Results, changes: Changes) -> Pictures:
+    if placements := results["placements"]:
+        figure = _forest(((name, placements[name]["kl"]) for name in PLACEMENTS), "next-token KL (nats)")
+        yield "placements", figure, "Effect by position", "95% intervals (Student's) over prompts."
+
+
+def _attention_pictures(results: Results, changes: Changes) -> Pictures:
+    regions, entropy = results["attention"], results["attention_entropy"]
     if regions is None:
-        return [html.Missing("Attention was not measured (`--no-attention`).")]
-    pictures = []
+        return
     for kind, words in _KIND_LABELS.items():
         name = kind.removeprefix("none_to_")
-        figure = figures.lines(regions.mass[kind], REGIONS, "part of the attention")
+        figure = _lines(regions["mass"][kind], REGIONS, "part of the attention")
         text = "Mean over heads and steps. The prompt's last five tokens also count in the template or the question."
-        pictures.append(output.picture(f"regions_{name}", figure, f"Attention to regions by layer, {words}", text))
-        figure = figures.lines(regions.per_token[kind], REGIONS[:-1], "attention per token / average")
+        yield f"regions_{name}", figure, f"Attention to regions by layer, {words}", text
+        figure = _lines(regions["per_token"][kind], REGIONS[:-1], "attention per token / average")
         title = f"Attention per token of the regions by layer, {words}"
-        pictures.append(output.picture(f"regions_per_token_{name}", figure, title, "1: what a token gets on average."))
-    text = f"Step 0 is the last prompt token; {regions.answers[SYSTEM][-1]:,} answers reach the last step."
-    figure = figures.lines(regions.by_step[SYSTEM], REGIONS, "part of the attention", xlabel="step of the answer")
-    pictures.append(output.picture("regions_by_step", figure, "Attention to regions by step, system prompt", text))
-    figure = figures.heads(regions.by_head[SYSTEM])
-    pictures.append(output.picture("regions_by_head", figure, "Attention to the system prompt by layer and head"))
-    system, neutral = entropy.relative[SYSTEM], entropy.relative[NEUTRAL].value
-    figure = figures.lines(system, WHEN, "entropy / ln(keys seen)", neutral, "neutral text")
+        yield f"regions_per_token_{name}", figure, title, "1: what a token gets on average."
+    text = f"Step 0 is the last prompt token; {regions['answers'][SYSTEM][-1]:,} answers reach the last step."
+    figure = _lines(regions["by_step"][SYSTEM], REGIONS, "part of the attention", xlabel="step of the answer")
+    yield "regions_by_step", figure, "Attention to regions by step, system prompt", text
+    mass = regions["by_head"][SYSTEM]
+    figure, axes = _heatmap(mass, 1.4 + 0.11 * len(mass), "part of the attention", vmin=0)
+    axes.set(xlabel="head", ylabel=_LAYER)
+    axes.locator_params(integer=True)
+    yield "regions_by_head", figure, "Attention to the system prompt by layer and head", ""
+    system, neutral = entropy["relative"][SYSTEM], entropy["relative"][NEUTRAL].value
+    figure = _lines(system, WHEN, "entropy / ln(keys seen)", ("neutral text", neutral))
     title = "Entropy of attention by layer, at the last prompt token and over the answer's"
     text = "1: the same attention to every key; 0: all to one. Dashed: neutral text in the system prompt's place."
-    pictures.append(output.picture("entropy", figure, title, text))
-    return [html.Pictures(pictures)]
+    yield "entropy", figure, title, text
 
 
-_BLOCKS: dict[str, Callable[[Analysis, html.Output], Sequence[html.Block]]] = {
-    "where": _where_blocks,
-    "predicting": _predicting_blocks,
-    "length": _length_blocks,
-    "phrases": _phrase_blocks,
-    "position": _position_blocks,
-    "attention": _attention_blocks,
+def _lines(
+    values: Estimates | Floats, names: Sequence[str], ylabel: str, *dashed: tuple[str, Floats], xlabel: str = _LAYER
+) -> Figure:
+    """A line for each name over layers or steps [n, names], with its interval, and dashed ones of a name."""
+    figure, axes = plots.one_panel(3.6)
+    value = values.value if isinstance(values, Estimates) else values
+    for i, (name, colour) in enumerate(zip(names, _COLOURS)):
+        axes.plot(value[:, i], color=colour, label=name)
+        if isinstance(values, Estimates):
+            low, high = values.low[:, i], values.high[:, i]
+            axes.fill_between(np.arange(len(value)), low, high, color=colour, alpha=0.2, linewidth=0)
+        for _, other in dashed:
+            axes.plot(other[:, i], color=colour, linestyle="--", linewidth=1)
+    for name, _ in dashed:
+        axes.plot([], [], color="#333333", linestyle="--", linewidth=1, label=name)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.legend(fontsize="small", loc="best")
+    return figure
+
+
+def _by_system(values: Floats, systems: Sequence[str]) -> Figure:
+    """Cosine [systems, components] as a heatmap with its numbers."""
+    figure, axes = _heatmap(values, 1.2 + 0.3 * len(systems), "cosine, mean over layers and prompts")
+    middle = (np.nanmin(values) + np.nanmax(values)) / 2
+    for i, j in np.ndindex(*values.shape):
+        colour = "black" if values[i, j] > middle else "white"
+        axes.text(j, i, f"{values[i, j]:.2f}", color=colour, ha="center", va="center", fontsize="small")
+    axes.set_xticks(range(len(COMPONENTS)), COMPONENTS)
+    axes.set_yticks(range(len(systems)), [short(name) for name in systems], parse_math=False)
+    return figure
+
+
+def _heatmap(values: Floats, height: float, label: str, **colours: Any) -> tuple[Figure, Any]:
+    figure, axes = plots.one_panel(height, least=2.6)
+    image = axes.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest", **colours)
+    figure.colorbar(image, ax=axes, label=label)
+    return figure, axes
+
+
+def _forest(rows: Iterable[tuple[str, Estimate]], xlabel: str) -> Figure:
+    """Estimates with their intervals, one below the other; coloured if the interval leaves out 0."""
+    return plots.forest([(name, one.value, one.interval) for name, one in rows], xlabel, 0.0, (_COLOURS[0],) * 2)
+
+
+# By anchor: the question, its findings and its pictures.
+_SECTIONS = {
+    "where": ("What changes, and where", _where, _where_pictures),
+    "predicting": ("Which layers' change goes with a changed output", _predicting, _predicting_pictures),
+    "length": ("Do longer system prompts change more?", _length, _length_pictures),
+    "phrases": ("Which phrases matter?", _phrases, _phrase_pictures),
+    "position": ("Does the position matter?", _position, _position_pictures),
+    "attention": ("Where does the model look?", _attention, _attention_pictures),
+}
+_NOTES = {
+    "phrases": "System prompts with a feature differ in other things too: dropped sentences are the causal test.",
+    "position": "Behind the question, a text cannot change the question's own tokens: no token attends to a later one.",
+}
+_NO_PICTURES = {
+    "phrases": "No system prompt of several sentences was taken apart.",
+    "position": "The system prompts' texts were not put elsewhere.",
+    "attention": "Attention was not measured (`--no-attention`).",
 }

@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -28,13 +27,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from headrift.internals.attention import make_prompt, score
 from headrift.internals.cases import NeutralText, Question, Reject, Renderer, Rendering, SystemPrompt, split_sentences
-from headrift.internals.comparing import columns, kl
-from headrift.internals.components import ForwardRow, StateReader
-from headrift.internals.estimates import column, prompt_means, student
-from headrift.prepare import Prompt
+from headrift.internals.comparing import ForwardRow, Record, StateReader
+from headrift.internals.estimates import column, kl, prompt_means, student
 from headrift.prompts import PromptError, Span
-from headrift.results import ScoreResult
+from headrift.runs.folder import OnRows, columns, ignore_rows
 from headrift.scorer import Scorer
 
 ALPHA = 0.05  # false discovery rate at which a sentence's effect is shown
@@ -43,7 +41,6 @@ MOST_SCORED_PROMPTS = 4
 _STRIDE = 3  # sentences between the neutral texts of a prompt's sentences
 
 Rules = Mapping[str, re.Pattern[str]]
-OnRows = Callable[[int], None]
 
 _COLUMNS = columns("system string, sentence int16, text string, sentence_tokens int32, prompt int32, id string")
 KL_SCHEMA = pa.schema(_COLUMNS + columns("kl double, kl_neutral double, effect double, top1_changed bool"))
@@ -64,16 +61,10 @@ class DroppedSentence:
     dropped: Rendering
     neutral: Rendering
 
-    def record(self, system: str) -> dict[str, Any]:
+    def record(self, system: str) -> Record:
         """The columns of every record of it. system: the system prompt's name."""
-        return {
-            "system": system,
-            "sentence": self.sentence,
-            "text": self.text,
-            "sentence_tokens": self.tokens,
-            "prompt": self.question.number,
-            "id": self.question.id,
-        }
+        about = {"sentence": self.sentence, "text": self.text, "sentence_tokens": self.tokens}
+        return self.question.record(system) | about
 
 
 def sentence_spans(text: str) -> list[Span]:
@@ -93,23 +84,21 @@ def without(text: str, part: Span) -> str:
 
 def drop_sentences(
     questions: Sequence[Question], system: SystemPrompt, renderer: Renderer, neutral: NeutralText
-) -> list[DroppedSentence | Reject]:
+) -> Iterator[DroppedSentence | Reject]:
     """Drop each sentence for each question; nothing for a system prompt of one sentence."""
     parts = sentence_spans(system.text)
-    drops: list[DroppedSentence | Reject] = []
     for question in questions if len(parts) > 1 else ():
         try:
             whole, spans = renderer.with_parts(question.text, system.text, parts)
             dropped = [renderer.with_system(question.text, without(system.text, part)) for part in parts]
         except PromptError as error:
-            drops.append(question.reject(system.name, error))
+            yield question.reject(system.name, error)
             continue
-        for number, ((start, end), part, shorter) in enumerate(zip(spans, parts, dropped)):
-            words = neutral.excerpt(end - start, question.number + _STRIDE * number, inner=number > 0)
-            ids = [*whole.token_ids[:start], *words, *whole.token_ids[end:]]
-            text, replaced = system.text[slice(*part)], replace(whole, token_ids=ids)
-            drops.append(DroppedSentence(number, text, end - start, question, whole, shorter, replaced))
-    return drops
+        for number, (span, part, shorter) in enumerate(zip(spans, parts, dropped)):
+            n = span[1] - span[0]
+            words = neutral.excerpt(n, question.number + _STRIDE * number, inner=number > 0)
+            replaced = whole.with_tokens(span, words)
+            yield DroppedSentence(number, system.text[slice(*part)], n, question, whole, shorter, replaced)
 
 
 def whole_prompts(drops: Sequence[DroppedSentence]) -> dict[int, Rendering]:
@@ -123,8 +112,8 @@ def count_rows(drops: Sequence[DroppedSentence]) -> int:
 
 
 def measure_kl(
-    reader: StateReader, name: str, drops: Sequence[DroppedSentence], on_rows: OnRows | None = None
-) -> list[dict[str, Any]]:
+    reader: StateReader, name: str, drops: Sequence[DroppedSentence], on_rows: OnRows = ignore_rows
+) -> list[Record]:
     """A record (see KL_SCHEMA) of each. Rows of one sentence run together, so that what they start with runs once."""
 
     def read(renderings: Sequence[Rendering]) -> list[Any]:
@@ -148,51 +137,32 @@ def measure_kl(
 
 def scored_drops(drops: Sequence[DroppedSentence]) -> list[DroppedSentence]:
     """Those whose instability is measured: of the first MOST_SCORED_PROMPTS prompts."""
-    numbers = sorted({drop.question.number for drop in drops})[:MOST_SCORED_PROMPTS]
+    numbers = sorted(whole_prompts(drops))[:MOST_SCORED_PROMPTS]
     return [drop for drop in drops if drop.question.number in numbers]
 
 
 def measure_instability(
-    scorer: Scorer, name: str, drops: Sequence[DroppedSentence], on_rows: OnRows | None = None
-) -> list[dict[str, Any]]:
+    scorer: Scorer, name: str, drops: Sequence[DroppedSentence], on_rows: OnRows = ignore_rows
+) -> list[Record]:
     """A record (see INSTABILITY_SCHEMA) of each; none if the engine rejected one of its prompts.
 
     A score is null if the answer ended before its first step.
     """
     wholes = whole_prompts(drops)
-    results = dict(zip(wholes, _score(scorer, [_prompt(one) for one in wholes.values()], False, on_rows)))
+    results = dict(zip(wholes, score(scorer, [make_prompt(one) for one in wholes.values()], on_rows)))
     answered = [(drop, whole) for drop in drops if (whole := results[drop.question.number]) is not None]
-    prompts = [_prompt(one, whole.answer_ids) for drop, whole in answered for one in (drop.dropped, drop.neutral)]
-    replayed = list(_score(scorer, prompts, True, on_rows))
+    prompts = [make_prompt(one, whole.answer_ids) for drop, whole in answered for one in (drop.dropped, drop.neutral)]
+    replayed = list(score(scorer, prompts, on_rows, replay=True))
     records = []
     for (drop, whole), dropped, neutral in zip(answered, replayed[::2], replayed[1::2]):
-        if dropped is None or neutral is None:
-            continue
-        scores = {"whole": whole.score, "dropped": dropped.score, "neutral": neutral.score}
-        effects = {"effect": _minus(whole.score, neutral.score), "effect_dropped": _minus(whole.score, dropped.score)}
-        records.append(drop.record(name) | scores | effects)
+        if dropped is not None and neutral is not None:
+            scores = {"whole": whole.score, "dropped": dropped.score, "neutral": neutral.score}
+            effects = {
+                key: None if whole.score is None or other.score is None else whole.score - other.score
+                for key, other in (("effect", neutral), ("effect_dropped", dropped))
+            }
+            records.append(drop.record(name) | scores | effects)
     return records
-
-
-def _score(
-    scorer: Scorer, prompts: Sequence[Prompt], replay: bool, on_rows: OnRows | None
-) -> Iterator[ScoreResult | None]:
-    """Results in order, None for what the engine rejected."""
-    with closing(scorer.score(iter(prompts), replay=replay)) as results:
-        for result in results:
-            if on_rows:
-                on_rows(1)
-            yield result if isinstance(result, ScoreResult) else None
-
-
-def _prompt(rendering: Rendering, answer_ids: Sequence[int] | None = None) -> Prompt:
-    assert rendering.system is not None
-    regions = {"system": rendering.system, "user": rendering.question}
-    return Prompt(token_ids=rendering.token_ids, regions=regions, response_ids=answer_ids)
-
-
-def _minus(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a - b
 
 
 # Features of sentences
@@ -206,14 +176,14 @@ def read_rules(extra: Path | None = None) -> Rules:
     """Read the features that headrift has, and those of another file in the same format. RulesError if it is bad."""
     own = (files("headrift.internals") / "features.toml").read_text(encoding="utf-8")
     rules = _parse_rules(own, "features.toml")
-    if extra is not None:
-        try:
-            rules |= _parse_rules(extra.read_text(encoding="utf-8"), str(extra))
-        except OSError as error:
-            raise RulesError(f"--features {extra} cannot be read: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise RulesError(f"--features {extra} is not UTF-8 text: convert it to UTF-8") from error
-    return rules
+    if extra is None:
+        return rules
+    try:
+        return rules | _parse_rules(extra.read_text(encoding="utf-8"), str(extra))
+    except OSError as error:
+        raise RulesError(f"--features {extra} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RulesError(f"--features {extra} is not UTF-8 text: convert it to UTF-8") from error
 
 
 def _parse_rules(text: str, name: str) -> dict[str, re.Pattern[str]]:
@@ -244,14 +214,10 @@ def find_features(text: str, rules: Rules) -> list[str]:
 def rank_sentences(
     table: pa.Table, rules: Rules, means: Sequence[str] = ("kl", "top1_changed")
 ) -> list[dict[str, Any]]:
-    """The sentences by their mean `effect`, the largest first.
+    """The sentences by their mean `effect`, the largest first, each with the means of these columns too.
 
-    Args:
-        means: Columns whose means are given too.
-
-    Returns:
-        For each its `effect` with Student's interval over prompts, its p-value, that corrected for the number of
-        sentences (Benjamini and Hochberg), and whether the effect is `shown`: below ALPHA.
+    The effect has Student's interval over prompts, a p-value, one corrected for the number of sentences (Benjamini and
+    Hochberg), and is `shown` if that is below ALPHA.
     """
     from scipy.stats import false_discovery_control
 
@@ -261,20 +227,10 @@ def rank_sentences(
     for system, sentence in dict.fromkeys(zip(names.tolist(), number.tolist())):
         own = (names == system) & (number == sentence)
         effect, p = student(values["effect"][own])
-        text = str(texts[int(np.argmax(own))])
-        rows.append(
-            {
-                "system": system,
-                "sentence": sentence,
-                "text": text,
-                "features": find_features(text, rules),
-                "effect": effect,
-                **{name: float(values[name][own].mean()) for name in means},
-                "p": p,
-                "p_corrected": None,
-                "shown": False,
-            }
-        )
+        text = str(texts[own][0])
+        row = {"system": system, "sentence": sentence, "text": text, "features": find_features(text, rules)}
+        row |= {"effect": effect, **{name: float(values[name][own].mean()) for name in means}}
+        rows.append({**row, "p": p, "p_corrected": None, "shown": False})
     tested = [row for row in rows if np.isfinite(row["p"])]
     for row, p in zip(tested, false_discovery_control([row["p"] for row in tested]) if tested else []):
         row |= {"p_corrected": float(p), "shown": bool(p < ALPHA)}

@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from headrift.model_facts import WEIGHTS
 
 if TYPE_CHECKING:  # `headrift doctor` says what is missing, without pyarrow too
     import pyarrow as pa
+    from numpy.typing import NDArray
 
 LOCK = ".lock"
 # Files up to this size are hashed whole; of larger ones, this many blocks spread evenly, both ends included.
@@ -107,6 +108,13 @@ def can_resume(out: Path, marker: str, *, resume: bool) -> bool:
     return True
 
 
+OnRows = Callable[[int], None]  # called with how many rows are done since the last call
+
+
+def ignore_rows(rows: int) -> None:
+    """An OnRows that does nothing."""
+
+
 class ResumableParts:
     """A job whose work is known beforehand as a set of parts: an interrupted one computes only those that are missing.
 
@@ -193,6 +201,18 @@ class ResumableParts:
         summary = {"settings": self._settings, "about": self._about, **results}
         write_json(self.out / self._summary, summary)
         return summary
+
+
+def columns(text: str) -> list[pa.Field]:
+    """Columns of a schema from "name type, name type, ...", types as pyarrow.type_for_alias has them."""
+    import pyarrow as pa
+
+    return [pa.field(name, pa.type_for_alias(alias)) for name, alias in map(str.split, text.split(","))]
+
+
+def list_column(table: pa.Table, name: str) -> list[NDArray[Any]]:
+    """A column of lists, one array for each row."""
+    return [chunk[i].values.to_numpy() for chunk in table[name].chunks for i in range(len(chunk))]
 
 
 def table_from_records(records: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:

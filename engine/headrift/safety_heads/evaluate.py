@@ -8,16 +8,16 @@ answers are not kept unless the config asks for it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from headrift import ablation
 from headrift.ablation import EPSILON, HeadAblation
@@ -26,57 +26,39 @@ from headrift.model_facts import read_shape
 from headrift.prepare import load_tokenizer
 from headrift.probed_engine import ProbedEngine
 from headrift.requests import Finished, ProbeRequest
-from headrift.runs.folder import JobError, atomic_path, model_fingerprint, new_folder, versions, write_json
-from headrift.safety_heads.arms import (
-    ABLATED,
-    ATTACK,
-    CHANGED_WITHIN,
-    CLEAN,
-    CONTROL,
-    ArmAnswers,
-    ArmSummary,
-    ControlDifference,
-    against_controls,
-    bars_png,
-    summarise,
+from headrift.runs.folder import (
+    JobError,
+    OnRows,
+    atomic_path,
+    columns,
+    ignore_rows,
+    model_fingerprint,
+    new_folder,
+    table_from_records,
+    versions,
+    write_json,
 )
-from headrift.safety_heads.jobs import ablating_engine
-from headrift.safety_heads.queries import CHAT, check_lengths, prepare, read_rows
-from headrift.safety_heads.ranking import leading_heads
-from headrift.safety_heads.refusals import is_refusal
+from headrift.safety_heads import refusals
+from headrift.safety_heads.jobs import QueriesConfig, ablating_engine, check_lengths, prepare, read_rows
+from headrift.safety_heads.overlap import leading_heads
 from headrift.safety_heads.ships import Head, all_heads
+from headrift.stats import Floats
 
-# --quick: queries of a label, tokens of an answer, draws of other heads, passages of the neutral text.
-QUICK_QUERIES, QUICK_TOKENS, QUICK_DRAWS, QUICK_PASSAGES = 5, 32, 1, 4
+# --quick: tokens of an answer, draws of other heads, passages of the neutral text.
+QUICK_TOKENS, QUICK_DRAWS, QUICK_PASSAGES = 32, 1, 4
 RESULT_FILE, _ANSWERS, _FIGURE = "evaluate.json", "answers.parquet", "arms.png"
-_SCHEMA = pa.schema(
-    [
-        ("query", pa.int32()),
-        ("id", pa.string()),
-        ("label", pa.string()),
-        ("category", pa.string()),
-        ("arm", pa.string()),
-        ("refused", pa.bool_()),
-        ("answer_tokens", pa.int32()),
-        ("same_tokens", pa.int32()),
-    ]
+_COLUMNS = columns(
+    "query int32, id string, label string, category string, arm string, refused bool, answer_tokens int32, "
+    "same_tokens int32"
 )
 # Heads to ablate by the arm's name; none for the clean arm.
 Arms = Mapping[str, Sequence[HeadAblation]]
-OnRows = Callable[[int], None]
-
-
-def _ignore(rows: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
-class EvaluateConfig:
-    """Options of `headrift heads evaluate`."""
+class EvaluateConfig(QueriesConfig):
+    """Options of `headrift heads evaluate`; `heads` None is the first `top` heads of `run`."""
 
-    inputs: tuple[str, ...]
-    model: Path
-    out: Path
-    heads: tuple[Head, ...] | None = None  # to ablate; or the first `top` heads of `run`
     run: Path | None = None  # a folder of `ships` or `sahara`
     top: int | None = None
     kind: str | None = None  # default: as in the run, or of `headrift.ablation`; and so is epsilon
@@ -84,24 +66,14 @@ class EvaluateConfig:
     tokens: int = 64  # longest answer
     draws: int = 3  # of as many other heads
     seed: int = 0
-    limit: int | None = None  # first queries of each label
-    quick: bool = False
     labels: tuple[str, ...] | None = None  # one per input, for queries without a label
-    form: str = CHAT  # one of queries.FORMS
-    system_prompt: str | None = None
-    columns: Mapping[str, str] | None = None
-    dtype: str = "auto"
-    attention_backend: str = "auto"
     keep_completions: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Results of a job. controls: by label. seconds: in the engine."""
-
-    arms: list[ArmSummary]
-    controls: dict[str, ControlDifference]
-    seconds: float
+class Evaluation(NamedTuple):
+    arms: list[refusals.ArmSummary]
+    controls: dict[str, refusals.ControlDifference]  # by label
+    seconds: float  # in the engine
 
 
 class EvaluateJob:
@@ -111,20 +83,21 @@ class EvaluateJob:
     def __init__(self, config: EvaluateConfig):
         self.config = config
         facts, n_layers, n_heads = read_shape(config.model)
-        self.heads, self.kind, self.epsilon = _chosen_heads(config)
+        self.heads, self.kind, self.epsilon = _choose_heads(config)
         ablation.check([(*head, self.kind) for head in self.heads], self.epsilon)
         ablation.check_heads(self.heads, n_layers, n_heads)
         self.tokens = min(config.tokens, QUICK_TOKENS) if config.quick else config.tokens
         draws = min(config.draws, QUICK_DRAWS) if config.quick else config.draws
         controls = _draw_controls(self.heads, all_heads(n_layers, n_heads), draws, config.seed)
-        self.arms = {CLEAN: (), ABLATED: self.heads, **controls}
-        limit = min(config.limit or QUICK_QUERIES, QUICK_QUERIES) if config.quick else config.limit
-        rows = _limit_labels(read_rows(config.inputs, config.columns, labels=config.labels), limit)
+        self.arms = {refusals.CLEAN: (), refusals.ABLATED: self.heads, **controls}
+        rows = _limit_labels(read_rows(config.inputs, config.columns, labels=config.labels), config.n_queries)
         self._tokenizer = load_tokenizer(str(config.model), False)
         self.queries = prepare(rows, self._tokenizer, config.form, config.system_prompt)
         self.labels = [str(query.label) for query in self.queries]
         check_lengths(self.queries, facts, self.tokens)
-        self.passages = neutral_text(self._tokenizer)[: QUICK_PASSAGES if config.quick else None]
+        text = (files("headrift.safety_heads") / "neutral.txt").read_text(encoding="utf-8").strip().split("\n\n")
+        passages = [list(self._tokenizer(passage)["input_ids"]) for passage in text]
+        self.passages = passages[: QUICK_PASSAGES if config.quick else None]
         if facts.context is not None and max(map(len, self.passages)) >= facts.context:
             raise JobError(f"--model {config.model}: its context of {facts.context} is too short for the neutral text")
         new_folder(config.out)
@@ -134,73 +107,71 @@ class EvaluateJob:
         """Number of requests to run."""
         return len(self.arms) * (len(self.queries) + len(self.passages))
 
-    def run(self, on_rows: OnRows = _ignore, verbose: bool = False) -> Evaluation:
+    def run(self, on_rows: OnRows = ignore_rows, verbose: bool = False) -> Evaluation:
         """Run all arms and write the results. on_rows: called with the number of requests that finished."""
-        config = self.config
         ablated = {name: [(*head, self.kind) for head in heads] for name, heads in self.arms.items()}
-        with ablating_engine(config.model, config.dtype, config.attention_backend, verbose) as engine:
+        with ablating_engine(self.config, verbose) as engine:
             begin = time.monotonic()
             prompts = [query.token_ids for query in self.queries]
-            by_query = answers(engine, prompts, ablated, self.tokens, self.epsilon, on_rows)
-            likelihoods = log_likelihoods(engine, self.passages, ablated, self.epsilon, on_rows)
+            fields: dict[str, Any] = {"answer_tokens": self.tokens, "epsilon": self.epsilon}
+            by_query = run_arms(engine, prompts, ablated, on_rows, **fields)
+            fields = {"ignore_eos": True, "logprobs": True, "epsilon": self.epsilon}
+            likelihoods = log_likelihoods(run_arms(engine, self.passages, ablated, on_rows, **fields))
             seconds = time.monotonic() - begin
         texts = [
             {arm: self._tokenizer.decode(done.answer_ids, skip_special_tokens=True) for arm, done in by_arm.items()}
             for by_arm in by_query
         ]
+        ids, n = {name: [done[name].answer_ids for done in by_query] for name in self.arms}, refusals.CHANGED_WITHIN
+        clean = ids[refusals.CLEAN]
         by_arm = {
-            name: ArmAnswers(
+            name: refusals.ArmAnswers(
                 heads=heads,
-                refused=np.array([is_refusal(text[name]) for text in texts]),
-                same_tokens=np.array([_same_tokens(done[name], done[CLEAN]) for done in by_query]),
-                changed=np.array([_is_changed(done[name], done[CLEAN]) for done in by_query]),
+                refused=np.array([refusals.is_refusal(text[name]) for text in texts]),
+                same_tokens=np.array([*map(_same_tokens, ids[name], clean)]),
+                changed=np.array([one[:n] != other[:n] for one, other in zip(ids[name], clean)]),
                 log_likelihood=likelihoods[name],
             )
             for name, heads in self.arms.items()
         }
         lengths = np.array([len(ids) - 1.0 for ids in self.passages])
-        result = Evaluation(summarise(by_arm, self.labels, lengths), against_controls(by_arm, self.labels), seconds)
-        self._write(result, by_arm, by_query, texts)
-        return result
-
-    def _write(
-        self,
-        result: Evaluation,
-        by_arm: Mapping[str, ArmAnswers],
-        by_query: Sequence[Mapping[str, Finished]],
-        texts: Sequence[Mapping[str, str]],
-    ) -> None:
-        config = self.config
+        controls = refusals.against_controls(by_arm, self.labels)
+        result = Evaluation(refusals.summarise(by_arm, self.labels, lengths), controls, seconds)
         rows = [
             {
                 **{"query": i, "id": query.id, "label": query.label, "category": query.category, "arm": name},
                 "refused": bool(arm.refused[i]),
-                "answer_tokens": len(by_query[i][name].answer_ids),
+                "answer_tokens": len(ids[name][i]),
                 "same_tokens": int(arm.same_tokens[i]),
                 "text": texts[i][name],
             }
             for i, query in enumerate(self.queries)
             for name, arm in by_arm.items()
         ]
-        schema = _SCHEMA.append(pa.field("text", pa.string())) if config.keep_completions else _SCHEMA
+        self._write(result, rows)
+        return result
+
+    def _write(self, result: Evaluation, rows: Sequence[Mapping[str, Any]]) -> None:
+        config = self.config
+        schema = pa.schema([*_COLUMNS, *(columns("text string") if config.keep_completions else ())])
         with atomic_path(config.out / _ANSWERS) as unfinished:
-            pq.write_table(pa.Table.from_pylist(rows, schema=schema), unfinished)
+            pq.write_table(table_from_records(rows, schema), unfinished)
         write_json(config.out / RESULT_FILE, self._to_json(result))
         heads = ", ".join(f"{layer}:{head}" for layer, head in self.heads)
         title = f"{config.model.name}, {self.kind}: {len(self.heads)} heads together ({heads})"
-        bars_png(config.out / _FIGURE, result.arms, title=title)
+        refusals.bars_png(config.out / _FIGURE, result.arms, title=title)
 
     def _to_json(self, result: Evaluation) -> dict[str, Any]:
         config = self.config
         return {
             "settings": {
                 "model": model_fingerprint(config.model)["fingerprint"],
-                "heads": [list(head) for head in self.heads],
+                "heads": self.heads,
                 "heads_from": None if config.run is None else {"run": str(config.run), "top": len(self.heads)},
                 "kind": self.kind,
                 "epsilon": self.epsilon,
                 "tokens": self.tokens,
-                "changed_within": CHANGED_WITHIN,
+                "changed_within": refusals.CHANGED_WITHIN,
                 "draws": len(self.arms) - 2,
                 "seed": config.seed,
                 "queries": {label: self.labels.count(label) for label in sorted(set(self.labels))},
@@ -209,44 +180,20 @@ class EvaluateJob:
                 "system_prompt": config.system_prompt,
                 "dtype": config.dtype,
             },
-            "about": {"model": str(config.model), "inputs": list(config.inputs), "versions": versions()},
+            "about": {"model": str(config.model), "inputs": config.inputs, "versions": versions()},
             "engine_seconds": round(result.seconds, 2),
             "arms": {arm.name: arm.to_json() for arm in result.arms},
-            "refused_against_controls": {label: asdict(control) for label, control in result.controls.items()},
+            "refused_against_controls": {label: control._asdict() for label, control in result.controls.items()},
         }
 
 
-def neutral_text(tokenizer: Any) -> list[list[int]]:
-    """Token ids of the passages of a text that no model refuses to read, written for this project."""
-    text = (files("headrift.safety_heads") / "neutral.txt").read_text(encoding="utf-8")
-    return [list(tokenizer(passage)["input_ids"]) for passage in text.strip().split("\n\n")]
-
-
-def answers(
-    engine: ProbedEngine,
-    prompts: Sequence[Sequence[int]],
-    arms: Arms,
-    tokens: int,
-    epsilon: float = EPSILON,
-    on_rows: OnRows = _ignore,
+def run_arms(
+    engine: ProbedEngine, prompts: Sequence[Sequence[int]], arms: Arms, on_rows: OnRows = ignore_rows, **fields: Any
 ) -> list[dict[str, Finished]]:
-    """Answer each prompt greedily in each arm.
-
-    Args:
-        engine: started with `ablation=True`.
-        prompts: token ids.
-        tokens: longest answer.
-        on_rows: called with the number of requests that finished, as they finish.
-
-    Returns:
-        For each prompt, the finished request by arm.
-
-    Raises:
-        ValueError: the model does not have a head, or prompt and answer exceed the context.
-    """
+    """Run prompts in each arm; the finished requests of each prompt by arm. fields: of the requests."""
     by_prompt: list[dict[str, Finished]] = [{} for _ in prompts]
     requests = (
-        ((i, arm), ProbeRequest(ids, {}, 0, answer_tokens=tokens, ablate=heads, epsilon=epsilon))
+        ((i, arm), ProbeRequest(ids, {}, 0, ablate=heads, **fields))
         for i, ids in enumerate(prompts)
         for arm, heads in arms.items()
     )
@@ -256,36 +203,15 @@ def answers(
     return by_prompt
 
 
-def log_likelihoods(
-    engine: ProbedEngine,
-    passages: Sequence[Sequence[int]],
-    arms: Arms,
-    epsilon: float = EPSILON,
-    on_rows: OnRows = _ignore,
-) -> dict[str, NDArray[np.float64]]:
-    """Read each passage in each arm; arguments as in `answers`.
-
-    Returns:
-        By arm, [passages]: the summed log-probability of a passage's tokens but the first, in nats.
-
-    Raises:
-        RuntimeError: the engine gave no number for a token.
-    """
-    sums = {arm: np.full(len(passages), np.nan) for arm in arms}
-    requests = (
-        ((i, arm), ProbeRequest(ids, {}, 0, ignore_eos=True, ablate=heads, epsilon=epsilon, logprobs=True))
-        for i, ids in enumerate(passages)
-        for arm, heads in arms.items()
-    )
-    for (i, arm), done, _ in engine.run(requests):
-        sums[arm][i] = np.sum(done.logprobs or [])
-        on_rows(1)
+def log_likelihoods(by_passage: Sequence[Mapping[str, Finished]]) -> dict[str, Floats]:
+    """By arm, the summed log-probability of each passage's tokens but the first, in nats. RuntimeError if one lacks."""
+    sums = {arm: np.array([np.sum(done[arm].logprobs or np.nan) for done in by_passage]) for arm in by_passage[0]}
     if not all(np.isfinite(of_arm).all() for of_arm in sums.values()):
         raise RuntimeError("the engine gave no log-probability for some tokens of the text; do not trust its numbers")
     return sums
 
 
-def _chosen_heads(config: EvaluateConfig) -> tuple[tuple[Head, ...], str, float]:
+def _choose_heads(config: EvaluateConfig) -> tuple[tuple[Head, ...], str, float]:
     """The heads to ablate, the kind and epsilon. JobError if the options contradict each other or choose none."""
     kind, epsilon = config.kind or ablation.UNDIFFERENTIATED, EPSILON
     if config.run is not None and config.heads is not None:
@@ -315,13 +241,13 @@ def _draw_controls(heads: Sequence[Head], every: Sequence[Head], draws: int, see
     controls = {}
     for draw in range(draws):
         chosen = random.choice(len(others), len(heads), replace=False)
-        controls[f"{CONTROL} {draw + 1}"] = tuple(others[i] for i in sorted(chosen.tolist()))
+        controls[f"{refusals.CONTROL} {draw + 1}"] = tuple(others[i] for i in sorted(chosen.tolist()))
     return controls
 
 
 def _limit_labels(rows: Sequence[Row], limit: int | None) -> list[Row]:
     """The first `limit` rows of each label. JobError if a row has no label, or no row is an attack."""
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     kept = []
     for row in rows:
         if row.label is None:
@@ -329,19 +255,15 @@ def _limit_labels(rows: Sequence[Row], limit: int | None) -> list[Row]:
                 f"{row.source}, row {row.row}: it has no label; add a column label (attack or benign), or label all "
                 "rows of a file, as in --labels attack"
             )
-        counts[row.label] = counts.get(row.label, 0) + 1
+        counts[row.label] += 1
         if limit is None or counts[row.label] <= limit:
             kept.append(row)
-    if ATTACK not in counts:
+    if refusals.ATTACK not in counts:
         raise JobError("no query is labelled attack: there are no refusals to evaluate without one")
     return kept
 
 
-def _same_tokens(answer: Finished, clean: Finished) -> int:
+def _same_tokens(answer: Sequence[int], clean: Sequence[int]) -> int:
     """Number of leading tokens that an answer shares with the clean one."""
-    pairs = list(zip(answer.answer_ids, clean.answer_ids))
+    pairs = list(zip(answer, clean))
     return next((i for i, (one, other) in enumerate(pairs) if one != other), len(pairs))
-
-
-def _is_changed(answer: Finished, clean: Finished) -> bool:
-    return answer.answer_ids[:CHANGED_WITHIN] != clean.answer_ids[:CHANGED_WITHIN]

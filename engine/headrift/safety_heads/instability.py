@@ -8,9 +8,8 @@ random, many times.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,15 +17,14 @@ from numpy.typing import NDArray
 from headrift.calibration.compare.measurements import read_prompts
 from headrift.runs.folder import JobError
 from headrift.runs.reading import ATTACK, UNLABELLED, ScoreRun, open_run, read_rows
-from headrift.safety_heads.ranking import LeadingHeads, leading_heads
+from headrift.safety_heads.overlap import LeadingHeads, leading_heads
 from headrift.safety_heads.ships import Head
 from headrift.stats import Bools, Floats, Interval, Ints, percentile_bounds, separation
 
 DRAWS = 200
 
 
-@dataclass(frozen=True, slots=True)
-class HeadSetScore:
+class HeadSetScore(NamedTuple):
     """The score of a set of heads against that of all heads."""
 
     heads: str
@@ -34,9 +32,12 @@ class HeadSetScore:
     auroc: Interval | None  # attacks against benign prompts, None if a class is missing
     of_draws: bool  # means over draws of heads, with the range of 95% of the draws instead of an interval over prompts
 
+    def to_json(self) -> dict[str, Any]:
+        auroc = None if self.auroc is None else _to_json(self.auroc)
+        return {**self._asdict(), "rank_correlation": _to_json(self.rank_correlation), "auroc": auroc}
 
-@dataclass(frozen=True, slots=True)
-class Instability:
+
+class Instability(NamedTuple):
     """What chosen heads contribute to the scores of a run."""
 
     run: str
@@ -51,17 +52,8 @@ class Instability:
 
     def to_json(self) -> dict[str, Any]:
         """The values as `headrift heads instability --out` writes them."""
-        fields = {name: getattr(self, name) for name in self.__slots__}
-        lines = [
-            {
-                "heads": line.heads,
-                "rank_correlation": _to_json(line.rank_correlation),
-                "auroc": None if line.auroc is None else _to_json(line.auroc),
-                "of_draws": line.of_draws,
-            }
-            for line in self.lines
-        ]
-        return {**fields, "variance_of_draws": _to_json(self.variance_of_draws), "lines": lines}
+        variance, lines = _to_json(self.variance_of_draws), [line.to_json() for line in self.lines]
+        return {**self._asdict(), "variance_of_draws": variance, "lines": lines}
 
 
 def instability(run: Path, scores: Path, top: int, draws: int = DRAWS, seed: int = 0) -> Instability:
@@ -78,7 +70,11 @@ def instability(run: Path, scores: Path, top: int, draws: int = DRAWS, seed: int
     first, end = scored.score_range.layers(scored.model.layers)
     heads = _scored_heads(leading, scored, run, top, first, end)
     rows = read_rows([scored])
-    sets = _head_sets(heads, (end - first, scored.model.heads or 1), first, draws, np.random.default_rng(seed))
+    random = np.random.default_rng(seed)
+    chosen = np.zeros((end - first, scored.model.heads or 1), np.bool_)
+    chosen[tuple(np.transpose([(layer - first, head) for layer, head in heads]))] = True
+    # The chosen heads, then draws of as many per layer: [1 + draws, layers, heads] of the scored layers.
+    sets = np.stack([chosen, *(random.permuted(chosen, axis=1) for _ in range(draws))])
     selected, full, without, alone, variance = _score_sets(scored, sets, rows.counts["n_steps"])
     label = rows.label[selected]
     labelled = label != UNLABELLED
@@ -152,15 +148,6 @@ def _scored_heads(leading: LeadingHeads, scored: ScoreRun, run: Path, top: int, 
     return heads
 
 
-def _head_sets(
-    heads: Sequence[Head], shape: tuple[int, int], first: int, draws: int, random: np.random.Generator
-) -> Bools:
-    """The chosen heads, then draws of as many per layer: [1 + draws, layers, heads] of the scored layers."""
-    chosen = np.zeros(shape, np.bool_)
-    chosen[tuple(np.transpose([(layer - first, head) for layer, head in heads]))] = True
-    return np.stack([chosen, *(random.permuted(chosen, axis=1) for _ in range(draws))])
-
-
 def _score_sets(
     scored: ScoreRun, sets: Bools, n_steps: NDArray[np.int32]
 ) -> tuple[Ints, Floats, Floats, Floats, Floats]:
@@ -185,10 +172,7 @@ def _score_row(
 ) -> tuple[float, Floats, Floats, Floats] | None:
     """A row's score; and [V] without each set, of it alone, and its fraction of the variance. None without a score.
 
-    Args:
-        shares: [steps, layers, heads].
-        counted: [steps, layers] that count in the score.
-        sets: [V, layers, heads] of the scored layers.
+    shares: [steps, layers, heads]. counted: [steps, layers] of the score. sets: [V, layers, heads] of scored layers.
     """
     window, layers = scored.score_range.window, slice(*scored.score_range.layers(shares.shape[1]))
     steps = slice(window.start, min(window.end, n_steps) + 1)

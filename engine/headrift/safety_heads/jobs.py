@@ -5,83 +5,187 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from headrift import ablation
+from headrift.corpus import sources
+from headrift.corpus.readers import Reader
+from headrift.corpus.rows import BadRow, Row
+from headrift.corpus.sources import InputError
 from headrift.figures import new_figure, save, short
-from headrift.model_facts import read_shape
+from headrift.model_facts import ModelFacts, read_shape
 from headrift.prepare import load_tokenizer
 from headrift.probed_engine import ProbedEngine
-from headrift.runs.folder import ResumableParts, model_fingerprint, versions
-from headrift.safety_heads.queries import CHAT, Query, check_lengths, prepare, read_rows
-from headrift.safety_heads.ranking import SAHARA_FILE, SHIPS_FILE, RankedHead, agreement, rank
-from headrift.safety_heads.sahara import (
-    Angles,
-    HeadAngles,
-    Step,
-    SubspaceProbe,
-    check_r_main,
-    check_steps,
-    hidden_states_for,
-    sahara,
-)
-from headrift.safety_heads.ships import IN_FLIGHT, Head, all_heads, sampled_heads, ships
+from headrift.prompts import chat_messages
+from headrift.runs.folder import JobError, OnRows, ResumableParts, columns, ignore_rows, model_fingerprint, versions
+from headrift.safety_heads import sahara
+from headrift.safety_heads.overlap import SAHARA_FILE, SHIPS_FILE
+from headrift.safety_heads.ships import IN_FLIGHT, Head, RankedHead, agreement, all_heads, rank, sampled_heads, ships
+from headrift.stats import Floats
 
-# --quick: heads drawn at random, and first queries.
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# --quick: heads drawn at random, and first queries (of each label, in an evaluation).
 QUICK_HEADS, QUICK_QUERIES = 64, 5
-HEATMAP = "heatmap.png"
+# How a query is put to the model: as a user message in its chat template, in the form that the paper's released code
+# gives base models, or as plain text.
+CHAT, QUERY, TEXT = FORMS = ("chat", "query", "text")
+_QUERY = "## Query:{query} \n## Answer:"
+# The column of a query in public sets (maliciousinstruct.csv, advbench.csv, jailbreakbench.csv).
+_PUBLIC_COLUMN = "input"
 _SHIPS_SCHEMA = pa.schema(
-    [
-        ("query", pa.int32()),
-        ("id", pa.string()),
-        ("label", pa.string()),
-        ("category", pa.string()),
-        ("layer", pa.int16()),
-        ("head", pa.int16()),
-        ("kl", pa.float64()),
-    ]
+    columns("query int32, id string, label string, category string, layer int16, head int16, kl double")
 )
 _SAHARA_SCHEMA = pa.schema(
-    [
-        ("step", pa.int16()),
-        ("layer", pa.int16()),
-        ("head", pa.int16()),
-        ("angle", pa.float64()),
-        ("angles", pa.list_(pa.float64())),
-    ]
+    [*columns("step int16, layer int16, head int16, angle double"), ("angles", pa.list_(pa.float64()))]
 )
-OnRows = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class HeadsConfig:
-    """Options of `headrift heads ships` and `sahara`."""
+class QueriesConfig:
+    """Options of all jobs that put queries to a model with ablated heads."""
 
     inputs: tuple[str, ...]
     model: Path
     out: Path
-    kind: str = ablation.UNDIFFERENTIATED
-    epsilon: float = ablation.EPSILON
-    heads: tuple[Head, ...] | None = None  # to ablate; None for all
-    quick: bool = False  # only QUICK_HEADS of the heads and QUICK_QUERIES of the queries
-    label: str | None = None  # only queries with this label
-    limit: int | None = None  # first queries
-    form: str = CHAT  # one of queries.FORMS
+    heads: tuple[Head, ...] | None = None  # to ablate; None: see the job
+    limit: int | None = None  # first queries (of each label, in an evaluation)
+    quick: bool = False  # fewer of everything, as the QUICK_... constants say
+    form: str = CHAT  # one of FORMS
     system_prompt: str | None = None
     columns: Mapping[str, str] | None = None
     dtype: str = "auto"
     attention_backend: str = "auto"
+
+    @property
+    def n_queries(self) -> int | None:
+        """How many queries to read at most; None for all."""
+        return min(self.limit or QUICK_QUERIES, QUICK_QUERIES) if self.quick else self.limit
+
+
+@dataclass(frozen=True, slots=True)
+class HeadsConfig(QueriesConfig):
+    """Options of `headrift heads ships` and `sahara`; `heads` None is all of them, or QUICK_HEADS of them."""
+
+    kind: str = ablation.UNDIFFERENTIATED
+    epsilon: float = ablation.EPSILON
+    label: str | None = None  # only queries with this label
     resume: bool = False
     steps: int = 2  # of sahara: heads of the group
     r_main: int = 1  # of sahara: directions, see `instruments.hidden_states`
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A query's token ids, with the label and category of its row (None if it has none)."""
+
+    id: str
+    label: str | None
+    category: str | None
+    token_ids: list[int] = field(repr=False)
+
+
+def read_rows(
+    inputs: Sequence[str],
+    columns: Mapping[str, str] | None = None,
+    label: str | None = None,
+    limit: int | None = None,
+    labels: Sequence[str] | None = None,
+) -> list[Row]:
+    """Read the rows of input files; a column `input` is a prompt. InputError if there is none, or one is malformed.
+
+    Args:
+        columns: what the files call a key.
+        label, limit: only the first rows with this label.
+        labels: one per input, for rows without a label.
+    """
+    files = sources.find(inputs, labels)
+    try:
+        reader = Reader(files, columns)
+    except InputError as error:
+        try:
+            reader = Reader(files, columns or {"prompt": _PUBLIC_COLUMN})
+        except InputError:
+            raise error from None  # which names the missing key
+    rows: list[Row] = []
+    for row in reader.rows():
+        if limit is not None and len(rows) == limit:
+            break
+        if isinstance(row, BadRow):
+            raise InputError(f"{row.source}, row {row.row}: {row.detail}")
+        if label in (None, row.label):
+            rows.append(row)
+    if not rows:
+        what = "query" if label is None else f"query with the label {label}"
+        raise InputError(f"{', '.join(inputs)}: no {what}; give a file with at least one")
+    return rows
+
+
+def prepare(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, form: str = CHAT, system_prompt: str | None = None
+) -> list[Query]:
+    """Render rows to token ids; chats without a system prompt get this one. InputError if a row cannot be rendered."""
+    return [Query(row.id, row.label, row.category, _token_ids(row, tokenizer, form, system_prompt)) for row in rows]
+
+
+def _token_ids(row: Row, tokenizer: Any, form: str, system_prompt: str | None) -> list[int]:
+    import jinja2
+
+    prompt = row.prompt
+    if prompt.token_ids is not None:
+        return list(prompt.token_ids)
+    if form != CHAT:
+        if prompt.prompt is None:
+            raise InputError(f"{row.source}, row {row.row}: it has messages, which --as {form} cannot use")
+        text = _QUERY.format(query=prompt.prompt) if form == QUERY else prompt.prompt
+        return list(tokenizer(text)["input_ids"])
+    messages = [dict(message) for message in prompt.messages or chat_messages(prompt.prompt or "", None)]
+    system = prompt.system if prompt.system is not None else system_prompt
+    if system is not None and messages[0].get("role") not in ("system", "developer"):
+        messages = [{"role": "system", "content": system}, *messages]
+    try:
+        rendered: list[int] = tokenizer.apply_chat_template(
+            messages, tools=prompt.tools, add_generation_prompt=True, return_dict=False
+        )
+    except (ValueError, TypeError, jinja2.TemplateError) as error:
+        raise InputError(
+            f"{row.source}, row {row.row}: the model's chat template rejects it ({error}); "
+            f"use --as {QUERY} or --as {TEXT} for a model without one"
+        ) from error
+    return rendered
+
+
+def check_lengths(queries: Sequence[Query], facts: ModelFacts, answer_tokens: int) -> None:
+    """Raise JobError if a query and its answer exceed the model's context."""
+    for query in queries:
+        n = len(query.token_ids) + answer_tokens
+        if facts.context is not None and n > facts.context:
+            raise JobError(
+                f"query {query.id}: {len(query.token_ids)} tokens and an answer of {answer_tokens} exceed the model's "
+                f"context of {facts.context:,} tokens; leave the query out"
+            )
+
+
+def ablating_engine(config: QueriesConfig, verbose: bool, **kept: int) -> ProbedEngine:
+    """An engine whose requests may ablate heads and record step 0 only. kept: what its options say is kept."""
+    return ProbedEngine(
+        config.model,
+        steps=0,
+        regions=("system", "prompt"),
+        attention_backend=config.attention_backend,
+        engine_args={} if config.dtype == "auto" else {"dtype": config.dtype},
+        verbose=verbose,
+        ablation=True,
+        **kept,  # type: ignore[arg-type]
+    )
 
 
 class HeadsJob:
@@ -93,20 +197,18 @@ class HeadsJob:
         self.config = config
         facts, n_layers, n_heads = read_shape(config.model)
         self._shape = n_layers, n_heads
-        self.heads = _chosen_heads(config, n_layers, n_heads)
+        every = sampled_heads(*self._shape, QUICK_HEADS) if config.quick else all_heads(*self._shape)
+        self.heads: Sequence[Head] = every if config.heads is None else config.heads
+        ablation.check_heads(self.heads, *self._shape)
         ablation.check([(*head, config.kind) for head in self.heads], config.epsilon)
-        limit = min(config.limit or QUICK_QUERIES, QUICK_QUERIES) if config.quick else config.limit
-        rows = read_rows(config.inputs, config.columns, config.label, limit)
+        rows = read_rows(config.inputs, config.columns, config.label, config.n_queries)
         self.queries = prepare(rows, load_tokenizer(str(config.model), False), config.form, config.system_prompt)
         check_lengths(self.queries, facts, 1)
-        self._check()
         about = {"model": str(config.model), "inputs": list(config.inputs), "versions": versions()}
         self._parts = ResumableParts(config.out, self.result_file, self._settings(), about, resume=config.resume)
 
-    def _check(self) -> None:
-        """Raise ValueError if this kind of job cannot use the config."""
-
     def _settings(self) -> dict[str, Any]:
+        """What determines the numbers. ValueError if this kind of job cannot use the config."""
         config = self.config
         tokens = hashlib.sha256(json.dumps([query.token_ids for query in self.queries]).encode())
         return {
@@ -119,50 +221,36 @@ class HeadsJob:
             "dtype": config.dtype,
         }
 
-    def _engine(self, verbose: bool, **kept: int) -> ProbedEngine:
-        config = self.config
-        return ablating_engine(config.model, config.dtype, config.attention_backend, verbose, **kept)
+    def _draw_heatmaps(self, panels: Mapping[str, Floats], name: str) -> None:
+        """Draw scores [layers, heads], by the colour bar's label, on logarithmic scales; NaN is hatched."""
+        from matplotlib.colors import LogNorm
 
-    def _heatmap(self, panels: Mapping[str, NDArray[np.float64]], name: str) -> None:
+        layers, heads = self._shape
+        figure = new_figure(1.2 + len(panels) * max(3.2, 0.22 * heads + 1.8), max(3.2, 0.17 * layers + 1.4))
+        for axes, (label, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+            positive = values[np.isfinite(values) & (values > 0)]
+            # Heads span many orders of magnitude; below a millionth of the largest score nothing is to be told apart.
+            most = float(positive.max(initial=0.0)) or 1.0
+            least = min(max(float(positive.min(initial=most)), most * 1e-6), most / 10)
+            axes.patch.set(hatch="xx", edgecolor="#999999", facecolor="white")
+            shown = np.ma.masked_invalid(np.maximum(values, least))
+            image = axes.imshow(
+                shown, aspect="auto", interpolation="nearest", cmap="viridis", norm=LogNorm(least, most)
+            )
+            axes.set(xlabel="head", ylabel="layer (0: nearest the input)")
+            axes.locator_params(integer=True)
+            figure.colorbar(image, ax=axes, label=label)
         n = len(self.queries)
         title = f"{name}, {self.config.kind}: {self.config.model.name}, {n} {'query' if n == 1 else 'queries'}"
-        heatmap_png(self.config.out / HEATMAP, panels, title=title)
+        figure.suptitle(short(title, 90), fontsize=10, parse_math=False, wrap=True)
+        save(figure, self.config.out / "heatmap.png")
 
 
-def ablating_engine(
-    model: Path, dtype: str, attention_backend: str, verbose: bool, references: int = 0, hidden_states: int = 0
-) -> ProbedEngine:
-    """An engine whose requests may ablate heads and record step 0 only."""
-    return ProbedEngine(
-        model,
-        steps=0,
-        regions=("system", "prompt"),
-        attention_backend=attention_backend,
-        engine_args={} if dtype == "auto" else {"dtype": dtype},
-        verbose=verbose,
-        ablation=True,
-        references=references,
-        hidden_states=hidden_states,
-    )
-
-
-def _chosen_heads(config: HeadsConfig, n_layers: int, n_heads: int) -> Sequence[Head]:
-    """The heads to ablate; ValueError if the model does not have one."""
-    if config.heads is not None:
-        ablation.check_heads(config.heads, n_layers, n_heads)
-        return config.heads
-    return sampled_heads(n_layers, n_heads, QUICK_HEADS) if config.quick else all_heads(n_layers, n_heads)
-
-
-@dataclass(frozen=True, slots=True)
-class ShipsResult:
-    """Results of a job. scores: [queries, layers, heads] in nats, NaN for heads that were not ablated. seconds: in the
-    engine, without those of earlier runs."""
-
+class ShipsResult(NamedTuple):
     ranked: list[RankedHead]
-    scores: NDArray[np.float64]
+    scores: Floats  # [queries, layers, heads] in nats, NaN for heads that were not ablated
     agreement: float | None
-    seconds: float
+    seconds: float  # in the engine, without those of earlier runs
 
 
 class ShipsJob(HeadsJob):
@@ -180,30 +268,23 @@ class ShipsJob(HeadsJob):
     def _names(self) -> list[str]:
         return [f"scores/query-{i:05d}.parquet" for i in range(len(self.queries))]
 
-    def run(self, on_rows: OnRows | None = None, verbose: bool = False) -> ShipsResult:
+    def run(self, on_rows: OnRows = ignore_rows, verbose: bool = False) -> ShipsResult:
         """Score the missing queries and write the ranking. on_rows: see `ships`."""
         config, seconds = self.config, 0.0
         missing = set(self._parts.missing(self._names))
         todo = [(i, name) for i, name in enumerate(self._names) if name in missing]
         if todo:
-            with self._engine(verbose, references=IN_FLIGHT) as engine:
+            with ablating_engine(config, verbose, references=IN_FLIGHT) as engine:
                 begin = time.monotonic()
                 prompts = (self.queries[i].token_ids for i, _ in todo)
                 with closing(ships(engine, prompts, self.heads, config.kind, config.epsilon, on_rows)) as scores:
                     for (i, name), of_query in zip(todo, scores, strict=True):
-                        self._parts.write(name, self._part(i, self.queries[i], of_query))
+                        query = self.queries[i]
+                        about = {"query": i, "id": query.id, "label": query.label, "category": query.category}
+                        rows = ({"layer": head[0], "head": head[1], "kl": of_query[head]} for head in self.heads)
+                        self._parts.write_records(name, (about | row for row in rows), _SHIPS_SCHEMA)
                 seconds = time.monotonic() - begin
         return self._finish(seconds)
-
-    def _part(self, i: int, query: Query, scores: NDArray[np.float64]) -> pa.Table:
-        n, heads = len(self.heads), np.array(self.heads)
-        columns = [
-            pa.array([i] * n, pa.int32()),
-            *(pa.array([text] * n, pa.string()) for text in (query.id, query.label, query.category)),
-            *(pa.array(heads[:, axis], pa.int16()) for axis in (0, 1)),
-            pa.array(scores[heads[:, 0], heads[:, 1]]),
-        ]
-        return pa.Table.from_arrays(columns, schema=_SHIPS_SCHEMA)
 
     def _finish(self, seconds: float) -> ShipsResult:
         table = self._parts.read(self._names)
@@ -228,16 +309,13 @@ class ShipsJob(HeadsJob):
         panels = {"KL in nats, mean over the queries": scores.mean(axis=0)}
         if len(self.queries) > 1:
             panels["KL in nats, sd over the queries"] = scores.std(axis=0)
-        self._heatmap(panels, "SHIPS")
+        self._draw_heatmaps(panels, "SHIPS")
         return ShipsResult(ranked, scores, agreed, seconds)
 
 
-@dataclass(frozen=True, slots=True)
-class SaharaResult:
-    """Results of a job. seconds: in the engine, without those of earlier runs."""
-
-    steps: list[Step]
-    seconds: float
+class SaharaResult(NamedTuple):
+    steps: list[sahara.Step]
+    seconds: float  # in the engine, without those of earlier runs
 
 
 class SaharaJob(HeadsJob):
@@ -246,17 +324,15 @@ class SaharaJob(HeadsJob):
 
     result_file = SAHARA_FILE
 
-    def _check(self) -> None:
-        check_r_main(self.config.r_main, [query.token_ids for query in self.queries])
-        check_steps(self.config.steps, self.heads)
-
     def _settings(self) -> dict[str, Any]:
+        sahara.check_r_main(self.config.r_main, [query.token_ids for query in self.queries])
+        sahara.check_steps(self.config.steps, self.heads)
         return {**super()._settings(), "r_main": self.config.r_main}
 
     @property
-    def known(self) -> list[dict[Head, Angles]]:
+    def known(self) -> list[dict[Head, sahara.Angles]]:
         """The angles in the folder, of steps 1, 2, ..."""
-        known: list[dict[Head, Angles]] = [{} for _ in range(self.config.steps)]
+        known: list[dict[Head, sahara.Angles]] = [{} for _ in range(self.config.steps)]
         table = self._parts.read(self._parts.written("angles/*.parquet"))
         for row in [] if table is None else table.to_pylist():
             if row["step"] <= len(known):
@@ -274,18 +350,18 @@ class SaharaJob(HeadsJob):
         left = self.angles_left
         return (left + 1) * len(self.queries) if left else 0
 
-    def run(self, on_rows: OnRows | None = None, verbose: bool = False) -> SaharaResult:
+    def run(self, on_rows: OnRows = ignore_rows, verbose: bool = False) -> SaharaResult:
         """Continue the search and write its results. on_rows: see `SubspaceProbe`."""
         config, seconds = self.config, 0.0
         if self.angles_left:
             prompts = [query.token_ids for query in self.queries]
-            with self._engine(verbose, hidden_states=hidden_states_for(len(prompts))) as engine:
+            with ablating_engine(config, verbose, hidden_states=sahara.hidden_states_for(len(prompts))) as engine:
                 begin = time.monotonic()
-                probe = SubspaceProbe(engine, prompts, config.r_main, config.kind, config.epsilon, on_rows)
-                steps = sahara(probe, self.heads, config.steps, self.known, self._write)
+                probe = sahara.SubspaceProbe(engine, prompts, config.r_main, config.kind, config.epsilon, on_rows)
+                steps = sahara.sahara(probe, self.heads, config.steps, self.known, self._write)
                 seconds = time.monotonic() - begin
         else:
-            steps = [Step.from_angles(angles) for angles in self.known]
+            steps = [sahara.Step.from_angles(angles) for angles in self.known]
         self._parts.write_summary(
             {
                 "engine_seconds": round(seconds, 2),
@@ -296,10 +372,10 @@ class SaharaJob(HeadsJob):
         single = np.full(self._shape, np.nan)
         for head, angles in steps[0].angles.items():
             single[head] = angles.sum()
-        self._heatmap({"angle in degrees": single}, "Generalised SHIPS")
+        self._draw_heatmaps({"angle in degrees": single}, "Generalised SHIPS")
         return SaharaResult(steps, seconds)
 
-    def _write(self, step: int, angles: HeadAngles) -> None:
+    def _write(self, step: int, angles: sahara.HeadAngles) -> None:
         rows = [
             {"step": step, "layer": layer, "head": head, "angle": float(own.sum()), "angles": own.tolist()}
             for (layer, head), own in angles.items()
@@ -308,41 +384,7 @@ class SaharaJob(HeadsJob):
         self._parts.write_records(f"angles/step-{step:02d}-from-{layer}-{head}.parquet", rows, _SAHARA_SCHEMA)
 
 
-def _to_json(step: Step, place: int, head: Head) -> dict[str, object]:
+def _to_json(step: sahara.Step, place: int, head: Head) -> dict[str, object]:
     angles = step.angles[head]
     about = {"rank": place, "layer": head[0], "head": head[1]}
     return {**about, "angle": float(angles.sum()), "angles": angles.tolist()}
-
-
-def sahara_table(steps: list[Step], top: int) -> str:
-    """The chosen heads, and the first `top` heads of step 1, as text of at most 80 columns."""
-    lines = ["step  layer  head  angle (degrees)  next best"]
-    for number, step in enumerate(steps, 1):
-        (layer, head), *others = step.ranking
-        second = f"{others[0][0]}:{others[0][1]} {step.angles[others[0]].sum():.4f}" if others else "none"
-        lines.append(f"{number:>4}  {layer:>5}  {head:>4}  {step.angles[layer, head].sum():>15.4f}  {second}")
-    lines += ["", "rank  layer  head  angle (degrees) of the head alone"]
-    for place, (layer, head) in enumerate(steps[0].ranking[:top], 1):
-        lines.append(f"{place:>4}  {layer:>5}  {head:>4}  {steps[0].angles[layer, head].sum():>15.4f}")
-    return "\n".join(lines)
-
-
-def heatmap_png(path: Path, panels: Mapping[str, NDArray[np.float64]], *, title: str) -> None:
-    """Draw scores [layers, heads], by the colour bar's label, on logarithmic scales; NaN is hatched."""
-    from matplotlib.colors import LogNorm
-
-    layers, heads = next(iter(panels.values())).shape
-    figure = new_figure(1.2 + len(panels) * max(3.2, 0.22 * heads + 1.8), max(3.2, 0.17 * layers + 1.4))
-    for axes, (label, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        positive = values[np.isfinite(values) & (values > 0)]
-        # Heads span many orders of magnitude; below a millionth of the largest score nothing is to be told apart.
-        most = float(positive.max()) if positive.size else 1.0
-        least = min(max(float(positive.min()) if positive.size else most / 10, most * 1e-6), most / 10)
-        axes.patch.set(hatch="xx", edgecolor="#999999", facecolor="white")
-        shown = np.ma.masked_invalid(np.where(np.isfinite(values), np.maximum(values, least), np.nan))
-        image = axes.imshow(shown, aspect="auto", interpolation="nearest", cmap="viridis", norm=LogNorm(least, most))
-        axes.set(xlabel="head", ylabel="layer (0: nearest the input)")
-        axes.locator_params(integer=True)
-        figure.colorbar(image, ax=axes, label=label)
-    figure.suptitle(short(title, 90), fontsize=10, parse_math=False, wrap=True)
-    save(figure, path)

@@ -1,22 +1,79 @@
-"""Overlap of two runs' leading heads: two models of one family, two query sets, two kinds of ablation."""
+"""The leading heads of finished runs of `ships` and `sahara`, and what those of two runs share."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from headrift.runs.folder import JobError
-from headrift.safety_heads.ranking import head_scores
 from headrift.safety_heads.ships import Head
+
+SHIPS_FILE, SAHARA_FILE = RESULT_FILES = ("ships.json", "sahara.json")
+
+
+@contextmanager
+def open_results(run: Path) -> Iterator[dict[str, Any]]:
+    """Read the results of a finished run. JobError if there are none, or lack what the `with` block looks for."""
+    path = next((run / name for name in RESULT_FILES if (run / name).is_file()), None)
+    if path is None:
+        raise JobError(f"{run} has no results of `headrift heads ships` or `sahara` (no {' or '.join(RESULT_FILES)})")
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        if "heads" not in results:
+            raise JobError(f"{run} is not finished: rerun the command with --resume")
+        yield results
+    except (OSError, LookupError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise JobError(f"{path} cannot be read: {error!r}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class LeadingHeads:
+    """The heads that matter most in a finished run: first of a ranking (ships) or members of a group (sahara)."""
+
+    heads: tuple[Head, ...]
+    available: int  # heads that the run has
+    kind: str  # how heads were ablated
+    epsilon: float
+    model: str  # its fingerprint
+
+
+def leading_heads(run: Path, top: int | None = None) -> LeadingHeads:
+    """The first `top` heads of a finished run, or all. JobError as from `open_results`, or if the run has fewer."""
+    with open_results(run) as results:
+        settings = results["settings"]
+        heads = tuple((int(head["layer"]), int(head["head"])) for head in results["heads"])
+        how = str(settings["kind"]), float(settings["epsilon"]), str(settings["model"])
+    if top is not None and top > len(heads):
+        raise JobError(f"--top {top}: {run} has {len(heads)} heads; give {len(heads)} at most")
+    return LeadingHeads(heads[:top], len(heads), *how)
+
+
+def _head_scores(run: Path, label: str | None) -> dict[Head, float]:
+    """The score of each head of a run: its mean KL (ships, of a label's queries) or its angle alone (sahara)."""
+    with open_results(run) as results:
+        ranked, score = (results["steps"][0], "angle") if "steps" in results else (results["heads"], "mean")
+        if label is not None:
+            ranked = results.get("heads_by_label", {}).get(label)
+        if ranked is None:
+            raise JobError(f"{run} has no queries with the label {label}: leave --label out")
+        return {(head["layer"], head["head"]): head[score] for head in ranked}
 
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """What the first `top` heads of two rankings of the same `heads` heads share.
+    """What the first `top` heads of two rankings of the same heads share.
 
-    shared: heads in both, in the first ranking's order. jaccard: shared over all that either has. by_chance: how many
-    two random rankings share on average; p_value: how often they share as many or more. rank_correlation: Spearman's,
-    of all heads.
+    Attributes:
+        heads: number of heads that are ranked.
+        shared: heads in both, in the first ranking's order.
+        jaccard: shared over all that either has.
+        by_chance: how many two random rankings share on average.
+        p_value: how often two random rankings share as many or more.
+        rank_correlation: Spearman's, of all heads.
     """
 
     heads: int
@@ -40,7 +97,7 @@ def overlap(first: Path, second: Path, top: int, label: str | None = None) -> Ov
     """
     from scipy.stats import hypergeom, spearmanr
 
-    one, other = head_scores(first, label), head_scores(second, label)
+    one, other = _head_scores(first, label), _head_scores(second, label)
     if one.keys() != other.keys():
         raise JobError(
             f"{first} and {second} have different heads ({len(one)} and {len(other)}): compare models with the same "

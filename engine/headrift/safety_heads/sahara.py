@@ -11,20 +11,21 @@ A group and a query make one request. Hidden states stay on the device, and only
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from headrift import ablation
 from headrift.probed_engine import ProbedEngine
 from headrift.requests import ProbeRequest
+from headrift.runs.folder import OnRows, ignore_rows
 from headrift.safety_heads.ships import Head
+from headrift.stats import Floats
 
 # Principal angles [r_main] in degrees, smallest first; and those of several heads.
-Angles = NDArray[np.float64]
+Angles = Floats
 HeadAngles = Mapping[Head, Angles]
 # Requests of a block, about: its hidden states are kept until the angles of all its groups are computed at once.
 _BLOCK_ROWS = 512
@@ -32,27 +33,19 @@ _BLOCK_ROWS = 512
 
 def hidden_states_for(queries: int) -> int:
     """Number of hidden states that the engine has to keep: the clean ones and those of a block."""
-    return queries * (1 + _groups_per_block(queries))
-
-
-def _groups_per_block(queries: int) -> int:
-    return max(1, _BLOCK_ROWS // queries)
+    return queries * (1 + max(1, _BLOCK_ROWS // queries))
 
 
 class SubspaceProbe:
     """A set of queries in an engine, and the angles by which ablations turn their subspace.
 
-    The clean requests run once, with the first angles.
+    The clean requests run once, with the first angles. ValueError if engine, queries or r_main cannot be used.
 
     Args:
         engine: started with `ablation=True` and `hidden_states=hidden_states_for(len(queries))`.
         queries: token ids.
         r_main: number of vectors that span the subspace.
-        kind, epsilon: see `headrift.ablation`.
         on_rows: called with the number of requests that finished, as they finish.
-
-    Raises:
-        ValueError: engine, queries or r_main cannot be used.
     """
 
     def __init__(
@@ -62,7 +55,7 @@ class SubspaceProbe:
         r_main: int = 1,
         kind: str = ablation.UNDIFFERENTIATED,
         epsilon: float = ablation.EPSILON,
-        on_rows: Callable[[int], None] | None = None,
+        on_rows: OnRows = ignore_rows,
     ):
         needed = hidden_states_for(max(1, len(queries)))
         if not engine.options["ablation"] or engine.options["hidden_states"] < needed:
@@ -72,32 +65,29 @@ class SubspaceProbe:
             )
         check_r_main(r_main, queries)
         self.engine, self.r_main, self.kind, self.epsilon = engine, r_main, kind, epsilon
-        self._queries = [list(ids) for ids in queries]
-        self._clean: range | None = None
-        self._on_rows = on_rows or (lambda rows: None)
+        self._queries, self._on_rows = [list(ids) for ids in queries], on_rows
+        self._is_clean_done = False
 
     def angles(self, groups: Sequence[Sequence[Head]]) -> Iterator[dict[Head, Angles]]:
-        """Compute the angles of groups of heads, each group ablated together.
-
-        Yields:
-            For each block of groups, the angles by the group's last head.
+        """Yield the angles of groups of heads, each ablated together, by the group's last head, a block at a time.
 
         Raises:
             ValueError: the model does not have a head.
             RuntimeError: a group's hidden states span fewer than r_main directions.
         """
         for group in groups:
-            ablation.check(self._ablate(group), self.epsilon)
+            ablation.check([(*head, self.kind) for head in group], self.epsilon)
             ablation.check_heads(group, self.engine.layers, self.engine.heads)
-        n, size = len(self._queries), _groups_per_block(len(self._queries))
-        if self._clean is None:
-            self._run(self._requests((), range(n)))
-            self._clean = range(n)
+        n = len(self._queries)
+        size = hidden_states_for(n) // n - 1
+        if not self._is_clean_done:
+            self._run([()], first=0)
+            self._is_clean_done = True
         for start in range(0, len(groups), size):
             block = groups[start : start + size]
+            self._run(block, first=n)
             kept = [range(n * i, n * (i + 1)) for i in range(1, len(block) + 1)]
-            self._run(request for group, ids in zip(block, kept, strict=True) for request in self._requests(group, ids))
-            angles = self.engine.principal_angles(self._clean, kept, self.r_main)
+            angles = self.engine.principal_angles(range(n), kept, self.r_main)
             if np.isnan(angles).any():
                 layer, head = block[int(np.isnan(angles).any(1).argmax())][-1]
                 raise RuntimeError(
@@ -106,16 +96,21 @@ class SubspaceProbe:
                 )
             yield {group[-1]: own for group, own in zip(block, angles, strict=True)}
 
-    def _ablate(self, group: Sequence[Head]) -> list[ablation.HeadAblation]:
-        return [(layer, head, self.kind) for layer, head in group]
-
-    def _requests(self, group: Sequence[Head], kept_as: range) -> Iterator[ProbeRequest]:
-        """A request per query with these heads ablated; its hidden state is kept under the number in `kept_as`."""
-        how = {"ignore_eos": True, "ablate": self._ablate(group), "epsilon": self.epsilon}
-        for ids, number in zip(self._queries, kept_as, strict=True):
-            yield ProbeRequest(ids, {"prompt": (0, len(ids))}, 0, hidden_as=number, **how)  # type: ignore[arg-type]
-
-    def _run(self, requests: Iterable[ProbeRequest]) -> None:
+    def _run(self, groups: Sequence[Sequence[Head]], first: int) -> None:
+        """Run each query with each group ablated, and keep the hidden states under the numbers from `first` on."""
+        pairs = ((group, ids) for group in groups for ids in self._queries)
+        requests = (
+            ProbeRequest(
+                ids,
+                {"prompt": (0, len(ids))},
+                0,
+                ignore_eos=True,
+                ablate=[(*head, self.kind) for head in group],
+                epsilon=self.epsilon,
+                hidden_as=number,
+            )
+            for number, (group, ids) in enumerate(pairs, first)
+        )
         with closing(self.engine.run((None, request) for request in requests)) as results:
             for _ in results:
                 self._on_rows(1)
@@ -184,3 +179,16 @@ def check_r_main(r_main: int, queries: Sequence[Sequence[int]]) -> None:
             f"--r-main {r_main}: the queries have {distinct} distinct prompt{'' if distinct == 1 else 's'}; give 1 to "
             f"{distinct}, or more queries"
         )
+
+
+def table(steps: Sequence[Step], top: int) -> str:
+    """The chosen heads, and the first `top` heads of step 1, as text of at most 80 columns."""
+    lines = ["step  layer  head  angle (degrees)  next best"]
+    for number, step in enumerate(steps, 1):
+        (layer, head), *others = step.ranking
+        second = f"{others[0][0]}:{others[0][1]} {step.angles[others[0]].sum():.4f}" if others else "none"
+        lines.append(f"{number:>4}  {layer:>5}  {head:>4}  {step.angles[layer, head].sum():>15.4f}  {second}")
+    lines += ["", "rank  layer  head  angle (degrees) of the head alone"]
+    for place, (layer, head) in enumerate(steps[0].ranking[:top], 1):
+        lines.append(f"{place:>4}  {layer:>5}  {head:>4}  {steps[0].angles[layer, head].sum():>15.4f}")
+    return "\n".join(lines)
