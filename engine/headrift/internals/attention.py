@@ -69,14 +69,9 @@ def renderings(cases: Sequence[Case]) -> Iterator[tuple[str, Case, Rendering]]:
             yield kind, case, case.system if kind == SYSTEM else case.neutral
 
 
-def make_prompt(rendering: Rendering, answer_ids: Sequence[int] | None = None) -> Prompt:
-    """The prompt of a rendering, with the answer to replay if there is one."""
-    return Prompt(token_ids=rendering.token_ids, regions=_regions(rendering), response_ids=answer_ids)
-
-
 def make_prompts(cases: Sequence[Case]) -> Iterator[Prompt]:
     """The prompt of each of `renderings`."""
-    return (make_prompt(rendering) for _, _, rendering in renderings(cases))
+    return (Prompt(token_ids=one.token_ids, regions=_regions(one)) for _, _, one in renderings(cases))
 
 
 def _regions(rendering: Rendering) -> dict[str, Span]:

@@ -27,10 +27,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from headrift.internals.attention import make_prompt, score
+from headrift.internals.attention import score
 from headrift.internals.cases import NeutralText, Question, Reject, Renderer, Rendering, SystemPrompt, split_sentences
 from headrift.internals.comparing import ForwardRow, Record, StateReader
 from headrift.internals.estimates import column, kl, prompt_means, student
+from headrift.prepare import Prompt
 from headrift.prompts import PromptError, Span
 from headrift.runs.folder import OnRows, columns, ignore_rows
 from headrift.scorer import Scorer
@@ -149,9 +150,9 @@ def measure_instability(
     A score is null if the answer ended before its first step.
     """
     wholes = whole_prompts(drops)
-    results = dict(zip(wholes, score(scorer, [make_prompt(one) for one in wholes.values()], on_rows)))
+    results = dict(zip(wholes, score(scorer, [_prompt(one) for one in wholes.values()], on_rows)))
     answered = [(drop, whole) for drop in drops if (whole := results[drop.question.number]) is not None]
-    prompts = [make_prompt(one, whole.answer_ids) for drop, whole in answered for one in (drop.dropped, drop.neutral)]
+    prompts = [_prompt(one, whole.answer_ids) for drop, whole in answered for one in (drop.dropped, drop.neutral)]
     replayed = list(score(scorer, prompts, on_rows, replay=True))
     records = []
     for (drop, whole), dropped, neutral in zip(answered, replayed[::2], replayed[1::2]):
@@ -163,6 +164,11 @@ def measure_instability(
             }
             records.append(drop.record(name) | scores | effects)
     return records
+
+
+def _prompt(rendering: Rendering, answer_ids: Sequence[int] | None = None) -> Prompt:
+    regions = {"system": rendering.system, "user": rendering.question}
+    return Prompt(token_ids=rendering.token_ids, regions=regions, response_ids=answer_ids)
 
 
 # Features of sentences
