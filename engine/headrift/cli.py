@@ -10,14 +10,12 @@ from headrift._version import __version__
 from headrift.commands.calibrate import calibrate
 from headrift.commands.consistency import consistency, evaluate_consistency, train_consistency
 from headrift.commands.demo_model import demo_model
-from headrift.commands.doctor import doctor
-from headrift.commands.explain import explain
+from headrift.commands.doctor import doctor, selftest
 from headrift.commands.heads import heads
 from headrift.commands.internals import internals
 from headrift.commands.options import NOT_RESUMABLE, RESUMABLE, add_commands
 from headrift.commands.report import report
-from headrift.commands.score import gate, score
-from headrift.commands.selftest import selftest
+from headrift.commands.score import explain, gate, score
 
 app = typer.Typer(
     name="headrift",

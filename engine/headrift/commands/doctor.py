@@ -1,8 +1,9 @@
-"""`headrift doctor`: what this machine can run. No weights are loaded."""
+"""What this machine can run (`headrift doctor`, no weights are loaded), and whether right (`headrift selftest`)."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import platform
 import shutil
@@ -10,11 +11,12 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from headrift._version import __version__
+from headrift.commands import options
 from headrift.model_facts import WEIGHTS, ModelError, ModelFacts, read_model
 from headrift.runs.folder import installed_version, processor
 from headrift.vllm_plugin.plugin import VLLM_VERSION
@@ -162,3 +164,62 @@ def _memory(facts: ModelFacts, plan: EnginePlan, folder: Path, steps: int) -> It
     needed, free = weights + kv_bytes + recorder, psutil.virtual_memory().available
     if kv_bytes and needed > free:
         yield f"too little memory: {decimal(needed)} needed, {decimal(free)} free; end programs or use a smaller model"
+
+
+def selftest(
+    *,
+    model: options.Model,
+    prompts: Annotated[int, typer.Option(metavar="N", min=2, help="Number of prompts (built-in chats).")] = 16,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Record steps 0 to N of each answer.")] = 12,
+    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Rounds of the timing with and without probes.")] = 5,
+    reference: Annotated[
+        bool, typer.Option("--reference/--no-reference", help="Compare with transformers, if the model fits in memory.")
+    ] = True,
+    engine: options.EngineOptions,
+    engine_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="An engine argument of vLLM; the value is JSON or a plain word. Repeatable."
+        ),
+    ] = None,
+    out: options.JsonOut = None,
+    verbose: options.Verbose = False,
+) -> None:
+    """Check on this machine, with this model, that headrift measures correctly.
+
+    Run it first on a new machine. The same prompts are answered with and without probes, by vLLM without headrift, and
+    by transformers. Each check is a line with its figure and the limit that it has to keep. The cost of probing is
+    measured too, without a limit. About two minutes with the demonstration model on two cores.
+    """
+    from headrift.selftest.run import SelfTest, SelfTestConfig
+
+    reporter = options.Messages(verbose=verbose).reporter()
+    with reporter.errors(2):
+        engine_args = dict(map(_parse_engine_arg, engine_arg or ()))
+        if engine.dtype != "auto":
+            engine_args["dtype"] = engine.dtype
+        if out is not None:
+            options.check_file_to_write(out)
+        test = SelfTest(
+            SelfTestConfig(
+                str(model), prompts, steps, rounds, reference, engine.attention_backend, engine_args, verbose
+            ),
+            typer.echo,
+            reporter.step,
+        )
+        test.start()
+    with reporter.errors(1):
+        passed = test.run()
+        if out is not None:
+            test.write(out)
+            typer.echo(f"figures: {out}")
+    if not passed:
+        raise typer.Exit(1)
+
+
+def _parse_engine_arg(text: str) -> tuple[str, Any]:
+    name, value = options.parse_pair(text, "--engine-arg", "KEY=VALUE", "max_model_len=2048")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
