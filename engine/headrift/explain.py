@@ -42,7 +42,6 @@ class Explanation:
 
     @property
     def layers(self) -> tuple[int, int]:
-        """The scored layers [start, end)."""
         return self.score_range.layers(self.instability.shape[1])
 
     @property

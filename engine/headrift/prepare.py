@@ -289,7 +289,6 @@ class StreamPreparer:
                 yield item, None if prompt_of(item) is SKIP else next(remaining)
 
     def close(self) -> None:
-        """End the worker processes."""
         self._open.close()
 
     def _alone(self, index: int, prompt: Any, replay: bool) -> Prepared | Rejected:

@@ -387,7 +387,6 @@ def _clean_tool_calls(calls: Any, where: str) -> list[dict]:
 
 
 def _n_leading(conversation: list[Message]) -> int:
-    """The number of system and developer messages that it begins with."""
     return next((i for i, m in enumerate(conversation) if m["role"] not in ("system", "developer")), len(conversation))
 
 

@@ -37,7 +37,6 @@ class PromptQueue:
         return self._n
 
     def add(self, prepared: Prepared) -> None:
-        """Queue a prompt."""
         self._by_prefix.setdefault(prepared.prefix if self._group else b"", deque()).append(prepared)
         self._n += 1
 
@@ -79,14 +78,12 @@ class ResultCache:
         self._bytes = 0
 
     def get(self, key: bytes) -> ScoreResult | None:
-        """The result of a prompt with this key, if it is in the cache."""
         result = self._results.get(key)
         if result is not None:
             self._results.move_to_end(key)
         return result
 
     def add(self, key: bytes, result: ScoreResult) -> None:
-        """Add a result."""
         if key in self._results:
             return
         self._results[key] = result

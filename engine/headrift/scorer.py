@@ -88,7 +88,6 @@ class RequestScorer:
         self._cache = ResultCache(repeat_bytes) if repeat_bytes else None
 
     def close(self) -> None:
-        """Stop the engine and free its memory."""
         self.engine.close()
 
     @property
@@ -230,7 +229,6 @@ class _Stream:
             yield one, one.request
 
     def primed(self) -> None:
-        """The prefix that a prompt waits for is in the cache."""
         self._priming = False
 
     def add(self, one: Prepared, result: ScoreResult) -> None:

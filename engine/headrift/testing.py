@@ -79,12 +79,10 @@ class FakeEngine(ProbedEngine):
 
     @property
     def free_slots(self) -> int:
-        """How many more requests can be submitted now."""
         return self.slots - self._taken_slots
 
     @property
     def running(self) -> int:
-        """How many submitted requests have not finished."""
         return len(self._queue)
 
     def submit(self, request: ProbeRequest) -> int:
@@ -109,20 +107,17 @@ class FakeEngine(ProbedEngine):
         return self._submitted - 1
 
     def step(self) -> list[Finished]:
-        """Finish every request that was submitted."""
         self.steps_run += 1
         finished, self._queue = self._queue, []
         return finished
 
     def collect(self, finished: Sequence[Finished], want_mass: bool = False) -> Ticket:
-        """Free the slots of finished requests."""
         self._taken_slots -= len(finished)
         self._tickets += 1
         self._want_mass = want_mass
         return Ticket(self._tickets, tuple(finished))
 
     def recordings(self, ticket: Ticket) -> list[Recording]:
-        """The recordings of a ticket's probed requests."""
         return [self._recording(done) for done in ticket.probed]
 
     def _recording(self, done: Finished) -> Recording:
@@ -143,7 +138,6 @@ class FakeEngine(ProbedEngine):
         return False
 
     def abort(self) -> None:
-        """Drop every request and free its slot."""
         self._queue, self._taken_slots = [], 0
 
 

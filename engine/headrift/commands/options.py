@@ -79,12 +79,10 @@ def parse_pair(text: str, option: str, form: str, example: str) -> tuple[str, st
 
 
 def parse_columns(column: list[str] | None) -> dict[str, str]:
-    """Names in the inputs, by key."""
     return dict(parse_pair(text, "--column", "KEY=NAME", "prompt=text") for text in column or ())
 
 
 def parse_labels(labels: str | None) -> tuple[str, ...] | None:
-    """The labels of the inputs, in their order."""
     return None if labels is None else tuple(label.strip() for label in labels.split(","))
 
 
@@ -117,7 +115,6 @@ class Messages:
     verbose: Verbose = False
 
     def reporter(self) -> Reporter:
-        """The printer of messages as chosen."""
         return Reporter(self.quiet, self.verbose)
 
     def exclusive_reporter(self) -> Reporter:

@@ -139,7 +139,6 @@ class ScoreJob:
 
     @property
     def total(self) -> int:
-        """Rows that end in the parts or the rejects."""
         return self.config.selection.count(self._identity["rows"])
 
     @property
@@ -149,7 +148,6 @@ class ScoreJob:
 
     @property
     def done(self) -> bool:
-        """Whether every row is in a finished shard."""
         return self.kept == self.total
 
     def _check_same(self, journal: Journal) -> None:

@@ -75,7 +75,6 @@ class Rate:
 
     @property
     def cells(self) -> tuple[str, str]:
-        """The rate and its interval, to print."""
         return f"{self.rate:.1%}", f"{self.interval[0]:.1%}-{self.interval[1]:.1%}"
 
 
@@ -224,7 +223,6 @@ def gated_classes(folder: Path, samples: Mapping[str, NDArray[np.int64]], *, com
 
 
 def print_gated(console: Console, classes: Mapping[str, GatedClass]) -> None:
-    """Print what was blocked of each class, and how many answers had a fail term."""
     blocked, leaks = [], []
     for name, gated in classes.items():
         counts = (f"{n:,}" for n in (gated.rows, gated.rows_blocked, gated.tokens))

@@ -306,7 +306,6 @@ class RayWorkers(Generic[T]):
         self._expected, self._about = described, self._about or about
 
     def _replace(self, worker: _Worker, error: RayError) -> None:
-        """Start another worker for one that is lost."""
         self._lost += 1
         self._lost_in_a_row += 1
         if self._lost_in_a_row == _MOST_LOST:

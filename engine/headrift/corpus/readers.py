@@ -66,7 +66,6 @@ class Reader:
                 raise InputError(f"{source.name} {error}") from error
 
     def count(self, source: Source, limit: int | None = None) -> int:
-        """Count a source's rows, good and bad, without looking into them, up to a limit."""
         return self._formats[source].count(limit)
 
     def rows(self, selected: Iterator[bool] | None = None, take_id: TakeId | None = None) -> Iterator[Row | BadRow]:

@@ -135,7 +135,6 @@ def make_row(
 
 
 def parse_json(text: str) -> Any:
-    """Parse a JSON text. RowError if it is not one."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

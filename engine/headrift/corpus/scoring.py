@@ -71,7 +71,6 @@ class ScoreKind:
         return row + TEXT_BYTES * ("text" in save)
 
     def record(self, row: Row, result: ScoreResult) -> Record:
-        """A result as the columns of a part."""
         return record(row.columns(replay=self._config.replay, text="text" in self._config.save), result)
 
     def files(self, number: int, engine: dict[str, Any]) -> ShardFiles:
@@ -159,16 +158,13 @@ class GateKind(ScoreKind):
             )
 
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must have in common, besides the config."""
         return {"command": "gate", **asdict(self._gate), "fail_terms": list(self._gate.fail_terms)}
 
     def check(self, context: int | None) -> None:
-        """ValueError if an answer exceeds a model's context, in tokens."""
         check_context(self._gate.max_new_tokens, context, "max-new-tokens")
 
     @property
     def answer_tokens(self) -> int:
-        """The most tokens of an answer."""
         return self._gate.max_new_tokens
 
     def engine(self, verbose: bool) -> Callable[[], Engine]:
@@ -190,7 +186,6 @@ class GateKind(ScoreKind):
         }
 
     def row_bytes(self, model: ModelFacts) -> int:
-        """About what a row takes on disk."""
         return 512 + TEXT_BYTES * (not self._config.redact)
 
     def _schema(self, engine: dict[str, Any]) -> pa.Schema:
@@ -276,22 +271,18 @@ class ScoringEngine:
 
     @property
     def waited(self) -> float:
-        """Seconds in which the engine waited for rows to be read, rendered and tokenised."""
         return self._scorer.seconds_waited
 
     @property
     def steps_run(self) -> int:
-        """Steps that the engine has run."""
         return self._scorer.engine.steps_run
 
     def score(self, requests: Iterable[Prepared]) -> Iterator[ScoreResult]:
-        """Answer requests in order; they are taken as they are needed."""
         for result in self._scorer.score_requests(requests):
             assert isinstance(result, ScoreResult)
             yield result.slim(self._keep)
 
     def close(self) -> None:
-        """Stop the engine."""
         self._scorer.close()
 
 

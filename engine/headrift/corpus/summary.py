@@ -124,7 +124,6 @@ class Summary:
         return summary
 
     def add_rejects(self, folder: Path) -> None:
-        """Count all rejects in a folder."""
         for path in sorted(folder.glob("rejects-*.parquet")):
             for count in pq.read_table(path, columns=["reason"])["reason"].value_counts().to_pylist():
                 self.reject(count["values"], count["counts"])
@@ -180,7 +179,6 @@ class Summary:
 
     @property
     def scored(self) -> int:
-        """Rows that have a score."""
         return sum(of_class.n_scored for of_class in self._classes.values())
 
     @property

@@ -175,7 +175,6 @@ class ResumableParts:
             pq.write_table(table, temporary, compression="zstd")
 
     def write_records(self, name: str, records: Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:
-        """Write a part from one mapping a row, of which the schema's columns are taken."""
         self.write(name, table_from_records(records, schema))
 
     def read(self, names: Iterable[str]) -> pa.Table | None:
@@ -265,7 +264,6 @@ def fingerprint(file: IO[bytes]) -> dict[str, Any]:
 
 
 def file_fingerprint(path: Path) -> dict[str, Any]:
-    """Hash a file on this machine (see `fingerprint`)."""
     with path.open("rb") as file:
         return fingerprint(file)
 

@@ -98,7 +98,6 @@ class FinishedShard:
 
     @property
     def rows(self) -> int:
-        """All rows of the shard."""
         return self.scored + self.rejected
 
 
@@ -154,7 +153,6 @@ class ShardFiles:
         self._rejects = _RecordFile(folder / f"rejects-{number:05d}.parquet", _REJECTS)
 
     def add(self, scored: Record) -> None:
-        """Add a scored row (see `record`)."""
         self._part.append(scored)
 
     def reject(self, row: Any, reason: str, detail: str) -> None:
@@ -163,16 +161,13 @@ class ShardFiles:
 
     @property
     def rows(self) -> int:
-        """Rows added so far."""
         return self._part.rows + self._rejects.rows
 
     def publish(self) -> FinishedShard:
-        """Complete both files and give them their names."""
         part_bytes, rejects_bytes = self._part.publish(), self._rejects.publish()
         return FinishedShard(self._number, self._part.rows, self._rejects.rows, part_bytes, rejects_bytes)
 
     def discard(self) -> None:
-        """Remove what was written of an unfinished shard."""
         self._part.discard()
         self._rejects.discard()
 
@@ -265,7 +260,6 @@ class FolderLock:
         self._file.flush()
 
     def release(self) -> None:
-        """Let other processes use the folder."""
         if not self._file.closed:
             self._path.unlink(missing_ok=True)
             self._file.close()
@@ -311,7 +305,6 @@ class Journal:
         self._db.close()
 
     def finished(self) -> list[FinishedShard]:
-        """Return the finished shards, by number."""
         columns = "number, scored, rejected, part_bytes, rejects_bytes"
         return [FinishedShard(*row) for row in self._db.execute(f"SELECT {columns} FROM shards ORDER BY number")]
 

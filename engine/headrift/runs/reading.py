@@ -80,7 +80,6 @@ class ScoreRun:
 
     @property
     def folder(self) -> Path:
-        """The folder."""
         return Path(self.name)
 
 

@@ -195,7 +195,6 @@ class SelfTest:
 
     @property
     def passed(self) -> bool:
-        """Whether checks were made and none failed."""
         return bool(self.checks) and all(check.passed is not False for check in self.checks)
 
     def write(self, path: Path) -> None:
