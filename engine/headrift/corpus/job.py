@@ -1,7 +1,6 @@
-"""A job: inputs to an output folder, through an engine. `headrift score` is this with options around it.
+"""A job: inputs to an output folder, through an engine.
 
-What is made of a row, and what is printed in the end, depends on the kind (ScoreKind or GateKind of `scoring`).
-ScoreJob checks all it can before a model is loaded; then `start` and `run`, in this order. The job's process reads the
+What is made of a row depends on the kind (ScoreKind or GateKind of `scoring`). The job's process reads the
 input, renders and tokenises the prompts, writes the output and keeps the journal; the engine runs in a child process,
 which may die at any moment, as the job may: with `resume` a new job continues where the journal ends.
 """
@@ -48,7 +47,9 @@ PreparedRow = tuple[Row | BadRow, Prepared | Rejected | None]
 
 
 class ScoreJob:
-    """A scoring job, checked on creation. A context manager.
+    """A scoring job, checked on creation as far as that goes without the model; then `start` and `run`.
+
+    A context manager.
 
     Args:
         resume: Continue the run in the out folder, if there is one.

@@ -5,9 +5,8 @@ does with one engine, so only the model's folder has to be on every machine. Eac
 its engine in a child process: a poison row is found there. An actor that is lost, even with its machine, loses no row:
 its shards go to other actors, and another one is started in its place.
 
-Plain actors, not Ray Data's actor pool: that one gives a lost actor's task to no other, but restarts the actor. If its
-machine does not come back there is no room for it before another actor has run out of work, and all later shards pile
-up behind the lost one. Nor has Ray Data an input that the driver feeds shard by shard.
+Plain actors, not Ray Data's actor pool: that one gives a lost actor's task to no other, and has no input that the
+driver feeds shard by shard.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ medians, the figure and AUROC are over at most 20,000 rows per class, chosen by 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,7 +133,8 @@ class Summary:
         labels = np.array(named["label"].fill_null("unlabelled").to_pylist())
         scores = named["score"].to_numpy(zero_copy_only=False).astype(np.float64)
         self.no_score.update(reason for reason in named["reason"].to_pylist() if reason is not None)
-        group, system = (_parse_hashes(named[name].to_pylist()) for name in ("group", "system_hash"))
+        hashes = (named[name].to_pylist() for name in ("group", "system_hash"))
+        group, system = (np.array([int(text, 16) for text in texts], np.uint64) for texts in hashes)
         order = np.arange(self._n_added, self._n_added + len(labels), dtype=np.uint64)
         columns = {
             "order": order,
@@ -306,29 +306,20 @@ class Summary:
             print_table(console, ("", "rows", "with score", "stop early", "mean score", "median"), classes)
         if self.gated is not None:
             print_gated(console, self.gated)
-        else:
-            self._print_comparisons(console)
-        if self.judged is not None:
-            self.judged.print(console, drift_only=self.gated is not None)
-
-    def _print_comparisons(self, console: Console) -> None:
-        for comparison in self.comparisons():
-            console.print()
-            n_attack, n_benign = f"{comparison.n_attack:,}", f"{comparison.n_benign:,}"
-            console.print(f"{comparison.title}: {n_attack} against {n_benign}", markup=False, highlight=False)
+        for comparison in self.comparisons() if self.gated is None else ():
+            title = f"\n{comparison.title}: {comparison.n_attack:,} against {comparison.n_benign:,}"
+            console.print(title, markup=False, highlight=False)
             names = ("", "AUROC", "95% interval", f"TPR at {TARGET_FPR:.0%} FPR", "95% interval")
             measures = [
                 (name, f"{one.auroc:.3f}", _range(one.auroc_interval), f"{one.tpr:.3f}", _range(one.tpr_interval))
                 for name, one in comparison.measures.items()
             ]
             print_table(console, names, measures)
-        if self.comparisons():
+        if self.gated is None and self.comparisons():
             note = f"Higher counts as attack, repeats count once, rows without a score are never flagged{self.sampled}."
             console.print(f"\n{note}", markup=False, highlight=False)
-
-
-def _parse_hashes(hashes: Iterable[str]) -> NDArray[np.uint64]:
-    return np.array([int(text, 16) for text in hashes], np.uint64)
+        if self.judged is not None:
+            self.judged.print(console, drift_only=self.gated is not None)
 
 
 def _hash(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
