@@ -14,7 +14,7 @@ import torch
 
 from headrift.prepare import load_tokenizer
 from headrift.selftest import checks
-from headrift.selftest.checks import bars_of, gaps_along, same_masses, same_shares, same_tokens
+from headrift.selftest.checks import bars_of, gaps_along, same_masses, same_shares, same_tokens, sum_to_one
 from headrift.selftest.run import SelfTest, SelfTestConfig, chats, token_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -192,13 +192,16 @@ def test_a_share_that_is_off_fails(recorded):
 def test_sums_that_do_not_add_up_fail(recorded):
     tolerance = 2 * checks.SUM_TOLERANCE
     for judge, place in (
-        (lambda masses: checks.prompt_is_all_at_first(masses, PROMPT, sinks=False), (0, 1, 2, PROMPT)),
-        (lambda masses: checks.all_keys_sum_to_one(masses, EVERYTHING, sinks=False), (4, 1, 2, EVERYTHING)),
+        (lambda masses: sum_to_one("prompt", [m[0, ..., PROMPT] for m in masses], "", sinks=False), (0, 1, 2, PROMPT)),
+        (
+            lambda masses: sum_to_one("all", [m[..., EVERYTHING] for m in masses], "", sinks=False),
+            (4, 1, 2, EVERYTHING),
+        ),
     ):
         assert judge(recorded.masses).passed
         for by in (tolerance, -tolerance, np.nan):
             assert judge(changed(recorded.masses, place, by)).passed is False
-    assert checks.all_keys_sum_to_one(recorded.masses, EVERYTHING, sinks=True).passed is None
+    assert sum_to_one("all", recorded.masses, "", sinks=True).passed is None
 
 
 def test_masses_out_of_bounds_and_missing_ones_fail(recorded):

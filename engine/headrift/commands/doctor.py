@@ -62,9 +62,8 @@ def examine(model: Path | None = None, steps: int = 12) -> bool:
 
 
 def _print(label: str, text: str) -> None:
-    for line in textwrap.wrap(text, 80 - LABEL_WIDTH, break_on_hyphens=False):
-        typer.echo(f"{label:<{LABEL_WIDTH}}{line}")
-        label = ""
+    indents = {"initial_indent": label.ljust(LABEL_WIDTH), "subsequent_indent": " " * LABEL_WIDTH}
+    typer.echo(textwrap.fill(text, 80, break_on_hyphens=False, **indents))
 
 
 def _system() -> Iterator[str]:

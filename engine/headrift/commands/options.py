@@ -118,7 +118,7 @@ class Messages:
         return Reporter(self.quiet, self.verbose)
 
     def exclusive_reporter(self) -> Reporter:
-        """The same, for commands that cannot be both quiet and verbose; exit if both are chosen."""
+        """The reporter of commands that cannot be both quiet and verbose; exit if both are chosen."""
         if self.quiet and self.verbose:
             with Reporter().errors(2):
                 raise ValueError("--quiet and --verbose contradict each other: choose one")

@@ -145,7 +145,7 @@ def gate(
     from headrift.calibration.artifact import Calibration
     from headrift.corpus.config import ScoreConfig, range_options
     from headrift.corpus.job import ScoreJob
-    from headrift.corpus.scoring import Gate, GateKind, OnNull
+    from headrift.corpus.scoring import Gate, GateKind
     from headrift.signal import Window
 
     reporter = messages.exclusive_reporter()
@@ -158,8 +158,7 @@ def gate(
             calibration=applied,
             calibration_anyway=calibration_anyway,
         )
-        null = None if on_null is None else OnNull(on_null)
-        kind = GateKind(config, Gate(max_new_tokens, tuple(fail_term or ()), null, compare_ungated))
+        kind = GateKind(config, Gate(max_new_tokens, tuple(fail_term or ()), on_null, compare_ungated))
         job = ScoreJob(config, kind=kind, resume=corpus.resume, verbose=messages.verbose, notice=reporter.note)
     _run_job(job, reporter)
 

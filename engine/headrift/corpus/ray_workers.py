@@ -70,6 +70,7 @@ class _Actor:
     def score(self, requests: list[Any]) -> Iterator[tuple[list[Any], _State]]:
         """Answer requests, in order, with reports on the engine."""
         answers: list[Any] = []
+        problem = None
         try:
             for _, answer in self._supervisor.answers(requests):
                 answers.append(answer)
@@ -77,9 +78,8 @@ class _Actor:
                     yield answers, self._state()
                     answers = []
         except EngineError as error:
-            yield answers, self._state(str(error))
-        else:
-            yield answers, self._state()
+            problem = str(error)
+        yield answers, self._state(problem)
 
     def _state(self, error: str | None = None) -> _State:
         notices, self._notices[:] = list(self._notices), []

@@ -6,9 +6,8 @@ import hashlib
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from enum import StrEnum
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 from pydantic import ValidationError
@@ -28,6 +27,7 @@ from headrift.prompts import ChatRenderer
 from headrift.results import ScoreResult
 from headrift.runs.parts import Record, ShardFiles, column_types, part_schema, record
 from headrift.scorer import RequestScorer
+from headrift.signals.registry import get
 from headrift.vllm_engine.config import check_compiler
 
 TEXT_BYTES = 4096  # a guess at what a row's texts take, for the space a run needs
@@ -91,9 +91,9 @@ class ScoreKind:
         """Draw scores.png and, with a calibration, write the review list. names: of the inputs."""
         from headrift.figures import Curve, scores_png
 
-        curves = []
+        curves, answer_length = [], get("answer_tokens").label
         for comparison in summary.comparisons()[:1]:
-            shown = {name: roc for name, roc in comparison.measures.items() if name != "answer length"}
+            shown = {name: roc for name, roc in comparison.measures.items() if name != answer_length}
             curves = [Curve(name, roc.fpr, roc.tprs, roc.auroc, roc.grid, roc.band) for name, roc in shown.items()]
             assert curves[0].name == SCORE
         inputs = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
@@ -102,13 +102,6 @@ class ScoreKind:
         scores_png(self._config.out / "scores.png", summary.by_category(), curves, title=title)
         if summary.judged is not None:
             summary.judged.write_list()
-
-
-class OnNull(StrEnum):
-    """What becomes of an answer without a score."""
-
-    BLOCK = "block"
-    PASS = "pass"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +115,7 @@ class Gate:
 
     max_new_tokens: int = 160
     fail_terms: tuple[str, ...] = ()
-    on_null: OnNull | None = None
+    on_null: Literal["block", "pass"] | None = None
     compare_ungated: bool = False
 
     def blocks(self, result: ScoreResult, threshold: float) -> bool:
@@ -131,7 +124,7 @@ class Gate:
             return result.score >= threshold
         if self.on_null is None:
             return bool(result.text.strip())
-        return self.on_null is OnNull.BLOCK
+        return self.on_null == "block"
 
 
 class GateKind(ScoreKind):
@@ -147,15 +140,11 @@ class GateKind(ScoreKind):
         self._gate, self._calibration = gate, config.calibration
         self._terms = FailTerms(gate.fail_terms)
         if gate.max_new_tokens <= config.steps:
-            raise ValueError(
-                f"--max-new-tokens {gate.max_new_tokens} is no more than the steps that decide, {config.steps}: give "
-                f"at least {config.steps + 1}"
-            )
+            what = f"--max-new-tokens {gate.max_new_tokens} is no more than the steps that decide, {config.steps}"
+            raise ValueError(f"{what}: give at least {config.steps + 1}")
         if gate.compare_ungated and not gate.fail_terms:
-            raise ValueError(
-                "--compare-ungated counts answers that should not have been given: name what gives them away with "
-                "--fail-term"
-            )
+            what = "--compare-ungated counts answers that should not have been given"
+            raise ValueError(f"{what}: name what gives them away with --fail-term")
 
     def identity(self) -> dict[str, Any]:
         return {"command": "gate", **asdict(self._gate), "fail_terms": list(self._gate.fail_terms)}

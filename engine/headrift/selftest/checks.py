@@ -148,18 +148,8 @@ def within_bounds(masses: Sequence[NDArray]) -> Check:
     )
 
 
-def prompt_is_all_at_first(masses: Sequence[NDArray], prompt: int, *, sinks: bool) -> Check:
-    """At step 0 the prompt (region number `prompt`) has all the mass."""
-    name, first = "prompt mass 1 at step 0", [m[0, ..., prompt] for m in masses]
-    return _sum_to_one(name, first, sinks, "only the prompt is there yet")
-
-
-def all_keys_sum_to_one(masses: Sequence[NDArray], everything: int, *, sinks: bool) -> Check:
-    """A region (number `everything`) of all keys, prompt and answer, has all the mass at every step."""
-    return _sum_to_one("all keys sum to 1", [m[..., everything] for m in masses], sinks, "softmax's own sum")
-
-
-def _sum_to_one(name: str, masses: Sequence[NDArray], sinks: bool, why: str) -> Check:
+def sum_to_one(name: str, masses: Sequence[NDArray], why: str, *, sinks: bool) -> Check:
+    """Masses that have to be 1 each, but in a model with attention sinks."""
     if sinks:
         return Check(name, None, "not judged", "this model's attention sinks take a part of each head's mass")
     away = float(np.max([np.abs(m - 1.0).max() for m in masses]))

@@ -288,8 +288,10 @@ class SelfTest:
         shares = [answer.share for answer in probed if not answer.ran_again]
         yield checks.every_step(shares, [answer.done.n_steps for answer in probed])
         yield checks.within_bounds(masses)
-        yield checks.prompt_is_all_at_first(masses, _PROMPT, sinks=self.engine.sinks)
-        yield checks.all_keys_sum_to_one(masses, _EVERYTHING, sinks=self.engine.sinks)
+        first, everything = [m[0, ..., _PROMPT] for m in masses], [m[..., _EVERYTHING] for m in masses]
+        sinks = self.engine.sinks
+        yield checks.sum_to_one("prompt mass 1 at step 0", first, "only the prompt is there yet", sinks=sinks)
+        yield checks.sum_to_one("all keys sum to 1", everything, "softmax's own sum", sinks=sinks)
         mixed = recorded.mixed[: 2 * len(recorded.alone) : 2]
         yield checks.same_masses("masses in a mixed batch as alone", *_in_common(mixed, recorded.alone), bars)
         yield checks.same_masses("masses replayed as generated", *_in_common(recorded.replayed, probed), bars)
