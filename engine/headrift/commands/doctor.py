@@ -62,8 +62,8 @@ def examine(model: Path | None = None, steps: int = 12) -> bool:
 
 
 def _print(label: str, text: str) -> None:
-    indents = {"initial_indent": label.ljust(LABEL_WIDTH), "subsequent_indent": " " * LABEL_WIDTH}
-    typer.echo(textwrap.fill(text, 80, break_on_hyphens=False, **indents))
+    first, others = label.ljust(LABEL_WIDTH), " " * LABEL_WIDTH
+    typer.echo(textwrap.fill(text, 80, initial_indent=first, subsequent_indent=others, break_on_hyphens=False))
 
 
 def _system() -> Iterator[str]:

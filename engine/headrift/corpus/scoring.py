@@ -27,7 +27,7 @@ from headrift.prompts import ChatRenderer
 from headrift.results import ScoreResult
 from headrift.runs.parts import Record, ShardFiles, column_types, part_schema, record
 from headrift.scorer import RequestScorer
-from headrift.signals.registry import get
+from headrift.signals import get
 from headrift.vllm_engine.config import check_compiler
 
 TEXT_BYTES = 4096  # a guess at what a row's texts take, for the space a run needs
