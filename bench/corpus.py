@@ -2,12 +2,10 @@
 
     python bench/corpus.py [--rows 100000 --rows 1000000] [--only through|scored|ratios] [--model DIR]
 
-- through: synthetic rows through a whole job, prompts rendered and tokenised, whose engine answers at once.
-- scored: 20,000 of them with a tiny random model and 2,000 with the demonstration model, and the share of the time in
-  which the engine waited for input.
-- ratios: a shared system prompt with and without priming and small blocks, replay and generation, repeats.
-
-Without --only: through. Writes bench/results/corpus.json; what is not measured now keeps its figures there.
+through (the default): made-up rows through a whole job, rendered and tokenised, whose engine answers at once. scored:
+20,000 of them with a tiny random model and 2,000 with the demonstration model, and how long the engine waited for
+input. ratios: a shared system prompt with and without priming and small blocks, replay and generation, repeats.
+Writes bench/results/corpus.json; what is not measured now keeps its figures there.
 """
 
 import json
@@ -27,7 +25,6 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import utils
-from peers import forget
 from utils import Child, Stopwatch
 
 WORDS = "the a of to and in that it is was for on are with as his they be at one have this from or had by word but what"
@@ -172,61 +169,21 @@ def short_prompts(n: int, text: str = "Where is {} number {}, please?") -> list[
     return [{"prompt": text.format(words[i % len(words)], i), "system": SYSTEM} for i in range(n)]
 
 
-# Arguments of `Scored.time` by case. `shared` primes the prefix and has small KV blocks;
-# `unshared` does not and has vLLM's blocks of 128 tokens; `generate` and `replay` have 40 answer tokens.
-PLAIN = {"group": False, "prime": False, "repeat_bytes": 0, "engine_args": {"block_size": 128}}
-RATIOS: dict[str, dict[str, Any]] = {
-    "unshared": {"options": PLAIN, "prompts": "short"},
-    "shared": {"options": {"repeat_bytes": 0}, "prompts": "short"},
-    "generate": {"options": {"steps": 39, "repeat_bytes": 0}, "prompts": "whole"},
-    "replay": {"options": {"steps": 39, "repeat_bytes": 0}, "prompts": "whole", "replay": True},
-    "repeats": {"options": {}, "prompts": "same"},
+# The scorer's options, and the prompts: short, same (one, over and over), whole (answers that do not end before the last
+# step), replay (of those answers). `shared` primes the prefix and has small KV blocks; `unshared` does not and has
+# vLLM's blocks of 128 tokens; `generate` and `replay` have 40 answer tokens.
+RATIOS: dict[str, tuple[dict[str, Any], str]] = {
+    "unshared": ({"group": False, "prime": False, "engine_args": {"block_size": 128}}, "short"),
+    "shared": ({}, "short"),
+    "generate": ({"steps": 39}, "whole"),
+    "replay": ({"steps": 39}, "replay"),
+    "repeats": ({"repeat_bytes": 256 << 20}, "same"),
 }
 
 
-class Scored:
-    """A Scorer that scores short prompts."""
-
-    def time(self, model: str, n: int, options: dict[str, Any], prompts: str, replay: bool = False) -> dict[str, Any]:
-        """Time the scoring of n prompts.
-
-        Args:
-            model: The model's folder.
-            n: Number of prompts.
-            options: The scorer's.
-            prompts: short, same (one prompt n times) or whole (answers that do not end before the last step).
-            replay: Replay those answers.
-        """
-        from headrift.scorer import Scorer
-
-        with Scorer(model, **{"steps": 12, **options}) as scorer:
-            list(scorer.score([{**row, "system": "Warm up."} for row in short_prompts(8)]))
-            if prompts == "whole":
-                rows = self._with_whole_answers(scorer, n)
-            else:
-                rows = short_prompts(n) if prompts == "short" else short_prompts(1) * n
-            with Stopwatch() as clock:
-                results = list(scorer.score(rows, replay=replay))
-        return {
-            "seconds": clock.seconds,
-            "cpu_seconds": clock.cpu_seconds,  # of all threads: what others do on the machine changes it little
-            "answer_tokens": sum(result.answer_tokens for result in results) / n,
-            "system_tokens": results[0].system_tokens,
-        }
-
-    def _with_whole_answers(self, scorer: Any, n: int) -> list[dict[str, Any]]:
-        """The first n of many prompts that ask for a long answer, with answers that have all steps; caches emptied."""
-        prompts = short_prompts(3 * n, "Tell a long story of {} number {}.")
-        answers = list(zip(prompts, scorer.score(prompts), strict=True))
-        forget(scorer)
-        whole = [(row, result) for row, result in answers if result.answer_tokens == scorer.steps + 1]
-        assert len(whole) >= n, f"{len(whole)} of {len(answers)} answers are long enough"
-        return [{**row, "response_ids": result.answer_ids} for row, result in whole[:n]]
-
-
-def call(kind: str, method: str, **arguments: Any) -> dict[str, Any]:
-    """Have a process of its own call a method."""
-    with Child("corpus.py", kind) as child:
+def call(method: str, **arguments: Any) -> dict[str, Any]:
+    """Have a process of its own call a method of Job."""
+    with Child("corpus.py", "job") as child:
         return child.call(method, **arguments)
 
 
@@ -234,9 +191,9 @@ def through(n: int, folder: Path, model: Path) -> dict[str, Any]:
     """Measure a job of n rows without a model."""
     log, tokenizer = folder / f"{n}.jsonl", str(folder / "tokenizer.pickle")
     write_log(log, n)
-    call("job", "pickle_tokenizer", model=str(model), path=tokenizer)
+    call("pickle_tokenizer", model=str(model), path=tokenizer)
     paths = {"file": str(log), "out": str(folder / f"out-{n}"), "model": str(model), "tokenizer": tokenizer}
-    result = call("job", "through", **paths)
+    result = call("through", **paths)
     cpu = result["cpu_seconds"] + result["cpu_seconds_of_child"]
     result |= {"rows_per_second": n / result["seconds"], "rows_per_second_per_core": n / cpu}
     result["input_bytes"] = log.stat().st_size
@@ -244,16 +201,43 @@ def through(n: int, folder: Path, model: Path) -> dict[str, Any]:
     return result
 
 
-def with_model(case: str, kind: str, method: str, model: Path, n: int, **arguments: Any) -> dict[str, Any]:
-    """Measure a case in a process of its own."""
-    result = call(kind, method, model=str(model), n=n, **arguments)
-    return {"case": case, "model": model.name, "rows": n, "rows_per_second": n / result["seconds"], **result}
+def scored(model: Path, n: int) -> dict[str, Any]:
+    result = call("scored", model=str(model), n=n)
+    return {"case": "scored", "model": model.name, "rows": n, "rows_per_second": n / result["seconds"], **result}
+
+
+def ratio_case(model: Path, n: int, options: dict[str, Any], prompts: str) -> dict[str, Any]:
+    """Time the scoring of n short prompts."""
+    rows = short_prompts(1) * n if prompts == "same" else short_prompts(n)
+    with Child("peers.py", "headrift") as child:
+        child.call("start", model=str(model), **{"steps": 12, **options})
+        child.call("run", rows=[{**row, "system": "Warm up."} for row in short_prompts(8)])
+        if prompts in ("whole", "replay"):
+            many = short_prompts(3 * n, "Tell a long story of {} number {}.")
+            answers = child.call("run", rows=many)["answers"]
+            whole = [
+                {**row, "response_ids": ids} for row, ids in zip(many, answers) if len(ids) == options["steps"] + 1
+            ]
+            assert len(whole) >= n, f"{len(whole)} of {len(answers)} answers are long enough"
+            rows = whole[:n]
+        result = child.call("run", rows=rows, replay=prompts == "replay")
+    answers = result.pop("answers")
+    return result | {"answer_tokens": sum(map(len, answers)) / n}
 
 
 def ratios(model: Path) -> dict[str, Any]:
     """Measure the cases of RATIOS, and what sharing and replaying save."""
-    results = {case: with_model(case, "scored", "time", model, 100, **more) for case, more in RATIOS.items()}
+    results, n = {}, 100
+    for case, (options, prompts) in RATIOS.items():
+        result = ratio_case(model, n, options, prompts)
+        results[case] = {
+            "case": case,
+            "model": model.name,
+            "rows": n,
+            "rows_per_second": n / result["seconds"],
+        } | result
     for case, other in (("shared", "unshared"), ("replay", "generate")):
+        # CPU time is of all threads: what others do on the machine changes it little.
         over = {clock: results[other][clock] / results[case][clock] for clock in ("seconds", "cpu_seconds")}
         results[f"{case}_over_{other}"] = over
     return results
@@ -291,7 +275,7 @@ def main() -> None:
             report["through"] = [through(n, folder, args.model) for n in sorted(args.rows or [100_000, 1_000_000])]
         elif args.only == "scored":
             sizes = ((make_tiny_model(folder / "tiny", args.model), 20_000), (args.model, args.scored))
-            report["scored"] = [with_model("scored", "job", "scored", model, n) for model, n in sizes]
+            report["scored"] = [scored(model, n) for model, n in sizes]
         else:
             report["ratios"] = ratios(args.model)
     utils.write_json(report, args.out)
@@ -299,4 +283,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(main, job=Job, scored=Scored)
+    utils.run_script(main, job=Job)

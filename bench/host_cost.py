@@ -2,15 +2,12 @@
 
     python bench/host_cost.py [--rounds 400] [--out bench/results/host_cost.json]
 
-Two kinds of step of 1 to 256 rows, all probed, on a model of 32 layers with the heads of Llama-3-8B:
-
-- `decode`: every row decodes. The layers are replayed from a CUDA graph, so what measuring adds to the host's work is
-  the step's plan, compared with the metadata that vLLM's own builder makes, in turns.
-- `streaming`: one row in 13 is a prompt of 300 tokens that ends in this step, the others decode; nearly every step of a
-  job of 12 steps a prompt is of this kind, and its attention is launched from Python. Added are the plan and all that
-  a layer's `forward` does besides vLLM's own, which attends for the prompts with headrift and without (left out here).
-  Rows have 2,048 keys at most; in `streaming, long rows` some have more and are split, which takes a second launch in
-  each layer.
+Two kinds of step of 1 to 256 rows, all probed, on a model of 32 layers with the heads of Llama-3-8B. `decode`: the
+layers are replayed from a CUDA graph, so what measuring adds is the step's plan, compared with the metadata that vLLM's
+own builder makes. `streaming`: one row in 13 is a prompt of 300 tokens that ends in this step, as in nearly every step
+of a job of 12 steps a prompt, and attention is launched from Python: added are the plan and all that a layer's
+`forward` does besides vLLM's own. Rows have 2,048 keys at most; in `streaming, long rows` some are split, which takes a
+second launch in each layer.
 
 Triton's launcher runs over a CUDA library that does nothing, on CPU tensors: what the GPU's driver takes for a launch
 and for the step's few small copies is not in it.

@@ -2,14 +2,11 @@
 
     python bench/idle.py [--turns 150] [--processes 3] [--short] [--model DIR]
 
-`bench/overhead.py` has one process an arm, and two processes of one kind differ by some per cent. Here:
-
-- In one process: one engine answers as plain vLLM, idle and probing, in turns that are mirrored every other time. For
-  plain vLLM all that headrift adds to its steps is taken out (attention layers, metadata builders, logits processor),
-  and it is checked that no function of headrift's is called then. Ratios as in overhead.py.
-- In several: plain vLLM, with no plugin loaded, and headrift's engine without a measured request each get several
-  processes, which take turns. A process's pace is its median CPU time over the turns, on a log scale; kinds are
-  compared by Welch's t over processes.
+`bench/overhead.py` has one process an arm, and two processes of one kind differ by some per cent. Here one engine
+answers as plain vLLM, idle and probing in turns: for plain vLLM all that headrift adds to its steps is taken out, and
+it is checked that no function of headrift's is called then. Then plain vLLM, with no plugin loaded, and headrift's
+engine without a measured request get several processes each, which take turns. A process's pace is its median CPU time
+over the turns, on a log scale; kinds are compared by Welch's t over processes.
 """
 
 import os

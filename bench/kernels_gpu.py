@@ -2,17 +2,14 @@
 
     python bench/kernels_gpu.py [--seconds 600] [--models Llama-3-8B,Qwen2.5-7B] [--out bench/results/kernels_gpu.json]
 
-Cases: `uniform` (all rows of one context length), `ragged` (one row of 8,192 keys among rows of 512), `shared` (all
-rows have their first 3/4 in common, as behind one system prompt), `streaming` (decode rows and the last chunks of
-prompts, whose last token is measured) and `replay` (answers of 64 tokens, every token measured). Times are medians
-over replays of a CUDA graph, which is how an engine launches them. A graph goes through copies of the cache larger
-than the L2 cache, so K and V come from memory. GB/s is bytes of K and V per second, and is compared with this GPU's
-measured copy bandwidth.
+Cases: `uniform` (one context length), `ragged` (one row of 8,192 keys among rows of 512), `shared` (the first 3/4 of
+all rows in common), `streaming` (decode rows and the last chunks of prompts, whose last token is measured) and `replay`
+(answers of 64 tokens, every token measured). Times are medians over replays of a CUDA graph, as an engine launches
+them, through copies of the cache larger than the L2 cache. GB/s: bytes of K and V, beside the measured copy bandwidth.
 
-An exception in headrift's kernels fails the run (exit status 1). A kernel of others that is not there has no time,
-and a reason. Cases that no longer fit --seconds are listed as left out, the required ones also by themselves: of the
-first model, those of `cases` up to REQUIRED. Cases that do not fit the GPU are listed as too large. `--out` is written
-after each case; the cases that it already has are kept.
+An exception in headrift's kernels fails the run (exit status 1); a kernel of others that is not there has a reason
+instead of a time. Cases that do not fit the GPU are listed as too large, those that no longer fit --seconds as left
+out, the required ones (the first model's first) also by themselves. `--out` is written after each case, and is resumed.
 """
 
 import multiprocessing
@@ -351,6 +348,12 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return utils.markdown(["model", "case", *names, "mass / plain", "GB/s", "of copy"], cells).splitlines()
 
 
+class Results(utils.Progress):
+    @staticmethod
+    def read_cases(earlier: dict[str, Any]) -> dict[str, Any]:
+        return {f"{row['case']} {row['model']}": row for row in earlier.get("rows", []) if not row["errors"]}
+
+
 def main() -> int:
     options = utils.Options(__doc__, "kernels_gpu", short=False)
     options.add_argument("--seconds", type=float, default=600, help="cases that start later are left out")
@@ -365,10 +368,7 @@ def main() -> int:
     jobs, too_large = plan(models, all_cases, free)
     required = {f"{case.name} {models[0]}" for case in all_cases[:REQUIRED]}
 
-    def without_errors(earlier: dict[str, Any]) -> dict[str, Any]:
-        return {f"{row['case']} {row['model']}": row for row in earlier.get("rows", []) if not row["errors"]}
-
-    progress = utils.Progress(args.out, args.seconds, jobs, required, too_large, without_errors)
+    progress = Results(args.out, args.seconds, jobs, required, too_large)
     # In several processes: one after another it takes most of a short run.
     processes = 1 if args.dry_run else max(1, min(8, os.cpu_count() or 1, free // COMPILE_BYTES))
     first = [(*jobs[name], dtype) for name in progress.todo[: 1 if args.dry_run else 12]]
@@ -386,7 +386,7 @@ def main() -> int:
     rows, slowest = write(), 0.0
     for name in list(progress.todo):
         begin = time.monotonic()
-        if not progress.fits(slowest):
+        if begin + slowest > progress.stop:
             break
         progress.done(name, measure(*jobs[name], bandwidth, dtype, rounds))
         torch.cuda.empty_cache()

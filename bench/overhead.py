@@ -3,15 +3,11 @@
     python bench/overhead.py [--pairs 20] [--short] [--model DIR]
     python bench/overhead.py --case "attention entropy" --out bench/results/entropy.json
 
-Each arm is an engine in a process of its own, with identical settings, stopped while another works:
-
-- `plain`: vLLM with no plugin loaded;
-- `idle`: headrift's engine, requests that are not measured;
-- `probing`, `logits`, `entropy`: measured, with next-token statistics, with the entropy of each head's attention;
-- `headrift, default settings`: probing with headrift's default settings, the one arm with another setting (the norms).
-
-All arms answer the same token ids with the same number of tokens (`ignore_eos`). The prompts are in the prefix cache,
-so that what is timed is decoding, the last tokens of each prompt and the drains: the case in which probing weighs most.
+Each arm is an engine in a process of its own, with identical settings, stopped while another works: `plain`, vLLM with
+no plugin loaded; `idle`, headrift's engine with requests that are not measured; `probing`, `logits`, `entropy`,
+measured, also with next-token statistics or the entropy of each head's attention. `headrift, default settings` has one
+other setting, the norms. All answer the same token ids with as many tokens (`ignore_eos`). The prompts are in the
+prefix cache, so that decoding, each prompt's last tokens and the drains are timed: where probing weighs most.
 
 Arms take turns, mirrored every other time. A ratio is throughput over plain's in the same turn: above 1 the arm is
 faster. Medians have 95% bootstrap intervals over the turns; two processes of one kind can differ by some per cent,
@@ -134,19 +130,14 @@ class PlainEngine:
         from vllm.sampling_params import RequestOutputKind
 
         how = {"ignore_eos": True, "detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
-        first, outputs, running = self._submitted, {}, 0
-        queue = prompts[::-1]
-        while queue or running:
-            while queue and running < at_once:
-                params = SamplingParams(temperature=0.0, max_tokens=tokens, **how)
-                prompt = TokensPrompt(prompt_token_ids=queue.pop())
-                self.llm_engine.add_request(str(self._submitted), prompt, params)
+        params = SamplingParams(temperature=0.0, max_tokens=tokens, **how)
+        first, finished = self._submitted, {}
+        while len(finished) < len(prompts):
+            while (n := self._submitted - first) < min(len(prompts), len(finished) + at_once):
+                self.llm_engine.add_request(str(self._submitted), TokensPrompt(prompt_token_ids=prompts[n]), params)
                 self._submitted += 1
-                running += 1
-            finished = {output.request_id: output for output in self.llm_engine.step() if output.finished}
-            outputs |= finished
-            running -= len(finished)
-        done = [outputs[str(first + i)] for i in range(len(prompts))]
+            finished |= {output.request_id: output for output in self.llm_engine.step() if output.finished}
+        done = [finished[str(first + i)] for i in range(len(prompts))]
         return [(list(output.outputs[0].token_ids), output.num_cached_tokens or 0, None) for output in done]
 
 
@@ -173,12 +164,8 @@ class HeadriftEngine:
     ) -> list[tuple[list[int], int, np.ndarray | None]]:
         """Answer prompts as PlainEngine does, with the recorded shares [steps, layers, heads] of each.
 
-        Args:
-            prompts: Token ids. 40% of them are the system prompt's, all but the last few of the rest the user's.
-            tokens: Tokens that each answers; steps 0 to tokens - 1 are recorded.
-            at_once: Most requests in flight.
-            replay: Whether the last `tokens` tokens of each prompt are a given answer, so that nothing is decoded.
-            measures: Fields of ProbeRequest.
+        40% of a prompt are the system prompt's, all but the last few of the rest the user's; with `replay` its last
+        `tokens` tokens are a given answer, and nothing is decoded. measures: fields of ProbeRequest.
         """
         from headrift.requests import ProbeRequest
 
@@ -233,16 +220,9 @@ class Engine:
     def run(
         self, prompts: int, context: int, tokens: int, seed: list[int], shared: int = 0, at_once: int = 0, **how: Any
     ) -> dict[str, Any]:
-        """Answer random prompts once.
+        """Answer random prompts once, of `context` tokens each, the first `shared` of them in common.
 
-        Args:
-            prompts: How many.
-            context: Tokens of each; with replay, tokens of prompt and answer.
-            tokens: Tokens that each answers.
-            seed: For the prompts' tokens.
-            shared: Number of first tokens that all prompts have in common.
-            at_once: Most requests in flight (default: all).
-            how: What to measure, see HeadriftEngine.answer.
+        at_once: most requests in flight (default: all); how: what to measure, see HeadriftEngine.answer.
         """
         vocabulary = self.engine.llm_engine.vllm_config.model_config.get_vocab_size()
         idle = time.process_time() - self._last_turn

@@ -3,18 +3,14 @@
     python bench/overhead_gpu.py overhead|step0_replay|profile [--seconds 600] [--attention auto] [--dry-run]
 
 `overhead`: first, an engine that sizes its KV cache by vLLM's memory profiling must record finite masses. Then plain
-vLLM and headrift's engine run with the same fixed KV cache, next to each other if the GPU holds both, else one after
-the other. Arms: `plain`, `idle` (headrift's engine, requests that are not measured) and `probing`. In `decode` the
-prompts are in the prefix cache, so the steps only decode; in `streaming` new prompts arrive as others finish. Arms take
-turns, mirrored every other time, so drift falls on all alike. `step0_replay`: prompts per second measured at the last
-prompt token only, and with given answers, and without measuring. `profile`: the kernels of probed steps by their time,
-from torch's profiler (8 of 32 layers).
+vLLM and headrift's engine run with the same KV cache, both at once if the GPU holds them: `plain`, `idle` (requests
+that are not measured) and `probing` in turns. `decode`: the prompts are in the prefix cache; `streaming`: new prompts
+arrive as others finish. `step0_replay`: prompts per second measured at the last prompt token only, and with given
+answers, and without measuring. `profile`: kernels of probed steps by their time, from torch's profiler (8 layers).
 
-The KV cache is sized by the GPU's free memory. A case that does not fit is listed as too large, which is no failure. If
-no case fits with 32 layers, the model has 16 or 8 of them.
-
-Exit status 1: an engine failed, a recorded share is missing or outside 0..1, or no case fits the GPU. What no longer
-fits --seconds is listed as left out. --out is written after each case; the cases that it already has are kept.
+A case that does not fit the GPU's free memory is listed as too large, which is no failure; if none fits with 32 layers,
+the model has 16 or 8. Exit status 1: an engine failed, a recorded share is missing or outside 0..1, or no case fits.
+What no longer fits --seconds is listed as left out. --out is written after each case; cases that it has are kept.
 """
 
 import json
@@ -27,6 +23,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +160,6 @@ def share_memory(total: float, weights: int, cases: dict[str, int], engines: int
         weights: Bytes of the weights of each engine.
         cases: Bytes of KV cache that each case needs, by name.
         engines: The most engines that are of use at once.
-
-    Returns:
-        None if one engine alone holds no case.
     """
     for at_once in range(engines, 0, -1):
         room = USABLE * total / at_once - weights - ENGINE_BYTES
@@ -177,13 +172,7 @@ def share_memory(total: float, weights: int, cases: dict[str, int], engines: int
 
 
 def choose_sizes(part: str, free: float, dry_run: bool) -> tuple[Shapes, Memory]:
-    """Return the model that a part runs on a GPU with this many free bytes, and the cases that fit.
-
-    The first of the part's numbers of layers with which any case fits.
-
-    Raises:
-        ValueError: If no case fits.
-    """
+    """Return the model, with the most layers with which a case of the part fits, and what fits; else ValueError."""
     full, element = Shapes.from_config(TINY if dry_run else LLAMA_3_8B), 4 if dry_run else 2
     for layers in (full.layers,) if dry_run else LAYERS[part]:
         shape = replace(full, layers=layers)
@@ -225,14 +214,7 @@ class Engine(overhead.Engine):
 
 
 class Part(utils.Progress):
-    """A part's results, and its engines.
-
-    Args:
-        args: The script's options.
-        folder: Where the model's configuration is written; vLLM makes the weights up.
-        free: Bytes of the GPU's memory that are free.
-        total: Bytes of the GPU's memory.
-    """
+    """A part's results, and its engines. folder: for the model's configuration; vLLM makes the weights up."""
 
     def __init__(self, args: Any, folder: Path, free: float, total: float):
         from headrift.vllm_engine.config import machine_defaults
@@ -352,26 +334,21 @@ def sample_group(part: Part, kinds: tuple[str, ...], todo: list[Case], samples: 
 
 def sample(case: Case, children: dict[str, Child], stop: float, turns: int) -> tuple[dict[str, list], float]:
     """Runs of each arm of these engines, empty without the time for two turns; and the seconds of a first turn."""
-    arms = [arm for arm in ARMS if ENGINE_OF[arm] in children]
+    seeds = count(1)
 
-    def run(arm: str, seed: int) -> dict[str, Any]:
+    def run(arm: str, seed: int | None = None) -> dict[str, Any]:
+        # Streaming computes its prompts: each turn of each arm has new ones, which no prefix cache holds.
+        seed = (next(seeds) if case.streaming else 0) if seed is None else seed
         probed = {"plain": None, "idle": False, "probing": True}[arm]
         return run_case(children[ENGINE_OF[arm]], f"{case.name}, {arm}", probed, **case.request(seed))
 
+    arms = {arm: partial(run, arm) for arm in ARMS if ENGINE_OF[arm] in children}
     begin = time.monotonic()
     for arm in arms:  # warm; and for `decode`, the prompts into the prefix cache
         run(arm, 0)
-    samples: dict[str, list] = {arm: [] for arm in arms}
-    slowest = first = time.monotonic() - begin
-    for turn, order in enumerate(utils.orders(arms, turns)):
-        begin = time.monotonic()
-        if stop - begin < slowest:
-            break
-        for arm in order:
-            # Streaming computes its prompts: each turn of each arm has new ones, which no prefix cache holds.
-            samples[arm].append(run(arm, 1 + len(ARMS) * turn + ARMS.index(arm) if case.streaming else 0))
-        slowest = time.monotonic() - begin
-    return (samples if len(samples[arms[0]]) > 1 else {}), first
+    first = time.monotonic() - begin
+    samples = utils.run_in_turns(arms, turns, stop, first)
+    return (samples if all(len(runs) > 1 for runs in samples.values()) else {}), first
 
 
 def summary(case: Case, runs: list[dict], plain: list[dict]) -> dict[str, Any]:
@@ -431,7 +408,7 @@ def measure_rates(part: Part) -> None:
         slowest = 0.0
         for number, (name, case) in enumerate(cases.items()):
             runs: list[dict] = []
-            while name in part.todo and len(runs) < 2 and part.fits(slowest):
+            while name in part.todo and len(runs) < 2 and time.monotonic() + slowest < part.stop:
                 runs.append(run_case(child, name, **{"probed": False, **case}, seed=[len(runs), number]))
                 slowest = max(slowest, runs[-1]["seconds"])
             if runs:
@@ -463,14 +440,13 @@ PARTS = {"overhead": measure_overhead, "step0_replay": measure_rates, "profile":
 
 
 def main() -> None:
-    options = utils.Options(__doc__, "PART_gpu", short=False)
+    options = utils.Options(__doc__, "{part}_gpu", short=False)
     options.add_argument("part", choices=PARTS)
     options.add_argument("--seconds", type=float, default=600)
     options.add_argument("--attention", default="auto", help="headrift's attention backend")
     options.add_argument("--memory", type=float, metavar="GB", help="use no more of the GPU (default: what is free)")
     options.add_argument("--dry-run", action="store_true", help="a tiny model on a CPU; figures mean nothing")
     args = options.parse()
-    args.out = args.out.with_name(args.out.name.replace("PART", args.part))
     if not args.dry_run:
         from headrift.vllm_engine.config import has_gpu
 

@@ -2,18 +2,16 @@
 
     python bench/peers.py [--prompts FILE --system FILE] [--nnsight PYTHON] [--turns 4] [--short]
 
-- transformers with eager attention and `output_attentions`, one prompt at a time (what headrift replaces; once more
-  with torch's memory in huge pages, which headrift asks for) and in batches padded on the left;
-- headrift generating (default settings, and not with --short as `headrift score --compile` has it) and replaying, which
-  gets the answers that generating gave;
-- nnsight, one prompt at a time, in a Python of its own (--nnsight: one with `pip install nnsight==0.8.1`).
+transformers with eager attention and `output_attentions`, one prompt at a time (also with torch's memory in huge pages,
+which headrift asks for) and in batches padded on the left; headrift generating (also compiled, not with --short) and
+replaying, which gets the answers that generating gave; and nnsight, one prompt at a time, in a Python of its own
+(--nnsight: one with `pip install nnsight==0.8.1`). All are greedy, float32, and record steps 0 to 12 of all heads.
 
-All are greedy, float32, and record the masses of steps 0 to 12 of all heads. Each way is a process, stopped while
-another works. In a turn the slow ways take one block of the shuffled prompts, so all prompts once in all turns;
-headrift takes all prompts, with an empty prefix cache. Rates are all prompts over all seconds. Cold: from the start of
-the process until 10 prompts are done. The slow ways get token ids, and OpenMP's own settings; headrift renders and
-tokenises in the time that is counted. The peak is the best float32 matrix product of the model's own shapes, measured
-beside each turn.
+Each way is a process, stopped while another works. In a turn the slow ways take one block of the shuffled prompts, so
+all prompts once in all turns; headrift takes all prompts, with an empty prefix cache. Rates are all prompts over all
+seconds. Cold: from the start of the process until 10 prompts are done. The slow ways get token ids, and OpenMP's own
+settings; headrift renders and tokenises in the time that is counted. The peak is the best float32 matrix product of
+the model's own shapes, measured beside each turn.
 """
 
 import os
@@ -50,13 +48,13 @@ PLUGIN_PACKAGE = "vllm-lens==1.3.0"
 
 
 class Scored:
-    """A Scorer. Results are never taken from earlier ones (`repeat_bytes=0`)."""
+    """A Scorer. Results are not taken from earlier ones unless the options say so (`repeat_bytes`)."""
 
     def start(self, model: str, **options: Any) -> dict[str, Any]:
         from headrift import Scorer
 
         self._shapes = Shapes.read(Path(model))
-        self._scorer = Scorer(model, repeat_bytes=0, **options)
+        self._scorer = Scorer(model, **{"repeat_bytes": 0, **options})
         self._finished: list[Any] = []
         engine, step = self._scorer.engine, self._scorer.engine.step
 
@@ -69,13 +67,9 @@ class Scored:
         return {}
 
     def run(self, rows: list[dict], replay: bool = False, out: str | None = None) -> dict[str, Any]:
-        """Score the rows, with nothing in the prefix cache.
+        """Score the rows, with nothing in the prefix cache; if they are replayed, they have `response_ids`.
 
-        Args:
-            rows: Prompts, with `response_ids` if they are replayed.
-            replay: Whether to replay.
-            out: A file for masses and answers as Eager.run writes them, which then leave the device too, and for the
-                scores s0, s1, ...
+        out: a file for masses and answers as Eager.run writes them, which then leave the device too, and scores s0, ...
         """
         forget(self._scorer)
         self._scorer.keep_mass = out is not None
@@ -221,14 +215,11 @@ def why_no_plugin() -> str:
     """Return what pip says when it is to install the vLLM plugin that records attention."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "install", "--dry-run", "--target", folder, PLUGIN_PACKAGE]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        except subprocess.TimeoutExpired:
-            return f"pip did not say within 120 s whether {PLUGIN_PACKAGE} can be installed"
+        done = subprocess.run(["timeout", "120", *command], capture_output=True, text=True)
+    if not done.returncode:
+        return f"{PLUGIN_PACKAGE} can be installed here, but this script does not drive it"
     errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-    if done.returncode:
-        return f"pip install {PLUGIN_PACKAGE}: {' '.join(errors) or done.stderr.strip()[-300:]}"
-    return f"{PLUGIN_PACKAGE} can be installed here, but this script does not drive it"
+    return f"pip install {PLUGIN_PACKAGE}: {' '.join(errors) or done.stderr.strip()[-300:] or 'no answer in 120 s'}"
 
 
 class Ways(ExitStack):

@@ -76,13 +76,7 @@ def devices_needed(shapes: Shapes, device: Device, batch: int, context: int) -> 
 
 
 class Added:
-    """What masses add to decode attention, as counted and measured in bench/results.
-
-    Attributes:
-        bytes: By row, layer and query head: counted, 2,048 keys, split.
-        instructions: Part of those in the loop over K and V: sm_90, heads of 128, 2,048 keys, split.
-        host: Seconds that the host takes more, by kind of step, the most of all batches.
-    """
+    """What masses add to decode attention: bytes by row, layer and query head; instructions; seconds of the host."""
 
     def __init__(self):
         traffic, aot, host = (utils.read_json(utils.RESULTS / f"{x}.json") for x in ("traffic", "aot", "host_cost"))
@@ -91,8 +85,9 @@ class Added:
             for row in traffic["decode"]
             if row["shape"].startswith("Llama-3-8B") and row["context"] == CONTEXT and row["splits"] > 1
         ]
-        rows, heads = 2, 32  # of the counted case
-        self.bytes = counted["all_bytes"] * (1 - 1 / counted["all_ratio"]) / rows / heads
+        # Counted at 2,048 keys, split; of 2 rows and 32 heads.
+        self.bytes = counted["all_bytes"] * (1 - 1 / counted["all_ratio"]) / 2 / 32
+        # In the loop over K and V, of those without masses.
         wanted = {"kernel": "decode", "head_dim": 128, "dtype": "bf16", "regions": REGIONS, "flags": ["MASS"]}
         (compiled,) = [
             entry

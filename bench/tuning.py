@@ -2,14 +2,10 @@
 
     python bench/tuning.py [--turns 8] [--short] [--model DIR]
 
-Throughput: two engines score the same prompts in turns (ABBA), one with headrift's default settings and one with a
-single thing changed; each is stopped while the other works and begins with an empty prefix cache. A ratio is prompts/s
-with the change over prompts/s without, in the same turn: below 1 the setting pays. Medians with 95% bootstrap
-intervals.
-
+Throughput: two engines score the same prompts in turns (ABBA), each with an empty prefix cache and stopped while the
+other works: one with headrift's default settings, one with a single thing changed. A ratio below 1: the setting pays.
 Start-up: from the start of a process until an engine is there, of plain vLLM, of headrift, and of headrift without what
-it does about it; and until the modules that vLLM needs are imported, which is the floor. One process at a time, in
-turns.
+it does about it; and until the modules that vLLM needs are imported, which is the floor. One at a time, in turns.
 """
 
 import os

@@ -39,13 +39,7 @@ sys.path.insert(0, str(ROOT / "tests/kernels"))  # `tools`: batches, the absent 
 
 
 class Options(argparse.ArgumentParser):
-    """A script's options, with --out; with `short` also --model and --short.
-
-    Args:
-        about: The module's text.
-        name: The results' name.
-        short: Whether the script has a short form.
-    """
+    """A script's options, with --out; with `short` also --model and --short. name: of the results."""
 
     def __init__(self, about: str | None, name: str, *, short: bool = True):
         super().__init__(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -73,7 +67,8 @@ class Options(argparse.ArgumentParser):
         for name, (full, short) in self._amounts.items():
             if not getattr(args, name):
                 setattr(args, name, short if args.short else full)
-        args.out = args.out or ROOT / ("runs/bench" if args.short else "bench/results") / f"{self._name}.json"
+        name = self._name.format(**vars(args))
+        args.out = args.out or ROOT / ("runs/bench" if args.short else "bench/results") / f"{name}.json"
         return args
 
 
@@ -149,11 +144,7 @@ def read_json(path: Path) -> Any:
 
 
 def fill(text: str, script: str, parts: Mapping[str, str]) -> str:
-    """Put parts into a page, each between `<!-- NAME: made by SCRIPT -->` and `<!-- end of NAME -->`.
-
-    Raises:
-        ValueError: If the page does not have exactly one place for a part.
-    """
+    """Put parts into a page, each between `<!-- NAME: made by SCRIPT -->` and `<!-- end of NAME -->`."""
     for name, part in parts.items():
         begin, end = f"<!-- {name}: made by {script} -->", f"<!-- end of {name} -->"
         place = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
@@ -192,22 +183,20 @@ class Progress:
         names: All cases in their order.
         required: Those without which the results are incomplete.
         too_large: Cases that do not fit the GPU, with the reason.
-        kept: The cases of an earlier file by name.
     """
 
     def __init__(
-        self, out: Path, seconds: float, names: Iterable[str], required: Iterable[str], too_large: Mapping[str, str],
-        kept: Callable[[dict], dict] = lambda earlier: earlier.get("cases", {}),
-    ):  # fmt: skip
+        self, out: Path, seconds: float, names: Iterable[str], required: Iterable[str], too_large: Mapping[str, str]
+    ):
         self.out, self.required, self.too_large = out, required, too_large
         self.stop = time.monotonic() + seconds
         self.earlier: dict[str, Any] = read_json(out) if out.exists() else {}
-        self.cases = kept(self.earlier)
+        self.cases = self.read_cases(self.earlier)
         self.todo = [name for name in names if name not in self.cases and name not in too_large]
 
-    def fits(self, seconds: float) -> bool:
-        """Whether something that takes so long ends before the limit."""
-        return time.monotonic() + seconds <= self.stop
+    @staticmethod
+    def read_cases(earlier: dict[str, Any]) -> dict[str, Any]:
+        return earlier.get("cases", {})
 
     def done(self, name: str, case: dict[str, Any]) -> None:
         self.cases[name] = case
@@ -225,12 +214,25 @@ def orders(arms: Sequence, n: int) -> Iterator[Sequence]:
         yield arms if turn % 2 == 0 else arms[::-1]
 
 
-def run_in_turns(arms: Mapping[Any, Callable[[], Any]], n: int) -> dict[Any, list]:
-    """Run all arms in n turns; the results by arm."""
+def run_in_turns(
+    arms: Mapping[Any, Callable[[], Any]], n: int, stop: float = np.inf, expected: float = 0.0
+) -> dict[Any, list]:
+    """Run all arms in n turns; the results by arm.
+
+    Args:
+        arms: What to call, by name.
+        n: Turns.
+        stop: When the last turn is to end (of time.monotonic): one that takes as long as the slowest is not begun.
+        expected: Seconds of the first turn.
+    """
     results: dict[Any, list] = {name: [] for name in arms}
     for order in orders(list(arms), n):
+        begin = time.monotonic()
+        if begin + expected > stop:
+            break
         for name in order:
             results[name].append(arms[name]())
+        expected = max(expected, time.monotonic() - begin)
     return results
 
 
@@ -240,11 +242,7 @@ def columns(runs: Mapping[str, Sequence[Mapping]], names: Sequence[str]) -> dict
 
 
 def median_ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
-    """Return the median of over[i] / under[i] with its 95% percentile bootstrap interval over the pairs.
-
-    Returns:
-        median, low, high, half_width (half of the interval) and the number of pairs; the same each time.
-    """
+    """Return the median of over[i] / under[i] with its 95% percentile bootstrap interval; the same each time."""
     from scipy.stats import bootstrap
 
     if len(over) != len(under) or len(over) < 2:
@@ -297,14 +295,7 @@ _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class Child:
-    """A class of a script (see `run_script`) in a process of its own. A context manager.
-
-    Args:
-        script: File name in this folder, or a path.
-        kind: The name under which the script offers the class.
-        environment: All of its variables (default: those of this process).
-        python: The interpreter.
-    """
+    """A class of a script (see `run_script`) in a process of its own, a context manager. environment: all variables."""
 
     def __init__(
         self, script: str, kind: str, *, environment: Mapping[str, str] | None = None, python: object = sys.executable
@@ -338,11 +329,7 @@ class Child:
         return time.perf_counter() - self._start
 
     def call(self, method: str, **arguments: Any) -> dict[str, Any]:
-        """Have the child call one of its methods; what that returns, and the peak memory so far as `peak_bytes`.
-
-        Raises:
-            RuntimeError: If the method fails or the child ends; with the end of the child's output.
-        """
+        """Have the child call one of its methods; what that returns, and the peak memory so far as `peak_bytes`."""
         self._process.send_signal(signal.SIGCONT)
         try:
             self._process.stdin.write(json.dumps({"method": method, **arguments}) + "\n")
@@ -452,13 +439,7 @@ class Shapes:
         return 2 * self.layers * self.kv_heads * self.head_dim * itemsize * tokens
 
     def flops(self, tokens: int, keys: int, logits: int) -> int:
-        """Return the multiplications and additions of a forward pass.
-
-        Args:
-            tokens: Tokens that are computed.
-            keys: (query, key) pairs that are attended, of one head and layer.
-            logits: Rows that go through the output layer.
-        """
+        """Return the operations of a pass: tokens computed, (query, key) pairs of a head and layer, rows of logits."""
         dense = 2 * (self.layer_weights * tokens + self.vocabulary_weights * logits)
         return dense + 4 * self.layers * self.heads * self.head_dim * keys
 
