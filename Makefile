@@ -15,7 +15,7 @@ AVX2 := ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=A
 # A Python with headrift[gpu]: `make setup` installs vLLM for CPUs.
 GPU_PYTHON ?= $(BIN)/python
 # Those that measure on a CPU. *_gpu.py are for `make gpu-check`; the other two write tables of what was measured.
-BENCH ?= $(sort $(filter-out bench/utils.py bench/%_gpu.py bench/readme_table.py bench/roofline.py,$(wildcard bench/*.py)))
+BENCH ?= $(sort $(filter-out bench/utils.py bench/%_gpu.py,$(wildcard bench/*.py)))
 BENCH_SHORT ?= bench/overhead.py bench/peers.py bench/scaling.py bench/tuning.py
 # A Python with nnsight (pip install nnsight==0.8.1), for bench-full to measure that too.
 NNSIGHT ?=
@@ -96,8 +96,8 @@ bench-full: setup ## All benchmarks (BENCH=bench/x.py: only that one), into benc
 	  [ "$$script" = bench/peers.py ] && [ -n "$(NNSIGHT)" ] && more="--nnsight $(NNSIGHT)"; \
 	  $(BIN)/python "$$script" $$more $(ARGS) || exit 1; done
 	@$(BIN)/python bench/kernels.py --instructions avx2 --out bench/results/kernels_cpu_avx2.json
-	@$(BIN)/python bench/roofline.py
-	@$(BIN)/python bench/readme_table.py
+	@$(BIN)/python scripts/roofline.py
+	@$(BIN)/python scripts/readme_table.py
 
 gpu-check: ## On a GPU, nine minutes: tests, kernel times, what probing costs (ARGS=--dry-run: tiny, on a CPU)
 	@command -v $(GPU_PYTHON) >/dev/null || { echo "gpu-check: there is no $(GPU_PYTHON) (make setup, or GPU_PYTHON=...)" >&2; exit 1; }

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -76,7 +75,7 @@ def make_rows(start: int, n: int, n_all: int, steps: int, layers: int, schema: p
     return pa.table(arrays, names=schema.names).cast(schema)
 
 
-def measure(folder: Path, out: Path, resamples: int) -> dict[str, Any]:
+def measure(folder: Path, out: Path, resamples: int) -> dict:
     """Calibrate in a process of its own."""
     command = [sys.executable, "-P", "-m", "headrift.cli", "calibrate", str(folder), "--out", str(out)]
     load = os.getloadavg()[0]
@@ -99,7 +98,7 @@ def measure(folder: Path, out: Path, resamples: int) -> dict[str, Any]:
     }
 
 
-def table(report: dict[str, Any]) -> str:
+def table(report: dict) -> str:
     rows = [
         [f"{int(n):,}", f"{run['seconds']:.1f}", f"{run['cpu_seconds']:.1f}", f"{int(n) / run['seconds']:,.0f}"]
         + [f"{run['peak_gb']:.2f} GB", f"{run['load_before']:.1f}, {run['load_after']:.1f}"]
@@ -126,7 +125,7 @@ def main() -> None:
     options.add_argument("--scratch", type=Path, help="a folder with room for the runs")
     args = options.parse()
     settings = {name: getattr(args, name) for name in ("steps", "layers", "resamples")}
-    report: dict[str, Any] = {"machine": utils.host(), **settings, "runs": {}}
+    report = {"machine": utils.host(), **settings, "runs": {}}
     for n in args.rows or (10_000, 100_000, 1_000_000):
         with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
             make_run(Path(scratch) / "run", n, args.steps, args.layers)

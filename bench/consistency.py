@@ -46,7 +46,7 @@ TOKENS = 512  # of the prompt whose training step's memory is measured
 class Pace:
     """Trainers of several methods on the same pairs, whose steps take turns."""
 
-    def time(self, model: str, rounds: int) -> dict[str, Any]:
+    def time(self, model: str, rounds: int) -> dict:
         """Return the seconds of training steps by method."""
         from headrift.consistency.data import DataConfig
         from headrift.consistency.pairs import SYSTEM_PROMPT
@@ -75,7 +75,7 @@ PLANETS = "Which of the planets of the solar system is the largest one, and whic
 class Step:
     """One AttCT training step: `headrift` with the rows that matter; `eager` from eager attention's full maps."""
 
-    def measure(self, way: str, model: str, tokens: int) -> dict[str, Any]:
+    def measure(self, way: str, model: str, tokens: int) -> dict:
         """Measure a step on a wrapped prompt of about `tokens` tokens: peak bytes above the weights, loss, gradient."""
         import psutil
         import torch
@@ -85,7 +85,7 @@ class Step:
 
         pairs = [make_pair(AutoTokenizer.from_pretrained(model), n) for n in (140, tokens)]
         options = {"dtype": torch.float32, "attn_implementation": "sdpa" if way == "headrift" else "eager"}
-        base: Any = AutoModelForCausalLM.from_pretrained(model, **options)
+        base = AutoModelForCausalLM.from_pretrained(model, **options)
         if way == "headrift":
             install(base)
         adapted = attach_lora(base, 8, 16, 0)
@@ -106,7 +106,7 @@ class Step:
         return {"bytes": peak - before, "loss": float(loss.detach()), "gradient": float(gradient.norm())}
 
 
-def make_pair(tokenizer: Any, tokens: int) -> Any:
+def make_pair(tokenizer, tokens: int):
     """Make a pair whose wrapped prompt has about `tokens` tokens, and no more."""
     from headrift.consistency.pairs import PairRenderer, PairText
 
@@ -118,7 +118,7 @@ def make_pair(tokenizer: Any, tokens: int) -> Any:
     return last
 
 
-def step_loss(way: str, model: Any, pair: Any) -> Any:
+def step_loss(way: str, model, pair):
     """Return the AttCT loss of a pair."""
     import torch
 
@@ -129,7 +129,7 @@ def step_loss(way: str, model: Any, pair: Any) -> Any:
     layers = frozenset(range(decoder.config.num_hidden_layers))
     clean_at, wrapped_at = torch.from_numpy(pair.clean_positions), torch.from_numpy(pair.wrapped_positions)
 
-    def rows(ids: list[int], positions: Any) -> dict[int, Any]:
+    def rows(ids: list[int], positions) -> dict[int, Any]:
         queries = positions[pair.first_query :]
         if way == "headrift":
             return forward(decoder, ids, queries.tolist(), layers).rows
@@ -141,11 +141,11 @@ def step_loss(way: str, model: Any, pair: Any) -> Any:
     return losses.attct(rows(pair.wrapped_ids, wrapped_at), clean, wrapped_at, clean_at)
 
 
-def folder_of(method: str, seed: int, args: Any) -> Path:
+def folder_of(method: str, seed: int, args) -> Path:
     return WORK / f"{method}-{seed}-{args.steps}-{args.questions}"
 
 
-def train(method: str, seed: int, args: Any) -> None:
+def train(method: str, seed: int, args) -> None:
     """Train, or continue; headrift refuses a folder with other settings."""
     folder = folder_of(method, seed, args)
     options = ["--model", args.model, "--out", folder, "--method", method, "--seed", seed, "--steps", args.steps]
@@ -153,7 +153,7 @@ def train(method: str, seed: int, args: Any) -> None:
     utils.headrift("train-consistency", QUESTIONS, *options)
 
 
-def evaluate(folders: list[Path], args: Any) -> None:
+def evaluate(folders: list[Path], args) -> None:
     """Evaluate all at once, since the model before training is then run once; nothing if that was done before."""
     options = {"questions": args.questions, "skip": SEEN}
     paths = [folder / "evaluation.json" for folder in folders]
@@ -163,7 +163,7 @@ def evaluate(folders: list[Path], args: Any) -> None:
         utils.headrift("evaluate-consistency", *folders, "--model", args.model, *words)
 
 
-def read_result(method: str, seed: int, args: Any) -> dict[str, Any]:
+def read_result(method: str, seed: int, args) -> dict:
     """Return what a training with a method and a seed changed."""
     folder = folder_of(method, seed, args)
     about = {"method": method, "seed": seed, "steps": len((folder / "losses.jsonl").read_text().splitlines())}
@@ -179,9 +179,9 @@ def over_seeds(values: list[float]) -> dict[str, float]:
     return {"mean": float(np.mean(values)), **dict(zip(("low", "high"), map(float, bounds)))}
 
 
-def by_method(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def by_method(runs: list[dict]) -> dict:
     """Return, by method, the figures before and after over its seeds."""
-    results: dict[str, Any] = {}
+    results = {}
     for method in dict.fromkeys(run["method"] for run in runs):
         own = [run for run in runs if run["method"] == method]
         first = own[0]
@@ -208,13 +208,13 @@ def by_method(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return results
 
 
-def call(kind: str, method: str, **arguments: Any) -> dict[str, Any]:
+def call(kind: str, method: str, **arguments) -> dict:
     """Have a process of its own call a method."""
     with Child("consistency.py", kind) as child:
         return child.call(method, **arguments)
 
 
-def table(report: dict[str, Any]) -> str:
+def table(report: dict) -> str:
     methods, memory = report["methods"], report["memory"]
     first, names = next(iter(methods.values())), [NAMES[method] for method in methods]
     rows = [
@@ -251,14 +251,14 @@ def table(report: dict[str, Any]) -> str:
     )
 
 
-def figure(value: dict[str, Any]) -> str:
+def figure(value: dict) -> str:
     """Show a value before (with its interval) or a mean after, with the bounds that it has."""
     bounds = value["interval"] if "value" in value else [value[end] for end in ("low", "high") if end in value]
     shown = f"{value['value'] if 'value' in value else value['mean']:.3f}"
     return f"{shown} [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else shown
 
 
-def plot(report: dict[str, Any], path: Path) -> None:
+def plot(report: dict, path: Path) -> None:
     """Plot the distance per layer before and after, and the flip rate by family and method."""
     from headrift.figures import new_figure, save
 

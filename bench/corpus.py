@@ -18,7 +18,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import numpy as np
 
@@ -88,7 +87,7 @@ class EmptyEngine:
         from headrift.results import ScoreResult
 
         regions = ("system", "user", "prompt")
-        self.about: dict[str, Any] = {"dtype": "float32", "layers": 30, "heads": 9, "regions": list(regions)}
+        self.about = {"dtype": "float32", "layers": 30, "heads": 9, "regions": list(regions)}
         self.about |= {"max_model_len": 8192, "recorder_bytes": 0, "vocabulary": 1 << 20, "in_flight": 640}
         self.about |= {"chat_template_sha256": "", "prepare_workers": 0, "tokenizer": tokenizer.read_bytes()}
         self.waited, self.steps_run = 0.0, 0
@@ -100,7 +99,7 @@ class EmptyEngine:
             instability=np.random.default_rng(0).random((13, 30), np.float32),
         )
 
-    def score(self, requests: Any) -> Any:
+    def score(self, requests):
         """Yield a result for each request."""
         for request in requests:
             yield replace(self._result, index=request.index, id=request.id)
@@ -112,13 +111,13 @@ class EmptyEngine:
 class Job:
     """Whole jobs."""
 
-    def pickle_tokenizer(self, model: str, path: str) -> dict[str, Any]:
+    def pickle_tokenizer(self, model: str, path: str) -> dict:
         """Write a model's tokenizer, in a process of its own: it loads torch, and the job is measured without."""
         from headrift.prepare import load_tokenizer
 
         return {"bytes": Path(path).write_bytes(pickle.dumps(load_tokenizer(model)))}
 
-    def through(self, file: str, out: str, model: str, tokenizer: str) -> dict[str, Any]:
+    def through(self, file: str, out: str, model: str, tokenizer: str) -> dict:
         """Run a job where everything is real but the engine, which runs in its child process as always."""
         from corpus import EmptyEngine as Importable  # by its module's name, for the child process
 
@@ -142,7 +141,7 @@ class Job:
             "peak_bytes_of_child": engine.ru_maxrss * 1024,
         }
 
-    def scored(self, model: str, n: int) -> dict[str, Any]:
+    def scored(self, model: str, n: int) -> dict:
         """Run a job of n log rows with a model, 12 steps."""
         from headrift.corpus.config import ScoreConfig
         from headrift.corpus.job import ScoreJob
@@ -163,16 +162,16 @@ SYSTEM = "You answer questions about a library. " + " ".join(
 )
 
 
-def short_prompts(n: int, text: str = "Where is {} number {}, please?") -> list[dict[str, Any]]:
+def short_prompts(n: int, text: str = "Where is {} number {}, please?") -> list[dict]:
     """Return prompts of some 13 tokens, all different, with one system prompt of 100 tokens."""
     words = WORDS.split()
     return [{"prompt": text.format(words[i % len(words)], i), "system": SYSTEM} for i in range(n)]
 
 
-# The scorer's options, and the prompts: short, same (one, over and over), whole (answers that do not end before the last
-# step), replay (of those answers). `shared` primes the prefix and has small KV blocks; `unshared` does not and has
+# The scorer's options, and the prompts: short, same (one, over and over), whole (answers that do not end before the
+# last step), replay (of those answers). `shared` primes the prefix and has small KV blocks; `unshared` does not and has
 # vLLM's blocks of 128 tokens; `generate` and `replay` have 40 answer tokens.
-RATIOS: dict[str, tuple[dict[str, Any], str]] = {
+RATIOS: dict[str, tuple[dict, str]] = {
     "unshared": ({"group": False, "prime": False, "engine_args": {"block_size": 128}}, "short"),
     "shared": ({}, "short"),
     "generate": ({"steps": 39}, "whole"),
@@ -181,13 +180,13 @@ RATIOS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def call(method: str, **arguments: Any) -> dict[str, Any]:
+def call(method: str, **arguments) -> dict:
     """Have a process of its own call a method of Job."""
     with Child("corpus.py", "job") as child:
         return child.call(method, **arguments)
 
 
-def through(n: int, folder: Path, model: Path) -> dict[str, Any]:
+def through(n: int, folder: Path, model: Path) -> dict:
     """Measure a job of n rows without a model."""
     log, tokenizer = folder / f"{n}.jsonl", str(folder / "tokenizer.pickle")
     write_log(log, n)
@@ -201,12 +200,12 @@ def through(n: int, folder: Path, model: Path) -> dict[str, Any]:
     return result
 
 
-def scored(model: Path, n: int) -> dict[str, Any]:
+def scored(model: Path, n: int) -> dict:
     result = call("scored", model=str(model), n=n)
     return {"case": "scored", "model": model.name, "rows": n, "rows_per_second": n / result["seconds"], **result}
 
 
-def ratio_case(model: Path, n: int, options: dict[str, Any], prompts: str) -> dict[str, Any]:
+def ratio_case(model: Path, n: int, options: dict, prompts: str) -> dict:
     """Time the scoring of n short prompts."""
     rows = short_prompts(1) * n if prompts == "same" else short_prompts(n)
     with Child("peers.py", "headrift") as child:
@@ -225,7 +224,7 @@ def ratio_case(model: Path, n: int, options: dict[str, Any], prompts: str) -> di
     return result | {"answer_tokens": sum(map(len, answers)) / n}
 
 
-def ratios(model: Path) -> dict[str, Any]:
+def ratios(model: Path) -> dict:
     """Measure the cases of RATIOS, and what sharing and replaying save."""
     results, n = {}, 100
     for case, (options, prompts) in RATIOS.items():

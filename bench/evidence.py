@@ -11,7 +11,6 @@ it. `--runs` keeps the runs, and takes finished ones; `--from-results` writes th
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -31,7 +30,7 @@ SHOWN = ("instability", "instability_without_bos", "head_agreement", "focus", "f
 SHOWN += ("entropy", "prompt_tokens", "answer_tokens")
 
 
-def compare(folders: list[Path], terms: list[str], resamples: int) -> dict[str, Any]:
+def compare(folders: list[Path], terms: list[str], resamples: int) -> dict:
     """Compare the signals of some runs."""
     from headrift.calibration.compare import side_by_side
     from headrift.fail_terms import FailTerms
@@ -43,7 +42,7 @@ def compare(folders: list[Path], terms: list[str], resamples: int) -> dict[str, 
     return comparison.model_dump(mode="json", exclude={"steps"})
 
 
-def measure(model: Path, folder: Path, resamples: int) -> dict[str, Any]:
+def measure(model: Path, folder: Path, resamples: int) -> dict:
     """Score, calibrate, report and compare all sets."""
     folders = {name: folder / name for name in FAIL_TERMS}
     save = [word for kind in ("shares", "mass", "focus", "text", "entropy") for word in ("--save", kind)]
@@ -59,7 +58,7 @@ def measure(model: Path, folder: Path, resamples: int) -> dict[str, Any]:
     return {"model": model.name, **kept, "fail_terms": FAIL_TERMS, "sets": sets}
 
 
-def parts(report: dict[str, Any]) -> dict[str, str]:
+def parts(report: dict) -> dict[str, str]:
     """Return the tables of docs/results/evidence.md."""
     sets, engine = report["sets"], report["engine"]
     first, last = sets[ALL]["layers"]
@@ -79,7 +78,7 @@ def parts(report: dict[str, Any]) -> dict[str, str]:
     return {"settings": settings, "signals": signals, "sets": "\n".join(lines)}
 
 
-def rate(auroc: dict[str, Any]) -> str:
+def rate(auroc: dict) -> str:
     if auroc["value"] is None:
         return "not measured"
     low, high = auroc["interval"]

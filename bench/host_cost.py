@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -47,7 +46,7 @@ def make_model(folder: Path) -> Path:
     return folder
 
 
-def describe_step(rows: int, prefills: int, longest: int) -> Any:
+def describe_step(rows: int, prefills: int, longest: int):
     """vLLM's description of a step in which `prefills` of the rows are whole prompts and the others decode."""
     import torch
     from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -71,7 +70,7 @@ def describe_step(rows: int, prefills: int, longest: int) -> Any:
     )
 
 
-def times_in_turns(worker: Any, rows: int, prefills: int, longest: int, rounds: int) -> dict[str, list[float]]:
+def times_in_turns(worker, rows: int, prefills: int, longest: int, rounds: int) -> dict[str, list[float]]:
     """Microseconds of each round: vLLM's builder, ours with all rows probed, and what all layers' `forward` add."""
     import torch
     from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl, TritonAttentionMetadataBuilder
@@ -110,7 +109,7 @@ def times_in_turns(worker: Any, rows: int, prefills: int, longest: int, rounds: 
     return samples
 
 
-def table(report: dict[str, Any]) -> str:
+def table(report: dict) -> str:
     rows = []
     for row in report["rows"]:
         cells = {name: f"{q[1]:.1f} ({q[0]:.1f}-{q[2]:.1f})" for name, q in row["quartiles"].items()}

@@ -15,7 +15,6 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import numpy as np
 
@@ -39,7 +38,7 @@ class Parts:
     """What headrift adds to an engine's steps: attention layers, metadata builders, and the logits processor, in the
     batch and where requests are checked."""
 
-    def __init__(self, llm_engine: Any):
+    def __init__(self, llm_engine):
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder
         from vllm.v1.sample.logits_processor import validate_logits_processors_parameters as validate
 
@@ -80,23 +79,23 @@ class Parts:
 class OneEngine(overhead.Engine):
     """A child process whose engine answers with and without headrift's parts."""
 
-    def start(self, kind: str, settings: dict[str, Any], **options: Any) -> dict[str, Any]:
+    def start(self, kind: str, settings: dict, **options) -> dict:
         about = super().start(kind, settings, **options)
         self._engines = {True: self.engine, False: overhead.PlainEngine(self.engine.llm_engine)}
         self._parts = Parts(self.engine.llm_engine)
         return about
 
-    def run_arm(self, arm: str, **case: Any) -> dict[str, Any]:
+    def run_arm(self, arm: str, **case) -> dict:
         """Answer the case's prompts once, as this arm."""
         self.engine = self._engines[arm != PLAIN]
         self._parts.put(arm != PLAIN)
         return self.run(**case, **overhead.ARMS[arm].measures)
 
-    def count_calls(self, arm: str, **case: Any) -> dict[str, Any]:
+    def count_calls(self, arm: str, **case) -> dict:
         """Count the calls of headrift's functions in an answer."""
         calls = 0
 
-        def count(frame: FrameType, event: str, _: Any) -> None:
+        def count(frame: FrameType, event: str, _) -> None:
             nonlocal calls
             calls += event == "call" and overhead.is_headrift(frame.f_globals.get("__name__", ""))
 
@@ -108,7 +107,7 @@ class OneEngine(overhead.Engine):
         return {"calls": calls}
 
 
-def in_one_process(settings: dict[str, Any], turns: int) -> list[dict[str, Any]]:
+def in_one_process(settings: dict, turns: int) -> list[dict]:
     """Return the cases' samples of one engine's arms, and their ratios to plain."""
     results = []
     with Child("idle.py", "engine", environment=overhead.environments()[1]) as engine:
@@ -129,7 +128,7 @@ def in_one_process(settings: dict[str, Any], turns: int) -> list[dict[str, Any]]
     return results
 
 
-def in_several(settings: dict[str, Any], n: int, turns: int) -> list[dict[str, Any]]:
+def in_several(settings: dict, n: int, turns: int) -> list[dict]:
     """Return the cases' samples of `n` processes of each kind, and the kinds compared."""
     results = []
     with ExitStack() as processes:
@@ -150,7 +149,7 @@ def in_several(settings: dict[str, Any], n: int, turns: int) -> list[dict[str, A
     return results
 
 
-def compare(seconds: dict[str, list[list[float]]]) -> dict[str, Any]:
+def compare(seconds: dict[str, list[list[float]]]) -> dict:
     """Return each process's pace over plain's mean by kind, and idle's throughput over plain's with its interval."""
     from scipy.stats import ttest_ind
 
@@ -164,7 +163,7 @@ def compare(seconds: dict[str, list[list[float]]]) -> dict[str, Any]:
     }
 
 
-def table(report: dict[str, Any]) -> str:
+def table(report: dict) -> str:
     one = [
         [case["name"], arm, *(utils.cell(over[kind], 3) for kind in TIMES)]
         + [f"{case['calls'][arm]:,}; {case['calls'][PLAIN]}"]

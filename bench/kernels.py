@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -102,7 +101,7 @@ def hold_to_avx2() -> None:
     torch.cpu._is_avx512_supported = lambda: False
 
 
-def table(report: dict[str, Any]) -> str:
+def table(report: dict) -> str:
     means, host, rows = report["geometric_means"], report["machine"], []
     for case in report["cases"]:
         us = case["microseconds"]
@@ -121,7 +120,7 @@ def table(report: dict[str, Any]) -> str:
     )
 
 
-def measure(shape: str, batch: int, context: int, rounds: int) -> dict[str, Any]:
+def measure(shape: str, batch: int, context: int, rounds: int) -> dict:
     """Time the arms of a case in turns; lower quartiles, their ratios, and the samples."""
     calls = make_arms(batch, context, *SHAPES[shape])
     samples = utils.run_in_turns({name: partial(microseconds, call) for name, call in calls.items()}, rounds)

@@ -21,7 +21,6 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -152,7 +151,7 @@ class Batch:
         return SplitScratch.allocate(rows, heads, head_dim, 3, splits, DEVICE) if splits > 1 else None
 
 
-Call = Callable[[], Any]
+Call = Callable
 
 
 def plain(batch: Batch) -> Call:
@@ -187,7 +186,7 @@ def replay(batch: Batch) -> Call:
     return lambda: (last(), replay_mass(batch.mass, 1, *arguments, **how))
 
 
-def rest_of(batch: Batch, first_row: int) -> dict[str, Any]:
+def rest_of(batch: Batch, first_row: int) -> dict:
     """The rows from first_row on, which is a decode row or the first after them, as vLLM's kernels take them."""
     return {
         "q": batch.query[first_row:],
@@ -275,12 +274,12 @@ def copy_bandwidth(size: int) -> float:
     return 2 * size / min([milliseconds(lambda: target.copy_(source)) for _ in range(10)][1:]) / 1e6
 
 
-def measure(case: Case, model: str, bandwidth: float, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+def measure(case: Case, model: str, bandwidth: float, dtype: torch.dtype, rounds: int) -> dict:
     """The case's times in microseconds by kernel, bytes of K and V, and GB/s with its part of the copy bandwidth."""
     first = Batch(case, model, 0, dtype)
     copies = max(1, min(16, COLD_BYTES // first.kv_bytes)) if rounds > 3 else 1
     batches = [first, *(Batch(case, model, seed, dtype) for seed in range(1, copies))]
-    row: dict[str, Any] = {"model": model, "case": case.name, "kv_bytes": first.kv_bytes, "copies": copies}
+    row = {"model": model, "case": case.name, "kv_bytes": first.kv_bytes, "copies": copies}
     row |= {"microseconds": {}, "GB_s": {}, "of_copy_bandwidth": {}, "missing": {}, "errors": {}}
     for name, kernel in kernels_for(case).items():
         try:
@@ -337,7 +336,7 @@ def plan(models: list[str], all_cases: list[Case], free: float) -> tuple[dict[st
     return jobs, too_large
 
 
-def table(rows: list[dict[str, Any]]) -> list[str]:
+def table(rows: list[dict]) -> list[str]:
     names, cells = [*OURS, *PEERS], []
     for row in rows:
         us, mass = row["microseconds"], row["GB_s"].get("mass")
@@ -346,12 +345,6 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         times = [f"{us[name]:.1f}" if us.get(name) else "-" for name in names]
         cells.append([row["model"], row["case"], *times, ratio, *rate])
     return utils.markdown(["model", "case", *names, "mass / plain", "GB/s", "of copy"], cells).splitlines()
-
-
-class Results(utils.Progress):
-    @staticmethod
-    def read_cases(earlier: dict[str, Any]) -> dict[str, Any]:
-        return {f"{row['case']} {row['model']}": row for row in earlier.get("rows", []) if not row["errors"]}
 
 
 def main() -> int:
@@ -368,7 +361,9 @@ def main() -> int:
     jobs, too_large = plan(models, all_cases, free)
     required = {f"{case.name} {models[0]}" for case in all_cases[:REQUIRED]}
 
-    progress = Results(args.out, args.seconds, jobs, required, too_large)
+    earlier = utils.read_json(args.out).get("rows", []) if args.out.exists() else []
+    kept = {f"{row['case']} {row['model']}": row for row in earlier if not row["errors"]}
+    progress = utils.Progress(args.out, args.seconds, jobs, required, too_large, kept)
     # In several processes: one after another it takes most of a short run.
     processes = 1 if args.dry_run else max(1, min(8, os.cpu_count() or 1, free // COMPILE_BYTES))
     first = [(*jobs[name], dtype) for name in progress.todo[: 1 if args.dry_run else 12]]
@@ -378,7 +373,7 @@ def main() -> int:
     about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "unit": "microseconds"}
     about["copy_GB_s"] = round(bandwidth, 1)
 
-    def write() -> list[dict[str, Any]]:
+    def write() -> list[dict]:
         rows = list(progress.cases.values())
         progress.write({**about, "rows": rows, "table": table(rows)})
         return rows

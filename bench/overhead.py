@@ -25,7 +25,6 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 
@@ -69,7 +68,7 @@ class Case:
     more: int = 1  # times the turns of the other cases
 
     @property
-    def request(self) -> dict[str, Any]:
+    def request(self) -> dict:
         """Arguments of Engine.run."""
         shared = (self.context - 1) // PAGE * PAGE if self.shared else 0
         prompts = {"prompts": self.batch, "context": self.context, "shared": shared, "tokens": self.steps + 1}
@@ -120,7 +119,7 @@ class PlainEngine:
 
     bytes_out = recorder_bytes = 0
 
-    def __init__(self, llm_engine: Any):
+    def __init__(self, llm_engine):
         self.llm_engine, self._submitted = llm_engine, 0
 
     def answer(self, prompts: list[list[int]], tokens: int, at_once: int) -> list[tuple[list[int], int, None]]:
@@ -144,20 +143,17 @@ class PlainEngine:
 class HeadriftEngine:
     """headrift's engine; bytes_out: recordings that left the workers so far."""
 
-    def __init__(self, settings: dict[str, Any], **options: Any):
+    def __init__(self, settings: dict, **options):
         from headrift.probed_engine import ProbedEngine
 
         settings = dict(settings)
         self.engine = ProbedEngine(settings.pop("model"), engine_args=settings, **options)
         self.llm_engine, self.recorder_bytes, self.bytes_out = self.engine.llm_engine, self.engine.recorder_bytes, 0
-        call_workers = self.llm_engine.collective_rpc
 
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            answers = call_workers(*args, **kwargs)
+        def count(answers: list) -> None:
             self.bytes_out += sum(len(answer) for answer in answers if isinstance(answer, bytes))
-            return answers
 
-        self.llm_engine.collective_rpc = counted
+        utils.after(self.llm_engine, "collective_rpc", count)
 
     def answer(
         self, prompts: list[list[int]], tokens: int, at_once: int, *, replay: bool = False, **measures: bool
@@ -199,10 +195,10 @@ class Engine:
 
     _last_turn = 0.0  # CPU seconds of this process at its end
 
-    def start(self, kind: str, settings: dict[str, Any], **options: Any) -> dict[str, Any]:
+    def start(self, kind: str, settings: dict, **options) -> dict:
         """Start vLLM by itself (`plain`), where nothing of headrift may be loaded, or headrift's engine."""
         with Stopwatch() as clock:
-            self.engine: Any = HeadriftEngine(settings, **options) if kind != PLAIN else start_plain(settings)
+            self.engine = HeadriftEngine(settings, **options) if kind != PLAIN else start_plain(settings)
         loaded = sorted(name for name in sys.modules if is_headrift(name))
         if kind == PLAIN and loaded:
             raise RuntimeError(f"vLLM without headrift was to run here, and {loaded[0]} is loaded")
@@ -218,8 +214,8 @@ class Engine:
         }
 
     def run(
-        self, prompts: int, context: int, tokens: int, seed: list[int], shared: int = 0, at_once: int = 0, **how: Any
-    ) -> dict[str, Any]:
+        self, prompts: int, context: int, tokens: int, seed: list[int], shared: int = 0, at_once: int = 0, **how
+    ) -> dict:
         """Answer random prompts once, of `context` tokens each, the first `shared` of them in common.
 
         at_once: most requests in flight (default: all); how: what to measure, see HeadriftEngine.answer.
@@ -248,7 +244,7 @@ class Engine:
         }
 
 
-def start_plain(settings: dict[str, Any]) -> PlainEngine:
+def start_plain(settings: dict) -> PlainEngine:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -256,12 +252,12 @@ def start_plain(settings: dict[str, Any]) -> PlainEngine:
 
 
 @contextmanager
-def count_steps(llm_engine: Any):
+def count_steps(llm_engine):
     """Count engine steps, and time those after the first tokens of all requests, if all run at once."""
     step, states = llm_engine.step, llm_engine.output_processor.request_states
     counted, prefilling = SimpleNamespace(steps=0, decode_seconds=0.0, decode_steps=0), True
 
-    def timed() -> Any:
+    def timed():
         nonlocal prefilling
         start = time.perf_counter()
         outputs = step()
@@ -283,7 +279,7 @@ def is_headrift(module: str) -> bool:
     return module.partition(".")[0] in ("headrift", "headrift_kernels")
 
 
-def engine_settings(model: Path, cases: tuple[Case, ...]) -> dict[str, Any]:
+def engine_settings(model: Path, cases: tuple[Case, ...]) -> dict:
     """Return the settings of every arm, with nothing left open that an arm could choose differently."""
     from headrift.vllm_engine.config import machine_defaults
 
@@ -317,7 +313,7 @@ def environments(gpu: bool = False) -> tuple[dict[str, str], dict[str, str]]:
     return plain | {"VLLM_PLUGINS": ""}, ours
 
 
-def start(arm: Arm, settings: dict[str, Any], steps: int, processes: ExitStack) -> tuple[Child, dict[str, Any]]:
+def start(arm: Arm, settings: dict, steps: int, processes: ExitStack) -> tuple[Child, dict]:
     """Start the arm's engine; the process and its description."""
     plain, ours = environments()
     child = processes.enter_context(Child("overhead.py", "engine", environment=plain if arm.kind == PLAIN else ours))
@@ -347,7 +343,7 @@ def check_work(case: str, runs: dict[str, dict]) -> tuple[int, int]:
     return work.pop()
 
 
-def measure(case: Case, engines: dict[str, Child], pairs: int) -> dict[str, Any]:
+def measure(case: Case, engines: dict[str, Child], pairs: int) -> dict:
     """Return the case's samples by arm."""
     arms = {
         name: lambda name=name: engines[name].call("run", **case.request, **ARMS[name].measures) for name in case.arms
@@ -368,9 +364,9 @@ def measure(case: Case, engines: dict[str, Child], pairs: int) -> dict[str, Any]
     }
 
 
-def evaluate(case: dict[str, Any], shapes: Shapes) -> dict[str, Any]:
+def evaluate(case: dict, shapes: Shapes) -> dict:
     """Return rates, ratios to plain and bytes per prompt of each arm, and the bound on those bytes."""
-    arms: dict[str, Any] = {}
+    arms = {}
     for name, samples in case["samples"].items():
         seconds, plain = float(np.median(samples["seconds"])), case["samples"][PLAIN]
         arms[name] = {
@@ -384,7 +380,7 @@ def evaluate(case: dict[str, Any], shapes: Shapes) -> dict[str, Any]:
     return {"arms": arms, "bytes_bound": bound}
 
 
-def table(report: dict[str, Any]) -> str:
+def table(report: dict) -> str:
     rows = []
     for case in report["cases"]:
         for name, arm in case["arms"].items():

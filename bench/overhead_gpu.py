@@ -26,7 +26,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -87,7 +86,7 @@ class Case:
         own = self.context - self.shared + self.tokens + 2 * PAGE
         return max(self.shared + self.batch * own, PREFILL_TOKENS)
 
-    def request(self, seed: int) -> dict[str, Any]:
+    def request(self, seed: int) -> dict:
         """Arguments of Engine.run. The same seed gives the same prompts."""
         request = {"prompts": self.prompts, "at_once": self.batch, "context": self.context, "tokens": self.tokens}
         return {**request, "shared": self.shared, "seed": [self.batch, self.context, self.shared, seed]}
@@ -112,7 +111,7 @@ REQUIRED = {
 }
 
 
-def rates_cases(dry_run: bool) -> dict[str, dict[str, Any]]:
+def rates_cases(dry_run: bool) -> dict[str, dict]:
     """Return the arguments of Engine.run by name. Prompts share their first 40%, as behind one system prompt."""
     prompts, context, answer, at_once = (4, 48, 4, 4) if dry_run else (256, 1024, 64, 256)
     common = {"prompts": prompts, "at_once": at_once, "context": context, "shared": context * 2 // 5}
@@ -196,7 +195,7 @@ def free_bytes() -> tuple[int, int]:
 class Engine(overhead.Engine):
     """A child process with one engine."""
 
-    def profile(self, **case: Any) -> dict[str, Any]:
+    def profile(self, **case) -> dict:
         """Run as `run` does, under torch's profiler; the kernels by their time. The engine must be in this process."""
         import torch
         from torch.profiler import ProfilerActivity
@@ -216,15 +215,15 @@ class Engine(overhead.Engine):
 class Part(utils.Progress):
     """A part's results, and its engines. folder: for the model's configuration; vLLM makes the weights up."""
 
-    def __init__(self, args: Any, folder: Path, free: float, total: float):
+    def __init__(self, args, folder: Path, free: float, total: float):
         from headrift.vllm_engine.config import machine_defaults
 
         shape, self.memory = choose_sizes(args.part, free, args.dry_run)
         names = ([PROFILED] if args.part == "overhead" else []) + list(kv_tokens(args.part, args.dry_run))
         required = names if args.dry_run else REQUIRED[args.part]
-        super().__init__(args.out, args.seconds, names, required, self.memory.too_large)
-        self.engines: dict[str, Any] = self.earlier.get("engines", {})
-        self.table: list[str] = self.earlier.get("table", [])
+        earlier = utils.read_json(args.out) if args.out.exists() else {}
+        super().__init__(args.out, args.seconds, names, required, self.memory.too_large, earlier.get("cases", {}))
+        self.engines, self.table = earlier.get("engines", {}), earlier.get("table", [])
         self.sizes = {"layers": shape.layers, "free_bytes": int(free), "kv_cache_bytes": self.memory.kv_bytes}
         self.sizes["engines_at_once"] = self.memory.engines
         self.dry_run, self.attention, self.free = args.dry_run, args.attention, free / total
@@ -234,7 +233,7 @@ class Part(utils.Progress):
         config |= {**(TINY if args.dry_run else LLAMA_3_8B), "num_hidden_layers": shape.layers}
         config |= {"bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16"}
         (folder / "config.json").write_text(json.dumps(config))
-        self.settings: dict[str, Any] = {
+        self.settings = {
             **machine_defaults(),
             "model": str(folder),
             "load_format": "dummy",
@@ -260,7 +259,7 @@ class Part(utils.Progress):
         variables = self.plain if kind == "plain" else self.ours
         return processes.enter_context(Child("overhead_gpu.py", "engine", environment={**variables, **environment}))
 
-    def start(self, child: Child, kind: str, steps: int, **settings: Any) -> dict[str, Any]:
+    def start(self, child: Child, kind: str, steps: int, **settings) -> dict:
         """Start an engine in a process; its description."""
         options = {"steps": steps, "attention_backend": self.attention, "regions": overhead.REGIONS}
         settings = {**self.settings, **settings}
@@ -270,12 +269,12 @@ class Part(utils.Progress):
         content = {"sizes": self.sizes, "engines": self.engines, "cases": self.cases, "table": self.table}
         self.write(content)
 
-    def add(self, name: str, case: dict[str, Any]) -> None:
+    def add(self, name: str, case: dict) -> None:
         self.done(name, case)
         self.save()
 
 
-def run_case(child: Child, name: str, probed: bool | None = None, method: str = "run", **case: Any) -> dict[str, Any]:
+def run_case(child: Child, name: str, probed: bool | None = None, method: str = "run", **case) -> dict:
     """Run a case; RuntimeError if measured requests left no values, or values that cannot be shares.
 
     probed: Whether requests are measured (None: plain vLLM).
@@ -336,7 +335,7 @@ def sample(case: Case, children: dict[str, Child], stop: float, turns: int) -> t
     """Runs of each arm of these engines, empty without the time for two turns; and the seconds of a first turn."""
     seeds = count(1)
 
-    def run(arm: str, seed: int | None = None) -> dict[str, Any]:
+    def run(arm: str, seed: int | None = None) -> dict:
         # Streaming computes its prompts: each turn of each arm has new ones, which no prefix cache holds.
         seed = (next(seeds) if case.streaming else 0) if seed is None else seed
         probed = {"plain": None, "idle": False, "probing": True}[arm]
@@ -351,16 +350,16 @@ def sample(case: Case, children: dict[str, Child], stop: float, turns: int) -> t
     return (samples if all(len(runs) > 1 for runs in samples.values()) else {}), first
 
 
-def summary(case: Case, runs: list[dict], plain: list[dict]) -> dict[str, Any]:
+def summary(case: Case, runs: list[dict], plain: list[dict]) -> dict:
     """Rates of an arm, and its speed over plain's in the same turns (above 1: faster than plain)."""
 
-    def step_seconds(run: dict[str, Any]) -> float:
+    def step_seconds(run: dict) -> float:
         """Of decode steps alone, unless prompts are computed in between."""
         if case.streaming:
             return run["seconds"] / run["steps"]
         return run["decode_seconds"] / max(run["decode_steps"], 1)
 
-    def tokens(run: dict[str, Any]) -> float:
+    def tokens(run: dict) -> float:
         return run["tokens"] + (run["prompt_tokens"] if case.streaming else 0)
 
     pairs = list(zip(runs, plain))
@@ -373,7 +372,7 @@ def summary(case: Case, runs: list[dict], plain: list[dict]) -> dict[str, Any]:
     }
 
 
-def overhead_table(cases: dict[str, Any]) -> list[str]:
+def overhead_table(cases: dict) -> list[str]:
     rows = [
         [name, arm, f"{result['ms_per_step']:.2f}", f"{result['tokens_per_second']:,.0f}"]
         + [utils.cell(result[speed], 3) for speed in ("speed_over_plain", "steps_over_plain")]
@@ -384,7 +383,7 @@ def overhead_table(cases: dict[str, Any]) -> list[str]:
     return utils.markdown(head, rows).splitlines()
 
 
-def profiled_engine(part: Part) -> dict[str, Any]:
+def profiled_engine(part: Part) -> dict:
     """Start an engine that sizes its KV cache by vLLM's memory profiling, and require finite masses of it.
 
     The profiling runs the model and captures graphs on a first KV cache that it then throws away.

@@ -50,23 +50,16 @@ PLUGIN_PACKAGE = "vllm-lens==1.3.0"
 class Scored:
     """A Scorer. Results are not taken from earlier ones unless the options say so (`repeat_bytes`)."""
 
-    def start(self, model: str, **options: Any) -> dict[str, Any]:
+    def start(self, model: str, **options) -> dict:
         from headrift import Scorer
 
         self._shapes = Shapes.read(Path(model))
         self._scorer = Scorer(model, **{"repeat_bytes": 0, **options})
-        self._finished: list[Any] = []
-        engine, step = self._scorer.engine, self._scorer.engine.step
-
-        def noted() -> list[Any]:
-            finished = step()
-            self._finished += finished
-            return finished
-
-        engine.step = noted
+        self._finished: list = []
+        utils.after(self._scorer.engine, "step", self._finished.extend)
         return {}
 
-    def run(self, rows: list[dict], replay: bool = False, out: str | None = None) -> dict[str, Any]:
+    def run(self, rows: list[dict], replay: bool = False, out: str | None = None) -> dict:
         """Score the rows, with nothing in the prefix cache; if they are replayed, they have `response_ids`.
 
         out: a file for masses and answers as Eager.run writes them, which then leave the device too, and scores s0, ...
@@ -92,7 +85,7 @@ class Scored:
             "flops": sum(map(self._flops, self._finished)),
         }
 
-    def _flops(self, done: Any) -> int:
+    def _flops(self, done) -> int:
         """What the engine computed for a request: no token that came from the cache."""
         fed, logits = len(done.request.prompt_ids) + len(done.answer_ids) - 1, len(done.answer_ids)
         if done.request.answer_ids is not None:
@@ -101,13 +94,13 @@ class Scored:
         return self._shapes.flops(tokens, keys_attended(done.cached_tokens, tokens), logits)
 
 
-def forget(scorer: Any) -> None:
+def forget(scorer) -> None:
     """Empty a scorer's prefix cache."""
     scorer.engine.llm_engine.reset_prefix_cache()
     scorer._primed.clear()
 
 
-def start_headrift(model: Path, steps: int, environment: dict[str, str] | None = None, **engine_args: Any) -> Child:
+def start_headrift(model: Path, steps: int, environment: dict[str, str] | None = None, **engine_args) -> Child:
     """Start a Scorer's process."""
     child = Child("peers.py", "headrift", environment=environment)
     settings = {"kv_cache_memory_bytes": utils.KV_BYTES, **engine_args}
@@ -118,7 +111,7 @@ def start_headrift(model: Path, steps: int, environment: dict[str, str] | None =
 class Eager:
     """transformers in float32 with eager attention: greedy answers and their masses, prompts in batches."""
 
-    def start(self, model: str, batch: int) -> dict[str, Any]:
+    def start(self, model: str, batch: int) -> dict:
         import torch
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
@@ -129,7 +122,7 @@ class Eager:
         self._model.eval()
         return {}
 
-    def run(self, prompts: list[dict], steps: int, eos: int, out: str) -> dict[str, Any]:
+    def run(self, prompts: list[dict], steps: int, eos: int, out: str) -> dict:
         """Answer the prompts (`ids`, `regions`), to a file: m0, m1, ... [steps, layers, heads, regions]; a0, a1, ..."""
         import torch
 
@@ -174,7 +167,7 @@ class Eager:
 class Traced(Eager):
     """nnsight on transformers, one prompt at a time. Attention rows are reduced inside the trace, as headrift does."""
 
-    def start(self, model: str) -> dict[str, Any]:
+    def start(self, model: str) -> dict:
         import torch
         from nnsight import LanguageModel
 
@@ -202,7 +195,7 @@ class Traced(Eager):
         return [(torch.stack(masses).numpy()[: len(answer)], answer)]
 
 
-def render(rows: list[dict], tokenizer: Any) -> list[dict]:
+def render(rows: list[dict], tokenizer) -> list[dict]:
     """Return the rows as token ids with the regions' ranges, as headrift renders them."""
     from headrift.prompts import ChatRenderer, chat_messages
 
@@ -229,26 +222,22 @@ class Ways(ExitStack):
         super().__init__()
         self._args, self._rows, self._prompts, self._eos = args, rows, prompts, eos
         self._folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
-        self._children: dict[str, Child] = {}
+        self.children: dict[str, Child] = {}
         self.cold: dict[str, dict[str, float]] = {}
         self.versions: dict[str, str] = {}
         self.answers: list[list[int]] = []
 
-    @property
-    def names(self) -> list[str]:
-        return list(self._children)
-
     def start(self, name: str) -> None:
         """Start a way and have it do its first prompts."""
         first, begin = min(COLD, len(self._prompts)), time.perf_counter()
-        self._children[name] = self.enter_context(self._process(name))
+        self.children[name] = self.enter_context(self.process(name))
         started = time.perf_counter() - begin
         self.run(name, list(range(first)))
         seconds = time.perf_counter() - begin
         self.cold[name] = {"prompts": first, "start_s": started, "seconds": seconds}
         print(f"{name}: started in {started:.1f} s, {first} prompts {seconds:.1f} s", flush=True)
 
-    def _process(self, name: str) -> Child:
+    def process(self, name: str) -> Child:
         if name not in SLOW:
             return start_headrift(self._args.model, self._args.steps, **COMPILE.get(name, {}))
         # As they come: headrift's settings of OpenMP are headrift's.
@@ -262,14 +251,9 @@ class Ways(ExitStack):
         self.versions |= child.call("start", model=str(self._args.model), **options).get("versions", {})
         return child
 
-    def compile(self) -> None:
-        """Have torch.compile compile the model, if it has not yet: what is timed is a start that finds it done."""
-        with self._process(COMPILED):
-            pass
-
-    def run(self, name: str, which: list[int], *, keep: bool = False) -> dict[str, Any]:
+    def run(self, name: str, which: list[int], *, keep: bool = False) -> dict:
         """Have a way do these prompts. keep: headrift hands out its masses too (the others always do)."""
-        child, out = self._children[name], str(self._file(name))
+        child, out = self.children[name], str(self._file(name))
         if name in SLOW:
             prompts = [self._prompts[i] for i in which]
             return child.call("run", prompts=prompts, steps=self._args.steps, eos=self._eos, out=out)
@@ -292,7 +276,7 @@ class Ways(ExitStack):
         return self._folder / f"{name.replace(' ', '-')}.npz"
 
 
-def agreement(ours: dict[str, list], expected: dict[str, list], rows: list[dict], steps: int) -> dict[str, Any]:
+def agreement(ours: dict[str, list], expected: dict[str, list], rows: list[dict], steps: int) -> dict:
     """Compare two ways' masses, answers and scores by prompt; masses up to the first token that differs."""
     from scipy.stats import spearmanr
     from sklearn.metrics import roc_auc_score
@@ -332,7 +316,7 @@ def scores_of(masses: list[np.ndarray], answers: list[list[int]], steps: int) ->
     return scores
 
 
-def table(report: dict[str, Any]) -> str:
+def table(report: dict) -> str:
     prompts, peak = report["prompts"], report["peak"]
     ways = [
         [name, utils.cell(way["prompts_per_second"], 2), utils.cell(way["ratio"], 2), f"{way['cold']['seconds']:.1f}"]
@@ -391,16 +375,17 @@ def main() -> None:
             ways.start(name)
         ways.answers = ways.run(GENERATE, every)["answers"]
         ways.start(REPLAY)
-        if not args.short:  # compiling takes a minute
-            ways.compile()
+        if not args.short:  # compiling takes a minute: what is timed is a start that finds it done
+            with ways.process(COMPILED):
+                pass
             ways.start(COMPILED)
         if args.nnsight:
             ways.start(NNSIGHT)
         report |= {"not_measured": {PLUGIN: why_no_plugin()}, "cold": ways.cold, "versions_of_peers": ways.versions}
         if not args.nnsight:
             report["not_measured"][NNSIGHT] = "no --nnsight PYTHON was given"
-        for block, order in zip(np.array_split(every, args.turns), utils.orders(ways.names, args.turns)):
-            samples: dict[str, Any] = {}
+        for block, order in zip(np.array_split(every, args.turns), utils.orders(list(ways.children), args.turns)):
+            samples = {}
             for name in order:
                 which = block.tolist() if name in SLOW else every
                 samples[name] = {**ways.run(name, which), "prompts": len(which)}
@@ -410,7 +395,7 @@ def main() -> None:
             turns.append(samples)
             rates.append(matrix_product_rates(shapes))
             print({name: round(run["prompts"] / run["seconds"], 2) for name, run in samples.items()}, flush=True)
-        names = ways.names
+        names = list(ways.children)
         for name in names:
             if name not in SLOW:
                 ways.run(name, every, keep=True)
@@ -451,7 +436,7 @@ def ratio(ours: tuple[list[float], ...], theirs: tuple[list[float], ...]) -> dic
     return {"all": over_all[0] / over_all[1], "low": float(each.min()), "high": float(each.max())}
 
 
-def matrix_product_rates(shapes: Shapes) -> dict[str, Any]:
+def matrix_product_rates(shapes: Shapes) -> dict:
     """Measure float32 products of a model's shapes: GFLOP/s by rows and product, and the best of all as the peak."""
     import torch
 
@@ -470,7 +455,7 @@ def matrix_product_rates(shapes: Shapes) -> dict[str, Any]:
     return {"gflops": rates, "peak_gflops": max(max(by_product.values()) for by_product in rates.values())}
 
 
-def peak_report(turns: list[dict], rates: list[dict]) -> dict[str, Any]:
+def peak_report(turns: list[dict], rates: list[dict]) -> dict:
     """headrift's FLOPs of each turn over its time, over the best matrix product measured in the same turn."""
 
     def share(name: str) -> list[float]:

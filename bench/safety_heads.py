@@ -12,7 +12,6 @@ writes bench/results/safety_heads.json: machine, versions, raw samples, and what
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -81,7 +80,7 @@ def open_engine(args, options_for=lambda n_queries: {}):
         yield engine, queries, sampled_heads(*shape, 12) if args.short else all_heads(*shape)
 
 
-def new_report(args, engine, queries: list[list[int]], **settings: Any) -> dict:
+def new_report(args, engine, queries: list[list[int]], **settings) -> dict:
     settings |= {"epsilon": EPSILON, "dtype": engine.dtype, "prompt_tokens": spread([len(ids) for ids in queries])}
     settings = {"model": args.model.name, "queries": len(queries), **settings}
     return {"machine": utils.host(), "versions": utils.versions(), "settings": settings}
@@ -103,7 +102,7 @@ def race(args, engine, queries: list[list[int]], heads: list[tuple[int, int]]) -
     }
     for way in ways.values():  # compiled kernels, memory and threads exist before anything is timed
         way([queries[0][:8]])
-    results: dict = {"seconds": {name: [] for name in ways}, "scores": {name: [] for name in ways}}
+    results = {"seconds": {name: [] for name in ways}, "scores": {name: [] for name in ways}}
     for i, start in enumerate(range(0, len(queries), args.block)):
         block, names = queries[start : start + args.block], list(ways)
         for name in names[i % 3 :] + names[: i % 3]:

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -62,11 +61,11 @@ class Clock:
             self.seconds[name()] += took - self._inside.pop()
             self._inside[-1] += took
 
-    def wrap(self, owner: Any, method: str, name: str | Callable[..., str]) -> None:
+    def wrap(self, owner, method: str, name: str | Callable[..., str]) -> None:
         """Have calls of a method counted as a phase; `name`: its name, or a function of the call's arguments."""
         called = getattr(owner, method)
 
-        def timed(*args: Any, **kwargs: Any) -> Any:
+        def timed(*args, **kwargs):
             with self.phase(lambda: name if isinstance(name, str) else name(*args, **kwargs)):
                 return called(*args, **kwargs)
 
@@ -81,7 +80,7 @@ class Job:
     others too), otherwise DECODE's.
     """
 
-    def start(self, model: str, **options: Any) -> dict[str, Any]:
+    def start(self, model: str, **options) -> dict:
         from headrift import Scorer
         from headrift_kernels.cpu.paged_attention import PagedAttention
 
@@ -94,19 +93,15 @@ class Job:
             clock.wrap(scorer.engine, method, DRAIN)
         clock.wrap(scorer, "_result", SCORES)
         clock.wrap(PagedAttention, "attend", lambda *args, output=None, **more: MASS if output is None else ATTENTION)
-        scheduler = scorer.engine.llm_engine.engine_core.engine_core.scheduler
-        schedule = scheduler.schedule
 
-        def noted(*args: Any, **kwargs: Any) -> Any:
-            planned = schedule(*args, **kwargs)
+        def note(planned) -> None:
             most = max(planned.num_scheduled_tokens.values(), default=0)
             self._prefilling = bool(planned.scheduled_new_reqs) or most > 1
-            return planned
 
-        scheduler.schedule = noted
+        utils.after(scorer.engine.llm_engine.engine_core.engine_core.scheduler, "schedule", note)
         return {}
 
-    def run(self, file: str) -> dict[str, Any]:
+    def run(self, file: str) -> dict:
         """Score a file of rows into a part; seconds by phase."""
         forget(self._scorer)
         self._clock.seconds.clear()
@@ -123,9 +118,9 @@ class Job:
         clock, engine = self._clock, self._scorer.engine
         schema = parts.part_schema((), layers=engine.layers, heads=engine.heads, regions=engine.regions)
         files = parts.ShardFiles(folder, 0, schema)
-        taken: list[Any] = []
+        taken: list = []
 
-        def prompts() -> Iterator[Any]:
+        def prompts() -> Iterator:
             rows = readers.Reader(sources.find([file])).rows()
             while True:
                 with clock.phase(lambda: READING):
@@ -151,7 +146,7 @@ def rows(n: int, user: int = 20, system: int = 100, seed: int = 0) -> list[dict[
 
 
 @contextmanager
-def scorer(model: Path, **engine_args: Any) -> Iterator[tuple[Child, float]]:
+def scorer(model: Path, **engine_args) -> Iterator[tuple[Child, float]]:
     """A Scorer's process, warm; and the seconds that it took to start."""
     with start_headrift(model, STEPS, max_model_len=4096, **engine_args) as child:
         started = child.seconds_since_start
@@ -159,7 +154,7 @@ def scorer(model: Path, **engine_args: Any) -> Iterator[tuple[Child, float]]:
         yield child, started
 
 
-def point(child: Child, at: int, prompts: list[dict[str, str]], repeats: int) -> dict[str, Any]:
+def point(child: Child, at: int, prompts: list[dict[str, str]], repeats: int) -> dict:
     """Measure prompts/s of these prompts, a few times over."""
     runs = [child.call("run", rows=prompts) for _ in range(repeats)]
     return {
@@ -173,7 +168,7 @@ def point(child: Child, at: int, prompts: list[dict[str, str]], repeats: int) ->
     }
 
 
-def measure_series(model: Path, short: bool, repeats: int) -> dict[str, list[dict[str, Any]]]:
+def measure_series(model: Path, short: bool, repeats: int) -> dict[str, list[dict]]:
     """Return the points of all series."""
     sizes = {name: few if short else values for name, (_, values, few) in SERIES.items()}
     series: dict[str, list] = {name: [] for name in SERIES}
@@ -183,7 +178,7 @@ def measure_series(model: Path, short: bool, repeats: int) -> dict[str, list[dic
         for name, make in makers.items():
             series[name] = [point(child, n, make(n), repeats) for n in sizes[name]]
 
-    def alone(name: str, n: int, folder: Path, **engine_args: Any) -> None:
+    def alone(name: str, n: int, folder: Path, **engine_args) -> None:
         with scorer(folder, **engine_args) as (child, started):
             series[name].append(point(child, n, rows(32), repeats) | {"start_s": started})
 
@@ -196,7 +191,7 @@ def measure_series(model: Path, short: bool, repeats: int) -> dict[str, list[dic
     return series
 
 
-def phases(args: Any) -> list[dict[str, Any]]:
+def phases(args) -> list[dict]:
     """Measure the seconds of a job by phase."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
@@ -208,7 +203,7 @@ def phases(args: Any) -> list[dict[str, Any]]:
             return [child.call("run", file=str(file)) for _ in range(1 + args.repeats)][1:]
 
 
-def table(report: dict[str, Any]) -> str:
+def table(report: dict) -> str:
     points = [
         [SERIES[series][0], f"{p['at']:,}", f"{p['prompt_tokens']:.0f}", f"{p['system_tokens']:.0f}"]
         + [utils.cell(p["prompts_per_second"], 2), f"{p['start_s']:.1f}" if "start_s" in p else ""]
@@ -229,12 +224,12 @@ def table(report: dict[str, Any]) -> str:
     )
 
 
-def middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def middle(runs: list[dict]) -> dict:
     """The run of median length."""
     return sorted(runs, key=lambda run: run["seconds"])[len(runs) // 2]
 
 
-def plot(report: dict[str, Any], path: Path) -> None:
+def plot(report: dict, path: Path) -> None:
     from headrift.figures import new_figure, save
 
     figure = new_figure(14, 6.5)

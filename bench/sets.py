@@ -10,7 +10,6 @@ the tables again from the committed figures, without scoring anything.
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -26,13 +25,13 @@ SETS = {
 KEPT = ("versions", "engine", "host", "seconds", "counts", "classes", "comparisons")
 
 
-def score(name: str, model: Path, folder: Path) -> dict[str, Any]:
+def score(name: str, model: Path, folder: Path) -> dict:
     """Score a set; the run's figures."""
     run = utils.score_set(name, model, folder)
     return {"set": name, "model": model.name, "inputs": run["inputs"], **{key: run[key] for key in KEPT}}
 
 
-def parts(runs: list[dict[str, Any]]) -> dict[str, str]:
+def parts(runs: list[dict]) -> dict[str, str]:
     """Return the tables of docs/results/first-look.md."""
     first, lines = runs[0], []
     facts = {**first["versions"], **first["host"], "model": first["model"], "dtype": first["engine"]["dtype"]}

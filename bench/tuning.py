@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -26,7 +25,7 @@ TIMES = ("seconds", "cpu_seconds")  # wall, and CPU time of the process, which o
 
 
 # What is not as headrift has it: engine arguments, and environment variables, which are in capitals.
-CHANGES: dict[str, dict[str, Any]] = {
+CHANGES: dict[str, dict] = {
     "memory in small pages (headrift asks for huge ones)": {"THP_MEM_ALLOC_ENABLE": "0"},
     "malloc's memory in huge pages too (small)": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
     "the norms that vLLM takes by itself (headrift's own)": {
@@ -77,7 +76,7 @@ headrift.vllm_engine.patches.lazy_kv_cache = contextlib.nullcontext
 }
 
 
-def compare(model: Path, changes: list[str], prompts: list[dict], turns: int) -> list[dict[str, Any]]:
+def compare(model: Path, changes: list[str], prompts: list[dict], turns: int) -> list[dict]:
     """Measure each change against the default settings."""
     results = []
     with start_headrift(model, STEPS) as default:
@@ -123,7 +122,7 @@ def time_process(code: str, model: Path, environment: dict[str, str]) -> float:
     return clock.seconds
 
 
-def table(report: dict[str, Any]) -> str:
+def table(report: dict) -> str:
     changes = [[row["change"], *(utils.cell(row["ratios"][kind], 3) for kind in TIMES)] for row in report["changes"]]
     starts = [[name, utils.cell(utils.spread(seconds))] for name, seconds in report["starts"].items()]
     return utils.page(

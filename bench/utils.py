@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -87,7 +86,7 @@ def read_prompts(prompts: Path, system: Path, limit: int | None = None) -> list[
     return [{**json.loads(line), "system": text} for line in lines]
 
 
-def host() -> dict[str, Any]:
+def host() -> dict:
     """Describe the host, and how busy it is."""
     from headrift.runs.folder import processor
 
@@ -106,7 +105,7 @@ def versions() -> dict[str, str]:
     return installed
 
 
-def new_report(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
+def new_report(args: argparse.Namespace, **more) -> dict:
     """Begin a report: host, versions, the model's name."""
     return {"machine": host(), "versions": versions(), "model": args.model.name, **more}
 
@@ -139,7 +138,7 @@ def write_json(report: object, out: Path) -> None:
     out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -165,7 +164,7 @@ def headrift(*arguments: object) -> None:
     subprocess.run([sys.executable, "-P", "-m", "headrift.cli", *map(str, arguments)], check=True, cwd=ROOT)
 
 
-def score_set(name: str, model: Path, folder: Path, *options: object) -> dict[str, Any]:
+def score_set(name: str, model: Path, folder: Path, *options: object) -> dict:
     """Score a prompt set of `datasets/` with its system prompt, unless that was done before; the run's summary."""
     summary = folder / "run.json"
     if not summary.exists() or read_json(summary)["status"] != "done":
@@ -175,7 +174,7 @@ def score_set(name: str, model: Path, folder: Path, *options: object) -> dict[st
 
 
 class Progress:
-    """What is done and to do of a script with a time limit, written to a file after each case; earlier cases are kept.
+    """What is done and to do of a script with a time limit, written to a file after each case.
 
     Args:
         out: The file.
@@ -183,29 +182,34 @@ class Progress:
         names: All cases in their order.
         required: Those without which the results are incomplete.
         too_large: Cases that do not fit the GPU, with the reason.
+        cases: Results of an earlier run that are kept.
     """
 
-    def __init__(
-        self, out: Path, seconds: float, names: Iterable[str], required: Iterable[str], too_large: Mapping[str, str]
-    ):
-        self.out, self.required, self.too_large = out, required, too_large
+    def __init__(self, out: Path, seconds: float, names: Iterable, required: Iterable, too_large: dict, cases: dict):
+        self.out, self.required, self.too_large, self.cases = out, required, too_large, cases
         self.stop = time.monotonic() + seconds
-        self.earlier: dict[str, Any] = read_json(out) if out.exists() else {}
-        self.cases = self.read_cases(self.earlier)
-        self.todo = [name for name in names if name not in self.cases and name not in too_large]
+        self.todo = [name for name in names if name not in cases and name not in too_large]
 
-    @staticmethod
-    def read_cases(earlier: dict[str, Any]) -> dict[str, Any]:
-        return earlier.get("cases", {})
-
-    def done(self, name: str, case: dict[str, Any]) -> None:
+    def done(self, name: str, case: dict) -> None:
         self.cases[name] = case
         self.todo.remove(name)
 
-    def write(self, content: Mapping) -> None:
+    def write(self, content: dict) -> None:
         required = [name for name in self.todo if name in self.required]
         left = {"too_large": self.too_large, "left_out": self.todo, "required_left_out": required}
         write_json({**content, **left}, self.out)
+
+
+def after(owner, method: str, see: Callable) -> None:
+    """Have `see` called with what each call of a method returns."""
+    called = getattr(owner, method)
+
+    def wrapped(*args, **kwargs):
+        result = called(*args, **kwargs)
+        see(result)
+        return result
+
+    setattr(owner, method, wrapped)
 
 
 def orders(arms: Sequence, n: int) -> Iterator[Sequence]:
@@ -214,18 +218,12 @@ def orders(arms: Sequence, n: int) -> Iterator[Sequence]:
         yield arms if turn % 2 == 0 else arms[::-1]
 
 
-def run_in_turns(
-    arms: Mapping[Any, Callable[[], Any]], n: int, stop: float = np.inf, expected: float = 0.0
-) -> dict[Any, list]:
+def run_in_turns(arms: Mapping, n: int, stop: float = np.inf, expected: float = 0.0) -> dict:
     """Run all arms in n turns; the results by arm.
 
-    Args:
-        arms: What to call, by name.
-        n: Turns.
-        stop: When the last turn is to end (of time.monotonic): one that takes as long as the slowest is not begun.
-        expected: Seconds of the first turn.
+    stop: No turn begins that would end later (of time.monotonic), if it takes as long as the slowest, or as `expected`.
     """
-    results: dict[Any, list] = {name: [] for name in arms}
+    results = {name: [] for name in arms}
     for order in orders(list(arms), n):
         begin = time.monotonic()
         if begin + expected > stop:
@@ -328,7 +326,7 @@ class Child:
         """Seconds since this object was made, the start of the process included."""
         return time.perf_counter() - self._start
 
-    def call(self, method: str, **arguments: Any) -> dict[str, Any]:
+    def call(self, method: str, **arguments) -> dict:
         """Have the child call one of its methods; what that returns, and the peak memory so far as `peak_bytes`."""
         self._process.send_signal(signal.SIGCONT)
         try:
@@ -340,7 +338,7 @@ class Child:
         if not line:
             raise RuntimeError(f"{self._name} ended during {method!r}: {self._end_of_output(_SHOWN)}")
         self._process.send_signal(signal.SIGSTOP)
-        answer: dict[str, Any] = json.loads(line)
+        answer = json.loads(line)
         if "error" in answer:
             # An engine's own process names the cause in its output, and the child's traceback does not.
             error, end = answer["error"][-_SHOWN:], self._end_of_output(2 * _SHOWN)
@@ -352,7 +350,7 @@ class Child:
         return self._output.read()[-n:]
 
 
-def run_script(main: Callable[[], Any], **children: type) -> None:
+def run_script(main: Callable, **children: type) -> None:
     """Run a script's `main`, or, in a process that `Child` started, the class that it is to be.
 
     A child answers each line of standard input with the method it names, until the input ends. What else it prints goes

@@ -21,6 +21,10 @@ from headrift.cli import app
 from headrift.corpus.rows import REASONS
 from headrift.signals import signals
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+
+import utils
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -81,19 +85,6 @@ PASSAGES: tuple[tuple[str, str, Callable[[], str]], ...] = (
 )
 
 
-def filled(page: str, name: str, passage: str) -> str:
-    """The page with the passage in its place.
-
-    Raises:
-        ValueError: The page has no such place.
-    """
-    begin, end = f"<!-- {name}: made by scripts/generate_docs.py -->", f"<!-- end of {name} -->"
-    place = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-    if not place.search(page):
-        raise ValueError(f"no place for {name}: {begin} ... {end}")
-    return place.sub(lambda _: f"{begin}\n{passage.strip()}\n{end}", page)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="Write the passages of docs/ that are made from the code.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a passage is out of date")
@@ -103,7 +94,7 @@ def main() -> int:
         page = (ROOT / name).read_text(encoding="utf-8")
         new = page
         for _, passage, make in (each for each in PASSAGES if each[0] == name):
-            new = filled(new, passage, make())
+            new = utils.fill(new, "scripts/generate_docs.py", {passage: make()})
         if new != page:
             outdated.append(name)
             if not check:

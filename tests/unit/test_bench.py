@@ -14,7 +14,7 @@ BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 overhead = load("bench/overhead")
 peers = load("bench/peers")
-roofline = load("bench/roofline")
+roofline = load("scripts/roofline")
 scaling = load("bench/scaling")
 utils = load("bench/utils")
 

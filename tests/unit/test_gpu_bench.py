@@ -112,10 +112,10 @@ def test_the_required_cases_of_a_part_come_first(part):
 
 
 def test_results_separate_required_optional_and_too_large_cases(tmp_path):
-    def progress(too_large):
-        return utils.Progress(tmp_path / "out.json", 60, ["a", "b", "c", "d"], ["a", "b"], too_large)
+    def progress(too_large, cases):
+        return utils.Progress(tmp_path / "out.json", 60, ["a", "b", "c", "d"], ["a", "b"], too_large, cases)
 
-    made = progress({"b": "needs 9 GB"})
+    made = progress({"b": "needs 9 GB"}, {})
     assert made.todo == ["a", "c", "d"]
     made.done("c", {"x": 1})
     made.write({"sizes": {"layers": 32}, "cases": made.cases})
@@ -124,7 +124,7 @@ def test_results_separate_required_optional_and_too_large_cases(tmp_path):
     assert content["required_left_out"] == ["a"]
     assert content["too_large"] == {"b": "needs 9 GB"}
     assert content["sizes"] == {"layers": 32}
-    assert progress({}).todo == ["a", "b", "d"], "what is in the file is kept"
+    assert progress({}, content["cases"]).todo == ["a", "b", "d"], "what is in the file is kept"
 
 
 # ------------------------------------------------------------------------------------------------ runs on a CPU

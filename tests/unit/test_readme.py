@@ -11,8 +11,8 @@ from helpers.scripts import load
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench/results"
 
-readme_table = load("bench/readme_table")
-roofline = load("bench/roofline")
+readme_table = load("scripts/readme_table")
+roofline = load("scripts/roofline")
 utils = load("bench/utils")
 
 # Each page of results, and the script whose table it is.
@@ -24,14 +24,14 @@ TABLES |= {"entropy": "overhead", "kernels_cpu": "kernels", "kernels_cpu_avx2": 
 def test_the_readme_has_what_the_results_have():
     for page in (readme_table.README, readme_table.ALL):
         text = page.read_text(encoding="utf-8")
-        made = utils.fill(text, "bench/readme_table.py", readme_table.parts(page))
-        assert made == text, f"{page.name} and bench/results differ: run bench/readme_table.py"
+        made = utils.fill(text, "scripts/readme_table.py", readme_table.parts(page))
+        assert made == text, f"{page.name} and bench/results differ: run scripts/readme_table.py"
 
 
 def test_the_page_on_performance_is_what_the_arithmetic_gives():
     text = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
-    made = utils.fill(text, "bench/roofline.py", roofline.parts())
-    assert made == text, "docs/performance.md is out of date: run bench/roofline.py"
+    made = utils.fill(text, "scripts/roofline.py", roofline.parts())
+    assert made == text, "docs/performance.md is out of date: run scripts/roofline.py"
 
 
 @pytest.mark.parametrize("name", TABLES)

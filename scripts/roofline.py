@@ -1,6 +1,6 @@
 """What decoding moves and computes on GPUs, what the masses add, what leaves the device: arithmetic, no measurement.
 
-    python bench/roofline.py
+    python scripts/roofline.py
 
 writes the tables of docs/performance.md, from the models' shapes, the data sheets' figures, and what traffic.json,
 aot.json and host_cost.json in bench/results say of headrift's kernels.
@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import utils
 from utils import Shapes, keys_attended, recorded_bytes_bound
@@ -237,4 +237,4 @@ def parts() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    utils.fill_file(utils.ROOT / "docs/performance.md", "bench/roofline.py", parts())
+    utils.fill_file(utils.ROOT / "docs/performance.md", "scripts/roofline.py", parts())

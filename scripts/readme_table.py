@@ -1,6 +1,6 @@
 """The tables of README.md and docs/results/measured.md, from the JSON files in bench/results and from nothing else.
 
-    python bench/readme_table.py
+    python scripts/readme_table.py
 
 Results that do not exist have no rows. A test fails if a page and the committed results differ.
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import utils
 
@@ -211,7 +211,7 @@ def parts(page: Path, results: Path = utils.RESULTS) -> dict[str, str]:
 
 def main() -> None:
     for page in (README, ALL):
-        utils.fill_file(page, "bench/readme_table.py", parts(page))
+        utils.fill_file(page, "scripts/readme_table.py", parts(page))
 
 
 if __name__ == "__main__":
