@@ -2,9 +2,8 @@
 
     python bench/calibration.py [--rows N]... [--steps 40] [--layers 32] [--resamples 200] [--scratch DIR]
 
-Makes runs by script (a fifth attacks, a planted effect, a tenth of the rows repeats, a tenth of the answers ending
-early), calibrates each in a process of its own, and writes bench/results/calibration.json and its table. A million rows
-of 40 steps x 32 layers take 5 GB of disk.
+Makes runs (a fifth attacks, a planted effect, a tenth repeats, a tenth of the answers ending early) and calibrates each
+in a process of its own. A million rows of 40 steps x 32 layers take 5 GB of disk.
 """
 
 import os
@@ -23,6 +22,7 @@ import utils
 from utils import Stopwatch
 
 from headrift.runs.parts import part_schema
+from helpers.made_runs import columns_of, write_about
 
 SHARD, GROUP = 25_000, 5_000
 WINDOW, LAYERS, EFFECT = slice(3, 13), slice(8, 24), 0.004  # planted: steps 3 to 12
@@ -37,14 +37,7 @@ def make_run(folder: Path, n: int, steps: int, layers: int) -> None:
         with pq.ParquetWriter(folder / f"part-{shard:05d}.parquet", schema, compression="zstd") as file:
             for start in range(first, min(n, first + SHARD), GROUP):
                 file.write_table(make_rows(start, min(GROUP, n - start), n, steps, layers, schema))
-    about = {
-        "status": "done",
-        "settings": {"steps": steps, "window": f"1:{steps}", "drop_shallow": 0.25, "drop_deep": 0.15, "replay": False},
-        "model": {"path": "models/made-up", "fingerprint": "made-up"},
-        "engine": {"dtype": "float32", "layers": layers, "heads": 32},
-        "chat_template_sha256": "made-up",
-    }
-    utils.write_json(about, folder / "run.json")
+    write_about(folder, steps, layers, heads=32)
 
 
 def make_rows(start: int, n: int, n_all: int, steps: int, layers: int, schema: pa.Schema) -> pa.Table:
@@ -56,23 +49,12 @@ def make_rows(start: int, n: int, n_all: int, steps: int, layers: int, schema: p
     values[attack, WINDOW, LAYERS] += np.float32(EFFECT)
     early = random.random(n) < 0.1
     n_steps = np.where(early, random.integers(0, steps, n), steps).astype(np.int32)
-    recorded = np.arange(steps + 1) <= n_steps[:, None]
-    offsets = np.concatenate([[0], np.cumsum((n_steps + 1) * layers)]).astype(np.int32)
     # A repeat is of a row of the same class: the group says which.
     repeated = random.random(n) < 0.1
     group = np.where(repeated, random.integers(0, max(n_all // 100, 1), n), n_all + start + np.arange(n))
-    columns = {
-        "label": pa.array(np.where(attack, "attack", "benign")),
-        "group": pa.array([f"{2 * number + one:016x}" for number, one in zip(group.tolist(), attack.tolist())]),
-        "system_hash": pa.array(["0" * 16] * n),
-        "n_steps": pa.array(n_steps),
-        "prompt_tokens": pa.array(random.integers(10, 900, n, np.int32)),
-        "answer_tokens": pa.array(n_steps + 1),
-        "system_share": pa.array(random.random(n)),
-        "instability": pa.ListArray.from_arrays(offsets, pa.array(values[recorded].ravel())),
-    }
-    arrays = [columns.get(field.name, pa.nulls(n, field.type)) for field in schema]
-    return pa.table(arrays, names=schema.names).cast(schema)
+    columns = columns_of(values, np.where(attack, "attack", "benign"), 2 * group + attack, n_steps=n_steps)
+    columns |= {"prompt_tokens": random.integers(10, 900, n, np.int32), "system_share": random.random(n)}
+    return pa.table({field.name: columns.get(field.name, pa.nulls(n)) for field in schema}).cast(schema)
 
 
 def measure(folder: Path, out: Path, resamples: int) -> dict:

@@ -14,7 +14,6 @@ import sys
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -110,12 +109,11 @@ def make_pair(tokenizer, tokens: int):
     """Make a pair whose wrapped prompt has about `tokens` tokens, and no more."""
     from headrift.consistency.pairs import PairRenderer, PairText
 
-    renderer, n = PairRenderer(tokenizer), 1
-    pair = None
-    while pair is None or len(pair.wrapped_ids) <= tokens:
-        last, pair = pair, renderer.render(PairText("p", "p", PLANETS, n * NOISE + PLANETS, core=PLANETS))
-        n += 1
-    return last
+    renderer, pairs = PairRenderer(tokenizer), []
+    while not pairs or len(pairs[-1].wrapped_ids) <= tokens:
+        wrapped = (1 + len(pairs)) * NOISE + PLANETS
+        pairs.append(renderer.render(PairText("p", "p", PLANETS, wrapped, core=PLANETS)))
+    return pairs[-2]
 
 
 def step_loss(way: str, model, pair):
@@ -129,7 +127,7 @@ def step_loss(way: str, model, pair):
     layers = frozenset(range(decoder.config.num_hidden_layers))
     clean_at, wrapped_at = torch.from_numpy(pair.clean_positions), torch.from_numpy(pair.wrapped_positions)
 
-    def rows(ids: list[int], positions) -> dict[int, Any]:
+    def rows(ids: list[int], positions) -> dict:
         queries = positions[pair.first_query :]
         if way == "headrift":
             return forward(decoder, ids, queries.tolist(), layers).rows
@@ -161,14 +159,6 @@ def evaluate(folders: list[Path], args) -> None:
     if any(options.items() - done.items() for done in before):
         words = [word for name, value in options.items() for word in (f"--{name}", value)]
         utils.headrift("evaluate-consistency", *folders, "--model", args.model, *words)
-
-
-def read_result(method: str, seed: int, args) -> dict:
-    """Return what a training with a method and a seed changed."""
-    folder = folder_of(method, seed, args)
-    about = {"method": method, "seed": seed, "steps": len((folder / "losses.jsonl").read_text().splitlines())}
-    about["seconds"] = utils.read_json(folder / "outcome.json")["seconds"]
-    return about | utils.read_json(folder / "evaluation.json")
 
 
 def over_seeds(values: list[float]) -> dict[str, float]:
@@ -206,12 +196,6 @@ def by_method(runs: list[dict]) -> dict:
             "seconds": [run["seconds"] for run in own],
         }
     return results
-
-
-def call(kind: str, method: str, **arguments) -> dict:
-    """Have a process of its own call a method."""
-    with Child("consistency.py", kind) as child:
-        return child.call(method, **arguments)
 
 
 def table(report: dict) -> str:
@@ -299,10 +283,19 @@ def main() -> None:
     for arm in arms:
         train(*arm, args)
     evaluate([folder_of(*arm, args) for arm in arms], args)
-    runs = [read_result(*arm, args) for arm in arms]
+    runs = []
+    for method, seed in arms:
+        folder = folder_of(method, seed, args)
+        about = {"method": method, "seed": seed, "steps": len((folder / "losses.jsonl").read_text().splitlines())}
+        about["seconds"] = utils.read_json(folder / "outcome.json")["seconds"]
+        runs.append(about | utils.read_json(folder / "evaluation.json"))
     settings = utils.read_json(folder_of(*arms[0], args) / "training.json")["settings"]
-    measured = {"model": str(args.model), "tokens": TOKENS}
-    memory = {way: call("step", "measure", way=way, **measured)["bytes"] for way in ("headrift", "eager")}
+    memory = {}
+    for way in ("headrift", "eager"):
+        with Child("consistency.py", "step") as child:
+            memory[way] = child.call("measure", way=way, model=str(args.model), tokens=TOKENS)["bytes"]
+    with Child("consistency.py", "pace") as child:
+        seconds = child.call("time", model=str(args.model), rounds=2 if args.short else 8)["seconds"]
     report = {
         "steps": args.steps,
         "batch": settings["batch"],
@@ -314,7 +307,7 @@ def main() -> None:
         "versions": utils.versions(),
         "methods": by_method(runs),
         "memory": memory | {"ratio": memory["headrift"] / memory["eager"]},
-        "step_seconds": call("pace", "time", model=str(args.model), rounds=2 if args.short else 8)["seconds"],
+        "step_seconds": seconds,
         "runs": [{key: value for key, value in run.items() if key != "versions"} for run in runs],
     }
     utils.write(report, table(report), args.out)

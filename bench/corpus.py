@@ -38,16 +38,11 @@ SYSTEMS = [
 MALFORMED = [
     b'{"prompt": "cut off',
     b"\xff\xfe not text at all",
-    b'{"prompt": "a NUL \0 byte"}',
     b'{"prompt": "half a character \\ud800"}',
     b'["a", "list"]',
     b'{"prompt": 17}',
-    b'{"system": "no prompt"}',
     b'{"prompt": "x", "messages": []}',
-    b'{"prompt": "x", "label": "evil"}',
-    b'{"id": 1.5, "prompt": "x"}',
     b'{"id": "log-%d", "prompt": "an id that was there"}',
-    b'{"messages": [{"role": "user"}, "text"]}',
 ]
 
 
@@ -111,12 +106,6 @@ class EmptyEngine:
 class Job:
     """Whole jobs."""
 
-    def pickle_tokenizer(self, model: str, path: str) -> dict:
-        """Write a model's tokenizer, in a process of its own: it loads torch, and the job is measured without."""
-        from headrift.prepare import load_tokenizer
-
-        return {"bytes": Path(path).write_bytes(pickle.dumps(load_tokenizer(model)))}
-
     def through(self, file: str, out: str, model: str, tokenizer: str) -> dict:
         """Run a job where everything is real but the engine, which runs in its child process as always."""
         from corpus import EmptyEngine as Importable  # by its module's name, for the child process
@@ -126,19 +115,19 @@ class Job:
         from headrift.corpus.worker import EngineProcess
 
         settings = ScoreConfig((file,), Path(model), Path(out), system_prompt="Be brief.")
-        start = partial(Importable, Path(tokenizer))
-        with Stopwatch() as clock, ScoreJob(settings, engine=partial(EngineProcess, start)) as job:
+        engine = partial(EngineProcess, partial(Importable, Path(tokenizer)))
+        with Stopwatch() as clock, ScoreJob(settings, engine=engine) as job:
             job.start()
             assert job.run()
             rows, seconds = job.kept, job.seconds["scoring"]
-        engine = resource.getrusage(resource.RUSAGE_CHILDREN)
+        child = resource.getrusage(resource.RUSAGE_CHILDREN)
         return {
             "rows": rows,
             "seconds": clock.seconds,
             "scoring_seconds": seconds,
             "cpu_seconds": clock.cpu_seconds,
-            "cpu_seconds_of_child": engine.ru_utime + engine.ru_stime,
-            "peak_bytes_of_child": engine.ru_maxrss * 1024,
+            "cpu_seconds_of_child": child.ru_utime + child.ru_stime,
+            "peak_bytes_of_child": child.ru_maxrss * 1024,
         }
 
     def scored(self, model: str, n: int) -> dict:
@@ -180,19 +169,16 @@ RATIOS: dict[str, tuple[dict, str]] = {
 }
 
 
-def call(method: str, **arguments) -> dict:
-    """Have a process of its own call a method of Job."""
-    with Child("corpus.py", "job") as child:
-        return child.call(method, **arguments)
-
-
 def through(n: int, folder: Path, model: Path) -> dict:
     """Measure a job of n rows without a model."""
-    log, tokenizer = folder / f"{n}.jsonl", str(folder / "tokenizer.pickle")
+    from headrift.prepare import load_tokenizer
+
+    log, tokenizer = folder / f"{n}.jsonl", folder / "tokenizer.pickle"
     write_log(log, n)
-    call("pickle_tokenizer", model=str(model), path=tokenizer)
-    paths = {"file": str(log), "out": str(folder / f"out-{n}"), "model": str(model), "tokenizer": tokenizer}
-    result = call("through", **paths)
+    tokenizer.write_bytes(pickle.dumps(load_tokenizer(str(model))))  # here: it loads torch, and the job is measured without
+    paths = {"file": str(log), "out": str(folder / f"out-{n}"), "model": str(model), "tokenizer": str(tokenizer)}
+    with Child("corpus.py", "job") as child:
+        result = child.call("through", **paths)
     cpu = result["cpu_seconds"] + result["cpu_seconds_of_child"]
     result |= {"rows_per_second": n / result["seconds"], "rows_per_second_per_core": n / cpu}
     result["input_bytes"] = log.stat().st_size
@@ -201,7 +187,8 @@ def through(n: int, folder: Path, model: Path) -> dict:
 
 
 def scored(model: Path, n: int) -> dict:
-    result = call("scored", model=str(model), n=n)
+    with Child("corpus.py", "job") as child:
+        result = child.call("scored", model=str(model), n=n)
     return {"case": "scored", "model": model.name, "rows": n, "rows_per_second": n / result["seconds"], **result}
 
 
@@ -244,19 +231,12 @@ def ratios(model: Path) -> dict:
 
 def make_tiny_model(folder: Path, model: Path, layers: int = 2, hidden: int = 128) -> Path:
     """Make a model of random layers with heads of 32, with another model's tokenizer and chat template."""
-    import torch
-    import transformers
+    from helpers.tiny_models import make_chat_model
 
-    transformers.utils.logging.disable_progress_bar()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    folder.mkdir(exist_ok=True)
     sizes = {"hidden_size": hidden, "intermediate_size": hidden, "num_hidden_layers": layers}
-    sizes |= {"num_attention_heads": hidden // 32, "num_key_value_heads": hidden // 64}
-    sizes |= {"vocab_size": len(tokenizer), "max_position_embeddings": 4096}
-    config = transformers.LlamaConfig(**sizes, bos_token_id=1, eos_token_id=2, pad_token_id=2)
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    heads = {"num_attention_heads": hidden // 32, "num_key_value_heads": hidden // 64}
+    return make_chat_model(folder, model, **sizes, **heads, max_position_embeddings=4096, initializer_range=0.02)
 
 
 def main() -> None:

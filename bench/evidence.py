@@ -1,11 +1,10 @@
 """What separates attacks from benign prompts on the five prompt sets, and what does not: the report and its findings.
 
-    python bench/evidence.py [--model DIR] [--runs DIR] [--resamples 500]
+    python bench/evidence.py [--model DIR] [--runs DIR] [--resamples 500] [--from-results]
 
-Scores each set of `datasets/` with the demonstration model (steps 0 to 40, everything saved, window 1:12),
-calibrates on all of them, and compares the signals of each set and of all five. Writes docs/results/five-sets.html
-(`headrift report`) with its files, bench/results/evidence.json, and the tables of docs/results/evidence.md made from
-it. `--runs` keeps the runs, and takes finished ones; `--from-results` writes the tables again from the JSON.
+Scores each set of `datasets/` (steps 0 to 40, everything saved, window 1:12), calibrates on all of them, and compares
+the signals of each set and of all five. Writes docs/results/five-sets.html (`headrift report`) with its files,
+bench/results/evidence.json, and the tables of docs/results/evidence.md made from it.
 """
 
 import sys

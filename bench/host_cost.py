@@ -2,15 +2,12 @@
 
     python bench/host_cost.py [--rounds 400] [--out bench/results/host_cost.json]
 
-Two kinds of step of 1 to 256 rows, all probed, on a model of 32 layers with the heads of Llama-3-8B. `decode`: the
-layers are replayed from a CUDA graph, so what measuring adds is the step's plan, compared with the metadata that vLLM's
-own builder makes. `streaming`: one row in 13 is a prompt of 300 tokens that ends in this step, as in nearly every step
-of a job of 12 steps a prompt, and attention is launched from Python: added are the plan and all that a layer's
-`forward` does besides vLLM's own. Rows have 2,048 keys at most; in `streaming, long rows` some are split, which takes a
-second launch in each layer.
-
-Triton's launcher runs over a CUDA library that does nothing, on CPU tensors: what the GPU's driver takes for a launch
-and for the step's few small copies is not in it.
+Two kinds of step of 1 to 256 rows, all probed, 32 layers with the heads of Llama-3-8B. `decode`: the layers are
+replayed from a CUDA graph, so what measuring adds is the step's plan, compared with what vLLM's own builder makes.
+`streaming`: one row in 13 is a prompt of 300 tokens that ends in this step, as in most steps of a job of 12 steps a
+prompt: added are the plan and what a layer's `forward` does besides vLLM's own. Rows have 2,048 keys at most; in
+`streaming, long rows` some are split, which takes a second launch in each layer. Triton's launcher runs over a CUDA
+library that does nothing, on CPU tensors: the GPU driver's launches and small copies are not in it.
 """
 
 import gc
@@ -112,9 +109,9 @@ def times_in_turns(worker, rows: int, prefills: int, longest: int, rounds: int) 
 def table(report: dict) -> str:
     rows = []
     for row in report["rows"]:
-        cells = {name: f"{q[1]:.1f} ({q[0]:.1f}-{q[2]:.1f})" for name, q in row["quartiles"].items()}
-        layers = cells["layers"] if row["step"] != "decode" else "in the graph"
-        rows.append([row["step"], row["rows"], cells["stock"], cells["plan"], layers, f"{row['added']:.1f}"])
+        stock, plan, layers = (f"{q[1]:.1f} ({q[0]:.1f}-{q[2]:.1f})" for q in row["quartiles"].values())
+        layers = layers if row["step"] != "decode" else "in the graph"
+        rows.append([row["step"], row["rows"], stock, plan, layers, f"{row['added']:.1f}"])
     head = ["step", "rows", "vLLM's builder", "ours", "all layers' forward, vLLM's own left out", "added"]
     return utils.page(
         f"# Host cost of a probed step, microseconds: {report['machine']['cpu']}",

@@ -9,7 +9,6 @@ engine without a measured request get several processes each, which take turns. 
 over the turns, on a log scale; kinds are compared by Welch's t over processes.
 """
 
-import os
 import sys
 from contextlib import ExitStack
 from functools import partial
@@ -113,7 +112,7 @@ def in_one_process(settings: dict, turns: int) -> list[dict]:
     with Child("idle.py", "engine", environment=overhead.environments()[1]) as engine:
         engine.call("start", kind="probing", settings=settings, regions=overhead.REGIONS, steps=STEPS)
         for case in CASES:
-            arms = {arm: lambda arm=arm, case=case: engine.call("run_arm", arm=arm, **case.request) for arm in ARMS}
+            arms = {arm: partial(engine.call, "run_arm", arm=arm, **case.request) for arm in ARMS}
             arms["probing"](), arms["probing"]()  # the prompts into the prefix cache
             calls = {arm: engine.call("count_calls", arm=arm, **case.request)["calls"] for arm in ARMS}
             if calls[PLAIN] or not all(calls[arm] for arm in ARMS if arm != PLAIN):
@@ -135,15 +134,13 @@ def in_several(settings: dict, n: int, turns: int) -> list[dict]:
         names = [(kind, i) for i in range(n) for kind in KINDS]
         engines = {name: overhead.start(overhead.ARMS[name[0]], settings, STEPS, processes)[0] for name in names}
         for case in CASES:
-
-            def run(name: tuple[str, int], case: overhead.Case = case) -> float:
-                answered = engines[name].call("run", **case.request, **overhead.ARMS[name[0]].measures)
-                return answered["cpu_seconds"]
-
-            arms = {name: partial(run, name) for name in names}
+            arms = {
+                name: partial(engines[name].call, "run", **case.request, **overhead.ARMS[name[0]].measures)
+                for name in names
+            }
             utils.run_in_turns(arms, 2)  # the prompts into the prefix cache
             runs = utils.run_in_turns(arms, turns)
-            samples = {kind: [runs[kind, i] for i in range(n)] for kind in KINDS}
+            samples = {kind: [[run["cpu_seconds"] for run in runs[kind, i]] for i in range(n)] for kind in KINDS}
             results.append({"name": case.name, "samples": samples, **compare(samples)})
             print(f"{case.name}: {utils.cell(results[-1]['ratio'], 3)}", flush=True)
     return results
@@ -192,7 +189,6 @@ def main() -> None:
     options.amount("processes", 3, 2, "of each kind")
     options.amount("turns", 150, 2, "in one process, of each case")
     args = options.parse()
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     settings, turns = overhead.engine_settings(args.model, CASES), 2 if args.short else 8
     report = utils.new_report(args, processes=args.processes, turns=args.turns, turns_of_processes=turns)
     report["one_process"] = in_one_process(settings, args.turns)

@@ -92,15 +92,6 @@ def microseconds(call: Callable[[], None]) -> float:
     return clock.seconds * 1e6
 
 
-def hold_to_avx2() -> None:
-    """Have vLLM load its AVX2 operations and numba compile for AVX2; before either is imported."""
-    os.environ["NUMBA_CPU_NAME"] = "haswell"
-    os.environ["NUMBA_CPU_FEATURES"] = "+avx,+avx2,+fma,+bmi,+bmi2,+f16c,+lzcnt,+movbe,+popcnt,+sse4.1,+sse4.2"
-    import torch
-
-    torch.cpu._is_avx512_supported = lambda: False
-
-
 def table(report: dict) -> str:
     means, host, rows = report["geometric_means"], report["machine"], []
     for case in report["cases"]:
@@ -137,9 +128,13 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=60)
     options.add_argument("--instructions", choices=("avx2",), help="hold both kernels to AVX2 (default: the widest)")
     args = options.parse()
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    if args.instructions == "avx2":
-        hold_to_avx2()
+    if args.instructions == "avx2":  # before vLLM loads its operations, and numba compiles
+        import torch
+
+        os.environ["NUMBA_CPU_NAME"] = "haswell"
+        features = ("avx", "avx2", "fma", "bmi", "bmi2", "f16c", "lzcnt", "movbe", "popcnt", "sse4.1", "sse4.2")
+        os.environ["NUMBA_CPU_FEATURES"] = ",".join(f"+{feature}" for feature in features)
+        torch.cpu._is_avx512_supported = lambda: False
     cases = [
         measure(shape, batch, context, args.rounds)
         for shape, (_, kv_heads, head_dim) in SHAPES.items()
@@ -149,14 +144,12 @@ def main() -> None:
     ]
     from headrift_kernels.cpu import simd
 
-    means = {
-        name: float(np.exp(np.mean(np.log([case[name] for case in cases])))) for name in ("speedup", "mass_over_plain")
-    }
+    logs = {name: np.log([case[name] for case in cases]) for name in ("speedup", "mass_over_plain")}
     slower = sum(us["mass"] > us["vllm"] + us["mass_only"] for us in (case["microseconds"] for case in cases))
     report = {
         "machine": {**utils.host(), "instructions": "AVX-512" if simd._AVX512 else "AVX2"},
         "versions": utils.versions(),
-        "geometric_means": means,
+        "geometric_means": {name: float(np.exp(values.mean())) for name, values in logs.items()},
         "slower_than_apart": slower,
         "cases": cases,
     }

@@ -4,12 +4,12 @@
 
 Cases: `uniform` (one context length), `ragged` (one row of 8,192 keys among rows of 512), `shared` (the first 3/4 of
 all rows in common), `streaming` (decode rows and the last chunks of prompts, whose last token is measured) and `replay`
-(answers of 64 tokens, every token measured). Times are medians over replays of a CUDA graph, as an engine launches
-them, through copies of the cache larger than the L2 cache. GB/s: bytes of K and V, beside the measured copy bandwidth.
+(answers of 64 tokens, all measured). Times are medians over replays of a CUDA graph, as an engine launches them,
+through copies of the cache larger than the L2 cache. GB/s: bytes of K and V, beside the measured copy bandwidth.
 
-An exception in headrift's kernels fails the run (exit status 1); a kernel of others that is not there has a reason
-instead of a time. Cases that do not fit the GPU are listed as too large, those that no longer fit --seconds as left
-out, the required ones (the first model's first) also by themselves. `--out` is written after each case, and is resumed.
+An exception in headrift's kernels fails the run (exit status 1); a kernel of others that is not there has a reason.
+Cases that do not fit the GPU are listed as too large, those that no longer fit --seconds as left out. `--out` is
+written after each case; the cases that it already has are kept.
 """
 
 import multiprocessing
@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,48 +30,14 @@ import utils
 if "--dry-run" in sys.argv:  # also in the processes of `compile_ahead`, which get the same arguments
     import tools.cuda_on_cpu  # noqa: F401
 
-from headrift_kernels.triton.decode_mass import SplitScratch, decode_mass, splits_for
+from headrift_kernels.triton.decode_mass import decode_mass
+from tools.gpu_batches import DEVICE, Batch, Case
 
-DEVICE = "cuda"
-PAGE = 16  # vLLM's default on GPUs
-STEPS = 16
-ANSWER = 64
 COLD_BYTES = 256 << 20  # several times an L2 cache
 # Of the free memory, for K and V of one layer: the copies, queries and outputs need some too.
 MOST_OF_FREE = 0.3
 COMPILE_BYTES = 6 << 30  # of a process that compiles ahead: a CUDA context and the largest of its cases
 REQUIRED = 4  # cases, of the first model
-# heads per KV head, KV heads, head_dim
-MODELS = {"Llama-3-8B": (4, 8, 128), "Qwen2.5-7B": (7, 4, 128), "SmolLM2-135M": (3, 3, 64), "tiny": (2, 2, 32)}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A batch to attend: context lengths of decode rows, and of rows that compute a chunk of several tokens."""
-
-    kind: str  # uniform, ragged, shared, streaming or replay
-    decode: tuple[int, ...]
-    prefill: tuple[int, ...] = ()
-    chunk: int = 512  # tokens of each of the `prefill` rows
-    shared: int = 0  # first keys that all rows have in common
-
-    @property
-    def name(self) -> str:
-        return f"{self.kind} {len(self.contexts)} x {max(self.contexts)}"
-
-    @property
-    def contexts(self) -> tuple[int, ...]:
-        return self.decode + self.prefill
-
-    @property
-    def answer(self) -> int:
-        """Answer tokens at the end of a chunk."""
-        return min(ANSWER, self.chunk - 1) if self.kind == "replay" else 0
-
-    def kv_bytes(self, model: str) -> int:
-        """Bytes of K and V in 16 bits, of one layer."""
-        _, kv_heads, head_dim = MODELS[model]
-        return (self.shared + sum(n - self.shared for n in self.contexts)) * kv_heads * head_dim * 4
 
 
 def cases() -> list[Case]:
@@ -94,67 +59,16 @@ def cases() -> list[Case]:
     ]
 
 
-def tiny_cases() -> list[Case]:
-    return [
-        Case("uniform", (40,) * 2),
-        Case("ragged", (600, 20)),
-        Case("shared", (48,) * 2, shared=32),
-        Case("streaming", (40,), (40,), chunk=20),
-        Case("replay", (), (40,), chunk=20),
-    ]
+TINY_CASES = [
+    Case("uniform", (40,) * 2),
+    Case("ragged", (600, 20)),
+    Case("shared", (48,) * 2, shared=32),
+    Case("streaming", (40,), (40,), chunk=20),
+    Case("replay", (), (40,), chunk=20),
+]
 
 
-class Batch:
-    """A case's tensors on the device, in vLLM 0.32's layouts; each row is measured at one token, or at its answer's.
-
-    Caches: [blocks, page, KV heads, head_dim]; query: [tokens, heads, head_dim]; starts: [rows + 1] int32.
-    """
-
-    def __init__(self, case: Case, model: str, seed: int, dtype: torch.dtype):
-        group, kv_heads, head_dim = MODELS[model]
-        self.case, self.kv_heads, self.scale = case, kv_heads, head_dim**-0.5
-        torch.manual_seed(seed)
-        rows, longest = len(case.contexts), max(case.contexts)
-        lengths = [1] * len(case.decode) + [case.chunk] * len(case.prefill)
-        tokens, heads, pages = sum(lengths), group * kv_heads, -(-longest // PAGE)
-        own = [-(-context // PAGE) - case.shared // PAGE for context in case.contexts]
-        blocks = case.shared // PAGE + sum(own)
-        free = torch.randperm(blocks, device=DEVICE).int()
-        prefix, free = free[: case.shared // PAGE], free[case.shared // PAGE :]
-        self.table = torch.zeros(rows, pages, dtype=torch.int32, device=DEVICE)
-        self.table[:, : len(prefix)] = prefix
-        for row, blocks_of_row in enumerate(free.split(own)):
-            self.table[row, len(prefix) : len(prefix) + own[row]] = blocks_of_row
-        cache = torch.randn(blocks, kv_heads, PAGE, 2 * head_dim, dtype=dtype, device=DEVICE)
-        self.keys, self.values = cache.transpose(1, 2).split(head_dim, dim=-1)
-        qkv = 2 * torch.randn(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype, device=DEVICE)
-        self.query = qkv[:, :heads]
-        self.output = torch.empty_like(self.query, memory_format=torch.contiguous_format)
-        integers = {"dtype": torch.int32, "device": DEVICE}
-        self.starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], **integers)
-        self.seq_lens = torch.tensor(case.contexts, **integers)
-        slots = torch.randperm(rows, device=DEVICE).int()
-        steps = case.chunk if case.kind == "replay" else STEPS
-        behind = [12] * len(case.decode) + [case.answer] * len(case.prefill)
-        prompt_len = [context - n for context, n in zip(case.contexts, behind)]
-        of_slot = torch.empty(rows, **integers)
-        of_slot[slots.long()] = torch.tensor(prompt_len, **integers)
-        regions = torch.tensor([[[5, n // 3], [n // 3 + 5, n - 4], [0, n]] for n in of_slot.tolist()], **integers)
-        self.rows = slots, of_slot, torch.full((rows,), steps, **integers), regions  # as the kernels take them
-        self.mass = torch.full((rows, steps, 2, heads, 3), torch.nan, device=DEVICE)
-        self.longest, self.kv_bytes = longest, sum(case.contexts) * kv_heads * 2 * head_dim * cache.element_size()
-
-    def scratch(self, rows: int) -> SplitScratch | None:
-        processors = torch.cuda.get_device_properties(0).multi_processor_count
-        splits = splits_for(rows, self.kv_heads, self.longest, processors)
-        _, heads, head_dim = self.query.shape
-        return SplitScratch.allocate(rows, heads, head_dim, 3, splits, DEVICE) if splits > 1 else None
-
-
-Call = Callable
-
-
-def plain(batch: Batch) -> Call:
+def plain(batch: Batch) -> Callable:
     """headrift's decode kernel without masses."""
     n = len(batch.case.decode)
     scratch, query, output = batch.scratch(n), batch.query[:n], batch.output[:n]
@@ -162,7 +76,7 @@ def plain(batch: Batch) -> Call:
     return lambda: decode_mass(output, None, 1, query, *caches, *lengths, scale=batch.scale, scratch=scratch)
 
 
-def with_masses(batch: Batch) -> Call:
+def with_masses(batch: Batch) -> Callable:
     """headrift's decode kernel with masses, for decode rows and for the last tokens of the prompts."""
     rows = len(batch.seq_lens)
     more = {"query_start_loc": batch.starts} if batch.case.prefill else {}
@@ -171,7 +85,7 @@ def with_masses(batch: Batch) -> Call:
     return lambda: decode_mass(batch.output, batch.mass, 1, *arguments, **more, scale=batch.scale, scratch=scratch)
 
 
-def replay(batch: Batch) -> Call:
+def replay(batch: Batch) -> Callable:
     """headrift's masses of every answer token of a chunk: the last by the decode kernel, others in a pass over K."""
     from headrift_kernels.triton.replay_mass import ReplayScratch, replay_mass, replay_splits
 
@@ -203,7 +117,7 @@ def rest_of(batch: Batch, first_row: int) -> dict:
     }
 
 
-def vllm_triton(batch: Batch, first_row: int = 0) -> Call:
+def vllm_triton(batch: Batch, first_row: int = 0) -> Callable:
     """vLLM's unified Triton kernel as its backend calls it: small decode batches are split into 16 segments."""
     from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
@@ -217,7 +131,7 @@ def vllm_triton(batch: Batch, first_row: int = 0) -> Call:
     return lambda: unified_attention(**arguments)
 
 
-def flash_attention(batch: Batch, first_row: int = 0) -> Call:
+def flash_attention(batch: Batch, first_row: int = 0) -> Callable:
     """FlashAttention in the version that vLLM takes on this GPU; the function's own default is 2."""
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
     from vllm.vllm_flash_attn import flash_attn_varlen_func
@@ -226,7 +140,7 @@ def flash_attention(batch: Batch, first_row: int = 0) -> Call:
     return lambda: flash_attn_varlen_func(**arguments)
 
 
-def hybrid(batch: Batch) -> Call:
+def hybrid(batch: Batch) -> Callable:
     """What headrift's engine runs: vLLM's kernel for the prompts' chunks, then one launch of ours for every row."""
     try:
         prompts = flash_attention(batch, len(batch.case.decode))
@@ -240,12 +154,12 @@ OURS = {"plain": plain, "mass": with_masses, "hybrid": hybrid, "replay": replay}
 PEERS = {"vllm_triton": vllm_triton, "flash_attention": flash_attention}
 
 
-def kernels_for(case: Case) -> dict[str, Callable[[Batch], Call]]:
+def kernels_for(case: Case) -> dict[str, Callable]:
     ours = {"streaming": ("mass", "hybrid"), "replay": ("replay",)}.get(case.kind, ("plain", "mass"))
     return {name: OURS[name] for name in ours} | PEERS
 
 
-def milliseconds(call: Call) -> float:
+def milliseconds(call: Callable) -> float:
     """Time a call on the device."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
@@ -255,7 +169,7 @@ def milliseconds(call: Call) -> float:
     return begin.elapsed_time(end)
 
 
-def microseconds(calls: list[Call], rounds: int) -> float:
+def microseconds(calls: list[Callable], rounds: int) -> float:
     """Median time of one call; a round is one replay of a graph that holds all of them."""
     for call in calls:
         call()  # compiles
@@ -355,7 +269,7 @@ def main() -> int:
     args = options.parse()
     if not torch.cuda.is_available():
         raise SystemExit("kernels_gpu: no CUDA device here (--dry-run runs it on a CPU)")
-    models, all_cases = (["tiny"], tiny_cases()) if args.dry_run else (args.models.split(","), cases())
+    models, all_cases = (["tiny"], TINY_CASES) if args.dry_run else (args.models.split(","), cases())
     dtype, rounds = (torch.float32, 2) if args.dry_run else (torch.bfloat16, 30)
     free, _ = torch.cuda.mem_get_info()
     jobs, too_large = plan(models, all_cases, free)

@@ -22,7 +22,7 @@ import sys
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -122,6 +122,13 @@ class PlainEngine:
     def __init__(self, llm_engine):
         self.llm_engine, self._submitted = llm_engine, 0
 
+    @classmethod
+    def start(cls, settings: dict):
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        return cls(LLMEngine.from_engine_args(EngineArgs(**settings)))
+
     def answer(self, prompts: list[list[int]], tokens: int, at_once: int) -> list[tuple[list[int], int, None]]:
         """Answer prompts with `tokens` tokens each: token ids and number of cached prompt tokens, in order."""
         from vllm import SamplingParams
@@ -198,7 +205,7 @@ class Engine:
     def start(self, kind: str, settings: dict, **options) -> dict:
         """Start vLLM by itself (`plain`), where nothing of headrift may be loaded, or headrift's engine."""
         with Stopwatch() as clock:
-            self.engine = HeadriftEngine(settings, **options) if kind != PLAIN else start_plain(settings)
+            self.engine = PlainEngine.start(settings) if kind == PLAIN else HeadriftEngine(settings, **options)
         loaded = sorted(name for name in sys.modules if is_headrift(name))
         if kind == PLAIN and loaded:
             raise RuntimeError(f"vLLM without headrift was to run here, and {loaded[0]} is loaded")
@@ -216,10 +223,7 @@ class Engine:
     def run(
         self, prompts: int, context: int, tokens: int, seed: list[int], shared: int = 0, at_once: int = 0, **how
     ) -> dict:
-        """Answer random prompts once, of `context` tokens each, the first `shared` of them in common.
-
-        at_once: most requests in flight (default: all); how: what to measure, see HeadriftEngine.answer.
-        """
+        """Answer random prompts once, with `shared` first tokens in common; how: see HeadriftEngine.answer."""
         vocabulary = self.engine.llm_engine.vllm_config.model_config.get_vocab_size()
         idle = time.process_time() - self._last_turn
         ids = make_prompts(vocabulary, prompts, context, shared, tuple(seed))
@@ -242,13 +246,6 @@ class Engine:
             # NaN fails both comparisons. A share is a quotient of float32 sums: 1e-3 is far above their rounding.
             "bad_values": sum(int((~((values >= 0) & (values <= 1 + 1e-3))).sum()) for values in share),
         }
-
-
-def start_plain(settings: dict) -> PlainEngine:
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.v1.engine.llm_engine import LLMEngine
-
-    return PlainEngine(LLMEngine.from_engine_args(EngineArgs(**settings)))
 
 
 @contextmanager
@@ -345,9 +342,7 @@ def check_work(case: str, runs: dict[str, dict]) -> tuple[int, int]:
 
 def measure(case: Case, engines: dict[str, Child], pairs: int) -> dict:
     """Return the case's samples by arm."""
-    arms = {
-        name: lambda name=name: engines[name].call("run", **case.request, **ARMS[name].measures) for name in case.arms
-    }
+    arms = {name: partial(engines[name].call, "run", **case.request, **ARMS[name].measures) for name in case.arms}
     for arm in arms.values():  # the prompts into the prefix cache
         arm()
     first = {name: arm() for name, arm in arms.items()}
@@ -411,7 +406,6 @@ def main() -> None:
     cases = tuple(c for c in (SHORT_CASES if args.short else CASES) if args.case in (None, c.name))
     if not cases:
         raise SystemExit(f"there is no case '{args.case}'; there are: {', '.join(c.name for c in CASES)}")
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     settings, shapes = engine_settings(args.model, cases), Shapes.read(args.model)
     about = {"pairs": args.pairs, "settings": settings | {"model": args.model.name}}
     report = utils.new_report(args, **about, engines={}, cases=[])

@@ -14,7 +14,6 @@ What no longer fits --seconds is listed as left out. --out is written after each
 """
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -142,8 +142,7 @@ def kv_tokens(part: str, dry_run: bool) -> dict[str, int]:
     return needs
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """What fits a GPU: engines at once, the KV cache of each, and the cases that do not fit with the reason."""
 
     engines: int
@@ -152,13 +151,9 @@ class Memory:
 
 
 def share_memory(total: float, weights: int, cases: dict[str, int], engines: int = 1) -> Memory | None:
-    """Return what fits when each engine gets an equal share, with the most engines at once that hold any case.
+    """Return what fits `total` free bytes, with the most engines at once that hold any case.
 
-    Args:
-        total: Bytes that are free.
-        weights: Bytes of the weights of each engine.
-        cases: Bytes of KV cache that each case needs, by name.
-        engines: The most engines that are of use at once.
+    weights: bytes of each engine's; cases: bytes of KV cache by name; engines: the most that are of use at once.
     """
     for at_once in range(engines, 0, -1):
         room = USABLE * total / at_once - weights - ENGINE_BYTES
@@ -266,8 +261,7 @@ class Part(utils.Progress):
         return child.call("start", kind=kind, settings=settings, **(options if kind != "plain" else {}))
 
     def save(self) -> None:
-        content = {"sizes": self.sizes, "engines": self.engines, "cases": self.cases, "table": self.table}
-        self.write(content)
+        self.write({"sizes": self.sizes, "engines": self.engines, "cases": self.cases, "table": self.table})
 
     def add(self, name: str, case: dict) -> None:
         self.done(name, case)
@@ -275,10 +269,7 @@ class Part(utils.Progress):
 
 
 def run_case(child: Child, name: str, probed: bool | None = None, method: str = "run", **case) -> dict:
-    """Run a case; RuntimeError if measured requests left no values, or values that cannot be shares.
-
-    probed: Whether requests are measured (None: plain vLLM).
-    """
+    """Run a case, measured or not (None: by plain vLLM); RuntimeError without the shares that it is to record."""
     run = child.call(method, **case, **({} if probed is None else {"probed": probed}))
     if probed and (run["bad_values"] or not run["values"]):
         raise RuntimeError(f"{name}: {run['bad_values']} of {run['values']} recorded shares are not in 0..1")
@@ -327,8 +318,16 @@ def sample_group(part: Part, kinds: tuple[str, ...], todo: list[Case], samples: 
             if runs and len(arms) == len(ARMS):
                 summaries = {arm: summary(case, arms[arm], arms["plain"]) for arm in ARMS}
                 result = {**asdict(case), "engines_at_once": part.memory.engines, "arms": summaries}
-                part.table = overhead_table(part.cases | {case.name: result})
-                part.add(case.name, result)
+                part.done(case.name, result)
+                rows = [
+                    [name, arm, f"{figures['ms_per_step']:.2f}", f"{figures['tokens_per_second']:,.0f}"]
+                    + [utils.cell(figures[speed], 3) for speed in ("speed_over_plain", "steps_over_plain")]
+                    for name, kept in part.cases.items()
+                    for arm, figures in kept.get("arms", {}).items()
+                ]
+                head = ["case", "arm", "ms/step", "tokens/s", "speed over plain", "of its steps"]
+                part.table = utils.markdown(head, rows).splitlines()
+                part.save()
 
 
 def sample(case: Case, children: dict[str, Child], stop: float, turns: int) -> tuple[dict[str, list], float]:
@@ -372,22 +371,8 @@ def summary(case: Case, runs: list[dict], plain: list[dict]) -> dict:
     }
 
 
-def overhead_table(cases: dict) -> list[str]:
-    rows = [
-        [name, arm, f"{result['ms_per_step']:.2f}", f"{result['tokens_per_second']:,.0f}"]
-        + [utils.cell(result[speed], 3) for speed in ("speed_over_plain", "steps_over_plain")]
-        for name, case in cases.items()
-        for arm, result in case.get("arms", {}).items()
-    ]
-    head = ["case", "arm", "ms/step", "tokens/s", "speed over plain", "of its steps"]
-    return utils.markdown(head, rows).splitlines()
-
-
 def profiled_engine(part: Part) -> dict:
-    """Start an engine that sizes its KV cache by vLLM's memory profiling, and require finite masses of it.
-
-    The profiling runs the model and captures graphs on a first KV cache that it then throws away.
-    """
+    """Require finite masses of an engine that sizes its KV cache by vLLM's profiling, with a first, other cache."""
     settings = {"kv_cache_memory_bytes": None, "hf_overrides": {"num_hidden_layers": min(4, part.sizes["layers"])}}
     settings["gpu_memory_utilization"] = 0.15 if part.dry_run else part.free / 2
     case = Case("streaming", 4, 40, 4) if part.dry_run else Case("streaming", 32, 1024, 16)
@@ -451,7 +436,6 @@ def main() -> None:
 
         if not has_gpu():
             raise SystemExit("overhead_gpu: this torch is not a build for GPUs (--dry-run runs it on a CPU)")
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     free, total = (DRY_RUN_BYTES, DRY_RUN_BYTES) if args.dry_run else free_bytes()
     free = min(free, args.memory * GB) if args.memory else free
     with tempfile.TemporaryDirectory(prefix="headrift-model-") as folder:

@@ -2,16 +2,15 @@
 
     python bench/peers.py [--prompts FILE --system FILE] [--nnsight PYTHON] [--turns 4] [--short]
 
-transformers with eager attention and `output_attentions`, one prompt at a time (also with torch's memory in huge pages,
-which headrift asks for) and in batches padded on the left; headrift generating (also compiled, not with --short) and
+transformers with eager attention and `output_attentions`, one prompt at a time (also with memory in huge pages, which
+headrift asks for) and in batches padded on the left; headrift generating (also compiled, not with --short) and
 replaying, which gets the answers that generating gave; and nnsight, one prompt at a time, in a Python of its own
 (--nnsight: one with `pip install nnsight==0.8.1`). All are greedy, float32, and record steps 0 to 12 of all heads.
 
-Each way is a process, stopped while another works. In a turn the slow ways take one block of the shuffled prompts, so
-all prompts once in all turns; headrift takes all prompts, with an empty prefix cache. Rates are all prompts over all
-seconds. Cold: from the start of the process until 10 prompts are done. The slow ways get token ids, and OpenMP's own
-settings; headrift renders and tokenises in the time that is counted. The peak is the best float32 matrix product of
-the model's own shapes, measured beside each turn.
+Each way is a process, stopped while another works. In a turn the slow ways take one block of the shuffled prompts,
+headrift all prompts, with an empty prefix cache. Rates are all prompts over all seconds. Cold: from the start of the
+process until 10 prompts are done. The slow ways get token ids, and OpenMP's own settings; headrift also renders and
+tokenises. The peak is the best float32 matrix product of the model's own shapes, measured beside each turn.
 """
 
 import os
@@ -20,11 +19,11 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from collections import defaultdict
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import numpy as np
 
@@ -39,7 +38,6 @@ COMPILED = "generate, compiled"
 EAGER_HUGE = "transformers, one at a time, huge pages"
 NNSIGHT, PLUGIN = "nnsight", "vllm-lens"
 SLOW = (EAGER, EAGER_HUGE, BATCHED, NNSIGHT)
-COMPILE = {COMPILED: {"enforce_eager": False}}  # engine arguments
 # Whether torch asks the kernel for huge pages. headrift has it do so; by itself it does not.
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 BATCH = 16
@@ -59,23 +57,21 @@ class Scored:
         utils.after(self._scorer.engine, "step", self._finished.extend)
         return {}
 
-    def run(self, rows: list[dict], replay: bool = False, out: str | None = None) -> dict:
+    def run(self, rows: list[dict], replay: bool = False, keep: bool = False) -> dict:
         """Score the rows, with nothing in the prefix cache; if they are replayed, they have `response_ids`.
 
-        out: a file for masses and answers as Eager.run writes them, which then leave the device too, and scores s0, ...
+        keep: with masses and scores; the masses then leave the device too.
         """
         forget(self._scorer)
-        self._scorer.keep_mass = out is not None
+        self._scorer.keep_mass = keep
         self._finished.clear()
         with Stopwatch() as clock:
             results = list(self._scorer.score(rows, replay=replay))
         rejected = [result for result in results if not hasattr(result, "shares")]
         if rejected:
             raise ValueError(f"prompts that cannot be scored: {rejected[:3]}")
-        if out is not None:
-            arrays = {f"m{result.index}": result.mass for result in results}
-            arrays |= {f"s{result.index}": np.nan if result.score is None else result.score for result in results}
-            np.savez(out, **arrays, **{f"a{result.index}": result.answer_ids for result in results})
+        kept = {"masses": [result.mass.tolist() for result in results]} if keep else {}
+        kept |= {"scores": [result.score for result in results]} if keep else {}
         return {
             "seconds": clock.seconds,
             "cpu_seconds": clock.cpu_seconds,
@@ -83,6 +79,7 @@ class Scored:
             "system_tokens": sum(result.system_tokens for result in results) / len(results),
             "answers": [result.answer_ids for result in results],
             "flops": sum(map(self._flops, self._finished)),
+            **kept,
         }
 
     def _flops(self, done) -> int:
@@ -122,19 +119,18 @@ class Eager:
         self._model.eval()
         return {}
 
-    def run(self, prompts: list[dict], steps: int, eos: int, out: str) -> dict:
-        """Answer the prompts (`ids`, `regions`), to a file: m0, m1, ... [steps, layers, heads, regions]; a0, a1, ..."""
+    def run(self, prompts: list[dict], steps: int, eos: int) -> dict:
+        """Answer the prompts (`ids`, `regions`): masses [steps, layers, heads, regions] and answers of each."""
         import torch
 
-        answers: list[tuple[Any, list[int]]] = []
+        done: list[tuple] = []
         with Stopwatch() as clock, torch.inference_mode():
             for first in range(0, len(prompts), self._batch):
-                answers += self._answer(prompts[first : first + self._batch], steps, eos)
-        arrays = {f"m{i}": masses for i, (masses, _) in enumerate(answers)}
-        np.savez(out, **arrays, **{f"a{i}": answer for i, (_, answer) in enumerate(answers)})
-        return {"seconds": clock.seconds, "cpu_seconds": clock.cpu_seconds}
+                done += self._answer(prompts[first : first + self._batch], steps, eos)
+        kept = {"masses": [masses.tolist() for masses, _ in done], "answers": [answer for _, answer in done]}
+        return {"seconds": clock.seconds, "cpu_seconds": clock.cpu_seconds, **kept}
 
-    def _answer(self, prompts: list[dict], steps: int, eos: int) -> list[tuple[Any, list[int]]]:
+    def _answer(self, prompts: list[dict], steps: int, eos: int) -> list[tuple[np.ndarray, list[int]]]:
         """Masses of the recorded steps, and the answer's tokens with the end of text, of each prompt of a batch."""
         import torch
 
@@ -175,7 +171,7 @@ class Traced(Eager):
         self._model = LanguageModel(model, dtype=torch.float32, attn_implementation="eager", dispatch=True)
         return {"versions": {name: version(name) for name in ("nnsight", "torch", "transformers")}}
 
-    def _answer(self, prompts: list[dict], steps: int, eos: int) -> list[tuple[Any, list[int]]]:
+    def _answer(self, prompts: list[dict], steps: int, eos: int) -> list[tuple[np.ndarray, list[int]]]:
         """As Eager's; generation continues for all steps, and what comes after `eos` is cut off."""
         import torch
 
@@ -221,7 +217,6 @@ class Ways(ExitStack):
     def __init__(self, args: Namespace, rows: list[dict], prompts: list[dict], eos: int):
         super().__init__()
         self._args, self._rows, self._prompts, self._eos = args, rows, prompts, eos
-        self._folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
         self.children: dict[str, Child] = {}
         self.cold: dict[str, dict[str, float]] = {}
         self.versions: dict[str, str] = {}
@@ -239,41 +234,33 @@ class Ways(ExitStack):
 
     def process(self, name: str) -> Child:
         if name not in SLOW:
-            return start_headrift(self._args.model, self._args.steps, **COMPILE.get(name, {}))
+            engine_args = {"enforce_eager": False} if name == COMPILED else {}
+            return start_headrift(self._args.model, self._args.steps, **engine_args)
         # As they come: headrift's settings of OpenMP are headrift's.
         environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
         environment[HUGE_PAGES] = "1" if name == EAGER_HUGE else "0"
-        if name == NNSIGHT:
-            child, options = Child("peers.py", "nnsight", environment=environment, python=self._args.nnsight), {}
-        else:
-            child = Child("peers.py", "transformers", environment=environment)
-            options = {"batch": BATCH if name == BATCHED else 1}
+        kind, python = ("nnsight", self._args.nnsight) if name == NNSIGHT else ("transformers", sys.executable)
+        child = Child("peers.py", kind, environment=environment, python=python)
+        options = {} if name == NNSIGHT else {"batch": BATCH if name == BATCHED else 1}
         self.versions |= child.call("start", model=str(self._args.model), **options).get("versions", {})
         return child
 
     def run(self, name: str, which: list[int], *, keep: bool = False) -> dict:
         """Have a way do these prompts. keep: headrift hands out its masses too (the others always do)."""
-        child, out = self.children[name], str(self._file(name))
         if name in SLOW:
             prompts = [self._prompts[i] for i in which]
-            return child.call("run", prompts=prompts, steps=self._args.steps, eos=self._eos, out=out)
+            return self.children[name].call("run", prompts=prompts, steps=self._args.steps, eos=self._eos)
         rows = [self._rows[i] for i in which]
         if name == REPLAY:
             rows = [{**row, "response_ids": self.answers[i]} for i, row in zip(which, rows)]
-        return child.call("run", rows=rows, replay=name == REPLAY, out=out if keep else None)
+        return self.children[name].call("run", rows=rows, replay=name == REPLAY, keep=keep)
 
-    def kept(self, name: str, n: int, before: dict[str, list] | None) -> dict[str, list]:
-        """Masses, answers and, if it has them, scores that the way's last run of n prompts left, after those before."""
-        with np.load(self._file(name)) as file:
-            masses, answers = ([file[f"{kind}{i}"] for i in range(n)] for kind in "ma")
-            kept = {"masses": masses, "answers": [answer.tolist() for answer in answers]}
-            if "s0" in file:  # headrift's own; of the others they are worked out from the masses
-                scores = [float(file[f"s{i}"]) for i in range(n)]
-                kept["scores"] = [None if np.isnan(score) else score for score in scores]
-        return {column: (before or {}).get(column, []) + values for column, values in kept.items()}
 
-    def _file(self, name: str) -> Path:
-        return self._folder / f"{name.replace(' ', '-')}.npz"
+def move(run: dict, kept: dict[str, list]) -> None:
+    """Move what a run hands out to what is kept: masses, answers and, if headrift worked them out, scores."""
+    for name in ("masses", "answers", "scores"):
+        values = run.pop(name, [])
+        kept[name] += [np.array(mass, np.float32) for mass in values] if name == "masses" else values
 
 
 def agreement(ours: dict[str, list], expected: dict[str, list], rows: list[dict], steps: int) -> dict:
@@ -360,7 +347,6 @@ def main() -> None:
     args = options.parse()
     rows = utils.read_prompts(args.prompts, args.system, args.limit)
     Random(0).shuffle(rows)  # the file has its kinds one after another, and blocks are to be alike
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ[HUGE_PAGES] = "1"  # of this process, which measures the machine's peak
     report = utils.new_report(args)
 
@@ -368,7 +354,7 @@ def main() -> None:
 
     tokenizer, shapes = load_tokenizer(str(args.model), False), Shapes.read(args.model)
     prompts, every = render(rows, tokenizer), list(range(len(rows)))
-    kept: dict[str, dict[str, list]] = {}
+    kept: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     turns, rates = [], []
     with Ways(args, rows, prompts, tokenizer.eos_token_id) as ways:
         for name in (EAGER, EAGER_HUGE, BATCHED, GENERATE):
@@ -389,19 +375,16 @@ def main() -> None:
             for name in order:
                 which = block.tolist() if name in SLOW else every
                 samples[name] = {**ways.run(name, which), "prompts": len(which)}
-                samples[name].pop("answers", None)
-                if name in SLOW:
-                    kept[name] = ways.kept(name, len(which), kept.get(name))
+                move(samples[name], kept[name] if name in SLOW else defaultdict(list))
             turns.append(samples)
             rates.append(matrix_product_rates(shapes))
             print({name: round(run["prompts"] / run["seconds"], 2) for name, run in samples.items()}, flush=True)
         names = list(ways.children)
         for name in names:
             if name not in SLOW:
-                ways.run(name, every, keep=True)
-                kept[name] = ways.kept(name, len(every), None)
+                move(ways.run(name, every, keep=True), kept[name])
     for way in kept.values():
-        way.setdefault("scores", scores_of(way["masses"], way["answers"], args.steps))
+        way["scores"] = way["scores"] or scores_of(way["masses"], way["answers"], args.steps)
     done = {name: tuple([t[name][column] for t in turns] for column in ("prompts", "seconds")) for name in names}
     report |= {
         "prompts": {

@@ -59,6 +59,8 @@ class Race:
         self._rows += rows
 
     def on_block(self, step: int, block: dict) -> None:
+        from scipy.linalg import subspace_angles
+
         from headrift.safety_heads.sahara import Step
 
         seconds = {"headrift": (time.perf_counter() - self._begun) / self._rows}
@@ -70,7 +72,8 @@ class Race:
         some = [heads[i] for i in np.linspace(0, len(heads) - 1, min(self.sample, len(heads))).astype(int)]
         for way in ("loop", "lean") if len(self.blocks) % 2 else ("lean", "loop"):
             with Stopwatch() as clock:
-                expected = [self._angles([*chosen, head], way) for head in some]
+                bases = [self.loop.basis(self.queries, [*chosen, head], self.r_main, way == "lean") for head in some]
+                expected = [np.rad2deg(subspace_angles(self.clean, basis)[::-1]) for basis in bases]
             seconds[way] = clock.seconds / (len(some) * len(self.queries))
         for head, angles in zip(some, expected):
             both = {"headrift": block[head].tolist(), "transformers": angles.tolist()}
@@ -78,12 +81,6 @@ class Race:
         self.blocks.append({"step": step, "rows": self._rows, "seconds_a_row": seconds})
         print({"step": step, "rows": self._rows} | {way: round(s, 4) for way, s in seconds.items()}, flush=True)
         self._rows, self._begun = 0, time.perf_counter()
-
-    def _angles(self, group: list[tuple[int, int]], way: str) -> np.ndarray:
-        from scipy.linalg import subspace_angles
-
-        ablated = self.loop.basis(self.queries, group, self.r_main, way == "lean")
-        return np.rad2deg(subspace_angles(self.clean, ablated)[::-1])
 
 
 def evaluate(race: Race, steps: list) -> dict:

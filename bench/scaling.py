@@ -9,7 +9,6 @@ time. Every run begins with an empty prefix cache and scores prompts that are al
 """
 
 import json
-import os
 import sys
 import tempfile
 import time
@@ -89,8 +88,8 @@ class Job:
         self._prefilling = False
         clock.wrap(scorer.preparer, "prepare", TOKENISING)
         clock.wrap(scorer.engine, "step", lambda: PREFILL if self._prefilling else DECODE)
-        for method in ("collect", "recordings"):
-            clock.wrap(scorer.engine, method, DRAIN)
+        clock.wrap(scorer.engine, "collect", DRAIN)
+        clock.wrap(scorer.engine, "recordings", DRAIN)
         clock.wrap(scorer, "_result", SCORES)
         clock.wrap(PagedAttention, "attend", lambda *args, output=None, **more: MASS if output is None else ATTENTION)
 
@@ -103,21 +102,12 @@ class Job:
 
     def run(self, file: str) -> dict:
         """Score a file of rows into a part; seconds by phase."""
-        forget(self._scorer)
-        self._clock.seconds.clear()
-        with tempfile.TemporaryDirectory() as folder, Stopwatch() as clock:
-            n = self._through(file, Path(folder))
-        phases = dict(self._clock.seconds)
-        phases[REST] = clock.seconds - sum(phases.values())
-        return {"seconds": clock.seconds, "prompts": n, "phases": {name: phases.get(name, 0.0) for name in PHASES}}
-
-    def _through(self, file: str, folder: Path) -> int:
         from headrift.corpus import readers, sources
         from headrift.runs import parts
 
         clock, engine = self._clock, self._scorer.engine
-        schema = parts.part_schema((), layers=engine.layers, heads=engine.heads, regions=engine.regions)
-        files = parts.ShardFiles(folder, 0, schema)
+        forget(self._scorer)
+        clock.seconds.clear()
         taken: list = []
 
         def prompts() -> Iterator:
@@ -130,12 +120,17 @@ class Job:
                 taken.append(row)
                 yield row.prompt
 
-        for result in self._scorer.score(prompts()):
+        with tempfile.TemporaryDirectory() as folder, Stopwatch() as all_of_it:
+            schema = parts.part_schema((), layers=engine.layers, heads=engine.heads, regions=engine.regions)
+            files = parts.ShardFiles(Path(folder), 0, schema)
+            for result in self._scorer.score(prompts()):
+                with clock.phase(lambda: WRITING):
+                    files.add(parts.record(taken[result.index].columns(), result))
             with clock.phase(lambda: WRITING):
-                files.add(parts.record(taken[result.index].columns(), result))
-        with clock.phase(lambda: WRITING):
-            files.publish()
-        return len(taken)
+                files.publish()
+        phases = {name: clock.seconds.get(name, 0.0) for name in PHASES}
+        phases[REST] = all_of_it.seconds - sum(phases.values())
+        return {"seconds": all_of_it.seconds, "prompts": len(taken), "phases": phases}
 
 
 def rows(n: int, user: int = 20, system: int = 100, seed: int = 0) -> list[dict[str, str]]:
@@ -257,7 +252,6 @@ def main() -> None:
     options.amount("repeats", 3, 2, "runs of each point")
     options.prompts()
     args = options.parse()
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     report = utils.new_report(args, repeats=args.repeats, phases=phases(args))
     report["series"] = measure_series(args.model, args.short, args.repeats)
     utils.write(report, table(report), args.out)

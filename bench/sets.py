@@ -1,10 +1,9 @@
 """A first look: each prompt set of `datasets/` scored with the demonstration model, beside what could explain it.
 
-    python bench/sets.py [--model DIR] [--runs DIR] [--only SET]...
+    python bench/sets.py [--model DIR] [--runs DIR] [--only SET]... [--from-results]
 
 Runs `headrift score` on each set with its system prompt (12 steps, window 1:12, all defaults), then writes
-bench/results/sets.json (the runs' own figures) and the tables of docs/results/first-look.md. `--from-results` writes
-the tables again from the committed figures, without scoring anything.
+bench/results/sets.json (the runs' own figures) and the tables of docs/results/first-look.md.
 """
 
 import sys

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -20,10 +21,7 @@ import utils
 from peers import start_headrift
 from utils import Stopwatch
 
-STEPS = 12
-TIMES = ("seconds", "cpu_seconds")  # wall, and CPU time of the process, which others disturb less
-
-
+STEPS, TIMES = 12, ("seconds", "cpu_seconds")
 # What is not as headrift has it: engine arguments, and environment variables, which are in capitals.
 CHANGES: dict[str, dict] = {
     "memory in small pages (headrift asks for huge ones)": {"THP_MEM_ALLOC_ENABLE": "0"},
@@ -42,37 +40,28 @@ CHANGES: dict[str, dict] = {
 _PLAIN = """
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.engine.llm_engine import LLMEngine
-LLMEngine.from_engine_args(EngineArgs(
-    model=sys.argv[1], dtype="float32", enforce_eager=True, kv_cache_memory_bytes=4 << 30, disable_log_stats=True
-))
+settings = dict(dtype="float32", enforce_eager=True, kv_cache_memory_bytes=4 << 30, disable_log_stats=True)
+LLMEngine.from_engine_args(EngineArgs(model=sys.argv[1], **settings))
 """
 _HEADRIFT = """
 from headrift import Scorer
 Scorer(sys.argv[1], system_prompt="Be brief.", engine_args={"kv_cache_memory_bytes": 4 << 30})
 """
-_COMPILED = """
-from headrift import Scorer
-settings = {"kv_cache_memory_bytes": 4 << 30, "enforce_eager": False}
-Scorer(sys.argv[1], system_prompt="Be brief.", engine_args=settings)
-"""
+_COMPILED = _HEADRIFT.replace("4 << 30", '4 << 30, "enforce_eager": False')
 COMPILING = "headrift, compiled, the first time"
 STARTS = {
-    "vLLM's modules imported without garbage collection, no engine": """
-import gc
-gc.disable()
-import vllm.engine.arg_utils, vllm.v1.engine.llm_engine, vllm.v1.worker.cpu_worker
-""",
+    "vLLM's modules imported without garbage collection, no engine": (
+        "import gc; gc.disable(); import vllm.engine.arg_utils, vllm.v1.engine.llm_engine, vllm.v1.worker.cpu_worker"
+    ),
     "plain vLLM": _PLAIN,
     "headrift": _HEADRIFT,
     "headrift, compiled, with the compiled model on disk": _COMPILED,
     COMPILING: _COMPILED,
     "headrift, garbage collected on the way": f"import gc; gc.disable = lambda: None\n{_HEADRIFT}",
-    "headrift, KV cache filled with zeros": """
-import contextlib
-import headrift.vllm_engine.patches
-headrift.vllm_engine.patches.lazy_kv_cache = contextlib.nullcontext
-"""
-    + _HEADRIFT,
+    "headrift, KV cache filled with zeros": (
+        "import contextlib; from headrift.vllm_engine import patches; patches.lazy_kv_cache = contextlib.nullcontext\n"
+        + _HEADRIFT
+    ),
 }
 
 
@@ -87,7 +76,7 @@ def compare(model: Path, changes: list[str], prompts: list[dict], turns: int) ->
             with start_headrift(model, STEPS, environment, **engine_args) as changed:
                 changed.call("run", rows=prompts)
                 engines = {"without": default, "with": changed}
-                arms = {name: lambda child=child: child.call("run", rows=prompts) for name, child in engines.items()}
+                arms = {name: partial(child.call, "run", rows=prompts) for name, child in engines.items()}
                 samples = utils.columns(utils.run_in_turns(arms, turns), TIMES)
             ratios = utils.median_ratios(samples["without"], samples["with"], TIMES)
             results.append({"change": change, "ratios": ratios, "samples": samples})
@@ -140,7 +129,6 @@ def main() -> None:
     options = utils.Options(__doc__, "tuning")
     options.amount("turns", 8, 2, "turns of each change")
     args = options.parse()
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     sets = utils.ROOT / "datasets/banned_word.jsonl", utils.ROOT / "system_prompts/banned_word.txt"
     prompts = utils.read_prompts(*sets, limit=8 if args.short else 48)

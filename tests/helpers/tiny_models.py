@@ -1,6 +1,7 @@
 """Random models of a few architectures, small enough that a test makes them."""
 
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -46,6 +47,23 @@ TINY = {
         "layer_types": ["full_attention", "sliding_attention", "full_attention"][:LAYERS],
     },
 }
+
+
+def make_chat_model(folder: Path, source: Path, **options: object) -> Path:
+    """A random Llama with the tokenizer and chat template of the model in `source`; its folder. Two layers of four
+    heads, where no options for the configuration say otherwise."""
+    import transformers
+
+    size = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    size |= {"vocab_size": 49152, "intermediate_size": 128, "max_position_embeddings": 512}
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    config = transformers.LlamaConfig(**{**size, **tokens, "initializer_range": 0.1, **options})
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"):
+        if (source / name).exists():
+            shutil.copy(source / name, folder / name)
+    return folder
 
 
 def make_tiny_model(name: str, folder: Path) -> Path:
