@@ -1,10 +1,9 @@
 """What consistency training changes: three methods x three seeds at equal budget, held-out questions and wrappers.
 
-    python bench/consistency.py [--steps 100] [--questions 46] [--methods attct,act,bct] [--seeds 0,1,2]
+    python bench/consistency.py [--steps 100] [--questions 46] [--methods attct,act,bct] [--seeds 0,1,2] [--short]
 
 Trains and evaluates each with headrift's own commands, into runs/bench/consistency (what is done there already is not
-repeated), and measures the memory of a training step against the same step from eager attention's full maps. Writes
-bench/results/consistency.json, .md and .png. --short: one seed, 4 steps, 6 questions.
+repeated), and measures the memory of a training step against the same step from eager attention's full maps.
 """
 
 import ctypes
@@ -23,7 +22,6 @@ import utils
 from utils import Child, Stopwatch
 
 QUESTIONS = utils.ROOT / "datasets/consistency_questions.jsonl"
-WORK = utils.ROOT / "runs/bench/consistency"
 NAMES = {"attct": "AttCT", "act": "ACT", "bct": "BCT"}
 # The first held-out questions: they were seen in a run after which the weight of --keep was lowered, from 0.1.
 SEEN = 24
@@ -140,7 +138,7 @@ def step_loss(way: str, model, pair):
 
 
 def folder_of(method: str, seed: int, args) -> Path:
-    return WORK / f"{method}-{seed}-{args.steps}-{args.questions}"
+    return utils.ROOT / f"runs/bench/consistency/{method}-{seed}-{args.steps}-{args.questions}"
 
 
 def train(method: str, seed: int, args) -> None:

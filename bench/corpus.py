@@ -2,10 +2,9 @@
 
     python bench/corpus.py [--rows 100000 --rows 1000000] [--only through|scored|ratios] [--model DIR]
 
-through (the default): made-up rows through a whole job, rendered and tokenised, whose engine answers at once. scored:
-20,000 of them with a tiny random model and 2,000 with the demonstration model, and how long the engine waited for
-input. ratios: a shared system prompt with and without priming and small blocks, replay and generation, repeats.
-Writes bench/results/corpus.json; what is not measured now keeps its figures there.
+through (the default): made-up rows through a whole job whose engine answers at once. scored: 20,000 of them with a tiny
+random model and 2,000 with the demonstration model, and how long the engine waited for input. ratios: a shared system
+prompt, replay, repeats. What is not measured now keeps its figures in bench/results/corpus.json.
 """
 
 import json
@@ -186,42 +185,23 @@ def through(n: int, folder: Path, model: Path) -> dict:
     return result
 
 
-def scored(model: Path, n: int) -> dict:
-    with Child("corpus.py", "job") as child:
-        result = child.call("scored", model=str(model), n=n)
-    return {"case": "scored", "model": model.name, "rows": n, "rows_per_second": n / result["seconds"], **result}
-
-
-def ratio_case(model: Path, n: int, options: dict, prompts: str) -> dict:
-    """Time the scoring of n short prompts."""
-    rows = short_prompts(1) * n if prompts == "same" else short_prompts(n)
-    with Child("peers.py", "headrift") as child:
-        child.call("start", model=str(model), **{"steps": 12, **options})
-        child.call("run", rows=[{**row, "system": "Warm up."} for row in short_prompts(8)])
-        if prompts in ("whole", "replay"):
-            many = short_prompts(3 * n, "Tell a long story of {} number {}.")
-            answers = child.call("run", rows=many)["answers"]
-            whole = [
-                {**row, "response_ids": ids} for row, ids in zip(many, answers) if len(ids) == options["steps"] + 1
-            ]
-            assert len(whole) >= n, f"{len(whole)} of {len(answers)} answers are long enough"
-            rows = whole[:n]
-        result = child.call("run", rows=rows, replay=prompts == "replay")
-    answers = result.pop("answers")
-    return result | {"answer_tokens": sum(map(len, answers)) / n}
-
-
-def ratios(model: Path) -> dict:
-    """Measure the cases of RATIOS, and what sharing and replaying save."""
-    results, n = {}, 100
+def ratios(model: Path, n: int = 100) -> dict:
+    """Time the scoring of n short prompts in the cases of RATIOS, and work out what sharing and replaying save."""
+    results = {}
     for case, (options, prompts) in RATIOS.items():
-        result = ratio_case(model, n, options, prompts)
-        results[case] = {
-            "case": case,
-            "model": model.name,
-            "rows": n,
-            "rows_per_second": n / result["seconds"],
-        } | result
+        rows = short_prompts(1) * n if prompts == "same" else short_prompts(n)
+        with Child("peers.py", "headrift") as child:
+            child.call("start", model=str(model), **{"steps": 12, **options})
+            child.call("run", rows=[{**row, "system": "Warm up."} for row in short_prompts(8)])
+            if prompts in ("whole", "replay"):
+                many = short_prompts(3 * n, "Tell a long story of {} number {}.")
+                answered = zip(many, child.call("run", rows=many)["answers"])
+                rows = [{**row, "response_ids": ids} for row, ids in answered if len(ids) > options["steps"]][:n]
+                assert len(rows) == n, f"only {len(rows)} answers of {len(many)} are long enough"
+            result = child.call("run", rows=rows, replay=prompts == "replay")
+        tokens = sum(map(len, result.pop("answers"))) / n
+        about = {"case": case, "model": model.name, "rows": n, "rows_per_second": n / result["seconds"]}
+        results[case] = {**about, **result, "answer_tokens": tokens}
     for case, other in (("shared", "unshared"), ("replay", "generate")):
         # CPU time is of all threads: what others do on the machine changes it little.
         over = {clock: results[other][clock] / results[case][clock] for clock in ("seconds", "cpu_seconds")}
@@ -254,7 +234,12 @@ def main() -> None:
             report["through"] = [through(n, folder, args.model) for n in sorted(args.rows or [100_000, 1_000_000])]
         elif args.only == "scored":
             sizes = ((make_tiny_model(folder / "tiny", args.model), 20_000), (args.model, args.scored))
-            report["scored"] = [scored(model, n) for model, n in sizes]
+            report["scored"] = []
+            for model, n in sizes:
+                with Child("corpus.py", "job") as child:
+                    result = child.call("scored", model=str(model), n=n)
+                about = {"case": "scored", "model": model.name, "rows": n, "rows_per_second": n / result["seconds"]}
+                report["scored"].append({**about, **result})
         else:
             report["ratios"] = ratios(args.model)
     utils.write_json(report, args.out)

@@ -11,7 +11,6 @@ library that does nothing, on CPU tensors: the GPU driver's launches and small c
 """
 
 import gc
-import json
 import os
 import sys
 import tempfile
@@ -31,52 +30,18 @@ LAYERS, HEADS, KV_HEADS, HEAD_DIM = 32, 32, 8, 128
 PROMPT, ANSWER = 300, 13
 
 
-def make_model(folder: Path) -> Path:
-    """Make a model with the attention of Llama-3-8B and little else."""
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
-        "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "vocab_size": 512, "max_position_embeddings": 4096,
-        "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32",
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-def describe_step(rows: int, prefills: int, longest: int):
-    """vLLM's description of a step in which `prefills` of the rows are whole prompts and the others decode."""
-    import torch
-    from vllm.v1.attention.backend import CommonAttentionMetadata
-
-    tokens = np.ones(rows, np.int32)
-    tokens[rows - prefills :] = PROMPT
-    starts = torch.from_numpy(np.concatenate([[0], np.cumsum(tokens)]).astype(np.int32))
-    lengths = torch.full((rows,), PROMPT, dtype=torch.int32)
-    return CommonAttentionMetadata(
-        query_start_loc=starts.clone(),
-        query_start_loc_cpu=starts,
-        seq_lens=lengths.clone(),
-        seq_lens_cpu_upper_bound=lengths,
-        num_reqs=rows,
-        num_actual_tokens=int(tokens.sum()),
-        max_query_len=int(tokens.max()),
-        max_seq_len=longest,
-        block_table_tensor=torch.zeros((rows, 128), dtype=torch.int32),
-        slot_mapping=torch.zeros(int(tokens.sum()), dtype=torch.int64),
-        req_idx=np.arange(rows),
-    )
-
-
 def times_in_turns(worker, rows: int, prefills: int, longest: int, rounds: int) -> dict[str, list[float]]:
     """Microseconds of each round: vLLM's builder, ours with all rows probed, and what all layers' `forward` add."""
     import torch
     from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl, TritonAttentionMetadataBuilder
 
     from headrift.vllm_plugin.recorder import Recorder
+    from helpers.steps import describe_step
 
     TritonAttentionImpl.forward = lambda self, *args: args[6]
     recorder = Recorder.required(worker.vllm_config)
-    builder, step = recorder.publisher, describe_step(rows, prefills, longest)
+    tokens, table = [1] * (rows - prefills) + [PROMPT] * prefills, torch.zeros((rows, 128), dtype=torch.int32)
+    builder, step = recorder.publisher, describe_step(tokens, [PROMPT] * rows, longest, table)
     recorder.runner_rows[:rows] = np.arange(rows)
     recorder.prompt_lens[:], recorder.step_limits[:] = PROMPT, ANSWER
     query = torch.zeros(step.num_actual_tokens, HEADS, HEAD_DIM)
@@ -131,14 +96,20 @@ def main() -> None:
         from headrift_kernels.triton import decode_mass, replay_mass  # noqa: F401
 
         os.environ["TRITON_INTERPRET"] = "1"
+        from transformers import LlamaConfig
+
         from headrift.probed_engine import ProbedEngine
 
+        heads = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM}
+        sizes = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 512, "max_position_embeddings": 4096}
+        config = LlamaConfig(num_hidden_layers=LAYERS, architectures=["LlamaForCausalLM"], **heads, **sizes)
+        config.save_pretrained(folder)
         settings = {
             "load_format": "dummy", "skip_tokenizer_init": True, "dtype": "float32", "max_num_seqs": max(BATCHES),
             "max_model_len": 4096, "max_num_batched_tokens": 8192, "kv_cache_memory_bytes": 2 << 30,
         }  # fmt: skip
         with ProbedEngine(
-            make_model(Path(folder)), steps=12, slots=max(BATCHES), attention_backend="triton", engine_args=settings
+            Path(folder), steps=12, slots=max(BATCHES), attention_backend="triton", engine_args=settings
         ) as engine:
             kinds = [("decode", n, 0, 2048) for n in BATCHES]
             for step, longest in (("streaming", 2048), ("streaming, long rows", 4096)):

@@ -13,7 +13,6 @@ import sys
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 
@@ -34,8 +33,7 @@ STEPS = max(case.steps for case in CASES)
 
 
 class Parts:
-    """What headrift adds to an engine's steps: attention layers, metadata builders, and the logits processor, in the
-    batch and where requests are checked."""
+    """What headrift adds to an engine's steps: attention layers, metadata builders, and the logits processor."""
 
     def __init__(self, llm_engine):
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder
@@ -94,7 +92,7 @@ class OneEngine(overhead.Engine):
         """Count the calls of headrift's functions in an answer."""
         calls = 0
 
-        def count(frame: FrameType, event: str, _) -> None:
+        def count(frame, event: str, _) -> None:
             nonlocal calls
             calls += event == "call" and overhead.is_headrift(frame.f_globals.get("__name__", ""))
 

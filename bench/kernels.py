@@ -2,10 +2,9 @@
 
     python bench/kernels.py [--rounds 60] [--instructions avx2] [--out bench/results/kernels_cpu.json]
 
-For two head shapes, batches of 1 to 64 decode rows and contexts of 64 to 4,096 keys (float32, 32-token blocks, three
-regions as of a chat): vLLM's operation, ours without masses, ours with masses, and masses alone, in turns. Reported are
-ratios of the lower quartiles of the times, since a busy machine only ever adds to a time; the raw samples are kept.
-`--instructions avx2` holds both kernels to AVX2 on a processor that has more: vLLM carries an operation for either.
+Two head shapes, 1 to 64 decode rows of 64 to 4,096 keys (float32, 32-token blocks, three regions): vLLM's operation,
+ours without masses, ours with masses, and masses alone, in turns. Ratios are of the lower quartiles of the times, since
+a busy machine only ever adds to a time. `--instructions avx2` holds both to AVX2: vLLM carries an operation for either.
 """
 
 import os

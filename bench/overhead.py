@@ -6,13 +6,12 @@
 Each arm is an engine in a process of its own, with identical settings, stopped while another works: `plain`, vLLM with
 no plugin loaded; `idle`, headrift's engine with requests that are not measured; `probing`, `logits`, `entropy`,
 measured, also with next-token statistics or the entropy of each head's attention. `headrift, default settings` has one
-other setting, the norms. All answer the same token ids with as many tokens (`ignore_eos`). The prompts are in the
-prefix cache, so that decoding, each prompt's last tokens and the drains are timed: where probing weighs most.
+other setting, the norms. All answer the same token ids with as many tokens. The prompts are in the prefix cache, so
+that decoding, each prompt's last tokens and the drains are timed: where probing weighs most.
 
 Arms take turns, mirrored every other time. A ratio is throughput over plain's in the same turn: above 1 the arm is
 faster. Medians have 95% bootstrap intervals over the turns; two processes of one kind can differ by some per cent,
-which no interval contains (see idle.py). Ratios are also taken of CPU time of the whole process, which other processes
-disturb less, and of the steps that only decode. On a GPU: overhead_gpu.py.
+which no interval contains (see idle.py). CPU time is of the whole process; other processes disturb it less.
 """
 
 import hashlib
@@ -37,7 +36,6 @@ PLAIN = "plain"
 REGIONS = ("system", "user", "prompt")
 PAGE = 32
 MOST_BATCH = 64
-KV_ROOM = 1.25  # of what the cases' prompts and answers take
 TIMES = ("seconds", "cpu_seconds", "decode_seconds")
 
 
@@ -281,7 +279,7 @@ def engine_settings(model: Path, cases: tuple[Case, ...]) -> dict:
     from headrift.vllm_engine.config import machine_defaults
 
     tokens = sum(case.kv_tokens for case in {(c.batch, c.context): c for c in cases}.values())
-    room = int(KV_ROOM * Shapes.read(model).kv_bytes(tokens, 4))
+    room = int(1.25 * Shapes.read(model).kv_bytes(tokens, 4))
     longest = max(case.context + case.steps + 1 for case in cases)
     return {
         "model": str(model),

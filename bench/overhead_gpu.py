@@ -44,7 +44,6 @@ LAYERS = {"overhead": (32, 16, 8), "step0_replay": (32, 16, 8), "profile": (8, 4
 PAGE = 16  # tokens of a block of the KV cache
 # KV cache of prompts that are never decoded: those of two steps of 8,192 tokens, with the prefixes that they share.
 PREFILL_TOKENS = 32768
-DRY_RUN_BYTES = 64e9
 CAPTURE_SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 # Of an engine besides weights and KV cache: CUDA context, activations of 8,192 tokens, logits, graphs and recorder.
 ENGINE_BYTES = 5 << 30
@@ -211,6 +210,8 @@ class Part(utils.Progress):
     """A part's results, and its engines. folder: for the model's configuration; vLLM makes the weights up."""
 
     def __init__(self, args, folder: Path, free: float, total: float):
+        from transformers import LlamaConfig
+
         from headrift.vllm_engine.config import machine_defaults
 
         shape, self.memory = choose_sizes(args.part, free, args.dry_run)
@@ -223,11 +224,8 @@ class Part(utils.Progress):
         self.sizes["engines_at_once"] = self.memory.engines
         self.dry_run, self.attention, self.free = args.dry_run, args.attention, free / total
         self.plain, self.ours = overhead.environments(gpu=not args.dry_run)
-        config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
-        config |= {"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False}
-        config |= {**(TINY if args.dry_run else LLAMA_3_8B), "num_hidden_layers": shape.layers}
-        config |= {"bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16"}
-        (folder / "config.json").write_text(json.dumps(config))
+        sizes = {**(TINY if args.dry_run else LLAMA_3_8B), "num_hidden_layers": shape.layers}
+        LlamaConfig(architectures=["LlamaForCausalLM"], dtype="bfloat16", **sizes).save_pretrained(folder)
         self.settings = {
             **machine_defaults(),
             "model": str(folder),
@@ -351,22 +349,15 @@ def sample(case: Case, children: dict[str, Child], stop: float, turns: int) -> t
 
 def summary(case: Case, runs: list[dict], plain: list[dict]) -> dict:
     """Rates of an arm, and its speed over plain's in the same turns (above 1: faster than plain)."""
-
-    def step_seconds(run: dict) -> float:
-        """Of decode steps alone, unless prompts are computed in between."""
-        if case.streaming:
-            return run["seconds"] / run["steps"]
-        return run["decode_seconds"] / max(run["decode_steps"], 1)
-
-    def tokens(run: dict) -> float:
-        return run["tokens"] + (run["prompt_tokens"] if case.streaming else 0)
-
-    pairs = list(zip(runs, plain))
+    # Of decode steps alone, unless prompts are computed in between.
+    seconds, steps = ("seconds", "steps") if case.streaming else ("decode_seconds", "decode_steps")
+    own, other = ([run[seconds] / max(run[steps], 1) for run in of_arm] for of_arm in (runs, plain))
+    rates = [(run["tokens"] + case.streaming * run["prompt_tokens"]) / run["seconds"] for run in runs]
     return {
-        "ms_per_step": 1e3 * statistics.median(map(step_seconds, runs)),
-        "tokens_per_second": statistics.median(tokens(run) / run["seconds"] for run in runs),
-        "speed_over_plain": utils.spread([other["seconds"] / own["seconds"] for own, other in pairs]),
-        "steps_over_plain": utils.spread([step_seconds(other) / step_seconds(own) for own, other in pairs]),
+        "ms_per_step": 1e3 * statistics.median(own),
+        "tokens_per_second": statistics.median(rates),
+        "speed_over_plain": utils.spread([b["seconds"] / a["seconds"] for a, b in zip(runs, plain)]),
+        "steps_over_plain": utils.spread([b / a for a, b in zip(own, other)]),
         "runs": [{name: value for name, value in run.items() if name != "answers"} for run in runs],
     }
 
@@ -436,7 +427,7 @@ def main() -> None:
 
         if not has_gpu():
             raise SystemExit("overhead_gpu: this torch is not a build for GPUs (--dry-run runs it on a CPU)")
-    free, total = (DRY_RUN_BYTES, DRY_RUN_BYTES) if args.dry_run else free_bytes()
+    free, total = (64e9, 64e9) if args.dry_run else free_bytes()
     free = min(free, args.memory * GB) if args.memory else free
     with tempfile.TemporaryDirectory(prefix="headrift-model-") as folder:
         try:

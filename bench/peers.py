@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from argparse import Namespace
 from collections import defaultdict
 from contextlib import ExitStack
 from importlib.metadata import version
@@ -40,8 +39,7 @@ NNSIGHT, PLUGIN = "nnsight", "vllm-lens"
 SLOW = (EAGER, EAGER_HUGE, BATCHED, NNSIGHT)
 # Whether torch asks the kernel for huge pages. headrift has it do so; by itself it does not.
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
-BATCH = 16
-COLD = 10
+BATCH, COLD = 16, 10  # prompts
 PLUGIN_PACKAGE = "vllm-lens==1.3.0"
 
 
@@ -214,7 +212,7 @@ def why_no_plugin() -> str:
 class Ways(ExitStack):
     """The processes, started one after another, each with its cold run."""
 
-    def __init__(self, args: Namespace, rows: list[dict], prompts: list[dict], eos: int):
+    def __init__(self, args, rows: list[dict], prompts: list[dict], eos: int):
         super().__init__()
         self._args, self._rows, self._prompts, self._eos = args, rows, prompts, eos
         self.children: dict[str, Child] = {}
@@ -293,13 +291,11 @@ def scores_of(masses: list[np.ndarray], answers: list[list[int]], steps: int) ->
     """Return headrift's score of each prompt, from its masses."""
     from headrift import signal
 
-    window = signal.Window(1, steps)
-    system, prompt = REGIONS.index("system"), REGIONS.index("prompt")
+    window, system, prompt = signal.Window(1, steps), REGIONS.index("system"), REGIONS.index("prompt")
     scores = []
     for mass, answer in zip(masses, answers):
-        share = signal.share(mass[..., system], mass[..., prompt])
-        n = signal.n_steps(len(answer), steps)
-        scores.append(signal.score(signal.instability(share), window, n_steps=n).value)
+        instability = signal.instability(signal.share(mass[..., system], mass[..., prompt]))
+        scores.append(signal.score(instability, window, n_steps=signal.n_steps(len(answer), steps)).value)
     return scores
 
 
@@ -367,9 +363,9 @@ def main() -> None:
             ways.start(COMPILED)
         if args.nnsight:
             ways.start(NNSIGHT)
-        report |= {"not_measured": {PLUGIN: why_no_plugin()}, "cold": ways.cold, "versions_of_peers": ways.versions}
-        if not args.nnsight:
-            report["not_measured"][NNSIGHT] = "no --nnsight PYTHON was given"
+        not_measured = {} if args.nnsight else {NNSIGHT: "no --nnsight PYTHON was given"}
+        report |= {"not_measured": {PLUGIN: why_no_plugin(), **not_measured}, "cold": ways.cold}
+        report["versions_of_peers"] = ways.versions
         for block, order in zip(np.array_split(every, args.turns), utils.orders(list(ways.children), args.turns)):
             samples = {}
             for name in order:

@@ -1,12 +1,10 @@
 """SHIPS of all heads: headrift's rows of batches against one transformers pass a head, the same ranking or not.
 
+    python bench/safety_heads.py [--queries 10] [--block 2] [--model DIR] [--short]
+
 The slow way is what the paper's released code does: one forward pass at batch 1 for each head and query, with the head
 ablated by a hook. Both take turns on blocks of the same queries, so that a noisy machine slows both. `lean` is the slow
 way without the logits of all positions but the last, which the released code computes and throws away.
-
-    python bench/safety_heads.py [--queries 10] [--block 2] [--model DIR] [--short]
-
-writes bench/results/safety_heads.json: machine, versions, raw samples, and what is computed from them.
 """
 
 import sys

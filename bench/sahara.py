@@ -1,12 +1,10 @@
 """Sahara: headrift's rows of batches against transformers, one pass for a group of heads and a query.
 
+    python bench/sahara.py [--queries 20] [--steps 2] [--r-main 1] [--sample 2] [--model DIR] [--short]
+
 The whole search runs in headrift. After each of its blocks of heads the slow way takes some heads of the same block,
 with the heads that are chosen by then, over all queries, so that a noisy machine slows both; their angles must be the
 same. `lean` is the slow way without the language-model head, whose logits the released code computes and throws away.
-
-    python bench/sahara.py [--queries 20] [--steps 2] [--r-main 1] [--sample 2] [--model DIR] [--short]
-
-writes bench/results/sahara.json: machine, versions, raw samples, and what is computed from them.
 """
 
 import sys

@@ -2,10 +2,9 @@
 
     python bench/scaling.py [--repeats 3] [--short] [--model DIR]
 
-Against the number of prompts, the length of prompts and of their system prompt, and the requests in flight
-(`max_num_seqs`), with the demonstration model; against depth and width with tiny random models made on the way; and the
-parts of a whole job's time (wall clock, one process, see `Job`). Each engine is a process of its own, alone at its
-time. Every run begins with an empty prefix cache and scores prompts that are all different.
+Against the number and length of prompts, their system prompt's length and the requests in flight, with the
+demonstration model; against depth and width with tiny random models; and the parts of a whole job's time (see `Job`).
+Each engine is a process of its own. Every run begins with an empty prefix cache; its prompts are all different.
 """
 
 import json
@@ -72,11 +71,9 @@ class Clock:
 
 
 class Job:
-    """Where the time of a job goes: reading, scoring and writing in this one process, each part timed on its own.
+    """Where a job's wall time goes, in this one process; what is inside another part counts once.
 
-    The wall clock runs on a part's way in and out, and what is inside another part counts once. What the engine does
-    in a step, less the kernel's calls in it, is PREFILL's if the step computed tokens of a prompt (it may decode for
-    others too), otherwise DECODE's.
+    An engine's step, less the kernel's calls, is PREFILL's if it computed tokens of a prompt, otherwise DECODE's.
     """
 
     def start(self, model: str, **options) -> dict:
@@ -193,8 +190,8 @@ def phases(args) -> list[dict]:
         prompts = utils.read_prompts(args.prompts, args.system, 12 if args.short else None)
         file.write_text("".join(json.dumps(row) + "\n" for row in prompts))
         with Child("scaling.py", "job") as child:
-            settings = {"kv_cache_memory_bytes": utils.KV_BYTES}
-            child.call("start", model=str(args.model), steps=STEPS, engine_args=settings)
+            options = {"steps": STEPS, "engine_args": {"kv_cache_memory_bytes": utils.KV_BYTES}}
+            child.call("start", model=str(args.model), **options)
             return [child.call("run", file=str(file)) for _ in range(1 + args.repeats)][1:]
 
 

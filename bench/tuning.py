@@ -2,10 +2,10 @@
 
     python bench/tuning.py [--turns 8] [--short] [--model DIR]
 
-Throughput: two engines score the same prompts in turns (ABBA), each with an empty prefix cache and stopped while the
-other works: one with headrift's default settings, one with a single thing changed. A ratio below 1: the setting pays.
-Start-up: from the start of a process until an engine is there, of plain vLLM, of headrift, and of headrift without what
-it does about it; and until the modules that vLLM needs are imported, which is the floor. One at a time, in turns.
+Throughput: two engines score the same prompts in turns (ABBA), each with an empty prefix cache: one with headrift's
+default settings, one with a single thing changed. A ratio below 1: the setting pays. Start-up: from the start of a
+process until an engine is there, of plain vLLM, of headrift, and of headrift without what it does about it; and until
+the modules that vLLM needs are imported, which is the floor. One process at a time, in turns.
 """
 
 import os
@@ -134,7 +134,6 @@ def main() -> None:
     prompts = utils.read_prompts(*sets, limit=8 if args.short else 48)
     begun = starts(args.model, 1 if args.short else 4, args.short)
     report = utils.new_report(args, turns=args.turns, prompts=len(prompts), starts=begun)
-    # torch.compile alone takes a minute to start.
     report["changes"] = compare(args.model, list(CHANGES)[: 1 if args.short else None], prompts, args.turns)
     utils.write(report, table(report), args.out)
 

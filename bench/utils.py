@@ -341,8 +341,7 @@ class Child:
 def run_script(main: Callable, **children: type) -> None:
     """Run a script's `main`, or, in a process that `Child` started, the class that it is to be.
 
-    A child answers each line of standard input with the method it names, until the input ends. What else it prints goes
-    to standard error. It ends with its parent, however that ends: one that is stopped would not notice.
+    A child's output goes to standard error. It ends with its parent, however that ends: a stopped one would not notice.
     """
     if sys.argv[1:2] != [_CHILD]:
         sys.exit(main())

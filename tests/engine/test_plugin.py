@@ -11,7 +11,6 @@ import pytest
 import torch
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
-from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from headrift.errors import EngineError, RefusedError
 from headrift.probed_engine import ProbedEngine
@@ -23,6 +22,7 @@ from headrift.vllm_plugin.instruments import parse_config
 from headrift.vllm_plugin.probe import MOST_SPLITS, RecorderConfig
 from headrift.vllm_plugin.recorder import Recorder, probe_of
 from headrift.vllm_plugin.slots import Place
+from helpers.steps import describe_step
 
 # First as where headrift is installed and not asked for, then asked for: vLLM's plugins are loaded anew.
 OPT_IN = """
@@ -311,22 +311,8 @@ def test_flash_attention_is_not_taken_off_nvidia_gpus(tiny_model):
 
 def test_rows_after_the_decode_rows_keep_their_alignment():
     """At an odd offset into the batch's tensors Triton would compile vLLM's kernel again, in the middle of a job."""
-    starts = torch.tensor([0, 1, 2, 3, 13, 20], dtype=torch.int32)
-    lengths = torch.tensor([40, 41, 42, 10, 7], dtype=torch.int32)
     table = torch.arange(35, dtype=torch.int32).view(5, 7)
-    common = CommonAttentionMetadata(
-        query_start_loc=starts,
-        query_start_loc_cpu=starts.clone(),
-        seq_lens=lengths,
-        seq_lens_cpu_upper_bound=lengths.clone(),
-        num_reqs=5,
-        num_actual_tokens=20,
-        max_query_len=10,
-        max_seq_len=42,
-        block_table_tensor=table,
-        slot_mapping=torch.arange(20),
-        req_idx=np.array([4, 3, 2, 1, 0]),
-    )
+    common = describe_step([1, 1, 1, 10, 7], [40, 41, 42, 10, 7], 42, table, req_idx=np.array([4, 3, 2, 1, 0]))
     part = rows_from(common, 3)
     assert (part.num_reqs, part.num_actual_tokens) == (2, 17)
     assert part.query_start_loc.tolist() == [0, 10, 17]

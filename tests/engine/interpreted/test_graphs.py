@@ -6,11 +6,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 from vllm import SamplingParams
-from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from headrift.requests import ProbeRequest
 from headrift.vllm_plugin.recorder import Recorder
 from headrift_kernels import reference
+from helpers.steps import describe_step
 
 # Rows of a captured decode step, of which the last two are padding when it is replayed.
 ROWS, REAL = 4, 2
@@ -93,21 +93,10 @@ def probe(slot: int, request_id: int, prompt_len: int, regions: list[list[int]])
     return SamplingParams(extra_args={"headrift": extra})
 
 
-def describe_rows(v2: bool) -> CommonAttentionMetadata:
+def describe_rows(v2: bool):
     """A decode step of 4 rows."""
-    return CommonAttentionMetadata(
-        query_start_loc=torch.arange(ROWS + 1, dtype=torch.int32),
-        query_start_loc_cpu=torch.arange(ROWS + 1, dtype=torch.int32),
-        seq_lens=torch.ones(ROWS, dtype=torch.int32),
-        seq_lens_cpu_upper_bound=torch.ones(ROWS, dtype=torch.int32),
-        num_reqs=ROWS,
-        num_actual_tokens=ROWS,
-        max_query_len=1,
-        max_seq_len=160,
-        block_table_tensor=torch.zeros((ROWS, 5), dtype=torch.int32),
-        slot_mapping=torch.full((ROWS,), -1, dtype=torch.int64),
-        req_idx=np.arange(ROWS) if v2 else None,
-    )
+    other = {"slot_mapping": torch.full((ROWS,), -1), "req_idx": np.arange(ROWS) if v2 else None}
+    return describe_step([1] * ROWS, [1] * ROWS, 160, torch.zeros((ROWS, 5), dtype=torch.int32), **other)
 
 
 def replay_a_captured_step(worker, v2: bool) -> dict:
