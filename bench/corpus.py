@@ -72,10 +72,7 @@ def write_log(path: Path, n: int, seed: int = 0) -> None:
 
 
 class EmptyEngine:
-    """Answers each request at once, with made-up numbers of the shape of a model with 30 layers and 9 heads, 13 steps.
-
-    tokenizer: A file with the model's, pickled.
-    """
+    """Answers each request at once, with made-up numbers of 30 layers, 9 heads and 13 steps; tokenizer: pickled."""
 
     def __init__(self, tokenizer: Path) -> None:
         from headrift.results import ScoreResult
@@ -174,7 +171,7 @@ def through(n: int, folder: Path, model: Path) -> dict:
 
     log, tokenizer = folder / f"{n}.jsonl", folder / "tokenizer.pickle"
     write_log(log, n)
-    tokenizer.write_bytes(pickle.dumps(load_tokenizer(str(model))))  # here: it loads torch, and the job is measured without
+    tokenizer.write_bytes(pickle.dumps(load_tokenizer(str(model))))  # loads torch: not in the measured job
     paths = {"file": str(log), "out": str(folder / f"out-{n}"), "model": str(model), "tokenizer": str(tokenizer)}
     with Child("corpus.py", "job") as child:
         result = child.call("through", **paths)
