@@ -245,10 +245,7 @@ class ScoreJob:
         """Score every row that is in no finished shard yet; return whether that was all.
 
         The first Ctrl-C or SIGTERM finishes the current shard and returns False, the second raises KeyboardInterrupt.
-
-        Raises:
-            OSError: If the disk fails.
-            EngineError: If the engine does, again and again. Finished shards are kept.
+        OSError if the disk fails, EngineError if the engine does, again and again; finished shards are kept.
         """
         assert self._journal is not None
         begun = time.monotonic()

@@ -180,10 +180,8 @@ class GatedClass:
 def gated_classes(folder: Path, samples: Mapping[str, NDArray[np.int64]], *, compared: bool) -> dict[str, GatedClass]:
     """Count what a gate did to the rows in a folder's parts.
 
-    Args:
-        folder: The output folder.
-        samples: By class the numbers of the rows, from 0, that stand for its distinct prompts.
-        compared: Whether the parts have a column leaked_ungated.
+    `samples` are, by class, the numbers from 0 of the rows that stand for its distinct prompts; `compared` tells
+    whether the parts have a column leaked_ungated.
     """
     sampled = np.sort(np.concatenate([*samples.values(), np.array([], np.int64)]))
     columns = ["label", "blocked", "leaked", "answer_tokens", *(["leaked_ungated"] if compared else [])]

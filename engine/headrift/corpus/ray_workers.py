@@ -161,8 +161,7 @@ class RayWorkers(Generic[T]):
     def begin(self) -> dict[str, Any]:
         """Start the workers; return the `about` of their engines as soon as the first has started.
 
-        Raises:
-            EngineError: If there is no cluster, or none of them can be started.
+        EngineError if there is no cluster, or none of them can be started.
         """
         if not ray.is_initialized():
             self._connect()
@@ -185,11 +184,7 @@ class RayWorkers(Generic[T]):
         self._connected = True
 
     def answers(self, rows: Iterable[T]) -> Generator[tuple[T, Any], None, None]:
-        """Answer each row, in order, as Supervisor.answers does.
-
-        Raises:
-            EngineError: If workers are lost again and again, or none is left.
-        """
+        """Answer each row as Supervisor.answers does. EngineError if workers are lost again and again, or all are."""
         rows = iter(rows)
         self._shards.clear()
         while True:

@@ -91,21 +91,14 @@ class _Class:
 class Summary:
     """Counts and samples of a run's rows: `add` those in the parts, `reject` the others.
 
-    Args:
-        last_step: The window's last step; an answer that does not reach it stopped early.
-
-    Attributes:
-        no_score: How many rows have no score, by reason.
-        rejects: How many rows were rejected, by reason.
-        judged: What a calibration says of the rows; None without one.
-        gated: What a gate did to each class; None if the run is not a gate's.
+    An answer that does not reach `last_step`, the window's, stopped early.
     """
 
     def __init__(self, last_step: int = 0) -> None:
-        self.no_score: Counter[str] = Counter()
-        self.rejects: Counter[str] = Counter()
-        self.judged: Judged | None = None
-        self.gated: dict[str, GatedClass] | None = None
+        self.no_score: Counter[str] = Counter()  # rows without a score, by reason
+        self.rejects: Counter[str] = Counter()  # by reason
+        self.judged: Judged | None = None  # what a calibration says of the rows
+        self.gated: dict[str, GatedClass] | None = None  # what a gate did to each class
         self._last_step = last_step
         self._classes = {name: _Class() for name in _CLASSES}
         self._category_numbers: dict[str | None, int] = {None: 0}
@@ -208,9 +201,8 @@ class Summary:
     def by_class(self) -> dict[str, dict[str, float | int | None]]:
         """Describe each class with rows: attack, benign, unlabelled.
 
-        Returns:
-            `n`; as fractions of it `coverage` (rows with a score) and `early` (answers that end before the window);
-            `mean` and `median` score, None without scores.
+        Returns `n`; as fractions of it `coverage` (rows with a score) and `early` (answers that end before the window);
+        `mean` and `median` score, None without scores.
         """
         classes: dict[str, dict[str, float | int | None]] = {}
         for name, of_class in self._with_rows():

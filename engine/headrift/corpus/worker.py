@@ -91,7 +91,7 @@ class EngineProcess:
         patience: Seconds in which an engine that has requests may run no step and give no answer.
 
     Raises:
-        EngineError: With the message of `start`, if that failed.
+        EngineError: `start` failed.
         EngineDied: Here or later, if the process ended or `patience` ran out. It must be closed then.
     """
 
@@ -216,11 +216,8 @@ def _kill_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-# --------------------------------------------------------------------------------------------------- in the child
-
-
 def main(handle: int, *, verbose: bool, seconds_between_reports: float) -> None:
-    """Make the engine that the parent sends, then answer streams of requests until closed."""
+    """In the child: make the engine that the parent sends, then answer streams of requests until closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = Connection(handle)
     incoming: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -307,9 +304,6 @@ def _send(connection: Connection, kind: str, content: Any) -> None:
         connection.send_bytes(pickle.dumps((kind, content), pickle.HIGHEST_PROTOCOL))
 
 
-# ------------------------------------------------------------------------------------------------ the supervisor
-
-
 @dataclass(frozen=True, slots=True)
 class PoisonRow:
     """The answer to a row that kills every engine: how the last one died."""
@@ -365,8 +359,7 @@ class Supervisor(Generic[T]):
     def answers(self, rows: Iterable[T]) -> Generator[tuple[T, Any], None, None]:
         """Answer each row, in order: with the engine's answer, with None without a request, or with a PoisonRow.
 
-        Raises:
-            EngineError: If engines die again and again, and no row is at fault.
+        EngineError if engines die again and again, and no row is at fault.
         """
         rows = iter(rows)
         while True:

@@ -121,11 +121,9 @@ def part_schema(save: Iterable[str], *, layers: int, heads: int, regions: Sequen
 
 
 def record(row: Mapping[str, Any], result: ScoreResult) -> Record:
-    """Convert a result to the columns of a part, those of every --save included.
+    """Convert a result to the columns of a part, those of every --save included; arrays are flattened, step 0 first.
 
-    Args:
-        row: Columns that are the input row's: id, source, row, label, category, group and prompt.
-        result: What scoring it gave. Its arrays are flattened, step 0 first.
+    `row` has the columns that are the input row's: id, source, row, label, category, group and prompt.
     """
     stats, heads, mass = result.logit_stats, result.focus_heads, result.mass
     return {
@@ -238,8 +236,7 @@ def remove_unfinished(folder: Path, finished: Collection[int]) -> None:
 class FolderLock:
     """Keeps other processes out of an output folder until `release`, or until this process ends.
 
-    Raises:
-        JobError: Another process has the folder.
+    JobError if another process has the folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -266,17 +263,9 @@ class FolderLock:
 
 
 class Journal:
-    """The open journal of a folder. A context manager; OSError if the disk fails.
+    """The open journal of a folder: a new one of a run with this identity, JSON, or without it the folder's own.
 
-    Args:
-        folder: The output folder.
-        identity: What the run is of, as JSON, for a new journal; None to open the folder's own.
-
-    Attributes:
-        identity: What the run is of.
-
-    Raises:
-        JobError: The file is not a journal of this version.
+    A context manager. OSError if the disk fails, JobError if the file is not a journal of this version.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any] | None = None) -> None:
