@@ -276,7 +276,7 @@ def is_headrift(module: str) -> bool:
 
 def engine_settings(model: Path, cases: tuple[Case, ...]) -> dict:
     """Return the settings of every arm, with nothing left open that an arm could choose differently."""
-    from headrift.vllm_engine.config import machine_defaults
+    from headrift.vllm_engine import machine_defaults
 
     tokens = sum(case.kv_tokens for case in {(c.batch, c.context): c for c in cases}.values())
     room = int(1.25 * Shapes.read(model).kv_bytes(tokens, 4))
@@ -298,7 +298,7 @@ def engine_settings(model: Path, cases: tuple[Case, ...]) -> dict:
 
 def environments(gpu: bool = False) -> tuple[dict[str, str], dict[str, str]]:
     """Return the variables of a process without headrift, and of one with it; otherwise the same."""
-    from headrift.vllm_engine.config import prepare_environment
+    from headrift.vllm_engine import prepare_environment
     from headrift.vllm_plugin import plugin
 
     prepare_environment(verbose=False)

@@ -212,7 +212,7 @@ class Part(utils.Progress):
     def __init__(self, args, folder: Path, free: float, total: float):
         from transformers import LlamaConfig
 
-        from headrift.vllm_engine.config import machine_defaults
+        from headrift.vllm_engine import machine_defaults
 
         shape, self.memory = choose_sizes(args.part, free, args.dry_run)
         names = ([PROFILED] if args.part == "overhead" else []) + list(kv_tokens(args.part, args.dry_run))
@@ -423,7 +423,7 @@ def main() -> None:
     options.add_argument("--dry-run", action="store_true", help="a tiny model on a CPU; figures mean nothing")
     args = options.parse()
     if not args.dry_run:
-        from headrift.vllm_engine.config import has_gpu
+        from headrift.vllm_engine import has_gpu
 
         if not has_gpu():
             raise SystemExit("overhead_gpu: this torch is not a build for GPUs (--dry-run runs it on a CPU)")

@@ -59,7 +59,7 @@ STARTS = {
     COMPILING: _COMPILED,
     "headrift, garbage collected on the way": f"import gc; gc.disable = lambda: None\n{_HEADRIFT}",
     "headrift, KV cache filled with zeros": (
-        "import contextlib; from headrift.vllm_engine import patches; patches.lazy_kv_cache = contextlib.nullcontext\n"
+        "import contextlib; from headrift import vllm_engine; vllm_engine.lazy_kv_cache = contextlib.nullcontext\n"
         + _HEADRIFT
     ),
 }

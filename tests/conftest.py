@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-# As headrift sets it itself, but before any test imports torch (see vllm_engine.config).
+# As headrift sets it itself, but before any test imports torch (see vllm_engine).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 ROOT = Path(__file__).resolve().parents[1]

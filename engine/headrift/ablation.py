@@ -24,7 +24,7 @@ HeadAblation = tuple[int, int, str]
 
 
 def check(ablate: Sequence[Any], epsilon: Any) -> None:
-    """Raise ValueError unless this is a list of (layer, head, kind) and a factor."""
+    """Raise ValueError unless this is a list of (layer, head, kind) and the factor of their queries and outputs."""
     changed = set()
     for entry in ablate:
         if not isinstance(entry, (list, tuple)) or len(entry) != 3:
@@ -38,11 +38,6 @@ def check(ablate: Sequence[Any], epsilon: Any) -> None:
         if (layer, head, side) in changed:
             raise ValueError(f"the {side} of layer {layer} head {head} is ablated twice in one request; leave one out")
         changed.add((layer, head, side))
-    check_epsilon(epsilon)
-
-
-def check_epsilon(epsilon: Any) -> None:
-    """Raise ValueError if the factor of an ablated query or output is not a finite number."""
     if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)) or not math.isfinite(epsilon):
         raise ValueError(f"epsilon is a number such as 1e-5, not {epsilon!r}")
 

@@ -55,42 +55,32 @@ def read_model(folder: Path) -> ModelFacts:
     config = _json(folder / "config.json")
     if config is None:
         raise ModelError(f"--model {folder}: its config.json is not a JSON object; copy the model again")
-    problems = [*_weights_missing(folder), *_tokenizer_missing(folder)]
-    if problems:
+    if problems := _missing_files(folder):
         raise ModelError("".join([f"--model {folder} cannot be used:", *(f"\n  - {problem}" for problem in problems)]))
     return _facts(config)
 
 
 def read_shape(folder: Path) -> tuple[ModelFacts, int, int]:
-    """Return a model's facts, its number of layers and its number of heads.
-
-    Raises:
-        ModelError: The folder cannot be used, or its config.json does not name these numbers.
-    """
+    """A model's facts, its number of layers and its number of heads; ModelError if it cannot be used or lacks these."""
     facts = read_model(folder)
     if facts.layers is None or facts.heads is None:
         raise ModelError(f"--model {folder}: its config.json does not say how many layers and heads it has")
     return facts, facts.layers, facts.heads
 
 
-def _weights_missing(folder: Path) -> list[str]:
-    problems = []
-    if not any(path.suffix in WEIGHTS for path in folder.iterdir()):
+def _missing_files(folder: Path) -> list[str]:
+    """What the folder lacks, each with what to do."""
+    names, problems = {path.name for path in folder.iterdir()}, []
+    if not any(name.endswith(WEIGHTS) for name in names):
         problems.append("it has no weights (*.safetensors): copy all files of the model into the folder")
     for index in _INDEXES:
-        named = (_json(folder / index) or {}).get("weight_map")
-        missing = sorted(set(map(str, named.values())) - {path.name for path in folder.iterdir()}) if named else []
+        missing = sorted(set(map(str, ((_json(folder / index) or {}).get("weight_map") or {}).values())) - names)
         if missing:
             problems.append(f"{len(missing)} of its weight files are missing, {missing[0]} the first: copy them too")
-    return problems
-
-
-def _tokenizer_missing(folder: Path) -> list[str]:
-    problems = []
-    if not any((folder / name).is_file() for name in _TOKENIZERS):
+    if names.isdisjoint(_TOKENIZERS):
         problems.append("it has no tokenizer (tokenizer.json): copy all files of the model into the folder")
-    has_file = any((folder / name).exists() for name in ("chat_template.jinja", "chat_template.json"))
-    if not has_file and not (_json(folder / "tokenizer_config.json") or {}).get("chat_template"):
+    template = (_json(folder / "tokenizer_config.json") or {}).get("chat_template")
+    if not template and names.isdisjoint(("chat_template.jinja", "chat_template.json")):
         why = "so headrift does not know how it is given a system prompt"
         problems.append(f"it has no chat template, {why}: take its instruction-tuned version")
     return problems

@@ -29,7 +29,7 @@ from headrift.errors import EngineError
 from headrift.prompts import ChatRenderer, PromptError, RenderedPrompt, chat_messages, from_token_ids
 from headrift.requests import ProbeRequest
 from headrift.results import Rejected
-from headrift.vllm_engine.config import has_gpu, prepare_torch
+from headrift.vllm_engine import has_gpu, prepare_torch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

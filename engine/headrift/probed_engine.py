@@ -10,28 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from headrift import signal
+from headrift import signal, vllm_engine
 from headrift.requests import Finished, ProbeRequest, Recording, Ticket
-from headrift.vllm_engine.config import (
-    attention_args,
-    engine_config,
-    instructions,
-    lora_args,
-    machine_defaults,
-    prepare_environment,
-)
-from headrift.vllm_engine.patches import paused_garbage_collection, start_llm_engine, stop_llm_engine
-from headrift.vllm_engine.tensor_parallel import merge_descriptions, merge_recordings
 from headrift.vllm_plugin import plugin
 
 if TYPE_CHECKING:
-    from vllm.lora.request import LoRARequest
-
-    from headrift.vllm_plugin.instruments.base import Instrument
+    from headrift.vllm_plugin.instruments import Instrument
 
 Key = TypeVar("Key")
-# Finished requests that are collected together.
-_DRAIN = 8
 REGIONS = ("system", "user", "prompt")
 
 
@@ -69,7 +55,7 @@ class ProbedEngine:
         steps_run: Engine steps so far.
     """
 
-    @paused_garbage_collection()
+    @vllm_engine.paused_garbage_collection()
     def __init__(
         self,
         model: str | os.PathLike[str],
@@ -85,13 +71,15 @@ class ProbedEngine:
     ):
         if not {"system", "prompt"} <= set(regions) or len(set(regions)) != len(regions):
             raise ValueError(f"regions are distinct names with 'system' and 'prompt' among them, not {list(regions)}")
-        prepare_environment(verbose)
+        vllm_engine.prepare_environment(verbose)
+        from vllm.lora.request import LoRARequest
+
         from headrift.vllm_plugin.instruments import instrument_types, parse_config
 
-        user_args = {**attention_args(attention_backend), **(engine_args or {})}
-        defaults = machine_defaults(user_args.get("tensor_parallel_size", 1))
+        user_args = {**vllm_engine.attention_args(attention_backend), **(engine_args or {})}
+        defaults = vllm_engine.machine_defaults(user_args.get("tensor_parallel_size", 1))
         args = {"model": os.fspath(model), "disable_log_stats": True, **defaults, **user_args}
-        args |= {} if lora is None else lora_args(os.fspath(lora))
+        args |= {} if lora is None else vllm_engine.lora_args(os.fspath(lora))
         if "max_num_seqs" not in user_args and "max_num_batched_tokens" in user_args:  # vLLM refuses more of the former
             args["max_num_seqs"] = min(args["max_num_seqs"], user_args["max_num_batched_tokens"])
         self.regions = tuple(regions)
@@ -109,32 +97,30 @@ class ProbedEngine:
         }
         recorder_config = parse_config(settings)
         self.options = dict(recorder_config.options)
-        args["additional_config"] = {**additional, **instructions(), "headrift": settings}
+        args["additional_config"] = {**additional, "headrift": settings}
         args["worker_extension_cls"] = plugin.WORKER_EXTENSION
-        config = engine_config(args, attention_backend)
+        config = vllm_engine.engine_config(args, attention_backend)
+        self.dtype = str(config.model_config.dtype).removeprefix("torch.")
         self.max_model_len: int = config.model_config.max_model_len
         self.vocabulary: int = config.model_config.get_vocab_size()
         self.width: int = config.model_config.get_hidden_size()
-        self.llm_engine = start_llm_engine(config)
-        self._lora = None if lora is None else _lora_request(os.fspath(lora))
-        description = merge_descriptions(self.llm_engine.collective_rpc("headrift_start"))
+        self.llm_engine = vllm_engine.start_llm_engine(config)
+        self._lora = None if lora is None else LoRARequest("adapter", 1, os.fspath(lora))
+        description = vllm_engine.merge_descriptions(self.llm_engine.collective_rpc("headrift_start"))
         self.layers: int = description["layers"]
         self.heads: int = description["heads"]
         self.windows: list[int | None] = description["windows"]
         self.sinks: bool = description["sinks"]
-        self.dtype: str = description["dtype"]
         self.recorder_bytes: int = description["recorder_bytes"]
         ranks = config.parallel_config.tensor_parallel_size
         self._config = replace(recorder_config, layers=self.layers, heads=self.heads, ranks=ranks)
         # What each instrument remembers of earlier requests.
         self._instruments: dict[type[Instrument], dict[int, int]] = {kind: {} for kind in instrument_types()}
         self._free = list(range(self.slots))[::-1]
-        self._submitted = 0
-        self._running: dict[str, tuple[int, int, ProbeRequest]] = {}
-        self._slot_of: dict[int, int] = {}
-        self._tickets = 0
+        self._running: dict[int, ProbeRequest] = {}
+        self._slots: dict[int, int] = {}  # of requests that are submitted and not collected
         self._unread: set[int] = set()
-        self.steps_run = 0
+        self._submitted = self._tickets = self.steps_run = 0
 
     def __enter__(self) -> ProbedEngine:
         return self
@@ -144,7 +130,8 @@ class ProbedEngine:
 
     def close(self) -> None:
         """Stop the engine and give its memory back."""
-        stop_llm_engine(self.__dict__.pop("llm_engine", None))
+        if "llm_engine" in vars(self):
+            vllm_engine.stop_llm_engine(vars(self).pop("llm_engine"))
 
     @property
     def free_slots(self) -> int:
@@ -182,27 +169,26 @@ class ProbedEngine:
             raise ValueError(f"{len(fed)} tokens and {tokens} more exceed the context of {self.max_model_len} tokens")
         slot, request_id = self._free[-1], self._submitted
         extra = self._probe(request, slot, request_id)
+        answers_on = request.answer_ids is None and (request.answer_tokens or 0) > request.steps + 1
         params = SamplingParams(
             temperature=0.0,
             max_tokens=tokens,
             ignore_eos=request.ignore_eos,
             detokenize=False,
-            output_kind=RequestOutputKind.CUMULATIVE if _answers_on(request) else RequestOutputKind.FINAL_ONLY,
+            output_kind=RequestOutputKind.CUMULATIVE if answers_on else RequestOutputKind.FINAL_ONLY,
             skip_reading_prefix_cache=True if request.skip_prefix_cache else None,
             prompt_logprobs=0 if request.logprobs else None,
             extra_args={"headrift": extra} if request.probed else None,
         )
-        name = str(request_id)
         prompt = TokensPrompt(prompt_token_ids=fed)
         salts = [salt for kind in self._instruments if (salt := kind.cache_salt(request)) is not None]
         if salts:
             prompt["cache_salt"] = " ".join(salts)
-        self.llm_engine.add_request(name, prompt, params, lora_request=self._lora)
-        self._free.pop()
+        self.llm_engine.add_request(str(request_id), prompt, params, lora_request=self._lora)
         for kind, memory in self._instruments.items():
             memory.update(kind.remember(request))
         self._submitted += 1
-        self._running[name] = (slot, request_id, request)
+        self._running[request_id], self._slots[request_id] = request, self._free.pop()
         return request_id
 
     def _probe(self, request: ProbeRequest, slot: int, request_id: int) -> dict[str, Any]:
@@ -212,20 +198,17 @@ class ProbedEngine:
         fields: dict[str, Any] = {}
         for kind, memory in self._instruments.items():
             fields |= kind.ask(request, memory)
-        if fields and not request.probed:
-            raise ValueError(f"{', '.join(fields)}: a request that asks for it has to be probed")
         if not request.probed:
+            if fields:
+                raise ValueError(f"{', '.join(fields)}: a request that asks for it has to be probed")
             return {}
-        regions = {**request.regions, "prompt": (0, len(request.prompt_ids))}
-        extra: dict[str, Any] = {
-            "slot": slot,
-            "request_id": request_id,
-            "prompt_len": len(request.prompt_ids),
-            "regions": [list(regions.get(name, (0, 0))) for name in self.regions],
-            "steps": request.steps,
-        }
-        parse_probe(extra | fields, self._config)
-        return extra | fields
+        prompt_len = len(request.prompt_ids)
+        regions = {**request.regions, "prompt": (0, prompt_len)}
+        ranges = [list(regions.get(name, (0, 0))) for name in self.regions]
+        core = {"slot": slot, "request_id": request_id, "prompt_len": prompt_len, "regions": ranges}
+        extra = {**core, "steps": request.steps, **fields}
+        parse_probe(extra, self._config)
+        return extra
 
     def step(self) -> list[Finished]:
         """Run the engine once; return the requests that finished, and those that answer on past their last step."""
@@ -233,29 +216,30 @@ class ProbedEngine:
         outputs = self.llm_engine.step()
         self.steps_run += 1
         for output in outputs:
-            if output.request_id not in self._running:  # stopped while this step ran
+            request_id, completion = int(output.request_id), output.outputs[0]
+            request = self._running.get(request_id)
+            if request is None:  # stopped while this step ran
                 continue
-            slot, request_id, request = self._running[output.request_id]
-            completion = output.outputs[0]
             if output.finished:
-                del self._running[output.request_id]
-                self._slot_of[request_id] = slot
+                del self._running[request_id]
             elif len(completion.token_ids) != request.steps + 1:
                 continue
             answer = list(completion.token_ids if request.answer_ids is None else request.answer_ids)
-            cached = output.num_cached_tokens or 0
-            reason, answering = completion.finish_reason, not output.finished
-            logprobs = _logprobs(request, output.prompt_logprobs) if request.logprobs else None
-            done.append(Finished(request_id, request, answer, reason, cached, answering, logprobs))
+            logprobs = None
+            if request.logprobs:
+                known = zip(output.prompt_logprobs[1:], request.prompt_ids[1:])
+                logprobs = [float(by_token[token].logprob) for by_token, token in known]
+            cached, reason = output.num_cached_tokens or 0, completion.finish_reason
+            done.append(Finished(request_id, request, answer, reason, cached, not output.finished, logprobs))
         return done
 
     def stop(self, request_id: int) -> bool:
         """End a request that answers on, and free its slot; False if it has finished by now."""
-        if str(request_id) not in self._running:
+        if request_id not in self._running:
             return False
         self.llm_engine.abort_request([str(request_id)])
-        slot, _, _ = self._running.pop(str(request_id))
-        self._free.append(slot)
+        del self._running[request_id]
+        self._free.append(self._slots.pop(request_id))
         return True
 
     def collect(self, finished: Sequence[Finished], want_mass: bool = False) -> Ticket:
@@ -266,22 +250,18 @@ class ProbedEngine:
         """
         ticket = Ticket(self._tickets, tuple(finished))
         self._tickets += 1
-        probed = ticket.probed
-        if probed:
-            requests = [(self._slot(f), f.request_id) for f in probed]
-            n_steps = max(f.n_steps for f in probed) + 1
+        if ticket.probed:
+            requests = [(self._slots[f.request_id], f.request_id) for f in ticket.probed]
+            n_steps = max(f.n_steps for f in ticket.probed) + 1
             self._unread.add(ticket.number)
-            self.llm_engine.collective_rpc("headrift_collect", args=(ticket.number, requests, n_steps, want_mass))
+            self._call("collect", ticket.number, requests, n_steps, want_mass)
         # Every rank has enqueued its copies by now, ahead of whatever the slots' next requests will have it do.
-        for f in finished:
-            if not f.answering:
-                self._free.append(self._slot_of.pop(f.request_id))
+        self._free += [self._slots.pop(f.request_id) for f in finished if not f.answering]
         return ticket
 
-    def _slot(self, finished: Finished) -> int:
-        """The slot that a request has; one that answers on may have finished since it was reported."""
-        running = self._running.get(str(finished.request_id))
-        return self._slot_of[finished.request_id] if running is None else running[0]
+    def _call(self, method: str, *args: Any, instrument: str | None = None) -> list[Any]:
+        """What each rank's recorder, or an instrument of it, answers to a call."""
+        return self.llm_engine.collective_rpc("headrift_call", args=(method, *args), kwargs={"instrument": instrument})
 
     def recordings(self, ticket: Ticket) -> list[Recording]:
         """The recordings of a ticket's probed requests, in their order; waits until they have arrived.
@@ -295,8 +275,7 @@ class ProbedEngine:
         if ticket.number not in self._unread:
             raise ValueError(f"ticket {ticket.number} has been read already, or was dropped by abort()")
         self._unread.remove(ticket.number)
-        answers = self.llm_engine.collective_rpc("headrift_fetch", args=(ticket.number,))
-        arrays = merge_recordings(answers, self.layers, self.heads)
+        arrays = vllm_engine.merge_recordings(self._call("fetch", ticket.number), self.layers, self.heads)
         return [self._read_recording(f, arrays, i) for i, f in enumerate(ticket.probed)]
 
     def _read_recording(self, finished: Finished, arrays: Mapping[str, np.ndarray], i: int) -> Recording:
@@ -305,10 +284,8 @@ class ProbedEngine:
         # Step 0 sees the prompt and nothing else, so its mass there is 1 (less with sinks, never more).
         off = np.nan_to_num(np.abs(first[..., prompt] - 1)).max()
         if not self.sinks and off > 1e-3:
-            raise RuntimeError(
-                f"request {finished.request_id}: a head's prompt mass at step 0 is {off:.6f} away from 1; "
-                "the recording cannot be trusted"
-            )
+            error = f"a head's prompt mass at step 0 is {off:.6f} away from 1; the recording cannot be trusted"
+            raise RuntimeError(f"request {finished.request_id}: {error}")
         measures = {
             output.name: arrays[output.name][i, :n] if output.per_step else arrays[output.name][i]
             for kind in self._instruments
@@ -329,9 +306,9 @@ class ProbedEngine:
         """Run requests; yield each as soon as it is done. The engine loop that everything uses.
 
         Requests are taken one at a time as slots free up, so `requests` may be a generator that decides late what runs
-        next, from results that were yielded by then. Recordings leave the device several at a time, while the next step
-        runs. A replayed request that misses steps, because a cached prefix block covered them, runs again by itself
-        with `skip_prefix_cache`. If the caller stops early (`close`, an exception), what runs is aborted.
+        next, from results that were yielded by then. Recordings leave the device while the next step runs. A replayed
+        request that misses steps, because a cached prefix block covered them, runs again by itself with
+        `skip_prefix_cache`. If the caller stops early (`close`, an exception), what runs is aborted.
 
         Args:
             requests: (key, request) pairs. The key is anything that tells the caller which request a result belongs to.
@@ -353,27 +330,23 @@ class ProbedEngine:
         source, most = iter(requests), at_once or self.slots
         in_flight: dict[int, Key] = {}
         again: deque[tuple[Key, ProbeRequest]] = deque()
-        finished: list[Finished] = []
         ticket: Ticket | None = None
         try:
             while True:
-                entry: tuple[Key, ProbeRequest] | tuple[()] | None = None
-                while self.free_slots and self.running < most:
+                waits = ended = False
+                while self.free_slots and self.running < most and not (waits or ended):
                     entry = again.popleft() if again else next(source, ())
-                    if not entry:
-                        break
-                    in_flight[self.submit(entry[1])] = entry[0]
-                if not (in_flight or finished or ticket):
-                    if entry is None:
+                    waits, ended = entry is None, entry == ()
+                    if entry:
+                        in_flight[self.submit(entry[1])] = entry[0]
+                if not (in_flight or ticket):
+                    if waits:
                         raise RuntimeError("the next request waits for a result, and no request is in flight")
                     return
-                results: list[tuple[Key, Finished, Recording | None]] = []
-                if self.running:
-                    done = [f for f in self.step() if not f.answering or (stop_if and f.request.probed)]
-                    finished += [f for f in done if f.request.probed]
-                    unprobed = [f for f in done if not f.request.probed]
-                    self.collect(unprobed)  # there is nothing to copy: their slots are free
-                    results += [(in_flight.pop(f.request_id), f, None) for f in unprobed]
+                finished = self.step() if self.running else []
+                done = [f for f in finished if not f.answering or (stop_if and f.request.probed)]
+                results: list[tuple[Key, Finished, Recording | None]]
+                results = [(in_flight.pop(f.request_id), f, None) for f in done if not f.request.probed]
                 if ticket:
                     # The copies have left the device while this step ran.
                     for f, recording in zip(ticket.probed, self.recordings(ticket), strict=True):
@@ -385,13 +358,10 @@ class ProbedEngine:
                             results.append((in_flight.pop(f.request_id), f, recording))
                             if f.answering:
                                 self.stop(f.request_id)
-                    ticket = None
-                urgent = not self.free_slots or not self.running or any(f.answering for f in finished)
-                if finished and (urgent or entry is None or len(finished) >= _DRAIN):
-                    ticket, finished = self.collect(finished, want_mass), []
+                ticket = self.collect(done, want_mass) if done else None
                 yield from results
         finally:
-            if in_flight or finished or ticket:
+            if in_flight or ticket:
                 self.abort()
 
     def drain(self, finished: Sequence[Finished], want_mass: bool = False) -> list[Recording]:
@@ -404,7 +374,7 @@ class ProbedEngine:
         Args:
             clean: The numbers (`hidden_as`) of the queries' kept hidden states.
             ablated: n lists of as many numbers.
-            r_main: Dimensions of the subspaces, see `headrift.vllm_plugin.instruments.hidden_states`.
+            r_main: Dimensions of the subspaces, see `instruments.hidden_states`.
 
         Returns:
             [n, r_main] degrees, smallest first; NaN if a state was not kept, or queries are alike.
@@ -420,34 +390,20 @@ class ProbedEngine:
         missing = {*clean, *(number for row in ablated for number in row)} - set(range(kept))
         if missing:
             raise ValueError(f"there is no hidden state {min(missing)}; this engine keeps {kept}")
-        args = ("HiddenStates", "principal_angles", list(clean), [list(row) for row in ablated], r_main)
+        args = (list(clean), [list(row) for row in ablated], r_main)
         # Every rank has the whole of a hidden state, and computes the same.
-        angles = self.llm_engine.collective_rpc("headrift_call", args=args)[0]
+        angles = self._call("principal_angles", *args, instrument="HiddenStates")[0]
         return np.reshape(angles, (len(ablated), r_main))
 
     def abort(self) -> None:
         """Drop every request in flight and free its slot; drop what was collected and not read."""
-        self.llm_engine.abort_request(list(self._running))
-        for slot, _, _ in self._running.values():
-            self._free.append(slot)
+        self.llm_engine.abort_request([str(request_id) for request_id in self._running])
+        self._free += self._slots.values()
         self._running.clear()
-        for slot in self._slot_of.values():
-            self._free.append(slot)
-        self._slot_of.clear()
+        self._slots.clear()
         if self._unread:
-            self.llm_engine.collective_rpc("headrift_forget")
+            self._call("forget")
             self._unread.clear()
-
-
-def _lora_request(folder: str) -> LoRARequest:
-    from vllm.lora.request import LoRARequest
-
-    return LoRARequest("adapter", 1, folder)
-
-
-def _logprobs(request: ProbeRequest, by_position: Sequence[Any]) -> list[float]:
-    """Log-probabilities of the prompt's tokens from the second on, out of vLLM's by position."""
-    return [float(known[token].logprob) for known, token in zip(by_position[1:], request.prompt_ids[1:])]
 
 
 def _without_prefix_cache(finished: Finished, recording: Recording) -> ProbeRequest:
@@ -455,7 +411,3 @@ def _without_prefix_cache(finished: Finished, recording: Recording) -> ProbeRequ
     if finished.request.skip_prefix_cache:
         raise RuntimeError(f"the engine never computed steps {recording.missing_steps}, even without cached prefixes")
     return replace(finished.request, skip_prefix_cache=True)
-
-
-def _answers_on(request: ProbeRequest) -> bool:
-    return request.answer_ids is None and (request.answer_tokens or 0) > request.steps + 1

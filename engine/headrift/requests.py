@@ -12,6 +12,7 @@ from headrift import ablation, signal
 
 # Prompt tokens in common: [other, other + length) of the other prompt are [own, own + length) of this one.
 Run = tuple[int, int, int]
+L2, TV = 0, 1  # indices of the distances of attention rows in an array of both
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class ProbeRequest:
         rows_as: Keep the attention rows of all heads at the recorded steps under this reference number.
         rows_against: Record how far the attention rows are from those kept under this reference number.
         aligned: The prompt tokens that both have, for `rows_against`: runs (start in the reference, start in this one,
-            length), see `headrift.key_alignment`.
+            length), see `instruments.attention_rows`.
         row_entropy: Record the entropy of each head's attention row.
         logprobs: Return the log-probability of each prompt token.
     """

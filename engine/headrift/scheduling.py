@@ -19,10 +19,7 @@ _RESULT_BYTES, _TOKEN_BYTES = 1500, 40
 class PromptQueue:
     """A queue of prompts, those with the same system prompt one after another, so that one prefill serves them all.
 
-    Args:
-        group: False for a queue in plain order.
-        prime: False if nothing is to be prefilled ahead.
-        primed: Prefixes that are prefilled already; `to_prime` adds to them.
+    group: False for plain order; prime: False to prefill nothing ahead; primed: prefixes that are prefilled already.
     """
 
     def __init__(self, *, group: bool = True, prime: bool = True, primed: set[bytes] | None = None) -> None:
@@ -81,7 +78,7 @@ class ResultCache:
         result = self._results.get(key)
         if result is not None:
             self._results.move_to_end(key)
-        return result
+        return self._results.get(key)
 
     def add(self, key: bytes, result: ScoreResult) -> None:
         if key in self._results:

@@ -236,7 +236,7 @@ def test_a_slot_keeps_nothing_of_a_former_requests_ablation(tiny, random_request
         ({"ablate": [(0, 1, "scaling")], "epsilon": "little"}, "epsilon"),
         ({"ablate": [(0, 1, "scaling")], "probed": False}, "probed"),
         ({"keep_as": REFERENCES}, f"keeps {REFERENCES}"),
-        ({"compare_with": -1}, "no reference -1"),
+        ({"compare_with": -1}, "compare_with=-1: this engine keeps"),
     ],
 )
 @one_model

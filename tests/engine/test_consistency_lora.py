@@ -12,7 +12,7 @@ from headrift.consistency.model import LoraError, check_lora
 from headrift.errors import EngineError
 from headrift.probed_engine import ProbedEngine
 from headrift.requests import ProbeRequest
-from headrift.vllm_engine.config import lora_args
+from headrift.vllm_engine import lora_args
 
 RANK, ALPHA = 4, 8
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")

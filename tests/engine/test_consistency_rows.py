@@ -216,8 +216,8 @@ def test_rows_of_heads_on_the_device_take_what_is_said(tiny):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rows_as": REFERENCES}, f"no rows {REFERENCES}; this engine keeps those of {REFERENCES}"),
-        ({"rows_as": -1}, "no rows -1"),
+        ({"rows_as": REFERENCES}, f"rows_as={REFERENCES}: this engine keeps {REFERENCES}"),
+        ({"rows_as": -1}, "rows_as=-1: this engine keeps"),
         ({"rows_as": 0, "probed": False}, "probed"),
         ({"row_entropy": True, "probed": False}, "probed"),
         ({"rows_against": REFERENCES - 1}, "have not been kept"),

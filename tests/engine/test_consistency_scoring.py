@@ -19,8 +19,8 @@ from headrift.consistency.pairs import SYSTEM_PROMPT
 from headrift.consistency.scoring import ANSWERS, REGIONS, keys_needed, references_for, score_pairs
 from headrift.consistency.scoring_job import ConsistencyConfig, JobError, ScoringJob
 from headrift.errors import EngineError
-from headrift.key_alignment import L2, TV
 from headrift.probed_engine import ProbedEngine
+from headrift.requests import L2, TV
 
 STEPS, TOLERANCE = 3, 1e-5
 QUESTIONS = [

@@ -181,9 +181,9 @@ def test_what_leaves_is_small(scorer, generated):
     finished = []
     while not finished:
         finished = engine.step()
-    slot = engine._slot_of[request_id]
-    engine.llm_engine.collective_rpc("headrift_collect", args=(-1, [(slot, request_id)], 9, False))
-    (raw,) = engine.llm_engine.collective_rpc("headrift_fetch", args=(-1,))
+    slot = engine._slots[request_id]
+    engine.llm_engine.collective_rpc("headrift_call", args=("collect", -1, [(slot, request_id)], 9, False))
+    (raw,) = engine.llm_engine.collective_rpc("headrift_call", args=("fetch", -1))
     cells = engine.layers * engine.heads * 4
     assert len(raw) <= 9 * cells + len(engine.regions) * cells + 9 * 16 + 1024
     engine.drain(finished)

@@ -12,10 +12,17 @@ import torch
 
 from headrift.probed_engine import ProbedEngine
 from headrift.requests import ProbeRequest
-from headrift.vllm_plugin.instruments import instrument_types, parse_config, parse_probe, recording_outputs
-from headrift.vllm_plugin.instruments.base import Attended, Instrument, Output, StepBatch
-from headrift.vllm_plugin.probe import Probe, RecorderConfig
-from headrift.vllm_plugin.slots import Place, SlotTable
+from headrift.vllm_plugin.instruments import (
+    Attended,
+    Instrument,
+    Output,
+    StepBatch,
+    instrument_types,
+    parse_config,
+    parse_probe,
+    recording_outputs,
+)
+from headrift.vllm_plugin.slots import Place, Probe, RecorderConfig, SlotTable
 
 STEPS = 3
 

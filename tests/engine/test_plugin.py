@@ -12,16 +12,16 @@ import torch
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 
+from headrift import vllm_engine
 from headrift.errors import EngineError, RefusedError
 from headrift.probed_engine import ProbedEngine
-from headrift.vllm_engine import config as engine_settings
-from headrift.vllm_engine.config import attention_args, engine_config
+from headrift.vllm_engine import attention_args, engine_config
 from headrift.vllm_plugin import plugin
-from headrift.vllm_plugin.backends.triton import count_measured, rows_from
+from headrift.vllm_plugin.backends import rows_from
+from headrift.vllm_plugin.backends.gpu import count_measured
 from headrift.vllm_plugin.instruments import parse_config
-from headrift.vllm_plugin.probe import MOST_SPLITS, RecorderConfig
 from headrift.vllm_plugin.recorder import Recorder, probe_of
-from headrift.vllm_plugin.slots import Place
+from headrift.vllm_plugin.slots import MOST_SPLITS, Place, RecorderConfig
 from helpers.steps import describe_step
 
 # First as where headrift is installed and not asked for, then asked for: vLLM's plugins are loaded anew.
@@ -298,7 +298,7 @@ def test_auto_falls_back_to_triton_if_flash_attention_cannot_attend(
     config = config_of(tiny_model(model), **options)
     assert any(word in reason for reason in plugin.flash_misfits(config)) if word else not plugin.flash_misfits(config)
     monkeypatch.setenv(plugin.BACKEND, "flash")
-    engine_settings._fall_back_to_triton(config)
+    vllm_engine._fall_back_to_triton(config)
     assert os.environ[plugin.BACKEND] == ("triton" if word else "flash")
     assert (config.attention_config.backend is not None and config.attention_config.backend.name == "TRITON_ATTN") == (
         word is not None
@@ -322,6 +322,12 @@ def test_rows_after_the_decode_rows_keep_their_alignment():
     assert all(t.data_ptr() % 16 == 0 for t in (part.query_start_loc, part.seq_lens, part.block_table_tensor))
     assert common.num_reqs == 5
     assert rows_from(common, 0) is common
+    between = rows_from(common, 2, 4)
+    assert (between.num_reqs, between.num_actual_tokens) == (2, 11)
+    assert between.query_start_loc.tolist() == [0, 1, 11]
+    assert between.seq_lens.tolist() == [42, 10]
+    assert torch.equal(between.block_table_tensor, table[2:4])
+    assert between.slot_mapping.tolist() == list(range(2, 13))
 
 
 def test_measured_queries_are_counted_without_the_device(recorder):

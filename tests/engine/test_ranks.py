@@ -37,7 +37,7 @@ def both(request, tiny_model, settings_of_tests, random_requests, run):
 def test_each_rank_holds_half_of_the_heads(both, oracle):
     name, engine, _, _ = both
     config = oracle(name).model.config
-    first, second = engine.llm_engine.collective_rpc("headrift_describe")
+    first, second = engine.llm_engine.collective_rpc("headrift_call", args=("describe",))
     half = config.num_attention_heads // 2
     assert (first["heads"], second["heads"]) == (list(range(half)), list(range(half, 2 * half)))
     assert first["layers"] == second["layers"] == [0, 1, 2]

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from headrift.vllm_plugin.instruments import StepBatch, parse_config, parse_probe
 from headrift.vllm_plugin.instruments.attention_rows import RowDistance, attention_rows
-from headrift.vllm_plugin.instruments.base import StepBatch
-from headrift.vllm_plugin.probe import Probe, RecorderConfig
-from headrift.vllm_plugin.slots import Place, SlotTable
+from headrift.vllm_plugin.slots import Place, Probe, RecorderConfig, SlotTable
 from headrift_kernels import reference
 
 HEADS, KV_HEADS, DIM = 6, 2, 16
@@ -53,6 +52,19 @@ def rows_of_requests(**fields) -> RowDistance:
         instrument.admit(slot, Probe(slot, slot, prompt_len=10, regions=[], steps=2, fields=fields_of_slot))
     instrument.install(np.arange(4), torch.arange(4))
     return instrument
+
+
+def test_rows_that_fit_what_is_kept():
+    config = parse_config({"slots": 1, "steps": 9, "row_references": 1, "row_keys": 16})
+    core = {"slot": 0, "request_id": 0, "regions": []}
+    parse_probe({**core, "prompt_len": 12, "steps": 4, "rows_as": 0, "other_len": 10}, config)
+    for change, message in (
+        ({"steps": 5}, "12 tokens with 5 steps exceeds the 16 keys .* row_keys"),
+        ({"steps": 0, "other_len": 17}, "row_keys"),
+        ({"rows_as": None, "rows_against": 1}, "rows_against=1: this engine keeps 1, .* set row_references"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_probe({**core, "prompt_len": 12, "steps": 4, "rows_as": 0, "other_len": 10, **change}, config)
 
 
 def plan(instrument, slots, lengths, seq_lens):

@@ -4,7 +4,7 @@ import psutil
 import pytest
 import torch
 
-from headrift.vllm_engine.patches import lazy_zeros, paused_garbage_collection
+from headrift.vllm_engine import lazy_zeros, paused_garbage_collection
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="of vLLM's build for CPUs")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from headrift.key_alignment import check_rows, check_runs, partner_positions
+from headrift.vllm_plugin.instruments.attention_rows import check_runs, partner_positions
 
 
 def test_prompt_tokens_by_runs_and_answers_by_their_place():
@@ -42,13 +42,3 @@ def test_runs_that_are_none(runs, message):
 def test_runs_that_fit():
     check_runs([], 0, 0)
     check_runs([(0, 1, 2), (2, 3, 0), (2, 3, 2)], 4, 6)
-
-
-def test_rows_that_fit_what_is_kept():
-    check_rows((0, None), 10, 12, steps=4, kept=1, keys=16)
-    with pytest.raises(ValueError, match="row_keys"):
-        check_rows((0, None), 10, 12, steps=5, kept=1, keys=16)
-    with pytest.raises(ValueError, match="row_keys"):
-        check_rows((0, 0), 17, 2, steps=0, kept=1, keys=16)
-    with pytest.raises(ValueError, match="no rows 1; this engine keeps"):
-        check_rows((None, 1), 1, 1, steps=0, kept=1, keys=16)

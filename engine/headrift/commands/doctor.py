@@ -22,7 +22,7 @@ from headrift.runs.folder import installed_version, processor
 from headrift.vllm_plugin.plugin import VLLM_VERSION
 
 if TYPE_CHECKING:
-    from headrift.vllm_engine.config import EnginePlan
+    from headrift.vllm_engine import EnginePlan
 
 PACKAGES = ("torch", "triton", "numba", "numpy", "transformers", "safetensors", "pyarrow", "scikit-learn", "matplotlib")
 INSTALL = "pip install 'headrift[cpu]', or make setup"
@@ -91,7 +91,7 @@ def _gpu() -> str:
         return "unknown without torch"
     import torch
 
-    from headrift.vllm_engine.config import has_gpu
+    from headrift.vllm_engine import has_gpu
 
     if not has_gpu():
         return "not looked for: this torch is built for CPUs"
@@ -124,7 +124,7 @@ def _model(folder: Path, steps: int, *, has_vllm: bool) -> Iterator[str]:
     """Print the model's shape and, with vLLM, the memory that it takes; yield its problems."""
     from headrift.corpus.scoring import plain_message
     from headrift.errors import RefusedError
-    from headrift.vllm_engine.config import plan_engine
+    from headrift.vllm_engine import plan_engine
 
     try:
         facts = read_model(folder)

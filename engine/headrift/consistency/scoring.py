@@ -2,7 +2,7 @@
 
 A clean prompt answers greedily, once for all its pairs, and its attention rows at steps 0..N stay on the device. Each
 wrapped prompt answers greedily too, for its own answer and its own signals. Which rows are compared with the clean ones
-on the device (`headrift.key_alignment`) depends on ANSWERS:
+on the device (`vllm_plugin.instruments.attention_rows`) depends on ANSWERS:
 
 - "clean" (default): those of the wrapped prompt with the *clean* answer replayed after it. Both rows of a step are then
   of the same token, and the wrapper alone makes the distance.

@@ -33,12 +33,12 @@ from headrift.consistency.scoring import (
     score_pairs,
 )
 from headrift.consistency.summary import summarise
-from headrift.key_alignment import L2, TV
 from headrift.model_facts import read_shape
 from headrift.prepare import load_tokenizer
 from headrift.probed_engine import ProbedEngine
+from headrift.requests import L2, TV
 from headrift.runs.folder import JobError, ResumableParts, model_fingerprint, versions
-from headrift.vllm_engine.config import lora_args, prepare_environment
+from headrift.vllm_engine import lora_args, prepare_environment
 
 SUMMARY, REJECTS = "summary.json", "rejects.parquet"
 # Pairs in a part: an interrupted run scores fewer than two parts again.

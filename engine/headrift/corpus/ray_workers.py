@@ -26,7 +26,7 @@ from ray.exceptions import RayError, RayTaskError
 from headrift.corpus.worker import Engine, Supervisor, numbers_from
 from headrift.errors import EngineError
 from headrift.runs.folder import model_fingerprint, versions
-from headrift.vllm_engine.config import ENGINES_PER_MACHINE
+from headrift.vllm_engine import ENGINES_PER_MACHINE
 
 # Answers that travel in one message.
 _BATCH = 64

@@ -28,7 +28,7 @@ from headrift.results import ScoreResult
 from headrift.runs.parts import Record, ShardFiles, column_types, part_schema, record
 from headrift.scorer import RequestScorer
 from headrift.signals import get
-from headrift.vllm_engine.config import check_compiler
+from headrift.vllm_engine import check_compiler
 
 TEXT_BYTES = 4096  # a guess at what a row's texts take, for the space a run needs
 # Fields of a ScoreResult that only some --save need.

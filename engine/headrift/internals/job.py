@@ -25,7 +25,7 @@ from headrift.prompts import PromptError
 from headrift.report.html import plain
 from headrift.runs.folder import JobError, OnRows, ResumableParts, columns, ignore_rows, model_fingerprint, versions
 from headrift.scorer import Scorer
-from headrift.vllm_engine.config import prepare_environment
+from headrift.vllm_engine import prepare_environment
 
 RESULTS, REJECTS = "internals.json", "rejects.parquet"
 COMPONENTS, PLACEMENTS, SENTENCES, CKA = "components", "placements", "sentences", "cka"

@@ -3,11 +3,11 @@
 Norms: uncompiled, torch takes five passes over memory for each norm, an eighth of a small model's decode step; vLLM's
 CPU build has a kernel that takes one, and leaves it unused.
 
-Prefix hits: vLLM shares whole KV blocks, of 32 tokens on a CPU, so of a system prompt and template of 111 tokens 15
-would be computed again for each prompt. It can share a block's first tokens too (a request that continues there gets a
-copy of the block), but does so only for models with Mamba layers. Here those parts serve full attention: the engine
-argument `prefix_match_unit` says of how many tokens a hit is a multiple. A request leaves an entry for all of its
-prompt but the last token, so a common prefix is best computed by a request of its own.
+Prefix hits: vLLM shares whole KV blocks, of 32 tokens on a CPU, so of a prefix of 111 tokens 15 would be computed again
+for each prompt. It can share a block's first tokens too (a request that continues there gets a copy of the block), but
+does so only for models with Mamba layers. Here those parts serve full attention: a hit is a multiple of the engine
+argument `prefix_match_unit`. A request leaves an entry for all of its prompt but the last token, so a common prefix is
+best computed by a request of its own.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ _VECTOR = 16  # numbers that the norm kernel takes at a time; rows are whole vec
 
 
 def register() -> None:
-    """Put the patches in place in this process: norms under a name that an engine has to ask for, prefix hits for
-    engines with `prefix_match_unit`."""
+    """Put the patches in place in this process; engines ask for them by `plugin.CPU_ARGS`."""
     core.resolve_kv_cache_block_sizes = _block_sizes
     kv_cache_manager.get_kv_cache_coordinator = _coordinator
     if PROVIDER not in ir.ops.rms_norm.impls:
@@ -133,9 +132,8 @@ def _block_sizes(kv_cache_config: KVCacheConfig, vllm_config: VllmConfig) -> tup
 
 def _coordinator(kv_cache_config: KVCacheConfig, **options: Any) -> KVCacheCoordinator:
     finer = options["enable_caching"] and options["hash_block_size"] < options["scheduler_block_size"]
-    if finer and _all_full_attention(kv_cache_config):
-        return TailCoordinator(kv_cache_config, **options)
-    return get_kv_cache_coordinator(kv_cache_config, **options)
+    kind = TailCoordinator if finer and _all_full_attention(kv_cache_config) else get_kv_cache_coordinator
+    return kind(kv_cache_config, **options)
 
 
 def _all_full_attention(kv_cache_config: KVCacheConfig) -> bool:

@@ -1,4 +1,8 @@
-"""The recorder of an engine's worker: the masses that kernels write, the instruments, and what a drain copies."""
+"""The recorder of a rank: the masses that kernels write, the instruments, and finished requests' way off the device.
+
+A drain is two calls with engine steps between them: `collect` enqueues everything and waits for nothing; `fetch` waits
+for the copies of its own ticket alone. `vllm_engine.merge_recordings` puts the ranks' answers together.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors.numpy import save
 
 from headrift.errors import RefusedError
-from headrift.vllm_plugin.instruments import instrument_types, parse_config, parse_probe
-from headrift.vllm_plugin.instruments.base import Instrument, StepBatch
+from headrift.vllm_plugin import instruments
+from headrift.vllm_plugin.instruments import Instrument, StepBatch
 from headrift.vllm_plugin.plugin import refusals, settings_of
-from headrift.vllm_plugin.probe import Probe, RecorderConfig
-from headrift.vllm_plugin.slots import Place, SlotTable
+from headrift.vllm_plugin.slots import Place, Probe, RecorderConfig, SlotTable
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -28,64 +32,55 @@ _RECORDERS: weakref.WeakValueDictionary[str, Recorder] = weakref.WeakValueDictio
 
 
 class Recorder(SlotTable):
-    """The masses of one rank's probed requests, and the instruments that measure more.
-
-    Attributes:
-        mass: [slots, steps, layers, heads, regions] float32, NaN if never written; keeps its address.
-        instruments: Those that are on; `logit_readers`, `hidden_readers` and `in_layers` are the ones with that hook.
-        kernel_options: Further arguments of the attention kernels.
-        layer_plans: (instrument, plan) of the running step, for `before_attention` and `after_attention`.
-        scratch: Memory that kernels of all layers use in turn, by name.
-        windows: Sliding window of each layer, None for none.
-        sinks: Whether any layer has attention sinks, so that the keys' masses sum to less than 1.
-        publisher: The metadata builder that publishes each step; builders: all of them, by the layers they serve.
-    """
+    """The masses of one rank's probed requests, and the instruments that measure more."""
 
     def __init__(self, config: RecorderConfig, place: Place, batch_size: int, device: torch.device):
         super().__init__(config, batch_size, device)
         self.place = place
+        # [slots, steps, layers, heads, regions], NaN if never written; keeps its address.
         shape = (config.slots, config.steps + 1, len(place.layers), len(place.heads), config.regions)
         self.mass = torch.full(shape, torch.nan, dtype=torch.float32, device=device)
-        self.instruments = [kind(self, place) for kind in instrument_types() if kind.is_on(config.options)]
+        kinds = instruments.instrument_types()
+        self.instruments = [kind(self, place) for kind in kinds if kind.is_on(config.options)]
         self.logit_readers = [i for i in self.instruments if i.reads_logits]
         self.hidden_readers = [i for i in self.instruments if i.reads_hidden_states]
         self.in_layers = [i for i in self.instruments if i.in_layers]
+        # Further arguments of the attention kernels.
         self.kernel_options = {name: value for i in self.instruments for name, value in i.kernel_options().items()}
+        # Of the running step, for `before_attention` and `after_attention`.
         self.layer_plans: list[tuple[Instrument, Any]] = []
+        # Memory that kernels of all layers use in turn, by name.
         self.scratch: dict[str, torch.Tensor] = {}
-        self.windows: list[int | None] = [None] * len(place.layers)
-        self.sinks = False
+        self.windows: list[int | None] = [None] * len(place.layers)  # sliding windows, None for none
+        self.sinks = False  # whether any layer has attention sinks, so that the keys' masses sum to less than 1
+        # The metadata builder that publishes each step, and all of them by the layers they serve.
         self.publisher: Any = None
         self.builders: dict[str, Any] = {}
         self._request_ids = np.full(config.slots, -1, np.int64)
         self._new: dict[int, Probe] = {}
         self._rows_are_real = False
+        # By ticket: arrays in host memory, and the event with which they have arrived (None: they are there).
+        self._in_flight: dict[int, tuple[dict[str, np.ndarray], torch.cuda.Event | None]] = {}
 
     @staticmethod
     def for_engine(config: VllmConfig) -> Recorder | None:
-        """The recorder of this engine, made at the first call; None if probing was not asked for.
-
-        Raises:
-            RefusedError: the engine cannot be measured; the message has every reason.
-        """
+        """The recorder of this engine, made at the first call; None if probing was not asked for; RefusedError if it
+        cannot be measured."""
         settings = settings_of(config)
         if settings is None:
             return None
         recorder = _RECORDERS.get(config.instance_id)
         if recorder is None:
-            reasons = refusals(config)
-            if reasons:
+            if reasons := refusals(config):
                 raise RefusedError(reasons)
-            model, parallel, scheduler = config.model_config, config.parallel_config, config.scheduler_config
-            known = {
-                "layers": model.get_total_num_hidden_layers(),
-                "heads": model.get_num_attention_heads(parallel) * parallel.tensor_parallel_size,
-                "ranks": parallel.tensor_parallel_size,
-            }
+            place, ranks = Place.from_config(config), config.parallel_config.tensor_parallel_size
+            layers = config.model_config.get_total_num_hidden_layers()
+            shape = {"layers": layers, "heads": len(place.heads) * ranks, "ranks": ranks}
+            known = replace(instruments.parse_config(settings), **shape)
             # A captured graph's batch is padded to the size it was captured for.
-            largest = max(scheduler.max_num_seqs, config.compilation_config.max_cudagraph_capture_size or 0)
-            device = torch.device(config.device_config.device_type)
-            recorder = Recorder(replace(parse_config(settings), **known), Place.from_config(config), largest, device)
+            captured = config.compilation_config.max_cudagraph_capture_size or 0
+            largest = max(config.scheduler_config.max_num_seqs, captured)
+            recorder = Recorder(known, place, largest, torch.device(config.device_config.device_type))
             _RECORDERS[config.instance_id] = recorder
         return recorder
 
@@ -97,12 +92,17 @@ class Recorder(SlotTable):
             raise RuntimeError('this engine was started without additional_config={"headrift": {...}}')
         return recorder
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of device memory."""
+    def describe(self) -> dict[str, Any]:
+        """This rank's part of the model, and the bytes of its recorder on the device."""
         tensors = [*vars(self).values(), *self.scratch.values()]
         own = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
-        return own + sum(instrument.nbytes for instrument in self.instruments)
+        return {
+            "layers": list(self.place.layers),
+            "heads": list(self.place.heads),
+            "windows": self.windows,
+            "sinks": self.sinks,
+            "recorder_bytes": own + sum(instrument.nbytes for instrument in self.instruments),
+        }
 
     def instrument(self, name: str) -> Instrument:
         """The instrument of the class with this name; KeyError if it is off."""
@@ -118,8 +118,8 @@ class Recorder(SlotTable):
     def add_builder(self, builder: Any, layer_names: Sequence[str]) -> None:
         """Register a metadata builder for its layers; the first one publishes each step.
 
-        vLLM makes the builders twice on a GPU: once to profile the memory of graphs, which it throws away, and once to
-        keep. A builder for layers that have one already begins a new set, and the old set is forgotten.
+        vLLM makes the builders twice on a GPU, and throws away those with which it profiled the memory of graphs: a
+        builder for layers that have one already begins a new set.
         """
         if self.publisher is None or any(name in self.builders for name in layer_names):
             self.publisher = builder
@@ -132,10 +132,8 @@ class Recorder(SlotTable):
         Both of vLLM's runners call the model's `compute_logits`, outside any captured graph, once a step with the last
         hidden state of each request, after the final norm; later calls of a step are for prompt log-probabilities.
         """
-        for builder in {id(builder): builder for builder in self.builders.values()}.values():
-            builder.warm_up()
-        for instrument in self.instruments:
-            instrument.warm_up()
+        for part in (*self.builders.values(), *self.instruments):
+            part.warm_up()
         if not self.hidden_readers:
             return
         compute_logits = model.compute_logits
@@ -165,27 +163,21 @@ class Recorder(SlotTable):
             return -1
         slot = probe.slot
         if self._request_ids[slot] != probe.request_id:
-            self._request_ids[slot] = probe.request_id
-            self.prompt_lens[slot] = probe.prompt_len
-            self.step_limits[slot] = probe.steps + 1
+            self._request_ids[slot], self._new[slot] = probe.request_id, probe
+            self.prompt_lens[slot], self.step_limits[slot] = probe.prompt_len, probe.steps + 1
             for instrument in self.instruments:
                 instrument.admit(slot, probe)
-            self._new[slot] = probe
         return slot
 
     def begin_step(self) -> None:
-        """Note that the runner has brought its rows up to date for a step with requests in it (`row_map`).
-
-        A batch that is published without is made up (profiling, warm-up, graph capture): its row numbers mean nothing.
-        """
+        """Note that the runner has brought its rows up to date for a step of requests. A batch published without this
+        is made up (profiling, warm-up, graph capture): its row numbers mean nothing."""
         self._rows_are_real = True
 
     def publish(self, rows: np.ndarray, seq_lens: torch.Tensor) -> None:
         """Publish which slot each request of the step about to run has. Enqueues copies and waits for nothing.
 
-        Args:
-            rows: The runner's own numbers of the requests, in batch order.
-            seq_lens: [requests] lengths after this step, on the device.
+        `rows` are the runner's own numbers of the requests in batch order, `seq_lens` their lengths after this step.
         """
         n = len(rows)
         slots = np.full(len(self.row_slot), -1, np.int32)
@@ -210,12 +202,9 @@ class Recorder(SlotTable):
             own[: len(probe.regions)] = np.reshape(probe.regions, (-1, 2))
         self._new.clear()
         index = self.index(slots)
-        for tensor, values in (
-            (self.bounds, bounds),
-            (self.prompt_len, self.prompt_lens[slots]),
-            (self.step_limit, self.step_limits[slots]),
-        ):
-            tensor.index_copy_(0, index, self.on_device(values))
+        self.bounds.index_copy_(0, index, self.on_device(bounds))
+        self.prompt_len.index_copy_(0, index, self.on_device(self.prompt_lens[slots]))
+        self.step_limit.index_copy_(0, index, self.on_device(self.step_limits[slots]))
         self.mass.index_fill_(0, index, torch.nan)
         for instrument in self.instruments:
             instrument.install(slots, index)
@@ -229,9 +218,8 @@ class Recorder(SlotTable):
         assert common.seq_lens_cpu_upper_bound is not None  # exact: speculative decoding is refused
         starts, lengths = common.query_start_loc_cpu.numpy(), common.seq_lens_cpu_upper_bound.numpy()
         batch = StepBatch(self.slots, starts[: n + 1], lengths[:n])
-        for instrument in self.in_layers:
-            if (plan := instrument.plan(batch)) is not None:
-                self.layer_plans.append((instrument, plan))
+        plans = [(instrument, instrument.plan(batch)) for instrument in self.in_layers]
+        self.layer_plans = [(instrument, plan) for instrument, plan in plans if plan is not None]
 
     def read_logits(self, logits: torch.Tensor) -> None:
         """Let the instruments read the running step's logits; a row of them is a request's of the batch."""
@@ -239,18 +227,46 @@ class Recorder(SlotTable):
             for instrument in self.logit_readers:
                 instrument.read_logits(logits)
 
-    def gather(self, requests: Sequence[tuple[int, int]], n_steps: int, want_mass: bool) -> dict[str, torch.Tensor]:
-        """Copy what finished requests recorded, on the device; enqueued and not waited for.
+    # When requests have finished.
 
-        Args:
-            requests: n pairs of slot and request id.
-            n_steps: Steps 0..n_steps-1 are copied.
-            want_mass: Give `mass` too.
+    def collect(self, ticket: int, requests: Sequence[tuple[int, int]], n_steps: int, want_mass: bool) -> None:
+        """Start copying what `gather` gives, under a new ticket. The slots are free when this returns: whatever this
+        thread does with them afterwards, the next request's wipe first, comes later on the same stream."""
+        tensors, outputs, copied = self.gather(requests, n_steps, want_mass), instruments.recording_outputs(), None
+        tensors = {name: tensor for name, tensor in tensors.items() if self.place.logits or outputs[name].per_head}
+        if self.device.type != "cpu":
+            # Only into pinned memory does a copy run while the host goes on. torch hands such blocks out again.
+            tensors = {
+                name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+                for name, tensor in tensors.items()
+            }
+            copied = torch.cuda.Event()
+            copied.record()
+        place, arrays = self.place, {name: tensor.numpy() for name, tensor in tensors.items()}
+        arrays["requests"] = np.array([request_id for _, request_id in requests], np.int64)
+        # The model's own numbers of the layers and heads along the axes.
+        arrays["layers"], arrays["heads"] = np.array(place.layers, np.int32), np.array(place.heads, np.int32)
+        arrays["logits"] = np.array([place.logits])  # whether what is not per head is from this rank
+        self._in_flight[ticket] = arrays, copied
+
+    def fetch(self, ticket: int) -> bytes:
+        """The arrays of a ticket in safetensors form, once; KeyError if there is no such ticket (any more)."""
+        arrays, copied = self._in_flight.pop(ticket)
+        if copied is not None:
+            copied.synchronize()
+        return save(arrays)
+
+    def forget(self) -> None:
+        """Drop every ticket that has not been fetched."""
+        self._in_flight.clear()
+
+    def gather(self, requests: Sequence[tuple[int, int]], n_steps: int, want_mass: bool) -> dict[str, torch.Tensor]:
+        """Copy what requests (slot and id) recorded in steps 0..n_steps-1, on the device; enqueued and not waited for.
 
         Returns:
             share [n, steps, layers, heads], mass[system] / mass[prompt], 0 if the prompt's mass is below 1e-9, NaN if
-            never written; first [n, layers, heads, regions], the masses of step 0; mass [n, steps, layers, heads,
-            regions]; and the outputs of the instruments.
+            never written; first [n, layers, heads, regions], the masses of step 0; if `want_mass`, mass [n, steps,
+            layers, heads, regions]; and the outputs of the instruments.
 
         Raises:
             KeyError: a slot has another request by now.
@@ -258,14 +274,11 @@ class Recorder(SlotTable):
         gone = [(slot, number) for slot, number in requests if self._request_ids[slot] != number]
         if gone:
             raise KeyError(f"slots were given to other requests before they were drained: {gone}")
-        system, prompt = self.config.system_region, self.config.prompt_region
-        assert system is not None
-        assert prompt is not None
         slots = [slot for slot, _ in requests]
         # By slices: an index tensor would be copied to the device and waited for.
         mass = torch.stack([self.mass[slot, :n_steps] for slot in slots])
-        whole = mass[..., prompt]
-        share = (mass[..., system] / whole).masked_fill_(whole < 1e-9, 0.0)
+        whole = mass[..., self.config.prompt_region]
+        share = (mass[..., self.config.system_region] / whole).masked_fill_(whole < 1e-9, 0.0)
         # A copy: as a view it would keep the masses of all steps.
         arrays = {"share": share, "first": mass[:, 0].clone()} | ({"mass": mass} if want_mass else {})
         for instrument in self.instruments:
@@ -280,4 +293,4 @@ def probe_of(params: SamplingParams | None, config: RecorderConfig) -> Probe | N
         return None
     if params is not None and params.n != 1:
         raise ValueError(f"n={params.n}: headrift records one answer per request")
-    return parse_probe(extra, config)
+    return instruments.parse_probe(extra, config)

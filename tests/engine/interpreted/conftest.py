@@ -99,7 +99,7 @@ def _flash_attention_without_a_gpu(case):
     from vllm.v1.attention.backends import flash_attn
     from vllm.v1.attention.ops.triton_reshape_and_cache_flash import triton_reshape_and_cache_flash
 
-    from headrift.vllm_plugin.backends.flash import FlashMassImpl
+    from headrift.vllm_plugin.backends.gpu import FlashMassImpl
 
     real_init = FlashMassImpl.__init__
 

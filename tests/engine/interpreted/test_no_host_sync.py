@@ -79,6 +79,8 @@ def put_on_device(engine, patch: pytest.MonkeyPatch) -> list:
                     patch.setattr(owner, name, on_device(value))
         for instrument in recorder.instruments:
             patch.setattr(instrument, "_per_slot", [on_device(tensor) for tensor in instrument._per_slot])
+            kept = {name: on_device(tensor) for name, tensor in instrument._kept.items()}
+            patch.setattr(instrument, "_kept", kept)
         for name in ("scratch", "kernel_options"):
             patch.setattr(recorder, name, {key: on_device(value) for key, value in getattr(recorder, name).items()})
         for layer in worker.vllm_config.compilation_config.static_forward_context.values():

@@ -16,57 +16,44 @@ import torch
 from headrift import ablation
 from headrift.ablation import MEANS, SIDES, HeadAblation
 from headrift.requests import ProbeRequest
-from headrift.vllm_plugin.instruments.base import Attended, Instrument, StepBatch
-from headrift.vllm_plugin.probe import Probe, RecorderConfig
-from headrift.vllm_plugin.slots import Place, SlotTable
+from headrift.vllm_plugin.instruments import Attended, Instrument, StepBatch
+from headrift.vllm_plugin.slots import Place, Probe, RecorderConfig, SlotTable
 
 
 class Side:
-    """The queries, or the outputs, of all heads of this rank: S slots, L layers, H heads.
-
-    On the device: factor [S, L, H] float32, 1 if nothing is ablated; mean [S, L, H] bool, whether the mean over the
-    heads takes the head's place. On the host: touched [S, L], layers in which a slot ablates any head; has_mean [S],
-    whether it does so by the mean anywhere.
-    """
+    """The queries, or the outputs, of all heads of this rank: S slots, L layers, H heads."""
 
     def __init__(self, shape: tuple[int, int, int], device: torch.device):
+        # On the device [S, L, H]: 1 if nothing is ablated; whether the mean over the heads takes the head's place.
         self.factor = torch.ones(shape, dtype=torch.float32, device=device)
         self.mean = torch.zeros(shape, dtype=torch.bool, device=device)
+        # On the host: layers in which a slot ablates any head [S, L]; whether it does so by the mean anywhere [S].
         self.touched = np.zeros(shape[:2], bool)
         self.has_mean = np.zeros(shape[0], bool)
-
-    def ablated(self, values: torch.Tensor, slots: torch.Tensor, layer: int, with_mean: bool) -> torch.Tensor:
-        """The queries or outputs [n, H, D] of a layer, changed as their slots [n] ablate them."""
-        factor = self.factor[:, layer].index_select(0, slots).unsqueeze(-1)
-        changed = values.float() * factor
-        if with_mean:
-            mean = self.mean[:, layer].index_select(0, slots).unsqueeze(-1)
-            changed = torch.where(mean, values.float().mean(1, keepdim=True), changed)
-        return changed.to(values.dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class AblatedTokens:
-    """Tokens of the running step whose query, or output, some layer changes.
-
-    Attributes:
-        tokens, slots: [n] int64 on the device; those of layer l are starts[l] to starts[l + 1].
-        with_mean: Whether any of them is changed to a mean over heads.
-    """
+    """Tokens of the running step whose query, or output, some layer changes."""
 
     side: Side
-    tokens: torch.Tensor
+    tokens: torch.Tensor  # [n] int64 on the device, as slots; those of layer l are starts[l] to starts[l + 1]
     slots: torch.Tensor
     starts: list[int]
-    with_mean: bool
+    with_mean: bool  # whether any of them is changed to a mean over heads
 
     def changed(self, layer: int, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The tokens that this layer changes [n] and what they become [n, H, D]; None for none."""
+        """The tokens [n] whose queries or outputs `values` this layer changes, and what these become [n, H, D]."""
         start, end = self.starts[layer], self.starts[layer + 1]
         if start == end:
             return None
-        tokens = self.tokens[start:end]
-        return tokens, self.side.ablated(values.index_select(0, tokens), self.slots[start:end], layer, self.with_mean)
+        tokens, slots = self.tokens[start:end], self.slots[start:end]
+        picked = values.index_select(0, tokens)
+        changed = picked.float() * self.side.factor[:, layer].index_select(0, slots).unsqueeze(-1)
+        if self.with_mean:
+            mean = self.side.mean[:, layer].index_select(0, slots).unsqueeze(-1)
+            changed = torch.where(mean, picked.float().mean(1, keepdim=True), changed)
+        return tokens, changed.to(values.dtype)
 
 
 class Ablation(Instrument):
@@ -78,9 +65,8 @@ class Ablation(Instrument):
 
     def __init__(self, table: SlotTable, place: Place):
         super().__init__(table, place)
-        shape = (table.config.slots, len(place.layers), len(place.heads))
-        self.sides = {"query": Side(shape, table.device), "output": Side(shape, table.device)}
-        self._shape = shape
+        self._shape = (table.config.slots, len(place.layers), len(place.heads))
+        self.sides = {name: Side(self._shape, table.device) for name in ("query", "output")}
         self._new: dict[int, tuple[Sequence[HeadAblation], float]] = {}
 
     @property
@@ -89,9 +75,7 @@ class Ablation(Instrument):
 
     @classmethod
     def ask(cls, request: ProbeRequest, memory: Mapping[int, int]) -> dict[str, Any]:
-        if not request.ablate:
-            return {}
-        return {"ablate": [list(entry) for entry in request.ablate], "epsilon": request.epsilon}
+        return super().ask(request, memory) if request.ablate else {}
 
     @classmethod
     def check(cls, probe: Probe, config: RecorderConfig) -> None:
@@ -114,23 +98,25 @@ class Ablation(Instrument):
         ]
         self._new[slot] = ablate, probe.fields.get("epsilon", ablation.EPSILON)
         for name, side in self.sides.items():
+            entries = [(layer, kind) for layer, _, kind in ablate if SIDES[kind] == name]
             side.touched[slot] = False
-            side.touched[slot, [layer for layer, _, kind in ablate if SIDES[kind] == name]] = True
-            side.has_mean[slot] = any(SIDES[kind] == name and kind in MEANS for *_, kind in ablate)
+            side.touched[slot, [layer for layer, _ in entries]] = True
+            side.has_mean[slot] = any(kind in MEANS for _, kind in entries)
 
     def install(self, slots: np.ndarray, index: torch.Tensor) -> None:
         shape = (len(slots), *self._shape[1:])
-        new = [self._new.pop(slot) for slot in slots.tolist()]
+        factors = {name: np.ones(shape, np.float32) for name in self.sides}
+        means = {name: np.zeros(shape, bool) for name in self.sides}
+        for i, slot in enumerate(slots.tolist()):
+            ablate, epsilon = self._new.pop(slot)
+            for layer, head, kind in ablate:
+                if kind in MEANS:
+                    means[SIDES[kind]][i, layer, head] = True
+                else:
+                    factors[SIDES[kind]][i, layer, head] = epsilon
         for name, side in self.sides.items():
-            factor, mean = np.ones(shape, np.float32), np.zeros(shape, bool)
-            for i, (ablate, epsilon) in enumerate(new):
-                for layer, head, kind in ablate:
-                    if SIDES[kind] == name and kind in MEANS:
-                        mean[i, layer, head] = True
-                    elif SIDES[kind] == name:
-                        factor[i, layer, head] = epsilon
-            side.factor.index_copy_(0, index, self.table.on_device(factor))
-            side.mean.index_copy_(0, index, self.table.on_device(mean))
+            side.factor.index_copy_(0, index, self.table.on_device(factors[name]))
+            side.mean.index_copy_(0, index, self.table.on_device(means[name]))
 
     def plan(self, batch: StepBatch) -> dict[str, AblatedTokens] | None:
         """The tokens that change by side, "query" or "output"; None if none does."""

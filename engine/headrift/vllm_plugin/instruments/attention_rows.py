@@ -1,34 +1,42 @@
 """Attention rows on the device: their entropy, and how far each is from another request's.
 
-`headrift.key_alignment` defines a row and the distance of two rows. Only requests that ask have their rows computed, in
-torch, from their query and the keys in vLLM's cache. Which queries these are is decided once a step, on the host, for
-all layers; in a step without any, nothing is done. The entropy of a row is a by-product of the attention kernels.
+An attention row is what a query's softmax gives to each key it may see: all keys up to its own position, or the last
+ones if the layer has a sliding window. A sink's share belongs to no key. Step t's row is that of the query at position
+prompt_len - 1 + t.
+
+Runs say which tokens of the two prompts are the same. Answer token u, at position prompt_len + u, is lined up with the
+other's answer token u, whichever tokens the two are: at step t both see those with u < t. The target of a request's row
+is, on a key that is lined up with one of the other's, what the other's row has there, and 0 on every other key (the
+words around a question); what the other's row has on keys that this request lacks is left out. Over the keys k of this
+request
+
+    L2 = sqrt(sum_k (own_k - target_k)^2)    (0 to sqrt(2))
+    TV = 1/2 sum_k |own_k - target_k|        (total variation, 0 to 1)
+
+Only requests that ask have their rows computed, in torch, from their query and the keys in vLLM's cache. Which queries
+these are is decided once a step, on the host, for all layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from headrift.key_alignment import DISTANCES, check_rows, check_runs, partner_positions
-from headrift.requests import ProbeRequest
-from headrift.vllm_plugin.instruments.base import Attended, Instrument, Output, StepBatch, number_or_none, wipe
-from headrift.vllm_plugin.probe import Probe, RecorderConfig
-from headrift.vllm_plugin.slots import Place, SlotTable
+from headrift.requests import ProbeRequest, Run
+from headrift.vllm_plugin.instruments import Attended, Instrument, Output, StepBatch
+from headrift.vllm_plugin.slots import Place, Probe, RecorderConfig, SlotTable
 
 # Keys that are gathered from the cache at a time, of all requests together: with 8 KV heads of 128 numbers, 64 MB.
 _KEYS_AT_ONCE = 1 << 14
 
 
 class RowEntropy(Instrument):
-    """Entropy of each head's attention row over its keys, in nats; the kernels write it beside the masses.
-
-    row_entropy: [slots, steps, layers, heads] float32.
-    """
+    """Entropy (nats) of each head's attention row over its keys: row_entropy [slots, steps, layers, heads]. The kernels
+    write it beside the masses."""
 
     options = {"row_entropy": False}
     fields = {"row_entropy": False}
@@ -44,23 +52,14 @@ class RowEntropy(Instrument):
 
 @dataclass(frozen=True, slots=True)
 class Queries:
-    """The next c queries of m requests of the batch, whose attention rows are computed; n = m c.
+    """The next c queries of m requests of the batch, whose attention rows are computed; n = m c; int64 tensors."""
 
-    Attributes (int64, on the device):
-        rows: [m] indices into the batch.
-        tokens: [n] indices into the batch's tokens.
-        positions: [m, c].
-        keys: How many keys, from the first, are gathered.
-        kept: [3, k] indices into the n, references and steps of the rows to keep; None: none.
-        compared: [4, k] indices into the n, slots, references and steps of the rows to compare; None: none.
-    """
-
-    rows: torch.Tensor
-    tokens: torch.Tensor
-    positions: torch.Tensor
-    keys: int
-    kept: torch.Tensor | None
-    compared: torch.Tensor | None
+    rows: torch.Tensor  # [m] indices into the batch
+    tokens: torch.Tensor  # [n] indices into the batch's tokens
+    positions: torch.Tensor  # [m, c]
+    keys: int  # how many keys, from the first, are gathered
+    kept: torch.Tensor | None  # [3, k] indices into the n, references and steps of the rows to keep
+    compared: torch.Tensor | None  # [4, k] indices into the n, slots, references and steps of the rows to compare
 
 
 class RowDistance(Instrument):
@@ -73,19 +72,17 @@ class RowDistance(Instrument):
 
     options = {"row_references": 0, "row_keys": 0}
     fields = {"rows_as": None, "rows_against": None, "aligned": (), "other_len": 0}
+    references = {"rows_as": "row_references", "rows_against": "row_references"}
     outputs = (Output("distance"),)
     in_layers = True
 
     def __init__(self, table: SlotTable, place: Place):
         super().__init__(table, place)
-        config, layers, heads = table.config, len(place.layers), len(place.heads)
-        n_steps, references, self.keys = config.steps + 1, config.options["row_references"], config.options["row_keys"]
-        shape = (references, layers, n_steps, heads, self.keys)
-        self.rows = torch.full(shape, torch.nan, dtype=torch.float32, device=table.device)
-        self.distance = self.per_slot(n_steps, layers, heads, len(DISTANCES))
-        self.partners = torch.full((config.slots, self.keys), self.keys, dtype=torch.int64, device=table.device)
-        # By slot: the reference that it keeps and the one that it is compared with, -1 for none.
-        self._keeps, self._compares = np.full(config.slots, -1), np.full(config.slots, -1)
+        slots, layers, heads = table.config.slots, len(place.layers), len(place.heads)
+        n_steps, self.keys = table.config.steps + 1, table.config.options["row_keys"]
+        self.rows = self.kept_as("rows_as", layers, n_steps, heads, self.keys)
+        self.distance = self.per_slot(n_steps, layers, heads, 2)
+        self.partners = torch.full((slots, self.keys), self.keys, dtype=torch.int64, device=table.device)
         self._new_partners: dict[int, np.ndarray] = {}
 
     @classmethod
@@ -101,9 +98,7 @@ class RowDistance(Instrument):
             other_len = memory.get(request.rows_against, 0)
             if not other_len:
                 raise ValueError(f"rows {request.rows_against} have not been kept: submit a request with rows_as first")
-        runs = [list(run) for run in request.aligned]
-        fields = {"rows_as": request.rows_as, "rows_against": request.rows_against}
-        return {**fields, "aligned": runs, "other_len": other_len}
+        return {**super().ask(request, memory), "other_len": other_len}
 
     @classmethod
     def remember(cls, request: ProbeRequest) -> dict[int, int]:
@@ -112,24 +107,22 @@ class RowDistance(Instrument):
 
     @classmethod
     def check(cls, probe: Probe, config: RecorderConfig) -> None:
-        fields, options = probe.fields, config.options
-        references, other_len = (fields.get("rows_as"), fields.get("rows_against")), fields.get("other_len", 0)
-        kept, keys = options["row_references"], options["row_keys"]
-        check_rows(references, other_len, probe.prompt_len, probe.steps, kept=kept, keys=keys)
-        check_runs(fields.get("aligned", ()), other_len, probe.prompt_len)
+        other_len, keys = probe.fields.get("other_len", 0), config.options["row_keys"]
+        longest = max(other_len, probe.prompt_len)
+        if longest + probe.steps > keys:
+            size = f"a prompt of {longest} tokens with {probe.steps} steps"
+            raise ValueError(f"{size} exceeds the {keys} keys of a kept row; raise row_keys")
+        check_runs(probe.fields.get("aligned", ()), other_len, probe.prompt_len)
 
     def admit(self, slot: int, probe: Probe) -> None:
-        self._keeps[slot] = number_or_none(probe.fields.get("rows_as"))
-        self._compares[slot] = number_or_none(probe.fields.get("rows_against"))
-        if self._compares[slot] >= 0:
+        super().admit(slot, probe)
+        if self.numbers["rows_against"][slot] >= 0:
             runs, other_len = probe.fields.get("aligned", ()), probe.fields.get("other_len", 0)
-            partners = partner_positions(runs, other_len, probe.prompt_len, probe.steps)
-            self._new_partners[slot] = np.full(self.keys, self.keys)
-            self._new_partners[slot][: len(partners)] = np.where(partners < 0, self.keys, partners)
+            partners = partner_positions(runs, other_len, probe.prompt_len, probe.steps, missing=self.keys)
+            self._new_partners[slot] = np.pad(partners, (0, self.keys - len(partners)), constant_values=self.keys)
 
     def install(self, slots: np.ndarray, index: torch.Tensor) -> None:
         super().install(slots, index)
-        wipe(self.table, self.rows, self._keeps[slots])
         for slot in slots.tolist():
             if slot in self._new_partners:
                 self.partners[slot].copy_(self.table.pinned(self._new_partners.pop(slot)), non_blocking=True)
@@ -137,33 +130,33 @@ class RowDistance(Instrument):
     def plan(self, batch: StepBatch) -> list[Queries] | None:
         """The queries whose rows are computed, so many at a time that their keys are bounded; None for none."""
         slots, table = batch.slots, self.table
-        rows = np.flatnonzero((slots >= 0) & ((self._keeps >= 0) | (self._compares >= 0))[slots])
-        if not len(rows):
+        asks = (self.numbers["rows_as"] >= 0) | (self.numbers["rows_against"] >= 0)
+        selected = (slots >= 0) & asks[slots]
+        if not selected.any():
             return None
-        own, lengths = slots[rows], batch.seq_lens[rows]
-        ends = lengths - table.prompt_lens[own] + 1  # the step after that of the last query
-        first = np.maximum(ends - np.diff(batch.query_start)[rows], 0)
-        counts = np.minimum(ends, table.step_limits[own]) - first
+        last = batch.seq_lens - table.prompt_lens[slots]  # the step of each request's last query
+        first = np.maximum(last + 1 - np.diff(batch.query_start), 0)
+        counts = np.where(selected, np.minimum(last + 1, table.step_limits[slots]) - first, 0)
         plan = []
         for count in np.unique(counts[counts > 0]).tolist():
             alike = np.flatnonzero(counts == count)
-            most = max(1, _KEYS_AT_ONCE // int(lengths[alike].max()))
+            most = max(1, _KEYS_AT_ONCE // int(batch.seq_lens[alike].max()))
             for start in range(0, len(alike), most):
-                some = alike[start : start + most]
-                steps = first[some, None] + np.arange(count)
-                positions = table.prompt_lens[own[some], None] - 1 + steps
-                tokens = batch.query_start[rows[some] + 1, None] - (lengths[some, None] - positions)
-                plan.append(self._queries(rows[some], own[some], steps, positions, tokens))
+                rows = alike[start : start + most]
+                steps = first[rows, None] + np.arange(count)
+                positions = table.prompt_lens[slots[rows], None] - 1 + steps
+                tokens = batch.query_start[rows + 1, None] - (batch.seq_lens[rows, None] - positions)
+                plan.append(self._queries(rows, slots[rows], steps, positions, tokens))
         return plan or None
 
     def _queries(
         self, rows: np.ndarray, slots: np.ndarray, steps: np.ndarray, positions: np.ndarray, tokens: np.ndarray
     ) -> Queries:
-        index = self.table.index
-        slot, step = np.repeat(slots, steps.shape[1]), steps.ravel()
-        kept, compared = np.flatnonzero(self._keeps[slot] >= 0), np.flatnonzero(self._compares[slot] >= 0)
-        keep = np.stack([kept, self._keeps[slot[kept]], step[kept]])
-        compare = np.stack([compared, slot[compared], self._compares[slot[compared]], step[compared]])
+        index, slot, step = self.table.index, np.repeat(slots, steps.shape[1]), steps.ravel()
+        own, against = self.numbers["rows_as"][slot], self.numbers["rows_against"][slot]
+        kept, compared = np.flatnonzero(own >= 0), np.flatnonzero(against >= 0)
+        keep = np.stack([kept, own[kept], step[kept]])
+        compare = np.stack([compared, slot[compared], against[compared], step[compared]])
         return Queries(
             rows=index(rows),
             tokens=index(tokens.ravel()),
@@ -184,12 +177,7 @@ class RowDistance(Instrument):
     def take(self, layer: int, queries: Queries, query: torch.Tensor, keys: torch.Tensor, **options: Any) -> None:
         """Compute a layer's rows, keep and compare them. What a row is compared with was kept in an earlier step.
 
-        Args:
-            layer: Index of the layer.
-            queries: Which rows.
-            query: [tokens, heads, head_dim] of the batch.
-            keys: [m, KV heads, head_dim, at least queries.keys] of the cache.
-            **options: See `attention_rows`.
+        query: [tokens, heads, head_dim] of the batch; keys: [m, KV heads, head_dim, queries.keys or more] of the cache.
         """
         m, c = queries.positions.shape
         picked = query.index_select(0, queries.tokens)
@@ -221,9 +209,8 @@ def attention_rows(
     """Softmax over the keys that each query may see, as `headrift_kernels.reference.attend` has it, in float32.
 
     Args:
-        query: [m, c, heads, head_dim].
+        query: [m, c, heads, head_dim], at positions [m, c].
         keys: [m, KV heads, head_dim, n], key j at position j; anything past a query's own position.
-        positions: [m, c] of the queries.
 
     Returns:
         [m, c, heads, n], 0 for keys that are not seen.
@@ -243,3 +230,26 @@ def attention_rows(
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks[:, None])
     return torch.exp(scores - lse)
+
+
+def check_runs(runs: Sequence[Any], other_len: int, own_len: int) -> None:
+    """Raise ValueError unless these are runs of prompts of so many tokens, in order and apart."""
+    ends = [0, 0]
+    for run in runs:
+        if not isinstance(run, (list, tuple)) or len(run) != 3 or not all(isinstance(n, int) for n in run):
+            raise ValueError(f"a run is (start in the other prompt, start in one's own, length), not {run!r}")
+        *starts, length = run
+        if length < 0 or any(start < end for start, end in zip(starts, ends, strict=True)):
+            raise ValueError(f"runs have to be in order and apart, unlike {list(runs)}")
+        ends = [start + length for start in starts]
+    if ends[0] > other_len or ends[1] > own_len:
+        raise ValueError(f"runs end at {ends[0]} and {ends[1]}, and the prompts have {other_len} and {own_len} tokens")
+
+
+def partner_positions(runs: Sequence[Run], other_len: int, own_len: int, steps: int, missing: int = -1) -> np.ndarray:
+    """Position in the other request of each key that a request sees in steps 0..`steps`, or `missing`."""
+    partners = np.full(own_len + steps, missing)
+    for other, own, length in runs:
+        partners[own : own + length] = np.arange(other, other + length)
+    partners[own_len:] = np.arange(other_len, other_len + steps)
+    return partners

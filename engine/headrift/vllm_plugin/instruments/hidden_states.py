@@ -9,12 +9,12 @@ one vector (r_main = 1) and sums the arc cosines of the singular values of U_cle
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from headrift.vllm_plugin.instruments.base import Instrument, check_number, keep_at_step_0, number_or_none, wipe
-from headrift.vllm_plugin.probe import Probe, RecorderConfig
+from headrift.vllm_plugin.instruments import Instrument
 from headrift.vllm_plugin.slots import Place, SlotTable
 
 # Directions that make up less than this of the leading one are rounding of float32 hidden states.
@@ -24,61 +24,35 @@ _NUMBERS_AT_ONCE = 1 << 24
 
 
 class HiddenStates(Instrument):
-    """Keeps what the language-model head reads at the last prompt token.
-
-    hidden: [hidden_states, width] float32, NaN if nothing was kept.
-    """
+    """Keeps what the language-model head reads at the last prompt token: hidden [hidden_states, width]."""
 
     options = {"hidden_states": 0}
     fields = {"hidden_as": None}
+    references = {"hidden_as": "hidden_states"}
     reads_hidden_states = True
 
     def __init__(self, table: SlotTable, place: Place):
         super().__init__(table, place)
-        shape = (table.config.options["hidden_states"], place.width)
-        self.hidden = torch.full(shape, torch.nan, dtype=torch.float32, device=table.device)
-        self._numbers = np.full(table.config.slots, -1)
-
-    @classmethod
-    def check(cls, probe: Probe, config: RecorderConfig) -> None:
-        check_number(probe.fields["hidden_as"], config.options["hidden_states"], "hidden state")
-
-    def admit(self, slot: int, probe: Probe) -> None:
-        self._numbers[slot] = number_or_none(probe.fields.get("hidden_as"))
-
-    def install(self, slots: np.ndarray, index: torch.Tensor) -> None:
-        wipe(self.table, self.hidden, self._numbers[slots])
+        self.hidden = self.kept_as("hidden_as", place.width)
 
     def read_hidden_states(self, hidden: torch.Tensor) -> None:
-        slots = self.table.slots
-        rows = np.flatnonzero((slots >= 0) & (self._numbers[slots] >= 0))
+        rows = self.rows_with("hidden_as")
         if len(rows):
-            keep_at_step_0(self.table, self.hidden, rows, self._numbers[slots[rows]], hidden)
+            self.keep_at_step_0("hidden_as", rows, hidden)
 
-    def principal_angles(
-        self, clean: Sequence[int], ablated: Sequence[Sequence[int]], r_main: int
-    ) -> list[list[float]]:
-        """`subspace_angles` of kept hidden states, by their numbers; NaN if one was not kept."""
+    def principal_angles(self, clean: Sequence[int], ablated: Sequence[Sequence[int]], r_main: int) -> Any:
+        """`subspace_angles` of kept hidden states, by their numbers, as a list; NaN if one was not kept."""
         at = self.table.index(np.array([clean, *ablated]))
         states = self.hidden.index_select(0, at.flatten()).view(*at.shape, -1)
-        angles: list[list[float]] = subspace_angles(states[0], states[1:], r_main).tolist()
-        return angles
+        return subspace_angles(states[0], states[1:], r_main).tolist()
 
 
 def subspace_angles(clean: torch.Tensor, ablated: torch.Tensor, r_main: int) -> torch.Tensor:
-    """Principal angles between the subspace of the clean hidden states and that of each set of ablated ones.
+    """Principal angles [n, r_main] between the subspace of clean hidden states [queries, hidden] and that of each of n
+    sets of ablated ones [n, queries, hidden], computed in float64 where the states are.
 
-    Args:
-        clean: [queries, hidden], one query's last hidden state a row.
-        ablated: [n, queries, hidden].
-        r_main: Dimensions of the subspaces.
-
-    Returns:
-        [n, r_main] degrees, smallest first; NaN if either side has fewer than r_main directions. Computed in float64
-        where the states are.
-
-    Raises:
-        ValueError: see `leading_vectors`.
+    In degrees, smallest first; NaN if either side has fewer than r_main directions. ValueError unless r_main is 1 to
+    the number of queries and hidden states.
     """
     basis, has_basis = leading_vectors(clean.T, r_main)
     angles = []
@@ -90,18 +64,9 @@ def subspace_angles(clean: torch.Tensor, ablated: torch.Tensor, r_main: int) -> 
 
 
 def leading_vectors(states: torch.Tensor, r_main: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The leading left singular vectors of n matrices.
+    """The leading left singular vectors [n, hidden, r_main], float64, of n matrices [n, hidden, queries].
 
-    Args:
-        states: [n, hidden, queries].
-        r_main: How many vectors.
-
-    Returns:
-        [n, hidden, r_main] float64, and whether each matrix has so many, [n]: not if queries are alike or a number is
-        NaN.
-
-    Raises:
-        ValueError: r_main is not 1 to the number of queries and hidden states.
+    Also returns whether each matrix has so many, [n]: not if queries are alike or a number is NaN.
     """
     most = min(states.shape[-2:])
     if not 1 <= r_main <= most:

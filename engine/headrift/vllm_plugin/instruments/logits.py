@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import numpy as np
 import torch
 
-from headrift.vllm_plugin.instruments.base import (
-    Instrument,
-    Output,
-    check_number,
-    keep_at_step_0,
-    number_or_none,
-    wipe,
-)
+from headrift.vllm_plugin.instruments import Instrument, Output
 from headrift.vllm_plugin.plugin import BACKEND
-from headrift.vllm_plugin.probe import Probe, RecorderConfig
 from headrift.vllm_plugin.slots import Place, SlotTable
 
-STATISTICS = ("entropy", "top1", "margin")
 # Logits that are compared at a time: float64 copies of them are made.
 _ROWS = 16
 
 
 class LogitStatistics(Instrument):
-    """Next-token entropy (nats), top-1 probability and margin of every recorded step.
-
-    stats: [slots, steps, 3] float32.
-    """
+    """Next-token entropy (nats), top-1 probability and margin of every recorded step: stats [slots, steps, 3]."""
 
     options = {"logit_stats": False}
     outputs = (Output("stats", per_head=False),)
@@ -37,7 +24,7 @@ class LogitStatistics(Instrument):
 
     def __init__(self, table: SlotTable, place: Place):
         super().__init__(table, place)
-        self.stats = self.per_slot(table.config.steps + 1, len(STATISTICS))
+        self.stats = self.per_slot(table.config.steps + 1, 3)
 
     def read_logits(self, logits: torch.Tensor) -> None:
         n = logits.shape[0]
@@ -58,45 +45,31 @@ class LogitStatistics(Instrument):
 
 
 class Divergence(Instrument):
-    """KL(kept || own), in nats, of next-token distributions at the last prompt token; one number a request leaves.
+    """KL(kept || own), in nats, of next-token distributions at the last prompt token; NaN unless compared.
 
-    kept: [references, vocab] float32, logits at step 0. divergence: [slots] float32, NaN unless compared.
+    kept: [references, vocab], logits at step 0; divergence: [slots].
     """
 
     options = {"references": 0}
     fields = {"keep_as": None, "compare_with": None}
+    references = {"keep_as": "references", "compare_with": "references"}
     outputs = (Output("divergence", per_step=False, per_head=False),)
     reads_logits = True
 
     def __init__(self, table: SlotTable, place: Place):
         super().__init__(table, place)
-        slots, references = table.config.slots, table.config.options["references"]
-        self.kept = torch.full((references, place.vocab), torch.nan, dtype=torch.float32, device=table.device)
+        self.kept = self.kept_as("keep_as", place.vocab)
         self.divergence = self.per_slot()
-        # By slot: the reference that it keeps and the one that it is compared with, -1 for none.
-        self._keeps, self._compares = np.full(slots, -1), np.full(slots, -1)
-
-    @classmethod
-    def check(cls, probe: Probe, config: RecorderConfig) -> None:
-        for reference in map(probe.fields.get, cls.fields):
-            check_number(reference, config.options["references"], "reference")
-
-    def admit(self, slot: int, probe: Probe) -> None:
-        self._keeps[slot] = number_or_none(probe.fields.get("keep_as"))
-        self._compares[slot] = number_or_none(probe.fields.get("compare_with"))
-
-    def install(self, slots: np.ndarray, index: torch.Tensor) -> None:
-        super().install(slots, index)
-        wipe(self.table, self.kept, self._keeps[slots])
 
     def read_logits(self, logits: torch.Tensor) -> None:
         """What a request is compared with was kept in an earlier step, or in this one; if not, the number is NaN."""
-        table = self.table
-        for rows in _rows_with(self._keeps, table.slots):
-            keep_at_step_0(table, self.kept, rows, self._keeps[table.slots[rows]], logits)
-        for rows in _rows_with(self._compares, table.slots):
+        table, keeping, comparing = self.table, self.rows_with("keep_as"), self.rows_with("compare_with")
+        for start in range(0, len(keeping), _ROWS):
+            self.keep_at_step_0("keep_as", keeping[start : start + _ROWS], logits)
+        for start in range(0, len(comparing), _ROWS):
+            rows = comparing[start : start + _ROWS]
             slots = table.slots[rows]
-            row, reference, slot = table.index(np.stack([rows, self._compares[slots], slots]))
+            row, reference, slot = table.index(np.stack([rows, self.numbers["compare_with"][slots], slots]))
             values = kl_divergence(self.kept.index_select(0, reference), logits.index_select(0, row)).float()
             before = self.divergence.index_select(0, slot)
             at_step_0 = table.row_step.index_select(0, row) == 0
@@ -110,10 +83,3 @@ def kl_divergence(clean: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
     """
     log_p, log_q = torch.log_softmax(clean.double(), -1), torch.log_softmax(changed.double(), -1)
     return torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def _rows_with(numbers: np.ndarray, slots: np.ndarray) -> Iterator[np.ndarray]:
-    """Batch rows whose slot has a number ([S], -1: none), _ROWS at a time."""
-    rows = np.flatnonzero((slots >= 0) & (numbers[slots] >= 0))
-    for start in range(0, len(rows), _ROWS):
-        yield rows[start : start + _ROWS]

@@ -1,33 +1,29 @@
-"""vLLM's Triton backend with masses, and what FlashAttention's shares with it: `FusedBuilder` and `FusedImpl`.
+"""vLLM's backends for GPUs, Triton's and FlashAttention's, with masses.
 
-One fused kernel attends for decode rows and measures them; vLLM's backend attends for prefill rows.
-
-In a mixed step each prompt's last token is one more row of that kernel, measured and not attended, so a streaming job
-needs one launch more a layer than stock vLLM (two if rows are split). Only replayed answers, and requests that are
-prefilled again after preemption, have measured queries before a row's last; a second kernel takes those.
+One fused kernel attends for decode rows and measures them; vLLM's backend attends for prefill rows. In a mixed step
+each prompt's last token is one more row of that kernel, measured and not attended: one launch more a layer than stock
+vLLM (two if rows are split). Only replayed answers, and requests that are prefilled again after preemption, have
+measured queries before a row's last; a second kernel takes those.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from copy import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from vllm.config import VllmConfig, get_current_vllm_config
+from torch import Tensor
+from vllm.config import get_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import is_quantized_kv_cache
-from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
-from vllm.v1.attention.backends.triton_attn import (
-    TritonAttentionBackend,
-    TritonAttentionImpl,
-    TritonAttentionMetadataBuilder,
-)
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends import flash_attn, triton_attn
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from headrift.vllm_plugin.backends.base import MeasuringBuilder, MeasuringImpl
+from headrift.vllm_plugin.backends import MeasuringBackend, MeasuringBuilder, MeasuringImpl, rows_from
+from headrift.vllm_plugin.plugin import flash_conditions
 from headrift.vllm_plugin.recorder import Recorder
 from headrift_kernels.triton.decode_mass import Batch, DecodeAgain, SplitScratch, decode_mass, splits_for
 from headrift_kernels.triton.replay_mass import ReplayScratch, replay_mass, replay_splits
@@ -41,19 +37,12 @@ REPLAY_SCRATCH_BYTES = 32 << 20
 
 @dataclass(frozen=True, slots=True)
 class MeasuredStep:
-    """How a step with probed rows is attended, worked out once for all layers of a KV cache group.
+    """How a step with probed rows is attended, worked out once for all layers of a KV cache group."""
 
-    Attributes:
-        batch: all rows.
-        prefill: the rows, and tokens, that the parent attends for; None: it attends for none.
-        replayed: the most measured queries of any row before its last one.
-        replay_scratch: where the kernel that measures these splits rows; None: it does not.
-    """
-
-    batch: Batch
-    prefill: slice | None = None
-    replayed: int = 0
-    replay_scratch: ReplayScratch | None = None
+    batch: Batch  # all rows
+    prefill: slice | None = None  # the rows, and tokens, that the parent attends for
+    replayed: int = 0  # the most measured queries of any row before its last one
+    replay_scratch: ReplayScratch | None = None  # where the kernel that measures these splits rows, if it does
 
 
 class FusedBuilder(MeasuringBuilder):
@@ -61,43 +50,37 @@ class FusedBuilder(MeasuringBuilder):
 
     num_heads_q: int
 
-    def __init__(
-        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
-    ):
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+    def __init__(self, kv_cache_spec: AttentionSpec, *args: Any, **kwargs: Any):
+        super().__init__(kv_cache_spec, *args, **kwargs)
         if self.recorder is not None:
             # Model runner V1 then puts decode rows first; V2 always does.
             self._init_reorder_batch_threshold(1)
             self.head_size, self.kv_heads = kv_cache_spec.head_size, kv_cache_spec.num_kv_heads
-            # The most keys that any layer attends, None without a limit: a sliding window in all layers of the group.
+            # The most keys that any layer attends; None: without a limit.
             windows = [layer.impl.window for layer in self.layers]
             self.most_keys = None if None in windows else max(windows)
             self.is_warm = False
             self._scratches: dict[tuple[int, int], SplitScratch] = {}
 
     def plan(
-        self,
-        recorder: Recorder,
-        common: CommonAttentionMetadata,
-        build: Callable[[CommonAttentionMetadata], Any],
+        self, recorder: Recorder, common: CommonAttentionMetadata, build: Callable[[CommonAttentionMetadata], Any]
     ) -> tuple[Any, MeasuredStep | None]:
         rows = (common.block_table_tensor, common.seq_lens, common.query_start_loc)
+        # The most keys that a row of the batch attends.
+        longest = common.max_seq_len if self.most_keys is None else min(common.max_seq_len, self.most_keys)
         if common.max_query_len <= 1:
-            return build(common), MeasuredStep(
-                Batch(*rows, self._scratch(recorder, common.num_reqs, self._longest(common)))
-            )
+            return build(common), MeasuredStep(Batch(*rows, self._scratch(recorder, common.num_reqs, longest)))
         lengths = np.diff(common.query_start_loc_cpu.numpy()[: common.num_reqs + 1])
         measured, replayed, replaying_rows = count_measured(recorder, common, lengths)
         if not measured:
             return build(common), None
         decode_rows = int(np.argmax(lengths > 1))
         scratch = replay_scratch = None
-        if self._longest(common) > UNSPLIT_KEYS or recorder.config.splits:
-            scratch = self._scratch(recorder, common.num_reqs, self._longest(common))
+        if longest > UNSPLIT_KEYS or recorder.config.splits:
+            scratch = self._scratch(recorder, common.num_reqs, longest)
         if replayed:
             group, regions = self.num_heads_q // self.kv_heads, recorder.config.regions
-            longest = self._longest(common) + replayed
-            splits = replay_splits(replaying_rows, self.kv_heads, group, replayed, longest, _processors())
+            splits = replay_splits(replaying_rows, self.kv_heads, group, replayed, longest + replayed, _processors())
             # Every row of the batch has room for its parts, whether it replays or not.
             of_one_split = 4 * common.num_reqs * replayed * self.num_heads_q * (3 + regions)
             splits = min(splits, max(REPLAY_SCRATCH_BYTES // of_one_split, 1))
@@ -120,16 +103,14 @@ class FusedBuilder(MeasuringBuilder):
             self._scratches[rows, splits] = SplitScratch(*parts)
         return self._scratches[rows, splits]
 
-    def _longest(self, common: CommonAttentionMetadata) -> int:
-        """The most keys that a row of the batch attends."""
-        return common.max_seq_len if self.most_keys is None else min(common.max_seq_len, self.most_keys)
-
     def warm_up(self) -> None:
         if self.recorder is None or self.is_warm or not self.layers[0].kv_cache.numel():
             return
         steps = self._warm_up_steps(self.recorder)
         for layer in self.layers:
-            layer.impl.warm_up(layer, steps)
+            query = torch.zeros((1, self.num_heads_q, self.head_size), dtype=layer.dtype, device=self.device)
+            for step in steps:
+                layer.impl.measure(layer, query, layer.kv_cache, step, torch.empty_like(query))
         self.is_warm = True
 
     def _warm_up_steps(self, recorder: Recorder) -> list[MeasuredStep]:
@@ -141,42 +122,15 @@ class FusedBuilder(MeasuringBuilder):
         split = SplitScratch.allocate(1, heads, self.head_size, regions, 2, self.device)
         steps = [MeasuredStep(Batch(row, length, start, split))]
         # As many queries as make a larger tile each time.
-        group = heads // self.kv_heads
-        for replayed in sorted({min(max(rows // group, 1), most) for rows in (16, 32, 64)}):
+        for replayed in sorted({min(max(rows * self.kv_heads // heads, 1), most) for rows in (16, 32, 64)}):
             for scratch in (None, ReplayScratch.allocate(1, replayed, heads, regions, 2, self.device)):
                 steps.append(MeasuredStep(Batch(row, length, start), None, replayed, scratch))
         return steps
 
 
-def rows_from(common: CommonAttentionMetadata, first: int) -> CommonAttentionMetadata:
-    """The batch without its first rows, of one token each: what the parent attends for.
-
-    What the device reads are copies: at an odd offset into the batch's own tensors Triton would compile vLLM's kernel
-    again. What only the host would read is left out.
-    """
-    if first == 0:
-        return common
-    part = copy(common)
-    part.query_start_loc = common.query_start_loc[first:] - first
-    part.seq_lens = common.seq_lens[first:].clone()
-    part.block_table_tensor = common.block_table_tensor[first:].clone()
-    part.slot_mapping = common.slot_mapping[first:]
-    part.num_reqs -= first
-    part.num_actual_tokens -= first
-    part.query_start_loc_cpu = part.seq_lens_cpu_upper_bound = part.is_prefilling = part.req_idx = None
-    part._num_computed_tokens_cache = part._token_to_req_indices_cache = None
-    return part
-
-
 def count_measured(recorder: Recorder, common: CommonAttentionMetadata, lengths: np.ndarray) -> tuple[bool, int, int]:
-    """Count the measured queries of a step without waiting for the device.
-
-    Args:
-        lengths: [rows] queries of each row.
-
-    Returns:
-        Whether any query is measured; the most of a row before its last query; the rows that have such.
-    """
+    """Whether a step measures any query, the most of a row before its last one, and how many rows have such; `lengths`
+    are the rows' queries. Does not wait for the device."""
     slots = recorder.slots
     assert common.seq_lens_cpu_upper_bound is not None  # exact: speculative decoding is refused
     last = common.seq_lens_cpu_upper_bound.numpy()[: len(slots)] - recorder.prompt_lens[slots]
@@ -191,6 +145,7 @@ class FusedImpl(MeasuringImpl):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self._is_quantized = is_quantized_kv_cache(self.kv_cache_dtype)
         # Calls of `decode_mass` to repeat, by number of splits, and the address of the KV cache that they read.
         self._again: dict[int, DecodeAgain | None] = {}
         self._cache_address = 0
@@ -212,54 +167,31 @@ class FusedImpl(MeasuringImpl):
     def forget_cache(self) -> None:
         self._again.clear()
 
-    def _keys_and_values(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _keys_and_values(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """Views of a layer's KV cache, [blocks, page, KV heads, head_dim] each."""
         keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
-        if is_quantized_kv_cache(self.kv_cache_dtype):
+        if self._is_quantized:
             fp8 = current_platform.fp8_dtype()
             keys, values = keys.view(fp8), values.view(fp8)
         return keys, values
 
-    def gathered_keys(self, layer: AttentionLayer, kv_cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    def gathered_keys(self, layer: Any, kv_cache: Tensor, blocks: Tensor) -> Tensor:
         """Keys [m, KV heads, head_dim, pages * page] of blocks [m, pages]."""
         picked = self._keys_and_values(kv_cache)[0].index_select(0, blocks.flatten())
-        if is_quantized_kv_cache(self.kv_cache_dtype):
+        if self._is_quantized:
             picked = picked.float() * layer._k_scale
         return picked.view(len(blocks), -1, *picked.shape[2:]).permute(0, 2, 3, 1)
 
     def attend(
-        self,
-        layer: AttentionLayer,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: Any,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        step: MeasuredStep | None = getattr(attn_metadata, "measured", None)
-        if step is None:
-            return super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
-            )
-        self.measure(layer, query, kv_cache, step, output)
-        rest = step.prefill
-        if rest is not None:
-            super().forward(layer, query[rest], key, value, kv_cache, attn_metadata, output[rest])
-        return output
-
-    forward = MeasuringImpl.instrumented
-
-    def measure(
-        self,
-        layer: AttentionLayer,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        step: MeasuredStep,
-        output: torch.Tensor,
+        self, step: MeasuredStep, layer: Any, qkv: Sequence[Tensor], kv_cache: Tensor, metadata: Any, output: Tensor
     ) -> None:
+        query, key, value = qkv
+        self.measure(layer, query, kv_cache, step, output)
+        rows = step.prefill
+        if rows is not None:
+            self.attend_as_parent(layer, query[rows], key, value, kv_cache, metadata, output[rows])
+
+    def measure(self, layer: Any, query: Tensor, kv_cache: Tensor, step: MeasuredStep, output: Tensor) -> None:
         """Attend for the decode rows and write the masses of all measured queries of the step."""
         batch, address = step.batch, kv_cache.data_ptr()
         if address != self._cache_address:
@@ -271,12 +203,9 @@ class FusedImpl(MeasuringImpl):
         recorder = self.recorder
         assert recorder is not None
         keys, values = self._keys_and_values(kv_cache)
-        quantized = is_quantized_kv_cache(self.kv_cache_dtype)
-        options = {
-            **self.attention_options(),
-            **recorder.kernel_options,
-            "k_scale": layer._k_scale if quantized else None,
-        }
+        requests = (recorder.row_slot, recorder.prompt_len, recorder.step_limit, recorder.bounds)
+        k_scale, v_scale = (layer._k_scale, layer._v_scale) if self._is_quantized else (None, None)
+        options = {**self.attention_options(), **recorder.kernel_options, "k_scale": k_scale}
         self._again[batch.splits] = decode_mass(
             output,
             recorder.mass,
@@ -286,12 +215,9 @@ class FusedImpl(MeasuringImpl):
             values,
             batch.block_table,
             batch.seq_lens,
-            recorder.row_slot,
-            recorder.prompt_len,
-            recorder.step_limit,
-            recorder.bounds,
+            *requests,
             query_start_loc=batch.query_start_loc,
-            v_scale=layer._v_scale if quantized else None,
+            v_scale=v_scale,
             scratch=batch.scratch,
             **options,
         )
@@ -304,49 +230,55 @@ class FusedImpl(MeasuringImpl):
                 batch.block_table,
                 batch.query_start_loc,
                 batch.seq_lens,
-                recorder.row_slot,
-                recorder.prompt_len,
-                recorder.step_limit,
-                recorder.bounds,
+                *requests,
                 most_queries=step.replayed,
                 scratch=step.replay_scratch,
                 **options,
             )
 
-    def warm_up(self, layer: Any, steps: list[MeasuredStep]) -> None:
-        """Attend for steps that record nothing."""
-        cache = layer.kv_cache
-        query = torch.zeros((1, self.num_heads, self.head_size), dtype=layer.dtype, device=cache.device)
-        for step in steps:
-            self.measure(layer, query, cache, step, torch.empty_like(query))
 
-
-class TritonMassBackend(TritonAttentionBackend):
-    """TRITON_ATTN for an engine that may be probed; without `additional_config["headrift"]` it is the parent."""
-
-    @staticmethod
-    def get_impl_cls() -> type[TritonMassImpl]:
-        return TritonMassImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[TritonMassBuilder]:
-        return TritonMassBuilder
-
-
-class TritonMassBuilder(FusedBuilder, TritonAttentionMetadataBuilder):
+class TritonMassBuilder(FusedBuilder, triton_attn.TritonAttentionMetadataBuilder):
     """Leaves the prefill rows of a measured step to vLLM's Triton kernel."""
 
 
-class TritonMassImpl(FusedImpl, TritonAttentionImpl):
+class TritonMassImpl(FusedImpl, triton_attn.TritonAttentionImpl):
     """Decode rows by the fused kernel, prefill rows by vLLM's Triton kernel."""
 
-    def layer_refusals(self, recorder: Recorder) -> list[str]:
-        conditions = (
+    def refusals(self) -> tuple[tuple[bool, str], ...]:
+        return (
             (self._is_per_token_head_quant, f"a {self.kv_cache_dtype} KV cache, scaled per token and head"),
             (self.use_alibi_sqrt, "a layer bends distances by a square root (ALiBi sqrt)"),
             (self.chunk_lookback != -1, "a layer attends in chunks with a look-back"),
         )
-        return super().layer_refusals(recorder) + [reason for is_so, reason in conditions if is_so]
+
+
+class TritonMassBackend(MeasuringBackend, triton_attn.TritonAttentionBackend):
+    """TRITON_ATTN for an engine that may be probed."""
+
+    impl, builder = TritonMassImpl, TritonMassBuilder
+
+
+class FlashMassBuilder(FusedBuilder, flash_attn.FlashAttentionMetadataBuilder):
+    """Leaves the prefill rows of a measured step to FlashAttention."""
+
+    def _get_scheduler_metadata(self, *, max_query_len: int, **batch: Any) -> Tensor | None:
+        if self.recorder is not None and max_query_len <= 1 and (self.capturing or self.recorder.probed):
+            return None  # the fused kernel attends for these rows
+        return super()._get_scheduler_metadata(max_query_len=max_query_len, **batch)
+
+
+class FlashMassImpl(FusedImpl, flash_attn.FlashAttentionImpl):
+    """Decode rows by the fused kernel, prefill rows by FlashAttention."""
+
+    def refusals(self) -> tuple[tuple[bool, str], ...]:
+        conditions = flash_conditions(self.vllm_flash_attn_version, self.kv_cache_dtype)
+        return tuple((is_so, f"{reason}; use the attention backend 'triton'") for is_so, reason in conditions)
+
+
+class FlashMassBackend(MeasuringBackend, flash_attn.FlashAttentionBackend):
+    """FLASH_ATTN for an engine that may be probed."""
+
+    impl, builder = FlashMassImpl, FlashMassBuilder
 
 
 def _processors() -> int:

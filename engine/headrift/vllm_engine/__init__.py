@@ -1,1 +1,0 @@
-"""vLLM as headrift starts it: configuration, patches, and the ranks of one engine put together."""
