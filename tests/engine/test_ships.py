@@ -390,7 +390,7 @@ def test_what_cannot_be_searched_is_refused_before_anything_runs(planted, querie
 
 def test_hidden_states_that_the_engine_does_not_keep(planted):
     engine, _ = planted
-    with pytest.raises(ValueError, match="no hidden state -1"):
+    with pytest.raises(ValueError, match="hidden_as=-1: this engine keeps"):
         engine.submit(ProbeRequest([5, 6], {}, 0, hidden_as=-1))
     for clean, ablated, r_main, message in (
         ([0, 1], [[2]], 1, "as many"),
