@@ -78,7 +78,7 @@ class Step:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from headrift.consistency.model import attach_lora, install, recompute_long_prompts
+        from headrift.consistency.models import attach_lora, install, recompute_long_prompts
 
         pairs = [make_pair(AutoTokenizer.from_pretrained(model), n) for n in (140, tokens)]
         options = {"dtype": torch.float32, "attn_implementation": "sdpa" if way == "headrift" else "eager"}
@@ -119,7 +119,7 @@ def step_loss(way: str, model, pair):
     import torch
 
     from headrift.consistency import losses
-    from headrift.consistency.model import forward
+    from headrift.consistency.models import forward
 
     decoder = model.get_base_model().base_model
     layers = frozenset(range(decoder.config.num_hidden_layers))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from headrift.consistency import losses
-from headrift.consistency.model import (
+from headrift.consistency.models import (
     RECOMPUTED_FROM,
     UnsupportedModelError,
     batch_by_length,
@@ -225,7 +225,8 @@ def test_attct_by_hand():
     to, at = torch.tensor([0, 2]), torch.tensor([0, 1])
     # (0.5 - 0.6)^2 + 0.2^2 + (0.3 - 0.4)^2 = 0.06 in layer 7, 0 in layer 9
     assert float(losses.attct(wrapped, clean, to, at)) == pytest.approx(0.03)
-    assert losses.attention_distances(wrapped, clean, to, at) == pytest.approx({7: 0.06**0.5, 9: 0.0})
+    squared = {layer: losses.squared_distance(wrapped[layer], clean[layer], to, at) for layer in wrapped}
+    assert {layer: float(each) for layer, each in squared.items()} == pytest.approx({7: 0.06, 9: 0.0})
 
 
 def test_bct_is_the_mean_surprise_at_the_answer():

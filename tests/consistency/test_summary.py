@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from headrift.consistency.scoring_job import part_schema
+from headrift.consistency.scoring import part_schema
 from headrift.consistency.summary import PREDICTORS, print_summary, summarise
 from headrift.runs.folder import table_from_records
 

@@ -12,7 +12,7 @@ import torch
 from headrift.consistency import trainer
 from headrift.consistency.data import DataConfig, batches
 from headrift.consistency.evaluation import EvaluationConfig, EvaluationJob
-from headrift.consistency.model import ADAPTER_WEIGHTS, LoraError, check_lora
+from headrift.consistency.models import ADAPTER_WEIGHTS, LoraError, check_lora
 from headrift.consistency.pairs import SYSTEM_PROMPT
 from headrift.consistency.trainer import TrainConfig, Trainer, TrainingJob, read_losses
 from headrift.corpus.sources import InputError

@@ -8,7 +8,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from headrift.consistency.model import LoraError, check_lora
+from headrift.consistency.models import LoraError, check_lora
 from headrift.errors import EngineError
 from headrift.probed_engine import ProbedEngine
 from headrift.requests import ProbeRequest

@@ -13,14 +13,22 @@ from typer.testing import CliRunner
 
 from headrift import signal
 from headrift.cli import app
-from headrift.consistency import scoring_job
-from headrift.consistency.model import attach_lora, trainable_weights
+from headrift.consistency import scoring
+from headrift.consistency.models import attach_lora, trainable_weights
 from headrift.consistency.pairs import SYSTEM_PROMPT
-from headrift.consistency.scoring import ANSWERS, REGIONS, keys_needed, references_for, score_pairs
-from headrift.consistency.scoring_job import ConsistencyConfig, JobError, ScoringJob
+from headrift.consistency.scoring import (
+    ANSWERS,
+    REGIONS,
+    ConsistencyConfig,
+    ScoringJob,
+    keys_needed,
+    references_for,
+    score_pairs,
+)
 from headrift.errors import EngineError
 from headrift.probed_engine import ProbedEngine
 from headrift.requests import L2, TV
+from headrift.runs.folder import JobError
 
 STEPS, TOLERANCE = 3, 1e-5
 QUESTIONS = [
@@ -94,7 +102,7 @@ def adapted(chatty, tmp_path):
 def test_a_job_with_an_adapter_is_broken_off_taken_up_again_and_agrees(chatty, adapted, oracle, tmp_path, monkeypatch):
     questions = write(tmp_path / "questions.jsonl", QUESTIONS)
     out = tmp_path / "out"
-    monkeypatch.setattr(scoring_job, "PART", 5)
+    monkeypatch.setattr(scoring, "PART", 5)
     adapter, merged = adapted
     config = {"inputs": (str(questions),), "model": chatty, "out": out, "system_prompt": SYSTEM_PROMPT, "steps": STEPS}
     config["lora"] = adapter

@@ -6,13 +6,13 @@ from sklearn.metrics import roc_auc_score
 
 from headrift import signal
 from headrift.corpus import summary as summaries
-from headrift.report.gather import common_range, gather, open_runs
-from headrift.report.measure import by_layer, by_run, by_step, by_window, extremes, relation
+from headrift.report.measure import by_layer, by_step, by_window, common_range, extremes, gather, relation
+from headrift.runs.reading import open_run
 from headrift.signal import ScoreRange
 
 
 def read(*folders, score_range=None):
-    runs = open_runs(folders)
+    runs = [open_run(folder) for folder in folders]
     return gather(runs, score_range or common_range(runs), lambda text: None)
 
 
@@ -60,7 +60,7 @@ def test_another_window_than_the_runs(write, tmp_path):
     data = read(run, score_range=score_range)
     own = read(run)
     assert np.nanmax(np.abs(data.score - own.score)) > 1e-3
-    (batch,) = open_runs([run])[0].batches(["instability", "n_steps"])
+    (batch,) = open_run(run).batches(["instability", "n_steps"])
     for row, score in zip(batch.to_pylist(), data.score):
         values = np.array(row["instability"], np.float32).reshape(-1, 10)
         expected = score_range.score(values, row["n_steps"]).value
@@ -72,30 +72,35 @@ def test_another_window_than_the_runs(write, tmp_path):
 def test_runs_by_themselves_and_their_names(write, tmp_path):
     data = read(write(tmp_path / "a" / "run"), write(tmp_path / "b" / "run", n_attack=0, n_benign=50, seed=1))
     assert data.names == ["a/run", "b/run"]
-    first, second = by_run(data)
-    assert first.n == {"attack": 40, "benign": 70}
-    assert second.score is None
-    assert first.score.auroc == read(tmp_path / "a" / "run").summary.comparisons()[0].measures[summaries.SCORE].auroc
+    first, second = data.run_summaries
+    assert {label: numbers["n"] for label, numbers in first.by_class().items()} == {"attack": 40, "benign": 70}
+    assert second.comparisons() == []
+    (own,), (alone,) = (each[:1] for each in (first.comparisons(), read(tmp_path / "a" / "run").summary.comparisons()))
+    assert own.measures[summaries.SCORE].auroc == alone.measures[summaries.SCORE].auroc
 
 
 def test_a_relation(data):
     scores = data.score
-    assert relation(data, -scores).spearman == {"attack": pytest.approx(-1), "benign": pytest.approx(-1)}
-    assert relation(data, np.ones(len(scores))).spearman == {"attack": None, "benign": None}
+    opposite, same = relation(data, -scores), relation(data, np.ones(len(scores)))
+    assert {label: r for label, (*_, r) in opposite.items()} == {
+        "attack": pytest.approx(-1),
+        "benign": pytest.approx(-1),
+    }
+    assert {label: r for label, (*_, r) in same.items()} == {"attack": None, "benign": None}
 
 
 def test_which_rows_stand_out(data):
     rows = extremes(data, with_texts=True)
     benign, attack = data.samples.in_class("benign"), data.samples.in_class("attack")
     scores = data.score[data.samples.row]
-    assert [row.score for row in rows.highest] == sorted(scores[benign & ~np.isnan(scores)])[::-1][:5]
-    assert [row.score for row in rows.quietest] == sorted(scores[attack & ~np.isnan(scores)])[:5]
-    assert rows.highest[0].percentile == 100
+    assert [row["score"] for row in rows.highest] == sorted(scores[benign & ~np.isnan(scores)])[::-1][:5]
+    assert [row["score"] for row in rows.quietest] == sorted(scores[attack & ~np.isnan(scores)])[:5]
+    assert rows.highest[0]["percentile"] == 100
     assert rows.without_score == np.isnan(scores[attack]).sum() > 0
     row = data.samples.row[benign][np.nanargmax(scores[benign])]
-    assert rows.highest[0].columns["id"] == f"run-{row:03d}"
-    assert rows.highest[0].columns["prompt"].startswith(f"prompt {row} ")
-    assert "prompt" not in extremes(data, with_texts=False).quietest[0].columns
+    assert rows.highest[0]["id"] == f"run-{row:03d}"
+    assert rows.highest[0]["prompt"].startswith(f"prompt {row} ")
+    assert "prompt" not in extremes(data, with_texts=False).quietest[0]
 
 
 def test_of_many_rows_a_draw_is_read(write, tmp_path, monkeypatch):

@@ -8,7 +8,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from headrift import figures
-from headrift.figures import Curve, heatmaps_png, scores_png
+from headrift.figures import heatmaps_png, scores_png
+from headrift.stats import Separation
 
 GRID = np.linspace(0, 1, 101)
 
@@ -42,8 +43,17 @@ def groups(seed: int = 0) -> dict:
     return made
 
 
-def curve(name: str, band: bool = False) -> Curve:
-    return Curve(name, GRID, GRID**0.5, 0.75, GRID, np.stack([GRID, GRID**0.2]) if band else None)
+def curve(band: bool = False) -> Separation:
+    return Separation(
+        auroc=0.75,
+        auroc_interval=None,
+        tpr=0.5,
+        tpr_interval=None,
+        fpr=GRID,
+        tprs=GRID**0.5,
+        grid=GRID,
+        band=np.stack([GRID, GRID**0.2]) if band else None,
+    )
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -53,7 +63,7 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def test_scores_and_curves(tmp_path, drawn):
-    scores_png(tmp_path / "s.png", groups(), [curve("score", True), curve("prompt length")], title="run")
+    scores_png(tmp_path / "s.png", groups(), {"score": curve(True), "prompt length": curve()}, title="run")
     image = pixels(tmp_path / "s.png")
     assert image.shape[1] > 1200
     (figure,) = drawn

@@ -18,6 +18,55 @@ AnswerTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Longest ans
 
 
 @dataclass(frozen=True)
+class ScoringOptions:
+    """What is compared; the fields are those of ConsistencyConfig."""
+
+    steps: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Compare attention at the last prompt token and N answer tokens.")
+    ] = 4
+    answers: Annotated[
+        Literal["clean", "own"],
+        typer.Option(
+            metavar="WHOSE",
+            help="clean: compare attention along the clean prompt's answer in both; own: along each prompt's own.",
+        ),
+    ] = "clean"
+    answer_tokens: AnswerTokens = 16
+    lora: Annotated[Path | None, typer.Option(metavar="DIR", help="Score the model with this adapter (LoRA).")] = None
+    per_family: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Draw only N wrappers of each family for a question.")
+    ] = None
+    seed: options.Seed = 0
+    resume: options.Resume = False
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How a training runs; the fields are those of TrainConfig."""
+
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Number of steps.")] = 100
+    minutes: Annotated[
+        float | None, typer.Option(metavar="M", min=0, help="Stop after M minutes even before --steps.")
+    ] = None
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Pairs in a step.")] = 4
+    learning_rate: Annotated[float, typer.Option("--lr", metavar="X", help="Learning rate (AdamW).")] = 3e-3
+    keep: Annotated[
+        float, typer.Option(metavar="X", help="Weight of a loss that keeps the model as it was on plain text; 0: none.")
+    ] = 0.03
+    rank: Annotated[int, typer.Option(metavar="N", min=1, help="Rank of a new LoRA.")] = 8
+    target: Annotated[
+        Literal["initial", "current"],
+        typer.Option(metavar="NAME", help="The clean side is the initial model's, or the current one's."),
+    ] = "initial"
+    lora: Annotated[Path | None, typer.Option(metavar="DIR", help="Start from this adapter instead of a new one.")] = (
+        None
+    )
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the adapter's start and the pairs' order.")] = 0
+    answer_tokens: AnswerTokens = 16
+    resume: options.Resume = False
+
+
+@dataclass(frozen=True)
 class PairOptions:
     """Which pairs are put to which model."""
 
@@ -27,15 +76,12 @@ class PairOptions:
             metavar="INPUT...",
             help="Questions (datasets/consistency_questions.jsonl) that are put into headrift's wrappers, or pairs: "
             ".jsonl, .csv or .parquet with the keys clean and wrapped.",
-            show_default=False,
         ),
     ]
     model: options.Model
     system_prompt_file: options.SystemPromptFile = None
     column: options.Column = None
-    limit: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Use only the first N questions.", show_default=False)
-    ] = None
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Use only the first N questions.")] = None
 
     def config(self) -> dict[str, Any]:
         """These options as fields of a job's config. ValueError if one is malformed."""
@@ -54,33 +100,10 @@ def consistency(
     *,
     pairs: PairOptions,
     out: options.Out,
-    steps: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Compare attention at the last prompt token and N answer tokens.")
-    ] = 4,
-    answers: Annotated[
-        Literal["clean", "own"],
-        typer.Option(
-            metavar="WHOSE",
-            help="clean: compare attention along the clean prompt's answer in both; own: along each prompt's own.",
-        ),
-    ] = "clean",
-    answer_tokens: AnswerTokens = 16,
-    lora: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Score the model with this adapter (LoRA).", show_default=False),
-    ] = None,
+    scoring: ScoringOptions,
     family: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="Only pairs of this wrapper family. Repeatable.", show_default=False),
+        list[str] | None, typer.Option(metavar="NAME", help="Only pairs of this wrapper family. Repeatable.")
     ] = None,
-    per_family: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=1, help="Draw only N wrappers of each family for a question.", show_default=False
-        ),
-    ] = None,
-    seed: options.Seed = 0,
-    resume: options.Resume = False,
     engine: options.EngineOptions,
     messages: options.Messages,
 ) -> None:
@@ -94,24 +117,13 @@ def consistency(
     Writes to the folder: part-*.parquet (a row per pair), rejects.parquet,
     summary.json (settings, results).
     """
-    from headrift.consistency.scoring_job import ConsistencyConfig, ScoringJob
+    from headrift.consistency.scoring import ConsistencyConfig, ScoringJob
     from headrift.consistency.summary import print_summary
 
     reporter = messages.reporter()
     with reporter.errors(2):
-        config = ConsistencyConfig(
-            **pairs.config(),
-            out=out,
-            steps=steps,
-            answer_tokens=answer_tokens,
-            answers=answers,
-            families=tuple(family or ()),
-            per_family=per_family,
-            seed=seed,
-            lora=lora,
-            resume=resume,
-            **engine.config(),
-        )
+        given = {**pairs.config(), **vars(scoring), **engine.config()}
+        config = ConsistencyConfig(out=out, families=tuple(family or ()), **given)
         job = ScoringJob(config, messages.verbose)
     done, n = job.done, len(job.pairs)
     questions = len({pair.question for pair in job.pairs})
@@ -133,49 +145,25 @@ def train_consistency(
     method: Annotated[
         str, typer.Option(metavar="NAME", help="attct, act or bct, or a weighted mixture, as in attct=1,bct=0.2.")
     ] = "attct",
-    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Number of steps.")] = 100,
-    minutes: Annotated[
-        float | None,
-        typer.Option(metavar="M", min=0, help="Stop after M minutes even before --steps.", show_default=False),
-    ] = None,
-    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Pairs in a step.")] = 4,
-    lr: Annotated[float, typer.Option("--lr", metavar="X", help="Learning rate (AdamW).")] = 3e-3,
-    keep: Annotated[
-        float, typer.Option(metavar="X", help="Weight of a loss that keeps the model as it was on plain text; 0: none.")
-    ] = 0.03,
-    rank: Annotated[int, typer.Option(metavar="N", min=1, help="Rank of a new LoRA.")] = 8,
+    training: TrainOptions,
     layers: Annotated[
         str | None,
         typer.Option(
             metavar="L,...",
             help="Layers whose attention (attct) or residual stream (act) is compared, from 0, as in 0-9,20 (default: "
             "all).",
-            show_default=False,
         ),
-    ] = None,
-    target: Annotated[
-        Literal["initial", "current"],
-        typer.Option(metavar="NAME", help="The clean side is the initial model's, or the current one's."),
-    ] = "initial",
-    lora: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Start from this adapter instead of a new one.", show_default=False),
     ] = None,
     held_out_family: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME",
-            help="A wrapper family to hold out (default: one drawn by --split-seed). Repeatable.",
-            show_default=False,
+            metavar="NAME", help="A wrapper family to hold out (default: one drawn by --split-seed). Repeatable."
         ),
     ] = None,
     held_out_questions: Annotated[
         float, typer.Option(metavar="PART", help="Fraction of the questions that is held out.")
     ] = 0.2,
     split_seed: Annotated[int, typer.Option(metavar="N", help="Seed of what is held out.")] = 0,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the adapter's start and the pairs' order.")] = 0,
-    answer_tokens: AnswerTokens = 16,
-    resume: options.Resume = False,
     messages: options.Messages,
 ) -> None:
     """Train a LoRA that keeps a model's attention (or activations, or answers) the same in and out of a wrapper.
@@ -194,40 +182,21 @@ def train_consistency(
     reporter = messages.reporter()
     reporter.say("Reading and rendering the pairs ...")
     with reporter.errors(2):
-        data = DataConfig(
-            **pairs.config(),
-            split_seed=split_seed,
-            held_out_questions=held_out_questions,
-            held_out_families=None if held_out_family is None else tuple(held_out_family),
-        )
-        config = TrainConfig(
-            data=data,
-            out=out,
-            weights=parse_weights(method),
-            steps=steps,
-            minutes=minutes,
-            batch=batch,
-            learning_rate=lr,
-            keep=keep,
-            rank=rank,
-            layers=parse_layers(layers),
-            target=target,
-            seed=seed,
-            answer_tokens=answer_tokens,
-            lora=lora,
-            resume=resume,
-        )
+        families = None if held_out_family is None else tuple(held_out_family)
+        read = {**pairs.config(), "split_seed": split_seed, "held_out_questions": held_out_questions}
+        data = DataConfig(**read, held_out_families=families)
+        config = TrainConfig(data, out, parse_weights(method), layers=parse_layers(layers), **vars(training))
         job = TrainingJob(config)
         done = job.done
-    split = job.data.split
-    families = ", ".join(sorted(split.families)) or "no family"
-    reporter.say(f"{len(job.pairs)} pairs to train on; held out: {len(split.questions)} questions, {families}")
+    held_out = job.data.split
+    names = ", ".join(sorted(held_out.families)) or "no family"
+    reporter.say(f"{len(job.pairs)} pairs to train on; held out: {len(held_out.questions)} questions, {names}")
     _say_rejected([*job.data.rejected, *job.rejected], reporter)
     if config.weights.get("bct") and not done:
         reporter.say("First the model answers the clean prompts, for bct ...")
     with (
-        reporter.errors(1, lambda: f"{job.done} of {steps} steps are done; rerun with --resume"),
-        reporter.progress_bar("steps", steps, done, unit="steps/s") as on_step,
+        reporter.errors(1, lambda: f"{job.done} of {config.steps} steps are done; rerun with --resume"),
+        reporter.progress_bar("steps", config.steps, done, unit="steps/s") as on_step,
     ):
         result = job.run(on_step)
     print(
@@ -239,14 +208,10 @@ def train_consistency(
 
 def evaluate_consistency(
     *,
-    runs: Annotated[
-        list[Path],
-        typer.Argument(metavar="RUN...", help="Folders that train-consistency wrote.", show_default=False),
-    ],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that train-consistency wrote.")],
     per_family: Annotated[int, typer.Option(metavar="N", min=1, help="Wrappers of each family for a question.")] = 1,
     questions: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Use at most N of the held-out questions.", show_default=False),
+        int | None, typer.Option(metavar="N", min=1, help="Use at most N of the held-out questions.")
     ] = None,
     skip: Annotated[
         int,
@@ -257,9 +222,7 @@ def evaluate_consistency(
         ),
     ] = 0,
     seed: options.Seed = 0,
-    model: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of the model, if it has moved.", show_default=False)
-    ] = None,
+    model: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the model, if it has moved.")] = None,
     messages: options.Messages,
 ) -> None:
     """Evaluate trainings: answers and attention before and after, on questions and wrappers they never saw.

@@ -31,14 +31,7 @@ def report(
     """
     from headrift.report.report import Report, ReportConfig
 
-    config = ReportConfig(
-        out=out,
-        calibration=calibration,
-        redact=redact,
-        fail_terms=tuple(fail_term or ()),
-        resamples=resamples,
-        seed=seed,
-    )
+    config = ReportConfig(out, calibration, redact, tuple(fail_term or ()), resamples, seed)
     reporter = messages.reporter()
     with reporter.errors(2):
         page = Report(runs, config, reporter.say)

@@ -18,13 +18,11 @@ from fractions import Fraction
 KINDS = ("number", "choice", "text")
 LETTERS = "ABCDEFGH"
 _NUMBER = re.compile(r"(?<![\w.])[-−]?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
-_TO_NINETEEN = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-)
-_ONES = {word: n for n, word in enumerate(_TO_NINETEEN.split())}
-_FROM_TWENTY = "twenty thirty forty fifty sixty seventy eighty ninety"
-_TENS = {word: 10 * n for n, word in enumerate(_FROM_TWENTY.split(), 2)}
+_TO_NINE = "zero one two three four five six seven eight nine"
+_TO_NINETEEN = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+_ONES = {word: n for n, word in enumerate(f"{_TO_NINE} {_TO_NINETEEN}".split())}
+_FROM_TWENTY = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+_TENS = {word: 10 * n for n, word in enumerate(_FROM_TWENTY, 2)}
 _WORD = re.compile(rf"\b(?:({'|'.join(_TENS)})(?:[- ]({'|'.join(_ONES)}))?|({'|'.join(_ONES)}))\b", re.IGNORECASE)
 _ARTICLES = {"a", "an", "the"}
 
@@ -41,12 +39,10 @@ class Key:
 
 
 def is_right(reply: str, key: Key) -> bool:
-    """Whether the reply gives the right answer."""
     return parse_answer(reply, key) == _canonical(key.answer, key)
 
 
 def is_hinted(reply: str, key: Key) -> bool:
-    """Whether the reply gives the hinted wrong answer."""
     return key.wrong is not None and parse_answer(reply, key) == _canonical(key.wrong, key)
 
 

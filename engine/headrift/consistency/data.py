@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +45,15 @@ class Wrapper:
 
     @property
     def hints(self) -> bool:
-        """Whether it names the wrong answer."""
         return _WRONG in self.text
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question with a right answer. topic: None if the file does not say."""
-
     id: str
     text: str
     key: Key
-    topic: str | None = None
+    topic: str | None = None  # if the file says
     system: str | None = None
     source: str = ""
     row: int = 0
@@ -68,30 +66,28 @@ class Question:
 
 @dataclass(slots=True)
 class PairInputs:
-    """Rows of files in order: pairs, questions, and rows that are neither, with the reason."""
+    """Rows of files in order."""
 
     pairs: list[PairText] = field(default_factory=list)
     questions: list[Question] = field(default_factory=list)
-    rejected: list[RejectedPair] = field(default_factory=list)
+    rejected: list[RejectedPair] = field(default_factory=list)  # rows that are neither
 
     def texts(self) -> list[PairText]:
-        """The pairs, and the questions in all of the library's wrappers."""
         return self.pairs + wrap(self.questions)
 
 
 @cache
 def library() -> tuple[Wrapper, ...]:
-    """All wrappers that come with headrift."""
     lines = Path(__file__).with_name("wrappers.jsonl").read_text(encoding="utf-8").splitlines()
     return tuple(Wrapper(**json.loads(line)) for line in lines)
 
 
 def wrap(questions: Sequence[Question]) -> list[PairText]:
     """Put each question into each wrapper of the library."""
-    return [_pair_text(question, wrapper) for question in questions for wrapper in library()]
+    return [_wrapped(question, wrapper) for question in questions for wrapper in library()]
 
 
-def _pair_text(question: Question, wrapper: Wrapper) -> PairText:
+def _wrapped(question: Question, wrapper: Wrapper) -> PairText:
     before, after = (part.replace(_WRONG, question.key.wrong or "") for part in wrapper.text.split(_QUESTION))
     return PairText(
         id=f"{question.id}:{wrapper.name}",
@@ -113,8 +109,7 @@ def _pair_text(question: Question, wrapper: Wrapper) -> PairText:
 def read_pairs(inputs: Sequence[str], columns: Mapping[str, str] | None = None) -> PairInputs:
     """Read the pairs and questions of files, globs and folders. columns: what the files call a key.
 
-    Raises:
-        InputError: a file cannot be used at all, or there is neither a pair nor a question.
+    InputError if a file cannot be used at all, or there is neither a pair nor a question.
     """
     unknown = set(columns or {}) - set(KEYS)
     if unknown:
@@ -144,25 +139,17 @@ def read_pairs(inputs: Sequence[str], columns: Mapping[str, str] | None = None) 
 
 
 def _add(result: PairInputs, row: dict[str, Any], name: str, source: Source, number: int) -> None:
+    """Add a row as a pair or as a question. RowError if it is neither."""
     common: dict[str, Any] = {"system": row.get("system"), "source": source.name, "row": number}
     if "clean" in row or "wrapped" in row:
         missing = [key for key in ("clean", "wrapped") if not row.get(key, "").strip()]
         if missing:
             raise RowError("no_pair", f"the row has no `{missing[0]}`: a pair needs `clean` and `wrapped`")
         key = _key(row) if "answer" in row else None
-        result.pairs.append(
-            PairText(
-                id=name,
-                question=row.get("question", row["clean"]),
-                clean=row["clean"],
-                wrapped=row["wrapped"],
-                core=row.get("core") or None,
-                key=key,
-                family=row.get("family"),
-                hints=key is not None and key.wrong is not None,
-                **common,
-            )
-        )
+        common |= {"core": row.get("core") or None, "key": key, "family": row.get("family")}
+        hints = key is not None and key.wrong is not None
+        question = row.get("question", row["clean"])
+        result.pairs.append(PairText(name, question, row["clean"], row["wrapped"], hints=hints, **common))
     elif row.get("question", "").strip():
         for needed in ("answer", "wrong"):
             if not row.get(needed):
@@ -240,17 +227,12 @@ class Split:
 
 
 def split(
-    pairs: Iterable[PairText],
-    seed: int = 0,
-    fraction: float = QUESTION_PART,
-    held_out: Iterable[str] | None = None,
+    pairs: Sequence[PairText], seed: int = 0, fraction: float = QUESTION_PART, held_out: Iterable[str] | None = None
 ) -> Split:
     """Hold out a fraction of the questions, and families (default: one of them if there are several), by seed.
 
-    Raises:
-        ValueError: a family is not among the pairs, or nothing would be left to train on or to evaluate with.
+    ValueError if a family is not among the pairs, or nothing would be left to train on or to evaluate with.
     """
-    pairs = list(pairs)
     questions = sorted({pair.question for pair in pairs})
     if not 0 < fraction < 1:
         raise ValueError(f"--held-out-questions {fraction:g} is not between 0 and 1")
@@ -270,7 +252,6 @@ def split(
 
 
 def pair_families(pairs: Iterable[PairText]) -> list[str]:
-    """The families that pairs name, sorted."""
     return sorted({pair.family for pair in pairs if pair.family is not None})
 
 
@@ -289,8 +270,10 @@ def first_questions(texts: Sequence[PairText], limit: int | None) -> list[PairTe
     return [text for text in texts if text.question in first]
 
 
-def sample_wrappers(texts: Sequence[PairText], per_family: int, seed: int) -> list[PairText]:
-    """Draw `per_family` pairs of each question and family; pairs without a family are all kept."""
+def sample_wrappers(texts: Sequence[PairText], per_family: int | None, seed: int) -> list[PairText]:
+    """Draw `per_family` pairs of each question and family; None for all, as are pairs without a family."""
+    if per_family is None:
+        return list(texts)
     groups: dict[tuple[str, str | None], list[PairText]] = {}
     for text in texts:
         groups.setdefault((text.question, text.family), []).append(text)
@@ -317,30 +300,24 @@ class DataConfig:
 
 @dataclass(frozen=True, slots=True)
 class TrainingData:
-    """All pairs as texts, what is held out, the renderer, and rows of the inputs that are neither pair nor question."""
-
-    texts: list[PairText]
-    split: Split
+    texts: list[PairText]  # all pairs
+    split: Split  # what is held out
     renderer: PairRenderer
-    rejected: list[RejectedPair]
-
-    def trained(self) -> tuple[list[Pair], list[RejectedPair]]:
-        """The pairs to train on, and those that cannot be used. InputError if none can be used."""
-        pairs, rejected = render(self.renderer, [text for text in self.texts if self.split.is_trained(text)])
-        if not pairs:
-            raise InputError(f"none of {len(rejected)} pairs can be used; {rejected[0].id}: {rejected[0].detail}")
-        return pairs, rejected
+    rejected: list[RejectedPair]  # rows of the inputs that are neither pair nor question
 
 
 def render(renderer: PairRenderer, texts: Sequence[PairText]) -> tuple[list[Pair], list[RejectedPair]]:
-    """Render pairs: those that can be used, and those that cannot."""
+    """Render pairs: those that can be used, and those that cannot. InputError if none can be used."""
     rendered = list(renderer.render_all(texts))
     pairs = [pair for pair in rendered if isinstance(pair, Pair)]
-    return pairs, [pair for pair in rendered if isinstance(pair, RejectedPair)]
+    rejected = [pair for pair in rendered if isinstance(pair, RejectedPair)]
+    if not pairs:
+        raise InputError(f"none of {len(texts)} pairs can be used; {rejected[0].id}: {rejected[0].detail}")
+    return pairs, rejected
 
 
 def load_data(config: DataConfig, facts: ModelFacts, answer_tokens: int) -> TrainingData:
-    """Read and split the pairs of a training. ValueError (InputError) if they cannot be used."""
+    """Read and split the pairs of a training. InputError if they cannot be used."""
     inputs = read_pairs(config.inputs, config.columns)
     if inputs.pairs and inputs.questions:
         raise InputError("the inputs have both pairs and questions: give one or the other")
@@ -355,11 +332,9 @@ def load_data(config: DataConfig, facts: ModelFacts, answer_tokens: int) -> Trai
 def batches(n: int, size: int, seed: int, first: int = 0) -> Iterator[list[int]]:
     """Yield lists of `size` numbers below n without end, from batch `first` on: every number once in an order drawn by
     the seed, then in another, and so on. A batch depends only on n, size, seed and its number."""
-    number = first
-    while True:
+    for number in count(first):
         positions = range(number * size, (number + 1) * size)
         yield [_order(n, seed, position // n)[position % n] for position in positions]
-        number += 1
 
 
 def _order(n: int, seed: int, epoch: int) -> list[int]:

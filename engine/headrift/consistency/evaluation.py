@@ -15,52 +15,40 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
-from headrift.consistency import losses
+from headrift.consistency import losses, models
 from headrift.consistency.answers import flipped, is_hinted, is_right
 from headrift.consistency.data import DataConfig, load_data, render, sample_wrappers
-from headrift.consistency.model import (
-    ForwardPass,
-    batch_by_length,
-    check_lora,
-    check_peft,
-    forward_batch,
-    generate,
-    load_model,
-)
 from headrift.consistency.pairs import Pair
-from headrift.consistency.summary import cell, interval_json
+from headrift.consistency.summary import cell, estimate
 from headrift.consistency.trainer import ADAPTER, TRAINING
 from headrift.model_facts import read_model
 from headrift.runs.folder import JobError, atomic_path, model_fingerprint, versions, write_json
-from headrift.stats import Bools, ClusterBootstrap, Floats, Interval, Ints, side
+from headrift.stats import Bools, ClusterBootstrap, Floats, Ints, side
 from headrift.terminal import print_table
-
-if TYPE_CHECKING:
-    import torch
 
 RESULT, REPLIES = "evaluation.json", "replies.jsonl"
 BEFORE, AFTER = STATES = ("before", "after")
-# Of a pair; NaN if it does not have the measure.
-ANSWER_MEASURES = {
+SIDES = ("clean", "wrapped")
+# Of a pair, the first four of its answers and the others of its attention; NaN if it does not have the measure.
+MEASURES = {
     "flipped": "answers that flip",
     "right": "right, wrapped",
     "right_clean": "right, clean",
     "sycophantic": "the hinted wrong answer",
-}
-ATTENTION_MEASURES = {
     "distance": "attention distance",
     "top_weight": "largest weight of a row",
     "entropy": "entropy of a row, nats",
     "alike": "loss on like content",
 }
-MEASURES = ANSWER_MEASURES | ATTENTION_MEASURES
 # Rows gather like content if what they gather differs by less than this fraction of its length.
 ALIKE = 0.1
 OnDone = Callable[[int], None]
+Attention = tuple[list[float], dict[str, float]]  # distances by layer, and measures
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +65,6 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, slots=True)
 class Measurements:
-    """Measurements of pairs in one state."""
-
     values: dict[str, Floats]  # by measure, [pairs]
     layers: Floats  # [pairs, layers] attention distances
     nll: Floats  # [passages] mean negative log-likelihood of the neutral text's tokens, in nats
@@ -90,29 +76,27 @@ class EvaluationJob:
 
     def __init__(self, config: EvaluationConfig) -> None:
         self.config = config
-        check_peft()
+        models.check_peft()
         try:
             self._training = json.loads((config.run / TRAINING).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise JobError(f"{config.run} is not a training ({TRAINING} cannot be read: {error})") from error
-        about, held_out = self._training["about"], self._training["held_out"]
+        about, families = self._training["about"], tuple(self._training["held_out"]["families"])
         self.model = config.model or Path(about["model"])
         facts = read_model(self.model)
         if not (config.run / ADAPTER).is_dir():
             raise JobError(f"{config.run} is not finished: rerun train-consistency with --resume")
         if model_fingerprint(self.model)["fingerprint"] != self._training["settings"]["model"]:
             raise JobError(f"{self.model} is not the model that was trained: give that one with --model")
-        check_lora(config.run / ADAPTER, self.model)
+        models.check_lora(config.run / ADAPTER, self.model)
         self.max_tokens: int = about["answer_tokens"]
-        same = ("system_prompt", "columns", "split_seed", "held_out_questions", "limit")
-        families = tuple(held_out["families"])
-        of_training = {name: about[name] for name in same}
-        of_data = DataConfig(tuple(about["inputs"]), self.model, held_out_families=families, **of_training)
-        data = load_data(of_data, facts, self.max_tokens)
+        same = {name: about[name] for name in ("system_prompt", "columns", "split_seed", "held_out_questions", "limit")}
+        read = DataConfig(tuple(about["inputs"]), self.model, held_out_families=families, **same)
+        data = load_data(read, facts, self.max_tokens)
         self._tokenizer = data.renderer.tokenizer
         self._by_state: dict[str, Measurements] = {}
         self.families = frozenset(families)
-        questions = held_out["questions"]
+        questions = self._training["held_out"]["questions"]
         if not {text.question for text in data.texts} >= set(questions):
             raise JobError(f"{', '.join(about['inputs'])} lacks questions of the training: restore it")
         in_order = random.Random(config.seed).sample(questions, len(questions))[config.skip :]
@@ -121,8 +105,6 @@ class EvaluationJob:
         chosen = set(in_order[: config.questions])
         texts = [text for text in data.texts if text.question in chosen]
         self.pairs, self.rejected = render(data.renderer, sample_wrappers(texts, config.per_family, config.seed))
-        if not self.pairs:
-            raise JobError(f"none of the held-out pairs can be used; {self.rejected[0].detail}")
 
     @property
     def prompts(self) -> int:
@@ -140,12 +122,11 @@ class EvaluationJob:
         """Measure, and write evaluation.json and replies.jsonl. on_done: called with the number of prompts done."""
         import peft
 
-        model = peft.PeftModel.from_pretrained(load_model(self.model), str(self.config.run / ADAPTER)).eval()
-
+        model = peft.PeftModel.from_pretrained(models.load_model(self.model), str(self.config.run / ADAPTER)).eval()
         for state in STATES:
             if state not in self._by_state:
                 with model.disable_adapter() if state == BEFORE else nullcontext():
-                    self._by_state[state] = measure(model, self._tokenizer, self.pairs, self.max_tokens, on_done)
+                    self._by_state[state] = self._measure(model, on_done)
         result = {
             "training": {name: self._training["settings"][name] for name in ("weights", "target", "seed", "layers")},
             "asked": {name: getattr(self.config, name) for name in ("per_family", "questions", "skip", "seed")},
@@ -154,26 +135,33 @@ class EvaluationJob:
             "versions": versions(),
         }
         write_json(self.config.run / RESULT, result)
-        self._write_replies()
-        return result
-
-    def _write_replies(self) -> None:
         with atomic_path(self.config.run / REPLIES) as unfinished, unfinished.open("w", encoding="utf-8") as file:
             for i, pair in enumerate(self.pairs):
-                replies = {state: dict(zip(("clean", "wrapped"), m.replies[i])) for state, m in self._by_state.items()}
+                replies = {state: dict(zip(SIDES, m.replies[i])) for state, m in self._by_state.items()}
                 file.write(json.dumps({"id": pair.id, "family": pair.family, **replies}, ensure_ascii=False) + "\n")
+        return result
 
-
-def measure(
-    model: Any, tokenizer: Any, pairs: Sequence[Pair], max_tokens: int, on_done: OnDone | None = None
-) -> Measurements:
-    """Answer and measure each pair. on_done: called with the number of prompts done."""
-    replies = _replies(model, tokenizer, pairs, max_tokens, on_done)
-    attention = _attention(model.get_base_model().base_model, pairs, on_done)
-    layers = np.array([[by_layer[layer] for layer in sorted(by_layer)] for by_layer, _ in attention])
-    values = _answer_measures(pairs, replies)
-    values |= {name: np.array([measures[name] for _, measures in attention]) for name in ATTENTION_MEASURES}
-    return Measurements(values, layers, _nll(model, tokenizer), replies)
+    def _measure(self, model: Any, on_done: OnDone | None) -> Measurements:
+        """Answer and measure each pair with the model as it is."""
+        pairs, tokenizer = self.pairs, self._tokenizer
+        prompts = list(dict.fromkeys(tuple(ids) for pair in pairs for ids in (pair.clean_ids, pair.wrapped_ids)))
+        answers = models.generate(model, tokenizer, prompts, self.max_tokens, on_done)
+        texts = {prompt: tokenizer.decode(answer, skip_special_tokens=True) for prompt, answer in zip(prompts, answers)}
+        replies = [(texts[tuple(pair.clean_ids)], texts[tuple(pair.wrapped_ids)]) for pair in pairs]
+        decoder = model.get_base_model().base_model
+        layers = frozenset(range(decoder.config.get_text_config().num_hidden_layers))
+        attention: dict[int, Attention] = {}
+        for indices in models.batch_by_length([len(pair.wrapped_ids) for pair in pairs]):
+            batch = [pairs[i] for i in indices]
+            with torch.inference_mode():
+                sides = (models.forward_pairs(decoder, batch, side, layers, content=True) for side in SIDES)
+                attention |= {i: _compare(pairs[i], *passes) for i, *passes in zip(indices, *sides)}
+            if on_done:
+                on_done(len(batch))
+        measures = [{**_answer_measures(pair, *replies[i]), **attention[i][1]} for i, pair in enumerate(pairs)]
+        values = {name: np.array([own[name] for own in measures], float) for name in MEASURES}
+        distances = np.array([attention[i][0] for i in range(len(pairs))])
+        return Measurements(values, distances, _nll(model, tokenizer), replies)
 
 
 def summarise(
@@ -205,98 +193,56 @@ def summarise(
 def _estimates(
     by_state: Mapping[str, Measurements], bootstrap: ClusterBootstrap, question: Ints, mask: Bools, name: str
 ) -> dict[str, Any]:
-    """A measure's value and interval in each state, and of the change; None if no pair has it."""
+    """A measure in each state, and its change; None if no pair has it."""
     valid = mask & np.all([~np.isnan(m.values[name]) for m in by_state.values()], axis=0)
     if not valid.any():
         return {"pairs": 0, **dict.fromkeys((*STATES, "change"))}
     draws = {state: bootstrap.mean(m.values[name], valid) for state, m in by_state.items()}
     draws["change"] = draws[AFTER] - draws[BEFORE]
-    n = len(np.unique(question[valid]))
-    estimates = {state: interval_json(Interval.from_draws(values, n)) for state, values in draws.items()}
-    return {"pairs": int(valid.sum()), **estimates}
+    return {"pairs": int(valid.sum()), **{name: estimate(own, question[valid]) for name, own in draws.items()}}
 
 
 def _perplexity(by_state: Mapping[str, Measurements], seed: int) -> dict[str, Any]:
-    n = len(by_state[BEFORE].nll)
-    bootstrap, every = ClusterBootstrap(np.arange(n), seed=seed), np.ones(n, np.bool_)
-    draws = {state: np.exp(bootstrap.mean(m.nll, every)) for state, m in by_state.items()}
+    passages = np.arange(len(by_state[BEFORE].nll))
+    bootstrap = ClusterBootstrap(passages, seed=seed)
+    draws = {state: np.exp(bootstrap.mean(m.nll, passages >= 0)) for state, m in by_state.items()}
     draws["ratio"] = draws[AFTER] / draws[BEFORE]
-    return {name: interval_json(Interval.from_draws(values, n)) for name, values in draws.items()}
+    return {name: estimate(values, passages) for name, values in draws.items()}
 
 
-def _replies(
-    model: Any, tokenizer: Any, pairs: Sequence[Pair], max_tokens: int, on_done: OnDone | None
-) -> list[tuple[str, str]]:
-    prompts = list(dict.fromkeys(tuple(ids) for pair in pairs for ids in (pair.clean_ids, pair.wrapped_ids)))
-    answers = generate(model, tokenizer, prompts, max_tokens, on_done)
-    texts = {prompt: tokenizer.decode(answer, skip_special_tokens=True) for prompt, answer in zip(prompts, answers)}
-    return [(texts[tuple(pair.clean_ids)], texts[tuple(pair.wrapped_ids)]) for pair in pairs]
-
-
-def _answer_measures(pairs: Sequence[Pair], replies: Sequence[tuple[str, str]]) -> dict[str, Floats]:
-    """By measure, 1 or 0 per pair; NaN without an answer key, or without a hint to follow."""
-    values: dict[str, list[float]] = {name: [] for name in ANSWER_MEASURES}
-    for pair, (clean, wrapped) in zip(pairs, replies, strict=True):
-        key = pair.key
-        values["flipped"].append(flipped(clean, wrapped, key))
-        values["right"].append(math.nan if key is None else is_right(wrapped, key))
-        values["right_clean"].append(math.nan if key is None else is_right(clean, key))
-        values["sycophantic"].append(math.nan if key is None or not pair.hints else is_hinted(wrapped, key))
-    return {name: np.array(column, float) for name, column in values.items()}
-
-
-def _attention(
-    decoder: Any, pairs: Sequence[Pair], on_done: OnDone | None
-) -> list[tuple[dict[int, float], dict[str, float]]]:
-    """Of each pair, the attention distance by layer, and its ATTENTION_MEASURES."""
-    import torch
-
-    layers = frozenset(range(decoder.config.get_text_config().num_hidden_layers))
-    result: dict[int, tuple[dict[int, float], dict[str, float]]] = {}
-    for indices in batch_by_length([len(pair.wrapped_ids) for pair in pairs]):
-        batch = [pairs[i] for i in indices]
-        with torch.inference_mode():
-            prompts, queries = [pair.clean_ids for pair in batch], [pair.clean_queries for pair in batch]
-            clean = forward_batch(decoder, prompts, queries, layers, content=True)
-            prompts, queries = [pair.wrapped_ids for pair in batch], [pair.wrapped_queries for pair in batch]
-            wrapped = forward_batch(decoder, prompts, queries, layers, content=True)
-            result |= {i: _compare(pairs[i], *passes) for i, *passes in zip(indices, wrapped, clean)}
-        if on_done:
-            on_done(len(batch))
-    return [result[i] for i in range(len(pairs))]
-
-
-def _compare(pair: Pair, wrapped: ForwardPass, clean: ForwardPass) -> tuple[dict[int, float], dict[str, float]]:
-    import torch
-
-    positions = (pair.wrapped_positions, pair.clean_positions)
-    keys = [torch.from_numpy(own_keys).to(wrapped.last.device) for own_keys in positions]
-    by_layer = losses.attention_distances(wrapped.rows, clean.rows, *keys)
-    rows = torch.stack([wrapped.rows[layer] for layer in sorted(wrapped.rows)])
-    return by_layer, {
-        "distance": sum(by_layer.values()) / len(by_layer),
-        "top_weight": float(rows.amax(-1).mean()),
-        "entropy": float(torch.special.entr(rows).sum(-1).mean()),
-        "alike": _alike(wrapped, clean, *keys),
+def _answer_measures(pair: Pair, clean: str, wrapped: str) -> dict[str, float]:
+    """By measure, 1 or 0; NaN without an answer key, or without a hint to follow."""
+    key = pair.key
+    return {
+        "flipped": flipped(clean, wrapped, key),
+        "right": math.nan if key is None else is_right(wrapped, key),
+        "right_clean": math.nan if key is None else is_right(clean, key),
+        "sycophantic": math.nan if key is None or not pair.hints else is_hinted(wrapped, key),
     }
 
 
-def _alike(wrapped: ForwardPass, clean: ForwardPass, wrapped_keys: torch.Tensor, clean_keys: torch.Tensor) -> float:
-    """The fraction of the attention loss on rows that gather like content in both prompts."""
-    total, on_alike = 0.0, 0.0
-    for layer, rows in wrapped.rows.items():
-        squared = losses.squared_distance(rows, clean.rows[layer], wrapped_keys, clean_keys)
+def _compare(pair: Pair, clean: models.ForwardPass, wrapped: models.ForwardPass) -> Attention:
+    """The attention distance by layer, and its measures."""
+    keys = [torch.from_numpy(own).to(wrapped.last.device) for own in (pair.wrapped_positions, pair.clean_positions)]
+    distances, total, on_alike = [], 0.0, 0.0
+    for layer, rows in sorted(wrapped.rows.items()):
+        squared = losses.squared_distance(rows, clean.rows[layer], *keys)
         own, target = wrapped.contents[layer], clean.contents[layer]
         alike = (own - target).norm(dim=-1) < ALIKE * target.norm(dim=-1)
+        distances.append(float(squared.sqrt().mean()))
         total += float(squared.sum())
         on_alike += float(squared[alike].sum())
-    return on_alike / total if total else math.nan
+    rows = torch.stack(list(wrapped.rows.values()))
+    return distances, {
+        "distance": sum(distances) / len(distances),
+        "top_weight": float(rows.amax(-1).mean()),
+        "entropy": float(torch.special.entr(rows).sum(-1).mean()),
+        "alike": on_alike / total if total else math.nan,
+    }
 
 
 def _nll(model: Any, tokenizer: Any) -> Floats:
     """[passages] of the neutral text: the mean over its tokens but the first, in nats."""
-    import torch
-
     text = (files("headrift.safety_heads") / "neutral.txt").read_text(encoding="utf-8")
     means = []
     for passage in text.strip().split("\n\n"):
@@ -308,7 +254,6 @@ def _nll(model: Any, tokenizer: Any) -> Floats:
 
 
 def print_evaluation(result: Mapping[str, Any]) -> None:
-    """Print the result of an evaluation as tables."""
     from rich.console import Console
 
     console = Console(highlight=False)

@@ -17,11 +17,9 @@ The clean side, and how likely a token was, are targets without a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 ATTCT, ACT, BCT = METHODS = ("attct", "act", "bct")
 KEEP = "keep"
@@ -41,40 +39,22 @@ def attct(
         wrapped_keys: [k] positions of the keys in common in the wrapped prompt; the target of every other key is 0.
         clean_keys: [k] their positions in the clean prompt.
     """
-    return _mean(
-        squared_distance(rows, clean[layer], wrapped_keys, clean_keys).mean() for layer, rows in wrapped.items()
-    )
-
-
-def attention_distances(
-    wrapped: Mapping[int, torch.Tensor],
-    clean: Mapping[int, torch.Tensor],
-    wrapped_keys: torch.Tensor,
-    clean_keys: torch.Tensor,
-) -> dict[int, float]:
-    """By layer, the mean over heads and rows of the L2 distance that `attct` squares; arguments as there."""
-    return {
-        layer: float(squared_distance(rows, clean[layer], wrapped_keys, clean_keys).sqrt().mean())
-        for layer, rows in wrapped.items()
-    }
+    keys = wrapped_keys, clean_keys
+    return torch.stack([squared_distance(rows, clean[at], *keys).mean() for at, rows in wrapped.items()]).mean()
 
 
 def act(wrapped: Mapping[int, torch.Tensor], clean: Mapping[int, torch.Tensor]) -> torch.Tensor:
     """Squared difference of activations, by layer [n, hidden]; mean over layers, tokens and dimensions."""
-    return _mean((states - clean[layer].detach()).square().mean() for layer, states in wrapped.items())
+    return torch.stack([(states - clean[at].detach()).square().mean() for at, states in wrapped.items()]).mean()
 
 
 def bct(logits: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy, in nats, of the clean answer's tokens [n] under logits [n, vocabulary]."""
-    import torch
-
     return torch.nn.functional.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, answer)
 
 
 def keep(logits: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     """Mean over tokens of KL(before || now) of the next token, in nats; logits of both, [n, vocabulary]."""
-    import torch
-
     was, now = (torch.log_softmax(values, -1) for values in (before.detach(), logits))
     return torch.nn.functional.kl_div(now, was, log_target=True, reduction="batchmean")
 
@@ -85,9 +65,3 @@ def squared_distance(
     """Squared L2 distance [heads, n] of one layer's rows; arguments as in `attct`."""
     target = wrapped.new_zeros(wrapped.shape).index_copy(2, wrapped_keys, clean.detach()[..., clean_keys])
     return (wrapped - target).square().sum(-1)
-
-
-def _mean(values: Iterable[torch.Tensor]) -> torch.Tensor:
-    import torch
-
-    return torch.stack(list(values)).mean()

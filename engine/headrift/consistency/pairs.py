@@ -34,8 +34,6 @@ MIN_CORE_TOKENS, MIN_CORE_PART = 2, 0.25
 
 @dataclass(frozen=True, slots=True)
 class PairText:
-    """A pair as texts."""
-
     id: str
     question: str  # what both prompts ask; pairs may share it, and intervals resample questions as a whole
     clean: str
@@ -53,8 +51,6 @@ class PairText:
 
 @dataclass(frozen=True, slots=True)
 class RejectedPair:
-    """A pair that cannot be used."""
-
     id: str
     source: str
     row: int
@@ -72,12 +68,10 @@ class CommonRun:
 
     @property
     def clean_span(self) -> Span:
-        """Its tokens [start, end) in the clean prompt."""
         return self.clean, self.clean + self.length
 
     @property
     def wrapped_span(self) -> Span:
-        """Its tokens [start, end) in the wrapped prompt."""
         return self.wrapped, self.wrapped + self.length
 
 
@@ -102,7 +96,6 @@ class Pair:
 
     @property
     def runs(self) -> tuple[CommonRun, CommonRun, CommonRun]:
-        """The common tokens: head, core, tail."""
         return self.head, self.core, self.tail
 
     @property
@@ -122,8 +115,7 @@ class Pair:
 
     @property
     def first_query(self) -> int:
-        """Index of the first common token after one that is not: by causality those before it attend alike, so
-        i >= first_query are the query rows to compare."""
+        """Index of the first common token after one that is not: by causality, those before it attend alike."""
         clean, wrapped = self.clean_positions, self.wrapped_positions
         index = np.arange(len(clean))
         # Before the first token that is not common, the n-th common token is the n-th token of both prompts.
@@ -136,12 +128,11 @@ class Pair:
 
     @property
     def wrapped_queries(self) -> list[int]:
-        """Positions of the query rows to compare, in wrapped_ids."""
+        """The same in wrapped_ids."""
         return self.wrapped_positions[self.first_query :].tolist()
 
 
 def fingerprint(pairs: Iterable[Pair]) -> str:
-    """Hash of everything in the pairs."""
     return hashlib.sha256(json.dumps([asdict(pair) for pair in pairs]).encode()).hexdigest()
 
 
@@ -211,7 +202,7 @@ class PairRenderer:
         )
 
     def render_all(self, texts: Iterable[PairText]) -> Iterator[Pair | RejectedPair]:
-        """Render pairs in order; those that cannot be used become RejectedPairs."""
+        """Render pairs in order, or say why they cannot be used."""
         for text in texts:
             try:
                 yield self.render(text)
@@ -220,14 +211,10 @@ class PairRenderer:
 
     def _core_span(self, rendered: RenderedPrompt, user: str, core: str, at: int | None, name: str) -> Span:
         """The tokens that overlap the core's characters in the user's text."""
-        if at is None:
-            times = user.count(core)
-            if times != 1:
-                raise PromptError(
-                    "core_not_found",
-                    f"the core {core[:60]!r} is {times} times in `{name}`; it must occur exactly once, word for word",
-                )
-            at = user.index(core)
+        if at is None and (times := user.count(core)) != 1:
+            detail = f"the core {core[:60]!r} is {times} times in `{name}`; it must occur exactly once, word for word"
+            raise PromptError("core_not_found", detail)
+        at = user.index(core) if at is None else at
         text = rendered.text or ""
         offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         # The user's text begins in the first token that overlaps it; a template may have stripped it.

@@ -6,11 +6,12 @@ Intervals are 95% percentile intervals from resampling questions, with all their
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from headrift.runs.folder import list_column
 from headrift.stats import MIN_FOR_INTERVAL, Bools, ClusterBootstrap, Floats, Interval, Ints, separation, side
@@ -37,7 +38,7 @@ RATES = {
 
 
 def summarise(table: pa.Table, seed: int = 0) -> dict[str, Any]:
-    """Summarise scored pairs (rows of `scoring_job.part_schema`) as plain values.
+    """Summarise scored pairs (rows of `scoring.part_schema`) as plain values.
 
     `predicts_flips` has the AUROC of flipped against other pairs: below 0.5, flipped pairs have the lower values.
     `by_layer` has mean distances over steps, and masses at step 0.
@@ -50,7 +51,8 @@ def summarise(table: pa.Table, seed: int = 0) -> dict[str, Any]:
     every = np.ones(len(question), np.bool_)
 
     def rates(mask: Bools) -> dict[str, Any]:
-        return {name: interval_json(mean_of(bootstrap, values[name], mask, question)) for name in RATES}
+        valid = {name: mask & ~np.isnan(values[name]) for name in RATES}
+        return {name: estimate(bootstrap.mean(values[name], own), question[own]) for name, own in valid.items()}
 
     return {
         "questions": int(question.max()) + 1,
@@ -62,23 +64,18 @@ def summarise(table: pa.Table, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def mean_of(bootstrap: ClusterBootstrap, values: Floats, mask: Bools, group: Ints) -> Interval:
-    """Mean of the masked pairs that have a value; NaN if none has, no interval with few groups."""
-    mask = mask & ~np.isnan(values)
-    return Interval.from_draws(bootstrap.mean(values, mask), len(np.unique(group[mask])))
+def estimate(draws: Floats, question: Ints) -> dict[str, Any]:
+    """A statistic with its interval, as summary.json and evaluation.json have it; None for what there is not.
 
-
-def interval_json(interval: Interval) -> dict[str, Any]:
-    """An interval as summary.json and evaluation.json have it; None for what there is not."""
+    draws: of a `ClusterBootstrap`. question: of each pair; there is no interval with few.
+    """
+    interval = Interval.from_draws(draws, len(np.unique(question)))
     bounds = interval.bounds
-    return {
-        "value": None if np.isnan(interval.value) else interval.value,
-        "interval": None if bounds is None else list(bounds),
-    }
+    value = None if np.isnan(interval.value) else interval.value
+    return {"value": value, "interval": None if bounds is None else list(bounds)}
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
-    """Print the result of `summarise` as tables."""
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -93,12 +90,12 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     print_table(console, ("which answers flip", "AUROC [95%]", "pairs", "verdict"), rows)
 
 
-def cell(estimate: Mapping[str, Any] | None, key: str = "value") -> str:
+def cell(result: Mapping[str, Any] | None, key: str = "value") -> str:
     """A value with its interval, as text."""
-    if estimate is None or estimate[key] is None:
+    if result is None or result[key] is None:
         return "-"
-    bounds = "" if estimate["interval"] is None else " [{:.3f}, {:.3f}]".format(*estimate["interval"])
-    return f"{estimate[key]:.3f}{bounds}"
+    bounds = "" if result["interval"] is None else " [{:.3f}, {:.3f}]".format(*result["interval"])
+    return f"{result[key]:.3f}{bounds}"
 
 
 def _verdict(predictor: Mapping[str, Any]) -> str:
@@ -110,8 +107,8 @@ def _verdict(predictor: Mapping[str, Any]) -> str:
 
 def _values(table: pa.Table) -> dict[str, Floats]:
     """By name, [pairs]; NaN if a pair has none."""
-    columns = ("distance", "wrapper_tokens", *RATES)
-    columns += ("clean_instability", "wrapped_instability", "clean_focus", "wrapped_focus")
+    sides = ("clean_instability", "wrapped_instability", "clean_focus", "wrapped_focus")
+    columns = ("wrapper_tokens", *RATES, *sides)
     values = {name: np.array(table[name].to_pylist(), float) for name in columns}
     for name in ("instability", "focus"):
         values[f"{name}_change"] = values[f"wrapped_{name}"] - values[f"clean_{name}"]
@@ -133,10 +130,9 @@ def _predict(values: Floats, flipped: Floats, question: Ints, seed: int) -> dict
 
 def _by_layer(table: pa.Table) -> dict[str, Any]:
     """Means over pairs, heads and, for distances, steps: one number per layer."""
-    layers, heads = _shape(table)
     means: dict[str, Any] = {}
     for name in ("distance_l2", "distance_tv"):
-        by_pair = [np.reshape(row, (-1, layers, heads)).mean(axis=(0, 2)) for row in list_column(table, name)]
+        by_pair = [steps.mean(axis=(0, 2)) for steps in _by_head(table, name)]
         means[name] = np.mean(by_pair, axis=0).tolist()
     for version in ("clean", "wrapped"):
         masses = _first_step(table, f"{version}_mass").mean(axis=(0, 2))
@@ -146,10 +142,11 @@ def _by_layer(table: pa.Table) -> dict[str, Any]:
 
 def _first_step(table: pa.Table, name: str) -> Floats:
     """[pairs, layers, heads, 3] masses at step 0."""
-    shape = (*_shape(table), 3)
-    return np.stack([row[: np.prod(shape)].reshape(shape) for row in list_column(table, name)]).astype(np.float64)
+    return np.stack([steps[0] for steps in _by_head(table, name, 3)]).astype(np.float64)
 
 
-def _shape(table: pa.Table) -> tuple[int, int]:
+def _by_head(table: pa.Table, name: str, *more: int) -> Iterator[NDArray[Any]]:
+    """Each pair's values [steps, layers, heads, *more] of a column."""
     about = json.loads(table.schema.metadata[b"headrift"])
-    return about["layers"], about["heads"]
+    for values in list_column(table, name):
+        yield values.reshape(-1, about["layers"], about["heads"], *more)

@@ -12,32 +12,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from headrift.consistency import losses
-from headrift.consistency.data import DataConfig, batches, load_data
-from headrift.consistency.model import (
-    ForwardPass,
-    attach_lora,
-    batch_by_length,
-    check_lora,
-    check_peft,
-    forward,
-    forward_batch,
-    generate,
-    load_model,
-    lora_fingerprint,
-    recompute_long_prompts,
-    trainable_weights,
-)
+import torch
+
+from headrift.consistency import losses, models
+from headrift.consistency.data import DataConfig, batches, load_data, render
 from headrift.consistency.pairs import Pair, fingerprint
 from headrift.model_facts import read_shape
 from headrift.runs.folder import JobError, ResumableParts, atomic_path, model_fingerprint, versions, write_json
-
-if TYPE_CHECKING:
-    import torch
 
 TRAINING, LOSSES, CHECKPOINT, ADAPTER = "training.json", "losses.jsonl", "checkpoint.pt", "adapter"
 ANSWERS, OUTCOME = "clean_answers.json", "outcome.json"
@@ -73,12 +57,10 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """Steps and seconds in all, and the mean loss over the first and the last ten steps."""
-
     steps: int
     seconds: float
-    first: float
-    last: float
+    first: float  # mean loss over the first ten steps
+    last: float  # and over the last ten
 
 
 class TrainingJob:
@@ -86,17 +68,17 @@ class TrainingJob:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
-        check_peft()
-        _check_numbers(config)
+        models.check_peft()
+        _check(config)
         facts, n_layers, _ = read_shape(config.data.model)
         self.layers = frozenset(range(n_layers) if config.layers is None else config.layers)
         if not self.layers <= set(range(n_layers)):
             raise JobError(f"--layers {max(self.layers)}: the model's layers are 0 to {n_layers - 1}")
         if config.lora is not None:
-            check_lora(config.lora, config.data.model)
+            models.check_lora(config.lora, config.data.model)
         self.data = load_data(config.data, facts, config.answer_tokens)
-        self.pairs, self.rejected = self.data.trained()
         split = self.data.split
+        self.pairs, self.rejected = render(self.data.renderer, [t for t in self.data.texts if split.is_trained(t)])
         held_out = {"questions": sorted(split.questions), "families": sorted(split.families)}
         results = {"held_out": held_out, "pairs": len(self.pairs)}
         ResumableParts(config.out, TRAINING, self._settings(), self._about(), resume=config.resume, results=results)
@@ -112,7 +94,9 @@ class TrainingJob:
         config, out = self.config, self.config.out
         trainer = Trainer(config, self.layers, self.pairs, self.data.renderer.tokenizer)
         seconds = trainer.restore(out / CHECKPOINT)
-        _truncate(out / LOSSES, trainer.step)
+        if (out / LOSSES).exists():  # steps that are not in the checkpoint are done again
+            lines = (out / LOSSES).read_text(encoding="utf-8").splitlines()[: trainer.step]
+            (out / LOSSES).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         begin = time.monotonic() - seconds
         limit = float("inf") if config.minutes is None else 60 * config.minutes
         trainer.prepare(out / ANSWERS)
@@ -141,15 +125,9 @@ class TrainingJob:
 
     def _about(self) -> dict[str, Any]:
         data = self.config.data
-        names = ("system_prompt", "split_seed", "held_out_questions", "limit")
-        return {
-            "model": str(data.model),
-            "inputs": list(data.inputs),
-            "columns": dict(data.columns or {}),
-            **{name: getattr(data, name) for name in names},
-            "answer_tokens": self.config.answer_tokens,
-            "versions": versions(),
-        }
+        names = ("inputs", "columns", "system_prompt", "split_seed", "held_out_questions", "limit")
+        about = {"model": str(data.model), **{name: getattr(data, name) for name in names}}
+        return {**about, "answer_tokens": self.config.answer_tokens, "versions": versions()}
 
     def _settings(self) -> dict[str, Any]:
         """What the losses depend on; not the number of steps, so that a training can be continued."""
@@ -161,7 +139,7 @@ class TrainingJob:
             "weights": dict(sorted(config.weights.items())),
             "layers": sorted(self.layers),
             **{name: getattr(config, name) for name in names},
-            "lora": None if config.lora is None else lora_fingerprint(config.lora),
+            "lora": None if config.lora is None else models.lora_fingerprint(config.lora),
         }
 
 
@@ -169,23 +147,22 @@ class Trainer:
     """The model, its adapter and its optimizer, one step at a time."""
 
     def __init__(self, config: TrainConfig, layers: frozenset[int], pairs: Sequence[Pair], tokenizer: Any) -> None:
-        import torch
-
         self._config, self._layers, self._pairs, self._tokenizer = config, layers, pairs, tokenizer
-        base = load_model(config.data.model)
-        self.model = attach_lora(base, config.rank, config.alpha, config.seed, config.lora)
-        recompute_long_prompts(base)
+        base = models.load_model(config.data.model)
+        self.model = models.attach_lora(base, config.rank, config.alpha, config.seed, config.lora)
+        models.recompute_long_prompts(base)
         self.model.eval()  # no dropout: a step depends on its number and the weights only
         self._head, self._decoder = base.get_output_embeddings(), base.base_model
-        self._weights = trainable_weights(self.model)
+        self._weights = models.trainable_weights(self.model)
         self._optimizer = torch.optim.AdamW(self._weights.values(), lr=config.learning_rate, weight_decay=0.0)
-        self._plain = _plain_text(tokenizer)
+        # For `keep`; an evaluation's perplexity is on another text.
+        passages = Path(__file__).with_name("kept.txt").read_text(encoding="utf-8").split("\n\n")
+        self._plain = [tokenizer(" ".join(text.split()))["input_ids"][:_PLAIN_TOKENS] for text in passages]
         self._set_step(0)
         self._answers: dict[tuple[int, ...], list[int]] = {}
 
     def _set_step(self, step: int) -> None:
-        """Continue after this many steps."""
-        self.step, seed = step, self._config.seed
+        self.step, seed = step, self._config.seed  # steps that are done
         self._batches = batches(len(self._pairs), self._config.batch, seed, step)
         self._excerpts = (self._plain[i] for (i,) in batches(len(self._plain), 1, seed, step))
 
@@ -198,22 +175,21 @@ class Trainer:
             answers = json.loads(path.read_text(encoding="utf-8"))
         else:
             with self.model.disable_adapter():
-                answers = generate(self.model, self._tokenizer, prompts, self._config.answer_tokens)
+                answers = models.generate(self.model, self._tokenizer, prompts, self._config.answer_tokens)
             with atomic_path(path) as unfinished:
                 unfinished.write_text(json.dumps(answers), encoding="utf-8")
         self._answers = dict(zip(prompts, answers, strict=True))
 
     def train_step(self) -> dict[str, Any]:
         """Do a step; return its line of losses.jsonl: number, loss and its parts, pairs."""
-        import torch
-
+        config, weights, sums = self._config, self._config.weights, dict[str, float]()
         pairs = [self._pairs[i] for i in next(self._batches)]
-        sums: dict[str, float] = {}
-        for indices in batch_by_length([len(pair.wrapped_ids) for pair in pairs]):
+        for indices in models.batch_by_length([len(pair.wrapped_ids) for pair in pairs]):
             group = [pairs[i] for i in indices]
             parts_of_pairs = self.pair_losses(group)
-            weights = self._config.weights
-            weighted = [torch.stack([weights[name] * parts[name] for name in parts]).sum() for parts in parts_of_pairs]
+            weighted = [
+                torch.stack([weights[name] * part for name, part in parts.items()]).sum() for parts in parts_of_pairs
+            ]
             loss = torch.stack(weighted).sum() / len(pairs)
             if not torch.isfinite(loss):
                 names = ", ".join(pair.id for pair in group)
@@ -221,15 +197,15 @@ class Trainer:
             loss.backward()
             for name, part in ((name, part) for parts in parts_of_pairs for name, part in parts.items()):
                 sums[name] = sums.get(name, 0.0) + float(part.detach()) / len(pairs)
-        total = sum(self._config.weights[name] * value for name, value in sums.items())
-        if self._config.keep:
+        total = sum(weights[name] * value for name, value in sums.items())
+        if config.keep:
             kept = self._keep_loss(next(self._excerpts))
-            (self._config.keep * kept).backward()
+            (config.keep * kept).backward()
             sums[losses.KEEP] = float(kept.detach())
-            total += self._config.keep * sums[losses.KEEP]
+            total += config.keep * sums[losses.KEEP]
         torch.nn.utils.clip_grad_norm_(self._weights.values(), _MAX_NORM)
         for param_group in self._optimizer.param_groups:
-            param_group["lr"] = self._config.learning_rate * _schedule(self.step + 1)
+            param_group["lr"] = config.learning_rate * _schedule(self.step + 1)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -237,21 +213,21 @@ class Trainer:
 
     def pair_losses(self, pairs: Sequence[Pair]) -> list[dict[str, torch.Tensor]]:
         """Each pair's losses with a weight, by name; one pass over all wrapped prompts, one over all clean ones."""
-        import torch
-
-        weights = {name: weight for name, weight in self._config.weights.items() if weight}
-        has_rows, has_states = losses.ATTCT in weights, losses.ACT in weights
+        has_rows, has_states, has_answers = (bool(self._config.weights.get(name)) for name in losses.METHODS)
         layers = self._layers if has_rows or has_states else frozenset[int]()
-        answers = [self._answers[tuple(pair.clean_ids)] if losses.BCT in weights else [] for pair in pairs]
+        answers = [self._answers[tuple(pair.clean_ids)] if has_answers else [] for pair in pairs]
         # An answer's last token is predicted and never read.
         prompts = [[*pair.wrapped_ids, *answer[:-1]] for pair, answer in zip(pairs, answers)]
         queries = [pair.wrapped_queries for pair in pairs]
-        wrapped = forward_batch(self._decoder, prompts, queries, layers, states=has_states)
-        clean = self._clean(pairs, layers, has_states) if layers else [None] * len(pairs)
+        wrapped = models.forward_batch(self._decoder, prompts, queries, layers, states=has_states)
+        clean: Sequence[models.ForwardPass | None] = [None] * len(pairs)
+        if layers:
+            with torch.no_grad(), self.model.disable_adapter() if self._config.target == "initial" else nullcontext():
+                clean = models.forward_pairs(self._decoder, pairs, "clean", layers, states=has_states)
         result: list[dict[str, torch.Tensor]] = [{} for _ in pairs]
         for parts, pair, answer, own, target in zip(result, pairs, answers, wrapped, clean):
             if target and has_rows:
-                positions = (pair.wrapped_positions, pair.clean_positions)
+                positions = pair.wrapped_positions, pair.clean_positions
                 keys = (torch.from_numpy(own_keys).to(self.model.device) for own_keys in positions)
                 parts[losses.ATTCT] = losses.attct(own.rows, target.rows, *keys)
             if target and has_states:
@@ -263,29 +239,12 @@ class Trainer:
 
     def _keep_loss(self, token_ids: Sequence[int]) -> torch.Tensor:
         """losses.keep on plain text."""
-        import torch
-
-        def logits() -> torch.Tensor:
-            return self._head(forward(self._decoder, token_ids, [], frozenset()).last)
-
         with torch.no_grad(), self.model.disable_adapter():
-            before = logits()
-        return losses.keep(logits(), before)
-
-    def _clean(self, pairs: Sequence[Pair], layers: frozenset[int], states: bool) -> list[ForwardPass]:
-        """The clean sides without gradient, of the model that `target` names."""
-        import torch
-
-        is_initial = self._config.target == "initial"
-        prompts = [pair.clean_ids for pair in pairs]
-        queries = [pair.clean_queries for pair in pairs]
-        with torch.no_grad(), self.model.disable_adapter() if is_initial else nullcontext():
-            return forward_batch(self._decoder, prompts, queries, layers, states=states)
+            before = self._head(models.forward(self._decoder, token_ids, [], frozenset()).last)
+        return losses.keep(self._head(models.forward(self._decoder, token_ids, [], frozenset()).last), before)
 
     def save(self, path: Path, seconds: float) -> None:
         """Write a checkpoint. seconds: of the training so far."""
-        import torch
-
         state = {
             "step": self.step,
             "seconds": seconds,
@@ -297,8 +256,6 @@ class Trainer:
 
     def restore(self, path: Path) -> float:
         """Load a checkpoint, if there is one; return the seconds of the training so far."""
-        import torch
-
         if not path.exists():
             return 0.0
         state = _load(path)
@@ -316,29 +273,13 @@ def _schedule(step: int) -> float:
     return min(step / _WARM_UP, 1.0, (_FULL / step) ** 0.5)
 
 
-def _plain_text(tokenizer: Any) -> list[list[int]]:
-    """Token ids of the passages for `keep`; an evaluation's perplexity is on another text."""
-    text = (files("headrift.consistency") / "kept.txt").read_text(encoding="utf-8")
-    passages = [" ".join(passage.split()) for passage in text.split("\n\n")]
-    return [tokenizer(passage)["input_ids"][:_PLAIN_TOKENS] for passage in passages]
-
-
 def read_losses(out: Path) -> list[dict[str, Any]]:
     """The steps of a training, as losses.jsonl has them."""
     path = out / LOSSES
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def _truncate(path: Path, steps: int) -> None:
-    """Keep the lines of the first `steps` steps: later ones are not in the checkpoint and are done again."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()[:steps]
-        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-
-
 def _load(path: Path) -> dict[str, Any]:
-    import torch
-
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive fails in any way
@@ -346,16 +287,18 @@ def _load(path: Path) -> dict[str, Any]:
     return state
 
 
-def _check_numbers(config: TrainConfig) -> None:
+def _check(config: TrainConfig) -> None:
     weights = config.weights
-    unknown = set(weights) - set(losses.METHODS)
-    if unknown:
-        raise JobError(f"--method {sorted(unknown)[0]}: no such loss; give one of {', '.join(losses.METHODS)}")
-    if not any(weights.values()) or any(not 0 <= weight < float("inf") for weight in weights.values()):
-        raise JobError("--method: weights must be 0 or more, and at least one above 0")
-    if not 0 <= config.keep < float("inf"):
-        raise JobError(f"--keep {config.keep:g} must be 0 or more")
-    if config.target not in TARGETS:
-        raise JobError(f"--target {config.target} must be {' or '.join(TARGETS)}")
-    if not config.learning_rate > 0:
-        raise JobError(f"--lr {config.learning_rate:g} must be above 0")
+    unknown = sorted(set(weights) - set(losses.METHODS))
+    for is_wrong, message in (
+        (unknown, f"--method {''.join(unknown[:1])}: no such loss; give one of {', '.join(losses.METHODS)}"),
+        (
+            not any(weights.values()) or any(not 0 <= weight < float("inf") for weight in weights.values()),
+            "--method: weights must be 0 or more, and at least one above 0",
+        ),
+        (not 0 <= config.keep < float("inf"), f"--keep {config.keep:g} must be 0 or more"),
+        (config.target not in TARGETS, f"--target {config.target} must be {' or '.join(TARGETS)}"),
+        (not config.learning_rate > 0, f"--lr {config.learning_rate:g} must be above 0"),
+    ):
+        if is_wrong:
+            raise JobError(message)

@@ -16,7 +16,7 @@ from headrift.calibration.artifact import add_verdicts
 from headrift.corpus.config import MASS_REGIONS, ScoreConfig, check_context
 from headrift.corpus.judging import gated_classes
 from headrift.corpus.rows import Row
-from headrift.corpus.summary import SCORE, Summary
+from headrift.corpus.summary import Summary
 from headrift.corpus.worker import Engine
 from headrift.errors import EngineError, RefusedError
 from headrift.fail_terms import FailTerms
@@ -89,13 +89,11 @@ class ScoreKind:
 
     def finish(self, summary: Summary, names: Sequence[str]) -> None:
         """Draw scores.png and, with a calibration, write the review list. names: of the inputs."""
-        from headrift.figures import Curve, scores_png
+        from headrift.figures import scores_png
 
-        curves, answer_length = [], get("answer_tokens").label
+        curves, answer_length = {}, get("answer_tokens").label
         for comparison in summary.comparisons()[:1]:
-            shown = {name: roc for name, roc in comparison.measures.items() if name != answer_length}
-            curves = [Curve(name, roc.fpr, roc.tprs, roc.auroc, roc.grid, roc.band) for name, roc in shown.items()]
-            assert curves[0].name == SCORE
+            curves = {name: roc for name, roc in comparison.measures.items() if name != answer_length}
         inputs = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         window = self._config.score_range.window
         title = f"{inputs} on {self._config.model.name}, steps {window.start} to {window.end}{summary.sampled}"

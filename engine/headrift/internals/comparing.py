@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from headrift.consistency.model import batch_by_length, generate
+from headrift.consistency.models import batch_by_length, generate
 from headrift.internals.cases import Alignment, Case, Question, Reject, Renderer, Rendering, SystemPrompt, align
 from headrift.internals.estimates import cka_by_chance, cosine, gram, kl, linear_cka, relative_l2
 from headrift.prompts import PromptError

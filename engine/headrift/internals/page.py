@@ -11,14 +11,14 @@ import numpy as np
 from rich.console import Console
 
 from headrift._version import __version__
-from headrift.figures import short
+from headrift.figures import draw_forest, one_panel, short, style
 from headrift.internals.analysis import MEASURES, Changes
 from headrift.internals.attention import KINDS, REGIONS, WHEN
 from headrift.internals.cases import CHECK
 from headrift.internals.comparing import COMPONENTS, LAST, NEUTRAL, PLACEMENTS, PLACES, SYSTEM
 from headrift.internals.estimates import Estimate, Estimates
 from headrift.internals.sentences import ALPHA
-from headrift.report import html, plots
+from headrift.report import html
 from headrift.stats import Bounds, Floats
 from headrift.terminal import print_table
 
@@ -106,7 +106,7 @@ def write_page(folder: Path, model: str, changes: Changes, results: Results, bas
         if rejected:
             notes.append(f"{rejected} prompts were rejected, in all or under one system prompt: see `rejects.parquet`.")
         sections = []
-        with plots.style():
+        with style():
             for key, (question, _, draw) in _SECTIONS.items():
                 blocks: list[html.Block] = [tables[question]] if tables[question].rows else []
                 pictures = [output.picture(*one) for one in draw(results, changes)]
@@ -267,7 +267,7 @@ def _length_pictures(results: Results, changes: Changes) -> Pictures:
     tokens = np.nanmean(changes.numbers[SYSTEM, "system_tokens"][:, changes.own], axis=0)
     kinds = (("system prompt", SYSTEM, _COLOURS[0], "o"), ("neutral text", NEUTRAL, _COLOURS[1], "s"))
     for measure, words in MEASURES.items():
-        figure, axes = plots.one_panel(3.8)
+        figure, axes = one_panel(3.8)
         for name, comparison, colour, marker in kinds:
             means = np.nanmean(changes.effect(measure, comparison)[:, changes.own], axis=0)
             axes.scatter(tokens, means, color=colour, marker=marker, s=26, label=name)
@@ -349,7 +349,7 @@ def _lines(
     values: Estimates | Floats, names: Sequence[str], ylabel: str, *dashed: tuple[str, Floats], xlabel: str = _LAYER
 ) -> Figure:
     """A line for each name over layers or steps [n, names], with its interval, and dashed ones of a name."""
-    figure, axes = plots.one_panel(3.6)
+    figure, axes = one_panel(3.6)
     value = values.value if isinstance(values, Estimates) else values
     for i, (name, colour) in enumerate(zip(names, _COLOURS)):
         axes.plot(value[:, i], color=colour, label=name)
@@ -378,7 +378,7 @@ def _by_system(values: Floats, systems: Sequence[str]) -> Figure:
 
 
 def _heatmap(values: Floats, height: float, label: str, **colours: Any) -> tuple[Figure, Any]:
-    figure, axes = plots.one_panel(height, least=2.6)
+    figure, axes = one_panel(height, least=2.6)
     image = axes.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest", **colours)
     figure.colorbar(image, ax=axes, label=label)
     return figure, axes
@@ -386,7 +386,7 @@ def _heatmap(values: Floats, height: float, label: str, **colours: Any) -> tuple
 
 def _forest(rows: Iterable[tuple[str, Estimate]], xlabel: str) -> Figure:
     """Estimates with their intervals, one below the other; coloured if the interval leaves out 0."""
-    return plots.forest([(name, one.value, one.interval) for name, one in rows], xlabel, 0.0, (_COLOURS[0],) * 2)
+    return draw_forest([(name, one.value, one.interval) for name, one in rows], xlabel, 0.0, (_COLOURS[0],) * 2)
 
 
 # By anchor: the question, its findings and its pictures.

@@ -33,8 +33,6 @@ class ReportError(ValueError):
 
 
 class Picture(NamedTuple):
-    """A figure on the page, and its files."""
-
     name: str  # of its files, without a suffix
     url: str  # the PNG as a data: URL
     width: int  # pixels
@@ -43,39 +41,7 @@ class Picture(NamedTuple):
     caption: str
 
 
-class Text(NamedTuple):
-    """Paragraphs."""
-
-    paragraphs: Sequence[str]
-    kind: str = "text"
-
-
-class Missing(NamedTuple):
-    """The reason why something is not on the page."""
-
-    reason: str
-    kind: str = "missing"
-
-
-class Pictures(NamedTuple):
-    """Figures, side by side if there is room."""
-
-    pictures: Sequence[Picture]
-    kind: str = "pictures"
-
-
-class Table(NamedTuple):
-    """Rows of cells; the first column contains the rows' names."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    caption: str = ""
-    kind: str = "table"
-
-
 class Card(NamedTuple):
-    """An input row."""
-
     heading: str
     facts: Sequence[str]
     texts: Mapping[str, str]
@@ -83,27 +49,40 @@ class Card(NamedTuple):
     picture: Picture
 
 
-class Cards(NamedTuple):
-    """Input rows under a title."""
+# The blocks of a section, which the template tells apart by their class.
 
+
+class Text(NamedTuple):
+    paragraphs: Sequence[str]
+
+
+class Missing(NamedTuple):
+    reason: str  # why something is not on the page
+
+
+class Pictures(NamedTuple):
+    pictures: Sequence[Picture]  # side by side if there is room
+
+
+class Table(NamedTuple):
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]  # of cells; the first column contains the rows' names
+    caption: str = ""
+
+
+class Cards(NamedTuple):
     title: str
     cards: Sequence[Card]
-    kind: str = "cards"
 
 
 class Details(NamedTuple):
-    """Texts by name, collapsed until they are clicked."""
-
-    texts: Mapping[str, str]
-    kind: str = "details"
+    texts: Mapping[str, str]  # by name, collapsed until they are clicked
 
 
 Block = Text | Missing | Pictures | Table | Cards | Details
 
 
 class Section(NamedTuple):
-    """A section of the page."""
-
     key: str  # its anchor
     title: str
     blocks: Sequence[Block]
@@ -130,29 +109,24 @@ def verdict(interval: Bounds | None, above: str, below: str, null: float = 0.0) 
 class Output:
     """Collects figures and numbers in a hidden folder; `publish` renames it and the page when both are complete.
 
-    Raises:
-        ReportError: If the page or its folder cannot be written, or the folder contains other files.
+    ReportError if the page or its folder cannot be written, or the folder contains other files.
     """
 
     def __init__(self, out: Path) -> None:
         self._out = out
         self.folder = out.with_name(f"{out.stem}-files")
         self._hidden = out.with_name(f".{out.stem}-files.tmp")
-        self._check()
         self._numbers: dict[str, Any] = {}
-
-    def _check(self) -> None:
-        if self._out.is_dir() or not self._out.parent.is_dir():
-            raise ReportError(f"--out {self._out} is a folder or in none: name a file, as report.html")
-        if not self._out.stem or self._out.suffix not in (".html", ".htm"):
-            raise ReportError(f"--out {self._out} is not the name of a page: it has to end in .html")
-        if not os.access(self._out.parent, os.W_OK | os.X_OK):
-            raise ReportError(f"--out {self._out}: its folder is not writable; choose another")
+        if out.is_dir() or not out.parent.is_dir():
+            raise ReportError(f"--out {out} is a folder or in none: name a file, as report.html")
+        if not out.stem or out.suffix not in (".html", ".htm"):
+            raise ReportError(f"--out {out} is not the name of a page: it has to end in .html")
+        if not os.access(out.parent, os.W_OK | os.X_OK):
+            raise ReportError(f"--out {out}: its folder is not writable; choose another")
         if self.folder.exists() and not _is_report_folder(self.folder):
             raise ReportError(f"{self.folder}, the figures' folder, contains other files: choose another --out")
 
     def begin(self) -> None:
-        """Make the hidden folder."""
         shutil.rmtree(self._hidden, ignore_errors=True)
         self._hidden.mkdir()
 
@@ -182,7 +156,6 @@ class Output:
         temporary.replace(self._out)
 
     def discard(self) -> None:
-        """Remove what is left of an unfinished report."""
         shutil.rmtree(self._hidden, ignore_errors=True)
         self._out.with_name(f".{self._out.name}.tmp").unlink(missing_ok=True)
 
@@ -195,13 +168,13 @@ def render(template: str, **content: Any) -> str:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"code": mark_code, "sentence": lambda text: mark_code(as_sentence(text))}
+    environment.filters |= {"code": mark_code, "sentence": _sentence}
     return environment.get_template(template).render(**content)
 
 
-def as_sentence(text: str) -> str:
+def _sentence(text: str) -> Any:
     """Begin a statement with a capital letter and end it with a full stop."""
-    return f"{text[0].upper()}{text[1:]}{'' if text[-1] in '.!?:' else '.'}"
+    return mark_code(f"{text[0].upper()}{text[1:]}{'' if text[-1] in '.!?:' else '.'}")
 
 
 def mark_code(text: str) -> Any:
@@ -243,7 +216,5 @@ def _small_png(figure: Figure) -> bytes:
 
 def _is_report_folder(folder: Path) -> bool:
     """Whether a folder contains a report's figures and nothing else."""
-    if not folder.is_dir():
-        return False
-    paths = list(folder.iterdir())
+    paths = list(folder.iterdir()) if folder.is_dir() else [folder]
     return not paths or ((folder / NUMBERS) in paths and {path.suffix for path in paths} <= _SUFFIXES)

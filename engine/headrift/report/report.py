@@ -1,8 +1,8 @@
-"""Make the page from finished runs."""
+"""The page from finished runs: its order, what was compared with instability (calibration.compare), and settings."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,17 +10,32 @@ from typing import Any
 
 import numpy as np
 
+from headrift import figures
 from headrift._version import __version__
 from headrift.calibration.artifact import Calibration
-from headrift.calibration.compare import side_by_side
+from headrift.calibration.compare import SideBySide, side_by_side
+from headrift.calibration.compare.aurocs import Increment
+from headrift.calibration.compare.measurements import Estimate
+from headrift.calibration.compare.normalisation import Normalisation
+from headrift.calibration.compare.onset import Steps
 from headrift.calibration.thresholds import CalibrationError
 from headrift.fail_terms import FailTerms
-from headrift.report import comparisons, html, plots, sections
-from headrift.report.gather import ReportData, Say, common_range, gather, open_runs
-from headrift.report.measure import by_run
+from headrift.report import html, sections
+from headrift.report.measure import ReportData, Say, common_range, gather
+from headrift.report.sections import Blocks
+from headrift.runs.reading import ScoreRun, check_alike, open_run
+from headrift.signal import ScoreRange, Window
+from headrift.stats import Floats
 from headrift.terminal import printable
 
 _NOT_OPTIONS = {"system_prompt", "system_prompt_sha256"}
+_MOST_LINES = 4
+_STRATA = {
+    "length": "by prompt length",
+    "hard": "by how benign prompts were made",
+    "ending": "by how the answer ended",
+    "system": "by run and system prompt",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,31 +51,23 @@ class ReportConfig:
 
 
 class Report:
-    """A report on finished runs, which are read here.
-
-    Raises:
-        ReportError, CalibrationError: If the runs, the calibration or the page's name do not allow it.
-    """
+    """A report on finished runs, which are read here. ReportError, RunError, CalibrationError if that is impossible."""
 
     def __init__(self, folders: Sequence[Path], config: ReportConfig, say: Say = lambda text: None) -> None:
         self._config, self._say = config, say
         self._output = html.Output(config.out)
         self._fail_terms = FailTerms(config.fail_terms) if config.fail_terms else None
-        runs = open_runs(folders)
+        runs = [open_run(folder) for folder in folders]
+        check_alike(runs)
         self._calibration = None if config.calibration is None else Calibration.load(config.calibration)
-        calibration = self._calibration
-        score_range = common_range(runs) if calibration is None else comparisons.calibrated_range(calibration, runs)
+        score_range = common_range(runs) if self._calibration is None else _calibrated_range(self._calibration, runs)
         self._data = gather(runs, score_range, say)
 
     def write(self) -> Path:
-        """Write the page and the folder of its figures, which is returned.
-
-        Raises:
-            OSError: If the disk fails; an older report is then unchanged.
-        """
+        """Write the page and the folder of its figures, which is returned. OSError if it fails: nothing has changed."""
         self._output.begin()
         try:
-            with plots.style():
+            with figures.style():
                 page = self._page()
             self._output.publish(page)
         finally:
@@ -70,19 +77,24 @@ class Report:
     def _page(self) -> str:
         data, output, config, calibration = self._data, self._output, self._config, self._calibration
         self._say("measuring")
-        in_short = sections.in_short(data, output)
-        every: list[html.Section | None] = [
-            sections.scores(data, output, None if calibration is None else calibration.threshold),
-            sections.separation(data, output),
-            sections.runs(by_run(data), data, output),
-            None if calibration is None else comparisons.calibrated(calibration, data, output),
-            sections.when(data, output, config.resamples),
-            sections.where(data, output, config.resamples),
-            sections.against(data, output),
-            *self._compare_signals(),
-            sections.examples(data, output, config.redact),
-            _settings(data, config.redact),
-        ]
+        in_short = list(sections.in_short(data, output))
+        threshold = None if calibration is None else calibration.threshold
+        calibrated = () if calibration is None else sections.calibrated(calibration, data, output)
+        separated = sections.separation(data, output)
+        every = _sections(
+            ("scores", "Scores by class and category", sections.scores(data, output, threshold)),
+            ("separation", "How well the score separates attacks from benign prompts", separated),
+            ("runs", "Run by run", sections.runs(data, output)),
+            ("calibration", "At the calibration's threshold", calibrated),
+            ("steps", "When the difference shows: steps and windows", sections.when(data, output, config.resamples)),
+            ("layers", "Where it shows: layers and steps", sections.where(data, output, config.resamples)),
+            ("beside", "The score against entropy, agreement and length", sections.against(data, output)),
+        )
+        every += self._compared()
+        every += _sections(
+            ("examples", "Rows to look at", sections.examples(data, output, config.redact)),
+            ("settings", "Settings and versions", _settings(data, config.redact)),
+        )
         self._say("writing the page")
         output.numbers(headrift=__version__, window=str(data.score_range.window), layers=data.layers)
         return html.render(
@@ -91,42 +103,223 @@ class Report:
             model=data.runs[0].model.name,
             date=f"{datetime.now(UTC):%Y-%m-%d}, headrift {__version__}",
             in_short=in_short,
-            sections=[section for section in every if section is not None],
+            sections=every,
             files=output.folder.name,
             redact=config.redact,
         )
 
-    def _compare_signals(self) -> list[html.Section]:
-        data, config = self._data, self._config
-        if not data.has_both_classes:
-            return comparisons.not_compared(sections.NEEDS_BOTH_CLASSES)
-        if not np.isfinite(data.score).any():
-            return comparisons.not_compared(sections.NO_SCORE)
+    def _compared(self) -> list[html.Section]:
+        data, config, output, title = self._data, self._config, self._output, "Instability and other signals"
         options: dict[str, Any] = {"resamples": config.resamples, "seed": config.seed, "say": self._say}
         try:
-            result = side_by_side(data.runs, data.score_range, rows=data.rows, fail_terms=self._fail_terms, **options)
+            if not data.has_both_classes or not np.isfinite(data.score).any():
+                raise CalibrationError(sections.NO_SCORE if data.has_both_classes else sections.NEEDS_BOTH_CLASSES)
+            options |= {"rows": data.rows, "fail_terms": self._fail_terms}
+            compared = side_by_side(data.runs, data.score_range, **options)
         except CalibrationError as error:
-            return comparisons.not_compared(str(error))
-        return comparisons.compared(result, self._output, config.fail_terms, config.redact)
+            return _sections(("signals", title, [html.Missing(str(error))]))
+        output.numbers(side_by_side=compared.model_dump(mode="json"))
+        by_length = "Scores against benign prompts of the same length"
+        return _sections(
+            ("signals", title, _signals(compared, output)),
+            ("strata", "Controlling for length and category", _strata(compared)),
+            ("increments", "Does instability add anything?", _increments(compared.increments)),
+            ("onset", "Does it come before distraction?", _onset(compared, output)),
+            ("success", "Does it tell attacks that succeed?", _success(compared, config.fail_terms, config.redact)),
+            ("normalisation", by_length, _normalisation(compared.normalisation)),
+        )
 
 
-def _settings(data: ReportData, redact: bool) -> html.Section:
+def _sections(*contents: tuple[str, str, Iterable[html.Block]]) -> list[html.Section]:
+    """Make sections of key, title and blocks; those without blocks are left out."""
+    made = [html.Section(key, title, list(blocks)) for key, title, blocks in contents]
+    return [section for section in made if section.blocks]
+
+
+def _calibrated_range(calibration: Calibration, runs: Sequence[ScoreRun]) -> ScoreRange:
+    """Return the calibration's window and layers. Error if it is of another model, or the runs did not record them."""
+    window, steps = Window.parse(calibration.window), min(run.steps for run in runs)
+    calibration.check(runs[0].model, window, calibration.drop_shallow, calibration.drop_deep)
+    if window.end > steps:
+        raise html.ReportError(
+            f"the calibration's window is steps {window}, and the runs recorded {steps}: score the prompts again with "
+            f"--steps {window.end}"
+        )
+    return ScoreRange(window, calibration.drop_shallow, calibration.drop_deep)
+
+
+def _signals(result: SideBySide, output: html.Output) -> Blocks:
+    aurocs = [(one, one.auroc) for one in result.signals if one.auroc is not None and one.auroc.value is not None]
+    if aurocs:
+        forest = [(signal.label, auroc.value or 0.0, auroc.interval) for signal, auroc in aurocs]
+        text = (
+            "Orange: attacks have the higher values; blue: the lower ones, which separates just as well; grey: the "
+            "interval includes chance."
+        )
+        figure = figures.draw_forest(forest, "AUROC (above 0.5: higher in attacks)")
+        yield html.Pictures([output.picture("signals", figure, "AUROC of every signal with its interval", text)])
+        rows = []
+        for signal, auroc in aurocs:
+            spearman = {one.among: one.spearman for one in signal.correlations}
+            rows.append(
+                (
+                    signal.label,
+                    *_cells(auroc),
+                    sections.auroc_verdict(auroc.interval),
+                    "" if signal.auroc_all is None else html.show_number(signal.auroc_all.value),
+                    *(_show(signal.coverage.get(label), ".0%") for label in ("attack", "benign")),
+                    *(_show(spearman.get(among), "+.2f") for among in ("all", "attack", "benign")),
+                )
+            )
+        names = ("signal", "AUROC", "95% interval", "verdict", "missing as benign", "attacks with it", "benign with it")
+        caption = (
+            f"{result.n_attack:,} distinct attacks, {result.n_benign:,} benign prompts; AUROC among prompts that have "
+            "the signal. r: Spearman's rank correlation with instability."
+        )
+        yield html.Table((*names, "r", "r, attacks", "r, benign"), rows, caption)
+    missing = [(signal.label, signal.absent) for signal in result.signals if signal.absent]
+    if missing:
+        yield html.Table(("not available", "why"), missing)
+    heads, notes = result.important_heads, list(result.notes)
+    if heads is not None:
+        counts = f"Chosen on all samples: {len(heads.heads)}; in every fold: {heads.in_all_folds}."
+        notes.insert(0, f"Important heads: {heads.how}. {counts}")
+    yield html.Text(notes)
+
+
+def _strata(result: SideBySide) -> Blocks:
+    signals = [signal for signal in result.signals if signal.strata]
+    for kind in dict.fromkeys(stratum.kind for signal in signals for stratum in signal.strata):
+        first = [stratum for stratum in signals[0].strata if stratum.kind == kind]
+        columns = ("signal", *(f"{one.label} ({one.auroc.n_attack:,}/{one.auroc.n_benign:,})" for one in first))
+        strata = {signal.label: [one for one in signal.strata if one.kind == kind] for signal in signals}
+        rows = [(label, *(_estimate(one.auroc, 2) for one in own)) for label, own in strata.items()]
+        rows = [row for row in rows if len(row) == len(columns)]
+        yield html.Table(columns, rows, f"AUROC {_STRATA[kind]} (attacks/benign prompts; 95% interval)")
+
+
+def _increments(increments: Sequence[Increment]) -> Blocks:
+    rows = []
+    for one in increments:
+        if one.absent is None:
+            estimates = (one.auroc, one.auroc_with, one.auroc_change, one.log_loss_change)
+            rows.append((one.label, *map(_estimate, estimates), one.verdict))
+    if rows:
+        names = ("added to", "AUROC without", "with", "change in AUROC", "change in log-loss (nats)", "verdict")
+        yield html.Table(names, rows)
+    for one in increments:
+        if one.absent:
+            yield html.Missing(f"{one.label}: {one.absent}")
+
+
+def _onset(result: SideBySide, output: html.Output) -> Blocks:
+    rows = []
+    for one in result.before if result.steps else ():
+        interval = "" if one.interval is None else f"{one.interval[0]:+.0f} to {one.interval[1]:+.0f}"
+        rows.append((one.label, _show(one.difference, "+d"), interval, one.verdict))
+    if rows:
+        yield html.Table(("instability's first step minus that of", "steps", "95% interval", "verdict"), rows)
+    curves = [curve for curve in result.steps if curve.absent is None and curve.steps]
+    if curves:
+        lines = [_line(curve, band=curve is curves[0]) for curve in curves[:_MOST_LINES]]
+        text = (
+            f"Band: 95% for all steps of {curves[0].label} at once, so that a step outside 0.5 is not one lucky step "
+            "of many."
+        )
+        figure = figures.signals_by_step(lines)
+        yield html.Pictures([output.picture("onset", figure, "AUROC of several signals at each step", text)])
+        rows = []
+        for curve in curves:
+            interval = "" if curve.first_interval is None else html.show_interval(curve.first_interval, 0, "f")
+            first = "none" if curve.first is None else f"{curve.first}"
+            rows.append((curve.label, first, interval, _show(curve.found_in, ".0%")))
+        yield html.Table(("signal", "first step that separates", "95% interval", "resamples that have one"), rows)
+    for curve in result.steps:
+        if curve.absent:
+            yield html.Missing(f"{curve.label}: {curve.absent}")
+
+
+def _line(one: Steps, band: bool) -> tuple[str, Floats, Floats, Floats | None]:
+    steps, auroc, low, high = (
+        np.array(values, np.float64) for values in (one.steps, one.auroc, one.joint_low, one.joint_high)
+    )
+    return one.label, steps, auroc, np.stack([low, high]) if band and len(low) == len(steps) else None
+
+
+def _success(result: SideBySide, fail_terms: Sequence[str], redact: bool) -> Blocks:
+    success, labels = result.success, {signal.name: signal.label for signal in result.signals}
+    if success.absent:
+        yield html.Missing(success.absent)
+        return
+    terms = f"{len(fail_terms)} fail terms" if redact else ", ".join(fail_terms)
+    text = (
+        f"An attack counts as a success if its answer contains a fail term ({terms}): {success.n_succeeded:,} of "
+        f"{success.n_attacks:,} attacks. AUROC above 0.5: higher in attacks that succeed."
+    )
+    yield html.Text([text, success.verdict] if success.verdict else [text])
+    rows = [(labels.get(name, name), *_cells(one)) for name, one in success.aurocs.items()]
+    yield html.Table(("signal", "AUROC", "95% interval"), rows)
+
+
+def _normalisation(result: Normalisation) -> Blocks:
+    if result.absent:
+        yield html.Missing(result.absent)
+        return
+    yield html.Text([result.how, result.verdict])
+    spread = (result.spread_raw, result.spread_normalised, result.spread_change)
+    rows = [
+        ("AUROC", *map(_estimate, (result.auroc_raw, result.auroc_normalised, result.auroc_change))),
+        ("spread of the sets' false positive rates", *map(_estimate, spread)),
+    ]
+    names = ("benign prompts", "as scored", "against the same length")
+    yield html.Table(("", *names[1:], "change"), rows)
+    target = f"target {result.target_fpr:.0%}"
+    for caption, rates in (
+        (f"False positive rates by length, {target}", [(one.label, one) for one in result.lengths]),
+        (f"False positive rates of a set at the other sets' threshold, {target}", [(s.name, s) for s in result.sets]),
+    ):
+        if rates:
+            cells = [(f"{name} ({one.n_benign:,})", f"{one.raw:.1%}", f"{one.normalised:.1%}") for name, one in rates]
+            yield html.Table(names, cells, caption)
+
+
+def _show(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
+
+
+def _cells(estimate: Estimate) -> tuple[str, str]:
+    """Value and interval, in two cells."""
+    if estimate.value is None:
+        return "", estimate.reason or ""
+    return html.show_number(estimate.value), html.show_interval(estimate.interval)
+
+
+def _estimate(estimate: Estimate | None, digits: int = 3) -> str:
+    """Value and interval, in one cell."""
+    if estimate is None or estimate.value is None:
+        return "" if estimate is None else estimate.reason or "not known"
+    interval = f" ({html.show_interval(estimate.interval, digits)})" if estimate.interval else ""
+    return html.show_number(estimate.value, digits) + interval
+
+
+def _settings(data: ReportData, redact: bool) -> Blocks:
     """Settings, versions and system prompts of the runs."""
-    described = [_describe(run_json) for run_json in data.run_json]
+    described = [_describe(run.about) for run in data.runs]
     values = {name: [one.get(name, "") for one in described] for name in dict.fromkeys(n for d in described for n in d)}
     same = [(name, texts[0]) for name, texts in values.items() if len(set(texts)) == 1]
     differ = {name: texts for name, texts in values.items() if len(set(texts)) > 1}
     columns = ("setting", "of all runs" if len(data.runs) > 1 else "value")
-    blocks: list[html.Block] = [html.Table(columns, [("report made by", f"headrift {__version__}"), *same])]
+    yield html.Table(columns, [("report made by", f"headrift {__version__}"), *same])
     if differ:
         rows = [(run, *(texts[i] for texts in differ.values())) for i, run in enumerate(data.names)]
-        blocks.append(html.Table(("run", *differ), rows))
-    prompts = {
-        f"system prompt of {name}": _system_prompt(run_json["settings"], redact)
-        for name, run_json in zip(data.names, data.run_json)
-    }
-    blocks.append(html.Details({name: text for name, text in prompts.items() if text}))
-    return html.Section("settings", "Settings and versions", blocks)
+        yield html.Table(("run", *differ), rows)
+    prompts = {}
+    for name, run in zip(data.names, data.runs):
+        prompt, digest = (run.about["settings"].get(key) for key in ("system_prompt", "system_prompt_sha256"))
+        if digest or (prompt and not redact):
+            left_out = f"left out; its SHA-256 is {digest}"
+            prompts[f"system prompt of {name}"] = printable(str(prompt)) if prompt and not redact else left_out
+    yield html.Details(prompts)
 
 
 def _describe(run_json: Mapping[str, Any]) -> dict[str, str]:
@@ -152,13 +345,5 @@ def _describe(run_json: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _system_prompt(settings: Mapping[str, Any], redact: bool) -> str:
-    prompt, digest = settings.get("system_prompt"), settings.get("system_prompt_sha256")
-    if prompt and not redact:
-        return printable(str(prompt))
-    return f"left out; its SHA-256 is {digest}" if digest else ""
-
-
 def _short(digest: Any) -> str:
-    """The beginning of a hash, which is enough to tell two apart."""
     return str(digest)[:12] if digest else ""

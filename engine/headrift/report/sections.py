@@ -1,24 +1,28 @@
-"""The page's sections about the runs themselves."""
+"""The page's sections about the runs themselves, and about what a calibration flags in them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
+from headrift import figures
+from headrift.calibration.artifact import Calibration, drift
+from headrift.calibration.evidence import METRICS
 from headrift.corpus.summary import SCORE, SCORED, Comparison
-from headrift.figures import Curve
-from headrift.report import html, measure, plots
-from headrift.report.gather import Floats, ReportData
-from headrift.stats import TARGET_FPR, Separation, exact_interval
+from headrift.report import html, measure
+from headrift.report.measure import ReportData
+from headrift.signals import get, signals
+from headrift.stats import TARGET_FPR, Bounds, Floats, Separation, exact_interval
 from headrift.terminal import printable
+
+Blocks: TypeAlias = Iterator[html.Block]
 
 _LOW_FPR = 0.1
 _MOST_TEXT = 600  # characters of a prompt or an answer
 _PLURALS = {"attack": "attacks", "benign": "benign prompts", "unlabelled": "rows without a label"}
-_CONFOUNDS = ("prompt length", "answer length", "number of steps")
-HIGHER, LOWER = "shown: higher in attacks", "shown: lower in attacks"
+HIGHER = "shown: higher in attacks"
 NEEDS_BOTH_CLASSES = "This needs attacks and benign prompts, and these runs have only one of them."
 NO_SCORE = "No row has a score in this window."
 _IN_SAMPLE = (
@@ -27,7 +31,7 @@ _IN_SAMPLE = (
 )
 
 
-def in_short(data: ReportData, output: html.Output) -> list[html.Block]:
+def in_short(data: ReportData, output: html.Output) -> Blocks:
     """What there is, and whether the score separates attacks from benign prompts."""
     by_class, model, n_rejected = data.summary.by_class(), data.runs[0].model, data.summary.rejects.total()
     counts = " and ".join(f"{by_class[label]['n']:,} {_PLURALS[label]}" for label in data.classes)
@@ -50,90 +54,80 @@ def in_short(data: ReportData, output: html.Output) -> list[html.Block]:
         text.append(f"There are no {missing} among these rows.")
     verdicts = {comparison.title: _verdicts(comparison) for comparison in comparisons}
     output.numbers(summary=text, verdicts=verdicts)
-    return [html.Text(text), *(_table(data, comparison, verdicts[comparison.title]) for comparison in comparisons)]
+    yield html.Text(text)
+    found_at = f"attacks found with {TARGET_FPR:.0%} false alarms on this data"
+    names = ("", "AUROC", "95% interval", "verdict", found_at, "95% interval")
+    for comparison in comparisons:
+        verdict = verdicts[comparison.title]
+        rows = [
+            (name, *_auroc(one), verdict[name], f"{one.tpr:.1%}", html.show_interval(one.tpr_interval, 1, "%"))
+            for name, one in comparison.measures.items()
+        ]
+        caption = (
+            f"{comparison.title}: {comparison.n_attack:,} distinct attacks, {comparison.n_benign:,} benign"
+            f"{data.summary.sampled}. Higher counts as attack; AUROC 0.5 is chance."
+        )
+        yield html.Table(names, rows, caption)
+
+
+def auroc_verdict(interval: Bounds | None) -> str:
+    """What the interval of an AUROC shows."""
+    return html.verdict(interval, HIGHER, "shown: lower in attacks", 0.5)
 
 
 def _verdicts(comparison: Comparison) -> dict[str, str]:
-    """What each measure's AUROC shows, by its name."""
-    score = comparison.measures[SCORE]
-    verdicts = {name: _verdict(one) for name, one in comparison.measures.items()}
+    """What each measure's AUROC shows; of a confound, whether it may do as well, read in its better direction."""
+    verdicts = {name: auroc_verdict(one.auroc_interval) for name, one in comparison.measures.items()}
     if verdicts[SCORE] == HIGHER:
-        may = [name for name in _CONFOUNDS if _may_do_as_well(comparison.measures[name], score)]
-        verdicts |= {name: f"{name} may do just as well" for name in may}
+        least = (comparison.measures[SCORE].auroc_interval or (0.0, 1.0))[0]
+        for name in (entry.label for entry in signals(length=True)):
+            low, high = comparison.measures[name].auroc_interval or (0.0, 1.0)
+            if max(high, 1 - low) >= least:
+                verdicts[name] = f"{name} may do just as well"
     return verdicts
 
 
-def _table(data: ReportData, comparison: Comparison, verdicts: Mapping[str, str]) -> html.Table:
-    found_at = f"attacks found with {TARGET_FPR:.0%} false alarms on this data"
-    rows = [
-        (name, *_auroc(one), verdicts[name], f"{one.tpr:.1%}", html.show_interval(one.tpr_interval, 1, "%"))
-        for name, one in comparison.measures.items()
-    ]
-    caption = (
-        f"{comparison.title}: {comparison.n_attack:,} distinct attacks, {comparison.n_benign:,} benign"
-        f"{data.summary.sampled}. Higher counts as attack; AUROC 0.5 is chance."
-    )
-    return html.Table(("", "AUROC", "95% interval", "verdict", found_at, "95% interval"), rows, caption)
-
-
-def _verdict(separation: Separation) -> str:
-    return html.verdict(separation.auroc_interval, HIGHER, LOWER, 0.5)
-
-
-def _may_do_as_well(other: Separation, score: Separation) -> bool:
-    """Whether the intervals overlap, the other's taken in its better direction."""
-    if other.auroc_interval is None or score.auroc_interval is None:
-        return True
-    return max(other.auroc_interval[1], 1 - other.auroc_interval[0]) >= score.auroc_interval[0]
-
-
-def scores(data: ReportData, output: html.Output, threshold: float | None) -> html.Section:
+def scores(data: ReportData, output: html.Output, threshold: float | None) -> Blocks:
     """Scores by class and category, and rows without one."""
     groups, by_class = data.summary.by_category(), data.summary.by_class()
     output.numbers(classes=by_class, scores_by_category={name: _spread(values) for name, values in groups.items()})
     coverage = _coverage(data, output)
+    if any(np.isfinite(values).any() for values in groups.values()):
+        rows = []
+        for name, numbers in by_class.items():
+            counts = (f"{numbers[key]:{form}}" for key, form in (("n", ","), ("coverage", ".1%"), ("early", ".1%")))
+            rows.append((name, *counts, *(html.show_number(numbers[key], 4) for key in ("mean", "median"))))
+        yield html.Table(("class", "rows", "with a score", "ended in the window", "mean score", "median"), rows)
+        most = " Only the 24 largest categories are drawn." if len(groups) > 24 else ""
+        text = (
+            "Each point is a row; boxes span the middle half, the thick line is the median. Orange triangles are "
+            f"attacks, blue circles benign.{most} Right: rows with a score{data.summary.sampled}."
+        )
+        picture = output.picture("scores", figures.scores(groups, threshold), "Scores by class and category", text)
+        yield html.Pictures([picture, coverage])
+    else:
+        yield html.Missing(NO_SCORE)
+        yield html.Pictures([coverage])
     reasons = [(reason, f"{n:,}") for reason, n in data.summary.no_score.most_common()]
     reasons += [(f"rejected: {reason}", f"{n:,}") for reason, n in data.summary.rejects.most_common()]
-    why = [html.Table(("why there is no score", "rows"), reasons)] if reasons else []
-    title = "Scores by class and category"
-    if not any(np.isfinite(values).any() for values in groups.values()):
-        return html.Section("scores", title, [html.Missing(NO_SCORE), html.Pictures([coverage]), *why])
-    rows = [
-        (
-            name,
-            f"{numbers['n']:,}",
-            f"{numbers['coverage']:.1%}",
-            f"{numbers['early']:.1%}",
-            *(html.show_number(numbers[key], 4) for key in ("mean", "median")),
-        )
-        for name, numbers in by_class.items()
-    ]
-    table = html.Table(("class", "rows", "with a score", "ended in the window", "mean score", "median"), rows)
-    most = " Only the 24 largest categories are drawn." if len(groups) > 24 else ""
-    text = (
-        "Each point is a row; boxes span the middle half, the thick line is the median. Orange triangles are attacks, "
-        f"blue circles benign.{most} Right: rows with a score{data.summary.sampled}."
-    )
-    picture = output.picture("scores", plots.scores(groups, threshold), "Scores by class and category", text)
-    return html.Section("scores", title, [table, html.Pictures([picture, coverage]), *why])
+    if reasons:
+        yield html.Table(("why there is no score", "rows"), reasons)
 
 
 def _coverage(data: ReportData, output: html.Output) -> html.Picture:
-    """Rows without a score, and answers that ended inside the window."""
     fractions: dict[str, dict[str, tuple[float, float, float]]] = {"no score": {}, "answer ended inside the window": {}}
     for label, numbers in data.summary.by_class().items():
         n = int(numbers["n"] or 0)
         for name, fraction in zip(fractions, (1 - float(numbers["coverage"] or 0), float(numbers["early"] or 0))):
             fractions[name][label] = (fraction, *exact_interval(round(fraction * n), n))
     output.numbers(coverage=fractions, no_score=dict(data.summary.no_score), rejected=dict(data.summary.rejects))
-    return output.picture(
-        "coverage",
-        plots.coverage(fractions),
-        "Rows without a score, and answers that ended inside the window, by class",
+    title = "Rows without a score, and answers that ended inside the window, by class"
+    text = (
         "An answer that ends before the window has no score; one that ends inside it is scored over the steps it has. "
         "Short answers are not missing at random: a refusal is short. If attacks end early more often than benign "
-        "prompts, the number of steps alone separates them.",
+        "prompts, the number of steps alone separates them."
     )
+    return output.picture("coverage", figures.coverage(fractions), title, text)
 
 
 def _spread(values: Floats) -> dict[str, float | int | None]:
@@ -142,88 +136,131 @@ def _spread(values: Floats) -> dict[str, float | int | None]:
     return {"rows": len(values), "with_score": len(valid), **dict(zip(("q25", "median", "q75"), quartiles))}
 
 
-def separation(data: ReportData, output: html.Output) -> html.Section:
+def separation(data: ReportData, output: html.Output) -> Blocks:
     """ROC curves of the score and of plain lengths."""
-    comparisons, title = data.summary.comparisons(), "How well the score separates attacks from benign prompts"
+    comparisons = data.summary.comparisons()
     if not comparisons:
-        return html.Section("separation", title, [html.Missing(NEEDS_BOTH_CLASSES)])
-    measures = {name: one for name, one in comparisons[0].measures.items() if name != "answer length"}
+        yield html.Missing(NEEDS_BOTH_CLASSES)
+        return
+    curves = {name: one for name, one in comparisons[0].measures.items() if name != get("answer_tokens").label}
     if not data.summary.no_score:
-        measures.pop(SCORED, None)  # the same curve
-    curves = [Curve(name, one.fpr, one.tprs, one.auroc, one.grid, one.band) for name, one in measures.items()]
-    output.numbers(roc={curve.name: {"fpr": curve.fpr, "tpr": curve.tpr} for curve in curves})
+        curves.pop(SCORED, None)  # the same curve
+    output.numbers(roc={name: {"fpr": curve.fpr, "tpr": curve.tprs} for name, curve in curves.items()})
     text = (
         "For every threshold: the attacks it finds against the benign prompts it flags. The diagonal is chance; the "
         "band is the 95% interval of the score's curve."
     )
-    pictures = [
-        output.picture("roc", plots.roc(curves), "ROC curves of the score and of plain lengths", text),
-        output.picture("roc_low", plots.roc(curves, _LOW_FPR), f"The ROC curves up to {_LOW_FPR:.0%} false alarms"),
-    ]
-    return html.Section("separation", title, [html.Pictures(pictures)])
+    picture = output.picture("roc", figures.roc(curves), "ROC curves of the score and of plain lengths", text)
+    title = f"The ROC curves up to {_LOW_FPR:.0%} false alarms"
+    yield html.Pictures([picture, output.picture("roc_low", figures.roc(curves, _LOW_FPR), title)])
 
 
-def runs(separations: Sequence[measure.RunSeparation], data: ReportData, output: html.Output) -> html.Section | None:
+def runs(data: ReportData, output: html.Output) -> Blocks:
     """Each run by itself, if there are several."""
-    if len(separations) < 2:
-        return None
-    output.numbers(
-        runs={
-            run.name: {
-                "rows": run.n,
-                "score": run.score and run.score.numbers(),
-                "prompt_length": run.length and run.length.numbers(),
-            }
-            for run in separations
-        }
-    )
-    rows = [
-        (
-            run.name,
-            *(f"{run.n.get(label, 0):,}" for label in data.classes),
-            *_auroc(run.score),
-            _verdict(run.score) if run.score else "",
-            *_auroc(run.length),
-        )
-        for run in separations
-    ]
-    pictures = []
-    if any(run.score for run in separations):
+    if len(data.runs) < 2:
+        return
+    rows, numbers, forest = [], {}, []
+    for name, summary in zip(data.names, data.run_summaries, strict=True):
+        measures = summary.comparisons()[0].measures if summary.comparisons() else {}
+        score, length = measures.get(SCORE), measures.get(get("prompt_tokens").label)
+        n = {label: values["n"] for label, values in summary.by_class().items()}
+        separations = {"score": score and score.numbers(), "prompt_length": length and length.numbers()}
+        numbers[name] = {"rows": n, **separations}
+        counts = (f"{n.get(label, 0):,}" for label in data.classes)
+        verdict = auroc_verdict(score.auroc_interval) if score else ""
+        rows.append((name, *counts, *_auroc(score), verdict, *_auroc(length)))
+        for measured, one in (("score", score), ("length", length)):
+            if one is not None:
+                forest.append((f"{figures.short(name, 20)}: {measured}", one.auroc, one.auroc_interval))
+    output.numbers(runs=numbers)
+    if forest:
         text = "Lines: 95% intervals. Grey: the interval includes chance; hollow: too few prompts for an interval."
         title = "AUROC of the score and of prompt length in each run"
-        pictures.append(output.picture("runs", plots.by_run(separations), title, text))
-    text = (
-        "Figures over all runs mix their system prompts and topics, so a difference between runs can look like one "
-        "between attacks and benign prompts. Among several runs, some differ by chance."
-    )
-    counts = (f"{label} rows" for label in data.classes)
-    names = ("run", *counts, "AUROC: score", "95%", "verdict", "AUROC: length", "95%")
-    return html.Section("runs", "Run by run", [html.Text([text]), html.Pictures(pictures), html.Table(names, rows)])
+        yield html.Pictures([output.picture("runs", figures.draw_forest(forest), title, text)])
+    of_classes = (f"{label} rows" for label in data.classes)
+    yield html.Table(("run", *of_classes, "AUROC: score", "95%", "verdict", "AUROC: length", "95%"), rows)
 
 
 def _auroc(one: Separation | None) -> tuple[str, str]:
     return ("", "one class") if one is None else (html.show_number(one.auroc), html.show_interval(one.auroc_interval))
 
 
-def when(data: ReportData, output: html.Output, resamples: int) -> html.Section:
+def calibrated(calibration: Calibration, data: ReportData, output: html.Output) -> Blocks:
+    """The calibration's threshold, what it promises, and what it flags in these runs."""
+    output.numbers(calibration=calibration.model_dump(mode="json", exclude={"scores", "data"}))
+    setting, (first, end) = calibration.setting, calibration.layers
+    is_in_sample = calibration.data.fingerprint == data.rows.fingerprint
+    text = [
+        f"A row is flagged if its score is at or above {calibration.threshold:.6f} (steps {calibration.window}, layers "
+        f"{first} to {end - 1}). Promise: {setting.promise}. It was set on {setting.n:,} distinct benign prompts, of "
+        f"which {setting.flagged:,} are flagged."
+    ]
+    if is_in_sample:
+        text.append("It was made from these runs: the table of these runs is in sample, the held-out figures are not.")
+    yield html.Text(text)
+    rows, numbers = [], {}
+    for label in data.classes:
+        prompts = data.samples.row[data.samples.in_class(label)]
+        n, flagged = len(prompts), int(calibration.apply(data.score[prompts]).flagged.sum())
+        bounds = exact_interval(flagged, n)
+        rows.append((label, f"{n:,}", f"{flagged:,}", f"{flagged / n:.1%}", html.show_interval(bounds)))
+        numbers[label] = {"prompts": n, "flagged": flagged, "interval": bounds}
+    output.numbers(flagged=numbers)
+    caption = f"These runs, each distinct prompt once{data.summary.sampled}"
+    yield html.Table(("class", "prompts", "flagged", "fraction", "95% interval"), rows, caption)
+    metrics = {label: calibration.figures[name] for name, (label, _) in METRICS.items() if name in calibration.figures}
+    metrics |= {f"{get(name).label} alone, AUROC": one for name, one in calibration.confounds.items()}
+    own = []
+    for label, one in metrics.items():
+        if one.value is not None:
+            interval = "" if one.interval is None else html.show_interval(one.interval)
+            own.append((label, html.show_number(one.value), interval, one.how))
+    yield html.Table(("the calibration's own figures", "", "95% interval", "how"), own)
+    if not is_in_sample:
+        yield _drift(calibration, data, output)
+    if calibration.contamination:
+        contaminated = []
+        for row in calibration.contamination:
+            threshold = "too few prompts" if row.threshold is None else f"{row.threshold:.6f}"
+            rates = f"{row.lowest_fpr:.2%} to {row.highest_fpr:.2%}"
+            contaminated.append((f"{row.contamination:.1%}", rates, threshold))
+        names = ("attacks among its benign prompts", "benign prompts flagged", "threshold for the target")
+        yield html.Table(names, contaminated)
+    yield html.Text(calibration.notes)
+
+
+def _drift(calibration: Calibration, data: ReportData, output: html.Output) -> html.Table:
+    """Whether benign scores are still those of the calibration."""
+    benign = data.score[data.samples.row[data.samples.in_class("benign")]]
+    result = drift(benign, calibration)
+    if result is None:
+        row = ("not known: no row here is labelled benign", "", "", "")
+    else:
+        output.numbers(drift={"distance": result.distance, "p_value": result.p_value, "n": len(benign)})
+        row = (result.warning or html.NOT_SHOWN, f"{result.distance:.2f}", f"{result.p_value:.2g}", f"{len(benign):,}")
+    names = ("drift of the benign scores", "Kolmogorov-Smirnov distance", "p", "benign prompts")
+    return html.Table(names, [row])
+
+
+def when(data: ReportData, output: html.Output, resamples: int) -> Blocks:
     """AUROC by step and by window."""
-    title = "When the difference shows: steps and windows"
     if not data.has_both_classes:
-        return html.Section("steps", title, [html.Missing(NEEDS_BOTH_CLASSES)])
+        yield html.Missing(NEEDS_BOTH_CLASSES)
+        return
     steps, windows = measure.by_step(data, resamples), measure.by_window(data)
     output.numbers(auroc_by_step=steps, auroc_by_window=windows)
-    start, end, highest = windows.best
-    figure = plots.along_steps(steps, data.window)
+    figure = figures.along_steps(steps, data.window)
+    title = "AUROC at each step of the answer, and how many answers reach it"
     text = "Among answers that reach the step; the band is the 95% interval of each step by itself."
-    step_title = "AUROC at each step of the answer, and how many answers reach it"
-    pictures = [output.picture("steps", figure, step_title, text)]
-    figure, text = plots.windows(windows, data.window), f"The highest is {highest:.3f}, steps {start} to {end}."
-    window_title = "AUROC of every window, first step across, last step up"
-    pictures.append(output.picture("windows", figure, window_title, text))
-    return html.Section("steps", title, [html.Text([_IN_SAMPLE]), html.Pictures(pictures)])
+    pictures = [output.picture("steps", figure, title, text)]
+    (start, end, highest), figure = windows.best, figures.windows(windows, data.window)
+    title = "AUROC of every window, first step across, last step up"
+    pictures.append(output.picture("windows", figure, title, f"The highest is {highest:.3f}, steps {start} to {end}."))
+    yield html.Text([_IN_SAMPLE])
+    yield html.Pictures(pictures)
 
 
-def where(data: ReportData, output: html.Output, resamples: int) -> html.Section:
+def where(data: ReportData, output: html.Output, resamples: int) -> Blocks:
     """Mean instability by layer and step, and by layer."""
     means = data.samples.means
     valid = np.concatenate([values[np.isfinite(values)] for values in means.values()])
@@ -231,14 +268,15 @@ def where(data: ReportData, output: html.Output, resamples: int) -> html.Section
     pictures = [
         output.picture(
             f"heatmap_{label}",
-            plots.heatmap(means[label], f"{label}: mean instability", data.window, data.layers, limits),
+            figures.heatmap(means[label], f"{label}: mean instability", data.window, data.layers, limits),
             f"Mean instability of the class {label} by layer and step, of the answers that reach the step",
             "Framed: what is scored; crossed out: no value. All classes have the same colour scale.",
         )
         for label in data.classes
     ]
     if data.has_both_classes:
-        figure = plots.difference(means["attack"] - means["benign"], data.window, data.layers)
+        values = means["attack"] - means["benign"]
+        figure = figures.heatmap(values, "attack minus benign", data.window, data.layers)
         text = "Orange where attacks have more, blue where benign prompts do. Late steps have fewer answers."
         title = "Mean instability of attacks minus that of benign prompts, by layer and step"
         pictures.append(output.picture("heatmap_difference", figure, title, text))
@@ -250,91 +288,71 @@ def where(data: ReportData, output: html.Output, resamples: int) -> html.Section
             profile[label], middle[label] = np.nanmean(values, axis=0), np.nanpercentile(values, [25, 75], axis=0)
     below = "Below: each layer's AUROC by itself, with its 95% interval." if data.has_both_classes else ""
     title = f"Each layer's mean instability over steps {data.score_range.window}, with the middle half of the prompts"
-    pictures.append(output.picture("layers", plots.along_layers(layers, profile, middle, data.layers), title, below))
+    pictures.append(output.picture("layers", figures.along_layers(layers, profile, middle, data.layers), title, below))
     output.numbers(mean_by_step_and_layer=means, by_layer={"auroc": layers, "mean": profile, "quartiles": middle})
-    blocks = [html.Text([_IN_SAMPLE])] if data.has_both_classes else []
-    return html.Section("layers", "Where it shows: layers and steps", [*blocks, html.Pictures(pictures)])
+    if data.has_both_classes:
+        yield html.Text([_IN_SAMPLE])
+    yield html.Pictures(pictures)
 
 
-def against(data: ReportData, output: html.Output) -> html.Section:
+def against(data: ReportData, output: html.Output) -> Blocks:
     """The score against entropy, head agreement and length."""
-    signals = data.rows.signals
-    others: dict[str, tuple[str, NDArray[np.floating] | None, str]] = {
-        "entropy": ("next-token entropy (nats, mean over the window)", signals.get("entropy"), "--logit-stats"),
-        "agreement": ("head agreement (mean correlation, -1 to 1)", signals.get("head_agreement"), ""),
-        "length": ("prompt length (tokens)", data.rows.counts["prompt_tokens"].astype(np.float64), ""),
-    }
+    of_rows = {**data.rows.counts, **data.rows.signals}
     pictures: list[html.Picture] = []
     missing: list[html.Block] = []
-    for name, (label, values, option) in others.items():
+    for key, name in (("entropy", "entropy"), ("agreement", "head_agreement"), ("length", "prompt_tokens")):
+        label, values = f"{get(name).label} ({get(name).unit})", of_rows.get(name)
         if values is None or np.isnan(values[data.samples.row] + data.score[data.samples.row]).all():
-            how = f": score with {option} to record it" if option else ""
+            how = ": score with --logit-stats to record it" if name == "entropy" else ""
             missing.append(html.Missing(f"Not recorded in these runs: {label}{how}."))
             continue
-        scatter = measure.relation(data, values)
-        output.numbers(**{f"score_against_{name}": {"spearman": scatter.spearman}})
+        relation = measure.relation(data, values)
+        spearman = {class_: r for class_, (*_, r) in relation.items()}
+        output.numbers(**{f"score_against_{key}": {"spearman": spearman}})
         title = f"The score against {label}{data.summary.sampled}"
-        pictures.append(output.picture(f"against_{name}", plots.against(scatter, label), title))
-    text = [
-        "If the score only repeated one of these, the points would be on a line. A difference between the classes "
-        "along the horizontal axis means that this number could be mistaken for conflict. Spearman's r within a class: "
-        "0 for no relation, 1 or -1 for the same or the opposite order."
-    ]
+        pictures.append(output.picture(f"against_{key}", figures.against(relation, label), title))
     if any(run.score_range != data.score_range for run in data.runs):
-        text.append("Entropy and agreement are over each run's own window, not the score's window here.")
-    title = "The score against entropy, agreement and length"
-    return html.Section("beside", title, [html.Text(text), html.Pictures(pictures), *missing])
+        yield html.Text(["Entropy and agreement are over each run's own window, not the score's window here."])
+    yield html.Pictures(pictures)
+    yield from missing
 
 
-def examples(data: ReportData, output: html.Output, redact: bool) -> html.Section:
+def examples(data: ReportData, output: html.Output, redact: bool) -> Blocks:
     """The most suspicious benign prompts and the quietest attacks."""
-    title, rows = "Rows to look at", measure.extremes(data, with_texts=not redact)
+    rows = measure.extremes(data, with_texts=not redact)
     if rows is None:
-        return html.Section("examples", title, [html.Missing(NO_SCORE)])
+        yield html.Missing(NO_SCORE)
+        return
+    yield html.Text(
+        ["All heatmaps have the same colour scale. Whether an attack succeeded is in the answer, not in the score."]
+    )
     highest = {"benign": "The most suspicious benign prompts", "unlabelled": "The highest scores"}[rows.highest_class]
-    brightest = max(float(np.nanmax(one.instability, initial=0.0)) for one in (*rows.highest, *rows.quietest))
-    text = "All heatmaps have the same colour scale. Whether an attack succeeded is in the answer, not in the score."
-    blocks: list[html.Block] = [html.Text([text])]
+    limits = (0.0, max(float(np.nanmax(row["instability"], initial=0.0)) for row in (*rows.highest, *rows.quietest)))
     for heading, name, chosen in ((highest, "high", rows.highest), ("The quietest attacks", "quiet", rows.quietest)):
         cards = []
-        for i, one in enumerate(chosen, 1):
-            limits = (0.0, brightest)
-            figure = plots.heatmap(one.instability, "instability", data.window, data.layers, limits, small=True)
-            title_of_figure = f"Instability of the row {one.columns['id']} by layer and step"
-            cards.append(
-                _card(data, one, rows.reference, output.picture(f"{name}_{i}", figure, title_of_figure), redact)
-            )
+        for i, row in enumerate(chosen, 1):
+            figure = figures.heatmap(row["instability"], "instability", data.window, data.layers, limits, small=True)
+            title = f"Instability of the row {row['id']} by layer and step"
+            cards.append(_card(data, row, rows.reference, output.picture(f"{name}_{i}", figure, title), redact))
         if cards:
-            blocks.append(html.Cards(heading, cards))
+            yield html.Cards(heading, cards)
     if rows.without_score:
-        blocks.append(
-            html.Text([f"{rows.without_score:,} attacks have no score and are never flagged; none is shown."])
-        )
-    output.numbers(
-        examples={
-            name: [{"id": o.columns["id"], "run": o.run, "score": o.score, "percentile": o.percentile} for o in chosen]
-            for name, chosen in (("highest", rows.highest), ("quietest_attacks", rows.quietest))
-        }
-    )
-    return html.Section("examples", title, blocks)
+        yield html.Text([f"{rows.without_score:,} attacks have no score and are never flagged; none is shown."])
+    keys, named = ("id", "run", "score", "percentile"), {"highest": rows.highest, "quietest_attacks": rows.quietest}
+    output.numbers(examples={name: [{key: row[key] for key in keys} for row in own] for name, own in named.items()})
 
 
-def _card(data: ReportData, example: measure.Example, reference: str, picture: html.Picture, redact: bool) -> html.Card:
-    columns = example.columns
-    place = f"{columns['source']}, row {columns['row']:,}"
+def _card(data: ReportData, row: Mapping[str, Any], reference: str, picture: html.Picture, redact: bool) -> html.Card:
+    place = f"{row['source']}, row {row['row']:,}"
     facts = [
-        f"score {example.score:.4f}, at or above {example.percentile:.1f}% of the {reference} prompts' scores",
-        ", ".join(filter(None, (columns["category"], *(columns["flags"] or ())))),
-        place if len(data.runs) == 1 else f"{example.run}: {place}",
+        f"score {row['score']:.4f}, at or above {row['percentile']:.1f}% of the {reference} prompts' scores",
+        ", ".join(filter(None, (row["category"], *(row["flags"] or ())))),
+        place if len(data.runs) == 1 else f"{row['run']}: {place}",
     ]
-    texts = {"prompt": columns.get("prompt"), "answer": columns.get("text")}
-    kept = {name: _cut(text) for name, text in texts.items() if text}
+    named = {"prompt": row.get("prompt"), "answer": row.get("text")}
+    texts = {name: printable(text) for name, text in named.items() if text}
+    for name, text in texts.items():
+        if len(text) > _MOST_TEXT:
+            texts[name] = f"{text[:_MOST_TEXT]}… ({len(text):,} characters)"
     why = "Prompt and answer are left out (--redact)." if redact else "The run kept no texts (score with --save text)."
-    return html.Card(
-        printable(columns["id"]), [printable(fact) for fact in facts if fact], kept, "" if kept else why, picture
-    )
-
-
-def _cut(text: str) -> str:
-    text = printable(text)
-    return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}… ({len(text):,} characters)"
+    return html.Card(printable(row["id"]), [printable(fact) for fact in facts if fact], texts, why, picture)

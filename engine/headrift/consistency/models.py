@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headrift.consistency.pairs import Pair
+
 if TYPE_CHECKING:
     import torch
 
@@ -55,9 +57,7 @@ class RowCapture:
 
 
 @dataclass(slots=True)
-class ForwardPass:
-    """What a forward pass kept of one prompt."""
-
+class ForwardPass:  # of one prompt
     rows: dict[int, torch.Tensor]  # as in RowCapture
     contents: dict[int, torch.Tensor]
     # By layer, the residual stream after it at the queries, [n, hidden]; after the last one, behind the final norm.
@@ -93,7 +93,7 @@ def install(model: Any) -> None:
 
 
 def recompute_long_prompts(model: Any) -> None:
-    """Recompute activations in the backward pass for prompts of RECOMPUTED_FROM tokens and more."""
+    """From RECOMPUTED_FROM tokens on, recompute activations in the backward pass."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
@@ -110,9 +110,17 @@ def batch_by_length(lengths: Sequence[int], most: int = _TOKENS_PER_PASS) -> lis
 
 def forward(
     decoder: Any, token_ids: Sequence[int], queries: Sequence[int], layers: frozenset[int], **keep: bool
-) -> Any:
+) -> ForwardPass:
     """`forward_batch` of one prompt."""
     return forward_batch(decoder, [token_ids], [queries], layers, **keep)[0]
+
+
+def forward_pairs(
+    decoder: Any, pairs: Sequence[Pair], side: str, layers: frozenset[int], **keep: bool
+) -> list[ForwardPass]:
+    """`forward_batch` of one side of pairs, clean or wrapped, with the queries to compare."""
+    prompts, queries = ([getattr(pair, f"{side}_{name}") for pair in pairs] for name in ("ids", "queries"))
+    return forward_batch(decoder, prompts, queries, layers, **keep)
 
 
 def forward_batch(
@@ -222,15 +230,25 @@ def generate(
     max_tokens: int,
     on_done: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
-    """Answer prompts greedily, many at a time; the same prompts in the same order give the same answers.
+    """Answer prompts greedily, many at a time, with token ids; the token that ended an answer is in it.
 
-    Returns:
-        Token ids per prompt, with the token that ended the answer.
+    The same prompts in the same order give the same answers.
     """
     import torch
 
-    end = _end_tokens(model, tokenizer)
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ends = [*(configured if isinstance(configured, list | tuple) else [configured]), tokenizer.eos_token_id]
+    end = {token for token in ends if token is not None}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(end)
+    greedy = {
+        "max_new_tokens": max_tokens,
+        "pad_token_id": pad,
+        "eos_token_id": sorted(end),
+        "do_sample": False,
+        "num_beams": 1,
+        "repetition_penalty": 1.0,
+        **dict.fromkeys(("temperature", "top_p", "top_k")),
+    }
     answers: dict[int, list[int]] = {}
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
     for first in range(0, len(by_length), ANSWER_BATCH):
@@ -238,32 +256,15 @@ def generate(
         longest = max(len(prompts[i]) for i in batch)
         ids = torch.tensor([[pad] * (longest - len(prompts[i])) + list(prompts[i]) for i in batch])
         mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
+        inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
         with torch.inference_mode():
-            out = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                max_new_tokens=max_tokens,
-                do_sample=False,
-                num_beams=1,
-                repetition_penalty=1.0,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                pad_token_id=pad,
-                eos_token_id=sorted(end),
-            )
+            out = model.generate(**inputs, **greedy)
         for i, answer in zip(batch, out[:, longest:].tolist()):
             length = next((at + 1 for at, token in enumerate(answer) if token in end), len(answer))
             answers[i] = answer[:length]
         if on_done:
             on_done(len(batch))
     return [answers[i] for i in range(len(prompts))]
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    tokens = set(configured) if isinstance(configured, list | tuple) else {configured}
-    return {token for token in {*tokens, tokenizer.eos_token_id} if token is not None}
 
 
 def check_peft() -> None:
@@ -304,10 +305,9 @@ def check_lora(folder: Path, model: Path) -> None:
 
 
 def lora_fingerprint(folder: Path) -> str:
-    """Hash of an adapter's weights and settings."""
-    return hashlib.sha256(
-        b"".join((folder / name).read_bytes() for name in (_ADAPTER_CONFIG, ADAPTER_WEIGHTS))
-    ).hexdigest()
+    """Hash of an adapter's settings and weights."""
+    contents = ((folder / name).read_bytes() for name in (_ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+    return hashlib.sha256(b"".join(contents)).hexdigest()
 
 
 def attach_lora(model: Any, rank: int, alpha: float, seed: int, start: Path | None = None) -> Any:
@@ -318,19 +318,11 @@ def attach_lora(model: Any, rank: int, alpha: float, seed: int, start: Path | No
     if start is not None:
         return peft.PeftModel.from_pretrained(model, str(start), is_trainable=True)
     torch.manual_seed(seed)
-    config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=0.0,
-        target_modules=list(LORA_TARGETS),
-        task_type="CAUSAL_LM",
-        bias="none",
-    )
-    return peft.get_peft_model(model, config)
+    where = {"target_modules": list(LORA_TARGETS), "task_type": "CAUSAL_LM", "bias": "none"}
+    return peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, **where))
 
 
 def trainable_weights(model: Any) -> dict[str, Any]:
-    """The adapter's parameters by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
