@@ -88,12 +88,12 @@ class Added:
         # Counted at 2,048 keys, split; of 2 rows and 32 heads.
         self.bytes = counted["all_bytes"] * (1 - 1 / counted["all_ratio"]) / 2 / 32
         # In the loop over K and V, of those without masses.
-        wanted = {"kernel": "decode", "head_dim": 128, "dtype": "bf16", "regions": REGIONS, "flags": ["MASS"]}
+        selected = {"kernel": "decode", "head_dim": 128, "dtype": "bf16", "regions": REGIONS, "flags": ["MASS"]}
         (compiled,) = [
             entry
             for entry in aot["compiled"]
             if entry["target"] == "sm_90"
-            and wanted.items() <= entry["shape"].items()
+            and selected.items() <= entry["shape"].items()
             and entry["shape"]["splits"] > 1
             and not entry["shape"]["cache"]
         ]
