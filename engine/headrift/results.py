@@ -31,6 +31,8 @@ class ScoreResult:
             the prompt does not have, or None.
         attention_entropy: [T, layers, heads] float32, the entropy (nats) of each head's softmax over the keys that it
             may see (see `Recording.row_entropy` for sinks), or None.
+        logit_shares: [1 or 2, layers, heads] float32 for detectors: the log-odds of the shares at step 0 and, unless
+            only step 0 was recorded, their mean over the window's steps; NaN where there is none.
     """
 
     index: int
@@ -54,6 +56,7 @@ class ScoreResult:
     mass: np.ndarray | None = field(repr=False)
     region_names: tuple[str, ...]
     attention_entropy: np.ndarray | None = field(default=None, repr=False)
+    logit_shares: np.ndarray | None = field(default=None, repr=False)
 
     @property
     def system_share(self) -> float | None:
@@ -86,7 +89,7 @@ class ScoreResult:
         return self.signals.get("margin")
 
     def slim(self, keep: Collection[str]) -> ScoreResult:
-        """A copy without arrays, but `instability` and those that are named, for the way to another process."""
+        """A copy without arrays but `instability`, `logit_shares` and those named, for the way to another process."""
         dropped: dict[str, Any] = {name: None for name in _OPTIONAL if name not in keep}
         return replace(self, shares=self.shares if "shares" in keep else _NOTHING, **dropped)
 

@@ -173,6 +173,7 @@ class RequestScorer:
             mass=mass,
             region_names=names,
             attention_entropy=recording.measures.get("row_entropy"),
+            logit_shares=data.logit_shares,
         )
 
 

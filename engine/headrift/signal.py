@@ -28,12 +28,14 @@ from numpy.typing import ArrayLike, NDArray
 FloatArray: TypeAlias = NDArray[np.float64]
 BoolArray: TypeAlias = NDArray[np.bool_]
 
+MIN_SHARE = 1e-5  # log-odds are of shares clipped to this and 1 less this
 MIN_MASS = 1e-9  # a denominator below this gives a share of 0
 MIN_HEAD_STD = 1e-6  # a head whose shares vary less than this over layers is constant: float32 cannot tell more near 1
 DROP_SHALLOW = 0.25
 DROP_DEEP = 0.15
 ANSWER_ENDED = "answer_ended_before_window"
 LOST_SPAN = "window_lost_system_span"
+NO_WINDOW = "no_window"
 
 
 def share(system_mass: ArrayLike, prompt_mass: ArrayLike) -> FloatArray:
@@ -52,6 +54,12 @@ def instability(share: ArrayLike) -> FloatArray:
     if values.ndim == 0 or values.shape[-1] == 0:
         raise ValueError(f"share needs a last axis of at least one head, got shape {values.shape}")
     return np.asarray(np.std(values - values[..., :1], axis=-1, ddof=0))
+
+
+def log_odds(share: ArrayLike) -> FloatArray:
+    """Log-odds log(s / (1 - s)) of shares clipped to [1e-5, 1 - 1e-5], elementwise (any shape): -11.5 to 11.5."""
+    clipped = np.clip(np.asarray(share, np.float64), MIN_SHARE, 1 - MIN_SHARE)
+    return np.asarray(np.log(clipped) - np.log1p(-clipped))
 
 
 def covered(n_rows: int, windows: Sequence[int | None], system_start: int, prompt_len: int) -> BoolArray:
@@ -84,25 +92,35 @@ def layer_range(n_layers: int, drop_shallow: float = DROP_SHALLOW, drop_deep: fl
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Steps ``start`` to ``end``, 1-based and inclusive, written "1:12". ValueError unless 1 <= start <= end."""
+    """Steps ``start`` to ``end``, 1-based and inclusive, written "1:12". ValueError unless 1 <= start <= end.
+
+    ``Window(1, 0)``, written "none", is the window of a run that records step 0 alone: it has no step.
+    """
 
     start: int
     end: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.start <= self.end:
+        if not 1 <= self.start <= self.end and not self.empty:
             raise ValueError(f"a window a:b needs 1 <= a <= b (step 0, the prefill, is never scored), got {self}")
+
+    @property
+    def empty(self) -> bool:
+        """Whether the window has no step."""
+        return (self.start, self.end) == (1, 0)
 
     @classmethod
     def parse(cls, text: str) -> Window:
-        """Read "a:b". ValueError for anything else."""
+        """Read "a:b" or "none". ValueError for anything else."""
+        if text.strip() == "none":
+            return cls(1, 0)
         match = re.fullmatch(r"\s*(-?[0-9]+)\s*:\s*(-?[0-9]+)\s*", text)
         if match is None:
             raise ValueError(f"a window is two step numbers, as in 1:12, got {text!r}")
         return cls(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:
-        return f"{self.start}:{self.end}"
+        return "none" if self.empty else f"{self.start}:{self.end}"
 
 
 class Trims(TypedDict):
@@ -130,13 +148,13 @@ class ScoreRange:
     ) -> ScoreRange:
         """The range of a run that records steps 0 to ``steps``; its window is 1 to ``steps`` by default.
 
-        ValueError if steps, window and trims contradict each other.
+        With steps 0 the window is empty. ValueError if steps, window and trims contradict each other.
         """
-        if steps < 1:
-            raise ValueError(
-                f"steps must be at least 1, not {steps}: step 0 is the prompt's last token and is never scored"
-            )
+        if steps < 0:
+            raise ValueError(f"steps must be at least 0 (the prompt's last token alone), not {steps}")
         parsed = Window.parse(window) if isinstance(window, str) else window or Window(1, steps)
+        if parsed.empty and steps:
+            raise ValueError(f"window {parsed} goes with steps 0, not {steps}: name steps to score, as in 1:{steps}")
         if parsed.end > steps:
             raise ValueError(
                 f"window {parsed} reaches past step {steps}, the last one recorded; raise steps or shorten it"
@@ -188,8 +206,8 @@ def score(
 
     The plain mean over all counted (step, layer) cells: each cell weighs the same, so a step with fewer counted layers
     weighs less. An answer that ends inside the window is scored over the steps it has; ``n_scored`` is how many of them
-    have a counted layer. If none: "answer_ended_before_window" where no step of the window was recorded, else
-    "window_lost_system_span". ValueError for a wrong shape or missing rows.
+    have a counted layer. If none: "no_window" if the window is empty, "answer_ended_before_window" if no step of it was
+    recorded, else "window_lost_system_span". ValueError for a wrong shape or missing rows.
     """
     values = np.asarray(instability, np.float64)
     if values.ndim != 2:
@@ -198,7 +216,7 @@ def score(
     cells = values[_window_rows(len(values), window, n_steps), layers]
     counted = ~np.isnan(cells)
     if not len(cells):
-        return Score(None, ANSWER_ENDED, 0)
+        return Score(None, NO_WINDOW if window.empty else ANSWER_ENDED, 0)
     if not counted.any():
         return Score(None, LOST_SPAN, 0)
     return Score(float(cells[counted].mean()), None, int(counted.any(axis=1).sum()))

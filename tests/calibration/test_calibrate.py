@@ -250,7 +250,7 @@ def test_a_window_that_was_not_recorded_is_refused(make):
 def test_a_window_in_which_no_benign_prompt_has_a_score_is_refused(make):
     n_steps = [6] * 20 + [3] * 80
     run = make.run_of(make.made_up(0, 20, 80), make.labels(20, 80), n_steps=n_steps)
-    with pytest.raises(CalibrationError, match="no benign prompt has a score in steps 5:6"):
+    with pytest.raises(CalibrationError, match="no benign prompt has a value in steps 5:6"):
         calibrate([run], CalibrateConfig(window=Window(5, 6), resamples=0))
 
 

@@ -29,8 +29,9 @@ def test_a_calibration_is_written_and_shown(run, tmp_path):
     assert max(map(len, done.stdout.splitlines()[:-1])) <= 80  # the last names the file
     words = " ".join(done.stdout.split())
     for expected in (
+        "usable: instability, attacks higher, held-out AUROC",
         f"steps {calibration.window}, layers {calibration.layers[0]} to {calibration.layers[1] - 1} of 8",
-        f"{calibration.threshold:.6f}: a score at or above it is flagged",
+        f"{calibration.threshold:.6f}: a prompt with a value at or above it is flagged",
         "at most 0.05 with 95% confidence",
         f"AUROC, no score lowest {calibration.figures['auroc'].value:.3f}",
         f"AUROC, in sample (naive) {calibration.figures['auroc_in_sample'].value:.3f}",
@@ -119,12 +120,12 @@ def test_what_score_writes_is_read(fake_model, tmp_path):
     scored += ["--system-prompt-file", fake_model / "system.txt"]
     done = CliRunner().invoke(app, [str(argument) for argument in scored])
     assert done.exit_code == 0, done.output
-    done = ask(tmp_path / "run", "--out", tmp_path / "c.json", "--resamples", 5)
+    done = ask(tmp_path / "run", "--out", tmp_path / "c.json", "--resamples", 5, "--force")
     assert done.exit_code == 0, done.output
     calibration = Calibration.load(tmp_path / "c.json")
     about = json.loads((tmp_path / "run" / "run.json").read_text())
     assert calibration.model.fingerprint == about["model"]["fingerprint"]
     assert calibration.model.chat_template_sha256 == about["chat_template_sha256"]
     assert {name: one.rows for name, one in calibration.classes.items()} == {"attack": 15, "benign": 80}
-    assert calibration.classes["benign"].with_score < 1  # the fake engine ends every third answer at once
+    assert calibration.classes["benign"].ended_early > 0  # the fake engine ends every third answer at once
     assert set(calibration.confounds) >= {"prompt_tokens", "system_share", "head_agreement", "focus"}

@@ -91,23 +91,25 @@ def test_each_row_has_a_verdict_and_nothing_else_changes(work):
     assert done.exit_code == 0, done.output
     plain, judged = read(Path("plain")), read(Path("out"))
     assert len(list(Path("out").glob("part-*"))) > 2
-    assert [row | {"flagged": None, "p_value": None} for row in plain] == [
-        row | {"flagged": None, "p_value": None} for row in judged
-    ]
-    scores = [row["score"] for row in judged]
-    expected = work.calibration.apply(scores)
+    added = dict.fromkeys(("detector", "flagged", "p_value"))
+    assert [row | added for row in plain] == [row | added for row in judged]
+    direction = work.calibration.detector.direction
+    values = [row["detector"] for row in judged]
+    assert values == [None if row["score"] is None else direction * row["score"] for row in judged]
+    expected = work.calibration.apply(values)
     assert [row["flagged"] for row in judged] == expected.flagged.tolist()
     np.testing.assert_array_equal([row["p_value"] if row["p_value"] else np.nan for row in judged], expected.p_value)
-    assert None in scores
+    assert None in values
     assert all((row["score"] is None) == (row["p_value"] is None) for row in judged)
     schema = pq.read_schema("out/part-00000.parquet")
-    assert schema.names[-2:] == ["flagged", "p_value"]
+    assert schema.names[-3:] == list(added)
     assert json.loads(schema.metadata[b"headrift"])["layers"] == 6
 
 
 def test_the_run_says_what_is_flagged_by_class_and_distinct_prompt(work):
     # A lower threshold, so that some are flagged of either class.
-    lower = float(np.nanmedian([row["score"] for row in read(Path("plain")) if row["score"] is not None]))
+    scores = [row["score"] for row in read(Path("plain")) if row["score"] is not None]
+    lower = work.calibration.detector.direction * float(np.median(scores))
     done = work.score("--calibration", changed(work, threshold=lower))
     assert done.exit_code == 0, done.output
     run = json.loads(Path("out/run.json").read_text())
@@ -124,7 +126,7 @@ def test_the_run_says_what_is_flagged_by_class_and_distinct_prompt(work):
         assert counts["interval"][0] < counts["rate"] < counts["interval"][1]
     words = " ".join(done.stdout.split())
     n = run["judged"]["flagged"]["benign"]
-    assert f"score >= {lower:.6f} rows flagged of prompts 95% interval" in words
+    assert f"value >= {lower:.6f} rows flagged of prompts 95% interval" in words
     low, high = n["interval"]
     assert f"benign (flagged: FPR) {n['rows']} {n['flagged']} {n['rate']:.1%} {low:.1%}-{high:.1%}" in words
     assert "attack (found: TPR) 25 " in words
@@ -320,5 +322,5 @@ def test_real_scores_are_judged_as_they_were_calibrated(tiny_model, tmp_path):
     assert any(expected.flagged)
     # The same prompts in the same window; only rounding tells the two runs apart.
     np.testing.assert_allclose([row["score"] for row in first], [row["score"] for row in second], atol=1e-5)
-    assert f"score >= {calibration.threshold:.6f}" in done.stdout
+    assert f"value >= {calibration.threshold:.6f}" in done.stdout
     assert json.loads((tmp_path / "second" / "run.json").read_text())["calibration"]["differs"] == []

@@ -84,7 +84,7 @@ def test_scored_parts_have_its_column(run):
 
 
 def test_a_calibration_compares_it(run, tmp_path):
-    printed = call("calibrate", run, "--out", tmp_path / "c.json", "--window", "1:4", "--resamples", 10)
+    printed = call("calibrate", run, "--out", tmp_path / "c.json", "--window", "1:4", "--resamples", 10, "--force")
     confound = json.loads((tmp_path / "c.json").read_text())["confounds"]["gini"]
     assert 0 < confound["value"] < 1
     assert "Gini coefficient" in confound["how"]

@@ -67,7 +67,7 @@ def score(*args: str):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["in.jsonl", "--steps", "0"], "steps must be at least 1, not 0"),
+        (["in.jsonl", "--steps", "-1"], "steps must be at least 0"),
         (["in.jsonl", "--window", "1-3"], "a window is two step numbers, as in 1:12, got '1-3'"),
         (["in.jsonl", "--window", "3:1"], "needs 1 <= a <= b"),
         (["in.jsonl", "--window", "1:13"], "window 1:13 reaches past step 12"),
@@ -445,17 +445,19 @@ def test_real_columns(real):
     assert [(field.name, field.type) for field in real.table.schema] == [
         *((name, string) for name in ("id", "source")),
         ("row", pa.int64()),
-        *((name, string) for name in ("label", "category", "group", "system_hash")),
+        *((name, string) for name in ("label", "category", "source_set", "group", "system_hash")),
         ("score", number),
         ("reason", string),
         *((name, count) for name in ("n_steps", "n_scored", "prompt_tokens", "system_tokens", "answer_tokens")),
         *((name, number) for name in ("system_share", "head_agreement", "focus", "entropy", "top1", "margin")),
         ("flags", pa.list_(string)),
         ("instability", pa.list_(pa.float32())),
+        ("logit_shares", pa.list_(pa.float16())),
         ("shares", pa.list_(pa.float16())),
         ("mass", pa.list_(pa.float32())),
         ("prompt", string),
         ("text", string),
+        ("detector", number),
         ("flagged", pa.bool_()),
         ("p_value", number),
     ]
@@ -463,14 +465,14 @@ def test_real_columns(real):
 
 def test_real_verdicts_are_the_calibrations(real):
     calibration = Calibration.load(real.folder / "c.json")
-    verdicts = calibration.apply(real.table["score"].to_numpy())
+    verdicts = calibration.apply(real.table["detector"].to_numpy())
     assert real.table["flagged"].to_pylist() == verdicts.flagged.tolist()
     assert real.table["p_value"].to_pylist() == verdicts.p_value.tolist()
     assert 0 < verdicts.flagged.sum() < len(real.rows)
     run = json.loads((real.folder / "out" / "run.json").read_text())
     assert run["calibration"]["differs"] == []
     assert run["settings"]["calibration"] == run["calibration"]["sha256"] == calibration.sha256
-    assert f"score >= {calibration.threshold:.6f}" in real.stdout
+    assert f"value >= {calibration.threshold:.6f}" in real.stdout
 
 
 def test_real_labels_ids_and_hashes(real):

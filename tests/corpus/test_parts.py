@@ -23,13 +23,14 @@ STRING, FLOATS = pa.string(), pa.list_(pa.float32())
 ALWAYS = {
     **dict.fromkeys(("id", "source"), STRING),
     "row": pa.int64(),
-    **dict.fromkeys(("label", "category", "group", "system_hash"), STRING),
+    **dict.fromkeys(("label", "category", "source_set", "group", "system_hash"), STRING),
     "score": pa.float64(),
     "reason": STRING,
     **dict.fromkeys(("n_steps", "n_scored", "prompt_tokens", "system_tokens", "answer_tokens"), pa.int32()),
     **dict.fromkeys(("system_share", "head_agreement", "focus", "entropy", "top1", "margin"), pa.float64()),
     "flags": pa.list_(STRING),
     "instability": FLOATS,
+    "logit_shares": pa.list_(pa.float16()),
 }
 
 
@@ -70,6 +71,7 @@ def make_result(n: int, n_steps: int = 2, **changes) -> ScoreResult:
         "logit_stats": random.random((t, 3), np.float32),
         "mass": random.random((t, LAYERS, HEADS, len(REGIONS)), np.float32),
         "region_names": REGIONS,
+        "logit_shares": random.random((2, LAYERS, HEADS), np.float32),
     }
     return ScoreResult(**fields | changes)
 
@@ -119,7 +121,7 @@ def test_everything_reads_back_in_its_shape(tmp_path):
     table = pq.read_table(tmp_path / "part-00000.parquet")
     about = json.loads(table.schema.metadata[b"headrift"])
     assert (about["layers"], about["heads"], about["regions"]) == (LAYERS, HEADS, list(REGIONS))
-    sizes = {"layers": LAYERS, "heads": HEADS, "regions": len(REGIONS)}
+    sizes = {"layers": LAYERS, "heads": HEADS, "regions": len(REGIONS), "blocks": 2}
     for got, row, result in zip(table.to_pylist(), rows, results, strict=True):
         assert (got["id"], got["source"], got["row"], got["label"], got["category"]) == (
             row.id,
@@ -136,6 +138,7 @@ def test_everything_reads_back_in_its_shape(tmp_path):
         sizes["n_steps + 1"] = result.n_steps + 1
         expected = {
             "instability": result.instability,
+            "logit_shares": result.logit_shares.astype(np.float16),
             "shares": result.shares.astype(np.float16),
             "mass": result.mass,
             "focus_heads": result.focus_heads,
@@ -148,7 +151,7 @@ def test_everything_reads_back_in_its_shape(tmp_path):
 
 
 def test_columns_of_nothing_but_null_keep_their_types(tmp_path):
-    changes = dict.fromkeys(("score", "focus_heads", "mass", "logit_stats"))
+    changes = dict.fromkeys(("score", "focus_heads", "mass", "logit_stats", "logit_shares"))
     changes |= {"reason": "answer_ended_before_window", "signals": {}}
     written(tmp_path, schema_of(*KINDS), make_record(1, 0, flags=(), **changes))
     table = pq.read_table(tmp_path / "part-00000.parquet")
@@ -156,7 +159,7 @@ def test_columns_of_nothing_but_null_keep_their_types(tmp_path):
     (got,) = table.to_pylist()
     assert {name for name, value in got.items() if value is None} == {
         *("score", "focus_heads", "mass", "system_share", "head_agreement", "focus", "entropy", "top1", "margin"),
-        *("label", "category", "entropy_steps"),
+        *("label", "category", "source_set", "entropy_steps", "logit_shares"),
     }
     assert got["flags"] == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -123,3 +124,42 @@ def run_with_mass(mass, label, *, n_steps=None, save=("mass", "focus_heads"), co
     saved = {name: arrays[name] for name in save}
     instability = np.where(counted, signal.instability(share), np.nan).astype(np.float32)
     return run_of(instability, label, regions=REGIONS, n_steps=n_steps, **{**saved, **columns})
+
+
+def run_of_patterns(
+    seed,
+    n_attack,
+    n_benign,
+    *,
+    layers=28,
+    heads=12,
+    effect=0.0,
+    at=(),
+    source=None,
+    sign=None,
+    name="made-up",
+    **columns,
+) -> ScoreRun:
+    """A run of step 0 alone with normal log-odds of shares, higher by `effect` in attacks at the (layer, head) pairs.
+
+    source: each row's; sign: [rows] what the effect is multiplied by.
+    """
+    random = np.random.default_rng(seed)
+    n = n_attack + n_benign
+    log_odds = random.standard_normal((n, 1, layers, heads))
+    shift = effect * (np.arange(n) < n_attack) * (1 if sign is None else np.asarray(sign))
+    for layer, head in at:
+        log_odds[:, 0, layer, head] += shift
+    instability = signal.instability(1 / (1 + np.exp(-log_odds))).astype(np.float32)
+    if source is not None:
+        columns["source_set"] = list(source)
+    kept = [row.astype(np.float16).ravel() for row in log_odds]
+    given = {
+        "logit_shares": kept,
+        "system_tokens": np.full(n, 20),
+        "prompt_tokens": random.integers(40, 80, n),
+        **columns,
+    }
+    given = {name: column for name, column in given.items() if column is not None}
+    run = run_of(instability, labels(n_attack, n_benign), name, **given)
+    return replace(run, model=run.model.model_copy(update={"heads": heads}))

@@ -161,7 +161,7 @@ def test_redacted_with_a_calibration(write, tmp_path, monkeypatch):
             assert text not in content, path.name
     assert "Prompt and answer are left out (--redact)." in page.words
     assert "one-" in page.words  # ids stay
-    assert f"at or above {made.threshold:.6f} (steps 3:5" in page.words
+    assert f"at or above {made.threshold:.6f}: instability, attacks higher (steps 3:5" in page.words
     assert "over steps 3:5" in page.words
     assert "60 rows per class" in page.words
     assert "drift" in page.numbers

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -14,9 +14,13 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ValidationError
 
 from headrift.calibration.thresholds import CalibrationError, Rule
+from headrift.results import ScoreResult
 from headrift.runs.folder import atomic_path
 from headrift.runs.reading import ModelIdentity
 from headrift.signal import ScoreRange, Window
+from headrift.signals import get
+from headrift.signals.detectors import Detector, Directed, Novelty, Readout
+from headrift.signals.features import prompts_of
 from headrift.stats import Bools, Bounds, Floats, Ints
 
 # Drift is warned of if chance would show as much in 1 run of 100, and it is large enough to matter.
@@ -82,6 +86,36 @@ class CalibrationData(BaseModel, extra="forbid", frozen=True):
     unlabelled: int
 
 
+class Compared(BaseModel, extra="forbid", frozen=True):
+    """A signal next to the one that was chosen, on the same held-out prompts.
+
+    Attributes:
+        name: of the signal; "words" for the words of the prompt.
+        auroc: held-out, in the direction learned without the fold.
+        left_out: the same with whole sources left out, if there are three or more.
+        difference: of the chosen signal's AUROC less this one's, paired; of `left_out`, if that is known.
+        absent: why there is none.
+    """
+
+    name: str
+    label: str
+    auroc: Metric | None = None
+    left_out: Metric | None = None
+    difference: Metric | None = None
+    absent: str | None = None
+
+
+class Verdict(BaseModel, extra="forbid", frozen=True):
+    """Whether the calibration can be used, and the lines that say so.
+
+    usable: "yes"; "sources": on the sources it was learned from only, it does not travel to others; "no": held-out
+    prompts are not told apart, or no attack is found; "unknown": there were no attacks to say.
+    """
+
+    usable: Literal["yes", "sources", "no", "unknown"]
+    lines: list[str]
+
+
 class ReferenceScores(BaseModel, extra="forbid", frozen=True):
     """What p-values need of n benign scores, those of part B."""
 
@@ -134,6 +168,15 @@ class Verdicts:
 
 
 @dataclass(frozen=True, slots=True)
+class Prediction:
+    """The verdict on one prompt; `detector` is the value that is compared with the threshold."""
+
+    detector: float | None
+    flagged: bool
+    p_value: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Drift:
     """How far benign scores have moved since the calibration."""
 
@@ -143,14 +186,20 @@ class Drift:
 
 
 class Calibration(BaseModel, extra="forbid", frozen=True):
-    """A threshold for a model's scores, and the evidence for it. A score is flagged when it is at or above it.
+    """A detector for a model's prompts, its threshold, and the evidence for it.
+
+    A prompt is flagged when the detector's value is at or above the threshold.
 
     Attributes:
-        window, drop_shallow, drop_deep: what must be scored.
+        window, drop_shallow, drop_deep: what must be scored; window "none" if the detector reads step 0 alone.
         layers: [s, e), the layers that are scored.
         figures: held-out metrics.
         confounds: how well other numbers separate the same prompts.
         procedure: how window and threshold were chosen.
+        detector: what makes the value: of a file without one, the score.
+        verdict: None in a file of an earlier version, as are the next two.
+        comparison: the chosen signal, the others, prompt length and words on the same held-out prompts.
+        left_out: held-out metrics with whole sources left out, `per_fold` in the order of `sources`.
     """
 
     format: Literal[1] = 1
@@ -173,6 +222,30 @@ class Calibration(BaseModel, extra="forbid", frozen=True):
     procedure: dict[str, str | int | float | bool | None]
     data: CalibrationData
     notes: list[str]
+    detector: Detector = Directed(signal="instability", direction=1)
+    verdict: Verdict | None = None
+    comparison: list[Compared] = []
+    sources: list[str] = []
+    left_out: dict[str, Metric] = {}
+
+    @classmethod
+    def fit(cls, runs: Sequence[str | Path], signal: str = "auto", **options: Any) -> Calibration:
+        """Calibrate on finished runs of `headrift score`.
+
+        Args:
+            runs: their folders.
+            signal: the signal to detect by, or "auto" for the best.
+            options: as `CalibrateConfig` has them.
+
+        Raises:
+            CalibrationError: The runs do not allow it, or not these options.
+            RunError: The runs cannot be read, or are not of one model.
+        """
+        from headrift.calibration.calibrate import calibrate
+        from headrift.calibration.thresholds import CalibrateConfig
+        from headrift.runs.reading import open_run
+
+        return calibrate([open_run(Path(run)) for run in runs], CalibrateConfig(signal=signal, **options))
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
@@ -194,8 +267,24 @@ class Calibration(BaseModel, extra="forbid", frozen=True):
 
     @property
     def sha256(self) -> str:
-        """Hash of the whole content."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        """Hash of the whole content; of an earlier version's file the same as that version's."""
+        later = {"detector", "verdict", "comparison", "sources", "left_out"}
+        exclude = later if self.verdict is None else None
+        return hashlib.sha256(self.model_dump_json(exclude=exclude).encode()).hexdigest()
+
+    @property
+    def label(self) -> str:
+        """What the detector is, in words."""
+        names = {"chosen_heads": "focus_important", "readout": "readout", "novelty": "novelty"}
+        if isinstance(self.detector, Directed):
+            direction = "higher" if self.detector.direction == 1 else "lower"
+            return f"{get(self.detector.signal).label}, attacks {direction}"
+        return get(names[self.detector.kind]).label
+
+    @property
+    def ranged(self) -> bool:
+        """Whether the detector is of a window and layers, and not of step 0 alone."""
+        return self.window != "none"
 
     @property
     def score_range(self) -> ScoreRange:
@@ -207,9 +296,30 @@ class Calibration(BaseModel, extra="forbid", frozen=True):
         with atomic_path(Path(path)) as temporary:
             temporary.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
-    def apply(self, scores: ArrayLike | Sequence[float | None]) -> Verdicts:
-        """Verdicts on scores [n], None or NaN for none; they must be of this window, these layers and this model."""
-        values = np.array(scores, np.float64)
+    def value(self, result: ScoreResult) -> float | None:
+        """The detector's value of a result; None if the result does not have what it reads."""
+        value = float(self.detector.values(prompts_of([result]))[0])
+        return None if np.isnan(value) else value
+
+    def predict(self, result: ScoreResult) -> Prediction:
+        """The verdict on a result of a scorer with the calibration's model, window and layers."""
+        value = self.value(result)
+        verdicts = self.apply([value])
+        p_value = None if value is None else float(verdicts.p_value[0])
+        return Prediction(value, bool(verdicts.flagged[0]), p_value)
+
+    def explain(self, result: ScoreResult) -> Floats | None:
+        """What each head adds to the detector's value [layers, heads]; None if it is not made of heads.
+
+        Of a readout the terms sum to its log-odds less the intercept, of a novelty to its square.
+        """
+        if isinstance(self.detector, Readout | Novelty):
+            return self.detector.contributions(prompts_of([result]))[0]
+        return None
+
+    def apply(self, values: ArrayLike | Sequence[float | None]) -> Verdicts:
+        """Verdicts on the detector's values [n], None or NaN for none; they must be of this model."""
+        values = np.array(values, np.float64)
         return Verdicts(values >= self.threshold, self.scores.p_values(values))
 
     def check(self, model: ModelIdentity, window: Window, drop_shallow: float, drop_deep: float) -> None:
@@ -220,7 +330,7 @@ class Calibration(BaseModel, extra="forbid", frozen=True):
         """
         differences = self.model.differences(model)
         given = {"window": str(window), "drop_shallow": drop_shallow, "drop_deep": drop_deep}
-        for name, value in given.items():
+        for name, value in given.items() if self.ranged else ():
             if getattr(self, name) != value:
                 option = f"--{name.replace('_', '-')}"
                 differences.append(f"{option} (calibration: {getattr(self, name)}, given: {value})")
@@ -232,14 +342,17 @@ class Calibration(BaseModel, extra="forbid", frozen=True):
 
 
 def add_verdicts(table: Table, calibration: Calibration) -> Table:
-    """Append the columns `flagged` (false without a score) and `p_value` (null without) to a table or batch.
+    """Append the columns `flagged` (false without a value) and `p_value` (null without) to a table or batch.
 
     Args:
-        table: has a column `score`, of the calibration's window, layers and model.
+        table: has a column `detector`, the detector's value; the column of the signal will do if that is all it reads.
         calibration: the calibration to apply.
     """
-    scores = table["score"].cast(pa.float64()).to_numpy(zero_copy_only=False)
-    verdicts = calibration.apply(scores)
+    detector, direction, name = calibration.detector, 1, "detector"
+    if name not in table.schema.names and isinstance(detector, Directed):
+        direction, name = detector.direction, "score" if detector.signal == "instability" else detector.signal
+    values = direction * table[name].cast(pa.float64()).to_numpy(zero_copy_only=False)
+    verdicts = calibration.apply(values)
     p_value = pa.array(verdicts.p_value, pa.float64(), mask=np.isnan(verdicts.p_value))
     return table.append_column("flagged", pa.array(verdicts.flagged)).append_column("p_value", p_value)
 

@@ -9,17 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from headrift import stats
-from headrift.calibration.artifact import ClassCoverage, ContaminationCase, Metric, ThresholdSetting, Traffic
-from headrift.calibration.search import SumTable
+from headrift.calibration.artifact import (
+    Calibration,
+    ClassCoverage,
+    ContaminationCase,
+    Metric,
+    ThresholdSetting,
+    Traffic,
+    Verdict,
+)
 from headrift.calibration.splits import CalibrationSamples, Division
 from headrift.calibration.thresholds import CalibrateConfig, Rule, threshold
 from headrift.runs.reading import ATTACK, BENIGN, UNLABELLED, Rows, ScoreRun
 from headrift.signal import ScoreRange
 from headrift.signals import get
+from headrift.signals.detectors import AnyDetector, Readout
 from headrift.stats import CONFIDENCE, Bounds, Floats, Ints
 
 # Of each metric its label in tables and what it is; the held-out ones first.
@@ -55,7 +64,6 @@ METRICS = {
 }
 AT_THRESHOLD = ("tpr", "fpr", "fpr_traffic")
 FEWEST_AT_5, FEWEST_AT_1 = 20, 100  # held-out benign samples in every fold, for true positives at 5% and 1% FPR
-_KEPT_RANGES = 64  # whose scores are kept over resamples
 _CONTAMINATIONS = (0.0, 0.001, 0.01, 0.05, 0.1)
 
 
@@ -63,9 +71,10 @@ _CONTAMINATIONS = (0.0, 0.001, 0.01, 0.05, 0.1)
 class Choice:
     """What was chosen, and how it does."""
 
+    detector: AnyDetector
     score_range: ScoreRange
     metrics: Mapping[str, Metric]  # held out
-    scores: Floats  # of all rows, NaN for none
+    scores: Floats  # the detector's values of all rows, NaN for none
     own_range: ScoreRange | None = None  # the runs' own, if it is one and another was chosen
     own_scores: Floats | None = None  # of all samples in it
 
@@ -109,53 +118,50 @@ def held_out(
 def cross_validate(
     samples: CalibrationSamples,
     exact: Sequence[Floats],
-    sums: SumTable,
-    choose: Callable[[Ints], Sequence[ScoreRange]],
+    redo: Callable[[Ints], Sequence[Floats]] | None,
     config: CalibrateConfig,
+    chosen: str = "",
 ) -> dict[str, Metric]:
-    """All held-out metrics with their intervals.
+    """All held-out metrics with their intervals; a fold without a class is left out of their means.
 
     Args:
         samples: all samples.
-        exact: for each fold the scores of all samples in the range chosen without it.
-        sums: of all samples.
-        choose: the ranges chosen without each fold if samples count this many times.
+        exact: for each fold the values of all samples by the detector that was learned without it.
+        redo: the same if samples count this many times; None if nothing is learned again in a resample.
         config: target, rule, resamples and seed.
+        chosen: what was chosen without the fold, for the text.
     """
 
-    def by_fold(scores: Sequence[Floats], times: Ints) -> dict[str, list[float]]:
+    def by_fold(values: Sequence[Floats], times: Ints) -> dict[str, list[float]]:
         folds = [
-            held_out(samples, scores[fold], times, fold, config.target, config.rule) for fold in range(samples.n_folds)
+            held_out(samples, values[fold], times, fold, config.target, config.rule) for fold in range(samples.n_folds)
         ]
         return {name: [fold[name] for fold in folds] for name in HELD_OUT}
-
-    kept: dict[ScoreRange, Floats] = {}
-
-    def scores_over(score_range: ScoreRange) -> Floats:
-        if score_range not in kept:
-            if len(kept) == _KEPT_RANGES:
-                kept.pop(next(iter(kept)))
-            kept[score_range] = sums.scores(score_range)
-        return kept[score_range]
 
     drawn: dict[str, list[float]] = {name: [] for name in HELD_OUT}
     strata = samples.attack.astype(int) * 2 + samples.sets
     for times in stats.cluster_resamples(samples.group, config.resamples, seed=config.seed, strata=strata):
-        resampled = by_fold([scores_over(score_range) for score_range in choose(times)], times)
-        for name, values in resampled.items():
+        for name, values in by_fold(exact if redo is None else redo(times), times).items():
             # A resample may leave a fold without enough to set a threshold; the others still say how much it varies.
-            drawn[name].append(float(np.nanmean(values)) if not np.isnan(values).all() else np.nan)
-    chosen = ", window and layers chosen without the fold" if samples.chooses.any() else ""
+            drawn[name].append(_mean(values))
+    how = f"; mean of {samples.n_folds} {'folds' if samples.by_source is False else 'sources, each left out'}{chosen}"
+    if redo is None and config.resamples:
+        how += "; the interval is of the measuring: nothing is learned again in a resample"
     metrics = {}
     for name, values in by_fold(exact, np.ones(len(samples.row), np.int64)).items():
-        mean = float(np.mean(values))
+        known = not np.isnan(values).all() if samples.by_source else not np.isnan(values).any()
         metrics[name] = Metric(
-            value=_none(mean),
-            interval=None if np.isnan(mean) else _bounds(drawn[name], samples),
+            value=_mean(values) if known else None,
+            interval=_bounds(drawn[name], samples) if known else None,
             per_fold=[_none(value) for value in values],
-            how=f"{HELD_OUT[name][1]}; mean of {samples.n_folds} folds{chosen}",
+            how=HELD_OUT[name][1] + how,
         )
     return metrics
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Mean of those that are known, NaN if none is."""
+    return float(np.nanmean(values)) if not np.isnan(values).all() else np.nan
 
 
 def _bounds(drawn: list[float], samples: CalibrationSamples) -> Bounds | None:
@@ -208,7 +214,7 @@ def figures(choice: Choice, samples: CalibrationSamples, resamples: int) -> dict
     """The held-out metrics, and for comparison those that are not held out."""
     attacks = bool(samples.attack.any())
     shown = {name: one for name, one in choice.metrics.items() if attacks or name.startswith("fpr")}
-    if samples.chooses.any():
+    if attacks and samples.chooses.any():
         mask = samples.chooses
         rank = stats.ranks(choice.scores[samples.row[mask]])
         naive = stats.area(*stats.roc_curve(rank, samples.attack[mask], np.ones(len(rank))))
@@ -236,8 +242,8 @@ def _auroc(values: Floats, samples: CalibrationSamples, resamples: int, how: str
     return Metric(value=result.auroc, interval=result.auroc_interval, how=how)
 
 
-def traffic(rows: Rows, choice: Choice, cut: float, config: CalibrateConfig) -> Traffic:
-    """What the threshold flags of the rows as they came, and alerts a day."""
+def traffic(rows: Rows, choice: Choice, values: Floats, cut: float, config: CalibrateConfig) -> Traffic:
+    """What the threshold flags of the rows as they came, by their values, and alerts a day."""
     benign = rows.label != ATTACK if config.benign_only else rows.label == BENIGN
     rate, daily = choice.metrics.get("fpr_traffic"), config.daily_prompts
     alerts = None
@@ -249,7 +255,7 @@ def traffic(rows: Rows, choice: Choice, cut: float, config: CalibrateConfig) -> 
         )
     return Traffic(
         rows=int(benign.sum()),
-        flagged=int((choice.scores[benign] >= cut).sum()),
+        flagged=int((values[benign] >= cut).sum()),
         daily_prompts=daily,
         alerts_a_day=alerts,
     )
@@ -271,9 +277,9 @@ def contamination(part_b: Floats, cut: float, config: CalibrateConfig) -> list[C
 
 
 def procedure(
-    samples: CalibrationSamples, n_candidates: int, config: CalibrateConfig
+    samples: CalibrationSamples, n_candidates: int, choice: Choice, config: CalibrateConfig
 ) -> dict[str, str | int | float | bool | None]:
-    """How window, layers and threshold were chosen and measured."""
+    """How signal, window, layers and threshold were chosen and measured."""
     searched = n_candidates > 1
     return {
         "seed": config.seed,
@@ -287,6 +293,8 @@ def procedure(
         "samples_measured_attack": int(samples.attack.sum()),
         "samples_measured_benign": int((~samples.attack).sum()),
         "contamination": config.contamination if config.benign_only else None,
+        "signal": config.signal,
+        "inverse_penalty": choice.detector.inverse_penalty if isinstance(choice.detector, Readout) else None,
     }
 
 
@@ -349,6 +357,64 @@ def _just_as_good(choice: Choice, shown: Mapping[str, Metric], others: Mapping[s
         if metric.value is not None and auroc.interval and max(metric.value, 1 - metric.value) >= auroc.interval[0]:
             statements.append(f"{get(name).label} alone separates about as well (AUROC {metric.value:.3f})")
     return statements
+
+
+def verdict(calibration: Calibration) -> Verdict:
+    """Whether a calibration can be used, and what says so."""
+    figures, left_out = calibration.figures, calibration.left_out
+    headline = left_out or figures
+    auroc, tpr = headline.get("auroc"), headline.get("tpr")
+    label = calibration.label
+    if calibration.benign_only or auroc is None or auroc.value is None:
+        line = (
+            f"not known whether it is usable: {label}, no attacks to hold out; the promise below is of benign prompts"
+        )
+        return Verdict(usable="unknown", lines=[line])
+    if (left_out or figures)["auroc"].interval is None:
+        line = f"not known whether it is usable: {label}, held-out AUROC {auroc.value:.3f} without an interval"
+        return Verdict(usable="unknown", lines=[f"{line} (too few prompts, or --resamples 0)"])
+    chance = {name: _side_of_chance(figure.get("auroc")) for name, figure in (("own", figures), ("others", left_out))}
+    numbers = f"held-out AUROC {_shown(auroc, '.3f')}"
+    if tpr is not None and tpr.value is not None:
+        numbers += f", attacks found {_shown(tpr, '.1%')} at {calibration.setting.target_fpr:.3g} false positives"
+    none_found = tpr is not None and tpr.value == 0
+    lines = []
+    if left_out and chance["others"] != 1 and chance["own"] == 1:
+        usable: Literal["yes", "sources", "no"] = "sources"
+        lines.append(f"usable on these sources only, it does not travel: {label}, with a source left out {numbers}")
+        lines.append(f"on prompts of the same sources: held-out AUROC {_shown(figures['auroc'], '.3f')}")
+    elif chance["others" if left_out else "own"] != 1:
+        usable = "no"
+        lines.append(f"not usable, not distinguishable from chance: {label}, {numbers}")
+    elif none_found:
+        usable = "no"
+        lines.append(f"not usable, no held-out attack is found: {label}, {numbers}")
+    else:
+        usable = "yes"
+        travels = f", each of {len(calibration.sources)} sources left out" if left_out else ""
+        lines.append(f"usable: {label}, {numbers}{travels}")
+    return Verdict(usable=usable, lines=[*lines, *_against_words(calibration)])
+
+
+def _against_words(calibration: Calibration) -> list[str]:
+    words = next((one for one in calibration.comparison if one.name == "words"), None)
+    if words is None:
+        return []
+    if words.difference is None or words.difference.value is None:
+        return [f"whether it beats words is not known: {words.absent or 'there are too few prompts'}"]
+    side = stats.side(words.difference.interval, 0)
+    texts = {1: "beats words", -1: "words alone are better", None: "not shown to beat words"}
+    return [f"{texts[side]}: AUROC difference {_shown(words.difference, '+.3f')}"]
+
+
+def _side_of_chance(metric: Metric | None) -> int | None:
+    """1 if a metric's interval is above 0.5; without an interval nothing is known."""
+    return None if metric is None else stats.side(metric.interval, 0.5)
+
+
+def _shown(metric: Metric, digits: str) -> str:
+    interval = "no interval" if metric.interval is None else " to ".join(format(end, digits) for end in metric.interval)
+    return f"{metric.value:{digits}} ({interval})"
 
 
 def _none(value: float) -> float | None:

@@ -66,6 +66,12 @@ class SumTable:
         part.sums, part.counts = self.sums[..., rows], self.counts[..., rows]
         return part
 
+    def negated(self) -> SumTable:
+        """The same with the sign of every sum turned."""
+        part = SumTable.__new__(SumTable)
+        part.sums, part.counts = -self.sums, self.counts
+        return part
+
     def scores(self, candidate: ScoreRange) -> Floats:
         """The scores of all rows, as signal.score has them but for rounding; NaN for none."""
         first, last, start, end = self.bounds(candidate)

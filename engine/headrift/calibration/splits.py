@@ -7,7 +7,7 @@ many, a draw is enough to choose and to measure; B takes all that A does not.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +35,18 @@ class CalibrationSamples:
     row: Ints  # number of the row that stands for the sample
     attack: Bools
     group: Ints
+    source: Ints  # number of its source
     repeats: Ints  # how many rows it stands for
     fold: Ints  # that it is held out in, from 0
     chooses: Bools  # window and layers (part A, and attacks)
     sets: Bools  # the threshold (part B)
     n_folds: int
+    by_source: bool = False  # whether folds are sources
+
+    def with_sources_left_out(self) -> CalibrationSamples:
+        """The same with a fold for each source, by number among those that occur."""
+        number = np.unique(self.source, return_inverse=True)[1].astype(np.int64)
+        return replace(self, fold=number, n_folds=int(number.max()) + 1, by_source=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +104,7 @@ def divide(rows: Rows, config: CalibrateConfig, n_candidates: int) -> Division:
             row=row[order],
             attack=is_attack[order],
             group=tied[order],
+            source=rows.source[row[order]].astype(np.int64),
             repeats=repeats[order],
             fold=fold[order],
             chooses=chooses[order],
@@ -126,7 +134,7 @@ def _check_enough(n_attack: int, n_benign: int, need: int, config: CalibrateConf
         goal += f", if {config.contamination:.3g} of the prompts are attacks,"
     choosers = FEWEST_TO_CHOOSE if searches else 0
     if n_benign < need + choosers:
-        more = f", and {choosers} more to choose window and layers" if choosers else ""
+        more = f", and {choosers} more to choose what to detect by" if choosers else ""
         raise CalibrationError(
             f"{goal} needs at least {need} distinct benign prompts to set the threshold{more}; there are {n_benign}: "
             "score more, or set a higher --target-fpr"
@@ -135,8 +143,8 @@ def _check_enough(n_attack: int, n_benign: int, need: int, config: CalibrateConf
         raise CalibrationError("no row is labelled attack: label the rows and score them again, or give --benign-only")
     if not config.benign_only and searches and n_attack < FEWEST_TO_CHOOSE:
         raise CalibrationError(
-            f"choosing window and layers needs at least {FEWEST_TO_CHOOSE} distinct attacks, and there are {n_attack}: "
-            "score more, name the --window, or calibrate with --benign-only"
+            f"choosing what to detect by needs at least {FEWEST_TO_CHOOSE} distinct attacks, and there are {n_attack}: "
+            "score more, or calibrate with --benign-only"
         )
 
 

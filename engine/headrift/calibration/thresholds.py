@@ -43,6 +43,8 @@ class CalibrateConfig:
     contamination: float = 0.01  # with benign_only: fraction of attacks among the prompts to allow for
     daily_prompts: int | None = None  # prompts a day, to estimate alerts a day
     window: Window | None = None  # use this window and the runs' own layers instead of searching
+    signal: str = "auto"  # to detect by; auto chooses
+    prefill_only: bool = False  # use step 0 alone, also if the runs recorded more
     by_category: bool = False  # keep categories whole in cross-validation
     folds: int = 5
     resamples: int = 200

@@ -14,6 +14,33 @@ def calibrate(
     *,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The calibration, as JSON, to write.")],
     runs: Annotated[list[Path] | None, options.RUNS] = None,
+    signal: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="What to detect by: auto (the best on held-out prompts), instability, agreement, focus, readout, "
+            "novelty or another signal of `headrift score`.",
+        ),
+    ] = "auto",
+    steps: Annotated[
+        int | None,
+        typer.Option(metavar="0", min=0, max=0, help="0: use step 0 alone, the prefill, if the runs have more."),
+    ] = None,
+    normal: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN",
+            help="A run of your own traffic, benign or unlabelled: standardises the readout learned on RUN... and sets "
+            "the threshold.",
+        ),
+    ] = None,
+    readout: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Use the readout of this calibration instead of learning one."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write the calibration even if it turns out not usable.")
+    ] = False,
     target_fpr: Annotated[
         float, typer.Option(metavar="X", help="Fraction of distinct benign prompts that may be flagged.")
     ] = 0.05,
@@ -49,11 +76,12 @@ def calibrate(
     ] = None,
     messages: options.Messages,
 ) -> None:
-    """Choose window and layers, set a threshold that holds on new prompts, and measure how well it does.
+    """Choose what to detect by, set a threshold that holds on new prompts, and measure how well it does.
 
     Works on finished runs whose rows are labelled, or with --benign-only on a log. Part of the benign prompts chooses,
-    the rest sets the threshold; the figures are of prompts used for neither.
+    the rest sets the threshold; the figures are of prompts used for neither. The first lines say whether it is usable.
     """
+    from headrift.calibration.artifact import Calibration
     from headrift.calibration.calibrate import calibrate as make_calibration
     from headrift.calibration.calibrate import print_calibration
     from headrift.calibration.thresholds import CalibrateConfig, CalibrationError, Rule
@@ -72,6 +100,8 @@ def calibrate(
             contamination=contamination,
             daily_prompts=daily_prompts,
             window=None if window is None else Window.parse(window),
+            signal=signal,
+            prefill_only=steps == 0,
             by_category=by_category,
             folds=folds,
             resamples=resamples,
@@ -83,12 +113,25 @@ def calibrate(
             opened = [open_csv(import_csv)]
         else:
             opened = [open_run(run) for run in runs or ()]
-        calibration = make_calibration(opened, config, reporter.say)
-    with reporter.errors(1):
-        calibration.save(out)
+        calibration = make_calibration(
+            opened,
+            config,
+            reporter.say,
+            normal=None if normal is None else open_run(normal),
+            readout=None if readout is None else Calibration.load(readout),
+        )
+    assert calibration.verdict is not None
+    written = force or calibration.verdict.usable != "no"
+    if written:
+        with reporter.errors(1):
+            calibration.save(out)
     if not messages.quiet:
         from rich.console import Console
 
         console = Console()
         print_calibration(console, calibration)
-        console.print(f"\nThe calibration is in {out}", markup=False, highlight=False, soft_wrap=True)
+        if written:
+            console.print(f"\nThe calibration is in {out}", markup=False, highlight=False, soft_wrap=True)
+    with reporter.errors(1):
+        if not written:
+            raise CalibrationError(f"{out} was not written, as the calibration is not usable: give --force to write it")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from headrift import signal
 from headrift.probed_engine import REGIONS
 from headrift.signal import ScoreRange, Window
+from headrift.signals import get
 
 if TYPE_CHECKING:
     from headrift.calibration.artifact import Calibration
@@ -122,6 +123,7 @@ class ScoreConfig:
             raise ValueError("--redact keeps prompts and answers out and --save text keeps them: leave one out")
         if self.calibration is not None:
             range_options(self.calibration, self.steps, str(score_range.window), self.drop_shallow, self.drop_deep)
+            self._record_for(self.calibration)
         elif self.calibration_anyway:
             raise ValueError("--calibration-anyway goes with --calibration: name the file, or leave it out")
         if self.workers is not None and self.engine != "ray":
@@ -131,6 +133,16 @@ class ScoreConfig:
             raise ValueError(
                 f"--region names a region, and with {', '.join(usual)} at most {MAX_REGIONS} can be recorded"
             )
+
+    def _record_for(self, calibration: Calibration) -> None:
+        """Record what the calibration's detector reads, beside what was asked for."""
+        detector = calibration.detector
+        if detector.kind == "chosen_heads" and "focus" not in self.save:
+            object.__setattr__(self, "save", tuple(sorted({*self.save, "focus"})))
+        if detector.kind == "directed" and "entropy" in get(detector.signal).saves:
+            if self.replay:
+                raise ValueError(f"--replay has no logits, and the calibration reads the {calibration.label}")
+            object.__setattr__(self, "logit_stats", True)
 
     def identity(self) -> dict[str, Any]:
         """Return what determines numbers, rows and columns, as run.json has it."""
@@ -175,6 +187,9 @@ def range_options(
     given: dict[str, Any] = {"window": window, "drop_shallow": drop_shallow, "drop_deep": drop_deep}
     if calibration is None:
         return {name: value for name, value in {"steps": steps, **given}.items() if value is not None}
+    if not calibration.ranged:  # step 0 alone decides: the rest is free, and by default not recorded
+        free = {name: value for name, value in {"steps": steps, **given}.items() if value is not None}
+        return free if steps is not None or window is not None else {**free, "steps": 0}
     own = {name: getattr(calibration, name) for name in given}
     given["window"] = None if window is None else str(Window.parse(window))
     for name, value in given.items():

@@ -146,7 +146,7 @@ class Judged:
         warning = None if self.drift is None else self.drift.warning
         texts = []
         if not drift_only:
-            head = f"score >= {self._calibration.threshold:.6f}"
+            head = f"value >= {self._calibration.threshold:.6f}"
             table = [
                 (_CLASSES[name], f"{rows:,}", f"{flagged:,}", *prompts.cells)
                 for name, (rows, flagged, prompts) in self.flagged.items()

@@ -14,7 +14,7 @@ from headrift.prepare import Prompt
 
 LABELS = ("attack", "benign")
 PROMPTS = ("prompt", "messages", "token_ids")  # a row has exactly one of them
-_TEXTS = ("prompt", "system", "response", "label", "category")
+_TEXTS = ("prompt", "system", "response", "label", "category", "source_set")
 _OBJECTS = ("messages", "tools")
 _NUMBERS = ("token_ids", "response_ids")
 NESTED = (*_OBJECTS, *_NUMBERS, "regions")  # in a column of a table these may be JSON text
@@ -76,6 +76,7 @@ class Row:
     label: str | None  # of LABELS
     category: str | None
     prompt: Prompt
+    source_set: str | None = None  # where it comes from, if the file does not say it
 
     def columns(self, *, replay: bool = False, text: bool = True) -> dict[str, Any]:
         """Return the columns of a part that are the row's own, `prompt` only with `text`; `replay` as in `group_of`."""
@@ -85,6 +86,7 @@ class Row:
             "row": self.row,
             "label": self.label,
             "category": self.category,
+            "source_set": self.source_set,
             "group": group_of(self.prompt, replay=replay),
             **({"prompt": _text_of(self.prompt)} if text else {}),
         }
@@ -129,7 +131,9 @@ def make_row(
         own_label, prompt = _own_label(given), _prompt(given)
         if own_id is not None and take_id is not None and not take_id(own_id):
             raise RowError("duplicate_id", f"an earlier row has the id {_quote(own_id)} too; give each row its own")
-        return Row(source, number, own_id or name, own_label or label, given.get("category"), prompt)
+        return Row(
+            source, number, own_id or name, own_label or label, given.get("category"), prompt, given.get("source_set")
+        )
     except RowError as error:
         return BadRow(source, number, own_id or name, error.reason, error.detail)
 

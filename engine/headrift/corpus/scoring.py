@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pyarrow as pa
 from pydantic import ValidationError
 
-from headrift.calibration.artifact import add_verdicts
+from headrift.calibration.artifact import Calibration, add_verdicts
 from headrift.corpus.config import MASS_REGIONS, ScoreConfig, check_context
 from headrift.corpus.judging import gated_classes
 from headrift.corpus.rows import Row
@@ -66,18 +66,23 @@ class ScoreKind:
         """About what a row takes on disk."""
         save, steps, layers, heads = self._config.save, self._config.steps + 1, model.layers or 0, model.heads or 0
         row = 4 * steps * layers + 512
+        row += 2 * min(steps, 2) * layers * heads  # what detectors read
         row += 2 * steps * layers * heads * ("shares" in save)
         row += 4 * steps * layers * heads * (len(REGIONS) + len(MASS_REGIONS)) * ("mass" in save)
         return row + TEXT_BYTES * ("text" in save)
 
     def record(self, row: Row, result: ScoreResult) -> Record:
-        return record(row.columns(replay=self._config.replay, text="text" in self._config.save), result)
+        """A result as the columns of a part."""
+        columns = record(row.columns(replay=self._config.replay, text="text" in self._config.save), result)
+        calibration = self._config.calibration
+        return columns if calibration is None else columns | {"detector": calibration.value(result)}
 
     def files(self, number: int, engine: dict[str, Any]) -> ShardFiles:
         """A shard's files, with the calibration's columns. engine: its `about`."""
         schema, calibration = self._schema(engine), self._config.calibration
         if calibration is None:
             return ShardFiles(self._config.out, number, schema)
+        schema = schema.append(pa.field("detector", pa.float64()))
         return ShardFiles(self._config.out, number, schema, partial(add_verdicts, calibration=calibration))
 
     def _schema(self, engine: dict[str, Any]) -> pa.Schema:
@@ -96,7 +101,8 @@ class ScoreKind:
             curves = {name: roc for name, roc in comparison.measures.items() if name != answer_length}
         inputs = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         window = self._config.score_range.window
-        title = f"{inputs} on {self._config.model.name}, steps {window.start} to {window.end}{summary.sampled}"
+        steps = "step 0 alone" if window.empty else f"steps {window.start} to {window.end}"
+        title = f"{inputs} on {self._config.model.name}, {steps}{summary.sampled}"
         scores_png(self._config.out / "scores.png", summary.by_category(), curves, title=title)
         if summary.judged is not None:
             summary.judged.write_list()
@@ -107,7 +113,7 @@ class Gate:
     """Options of `headrift gate`.
 
     Attributes:
-        on_null: None blocks an answer without a score unless it is empty.
+        on_null: None blocks an answer without a value to judge by unless it is empty.
         compare_ungated: Also record what would have been answered; nothing is stopped.
     """
 
@@ -116,20 +122,21 @@ class Gate:
     on_null: Literal["block", "pass"] | None = None
     compare_ungated: bool = False
 
-    def blocks(self, result: ScoreResult, threshold: float) -> bool:
+    def blocks(self, result: ScoreResult, calibration: Calibration) -> bool:
         """Tell whether an answer is held back."""
-        if result.score is not None:
-            return result.score >= threshold
+        value = calibration.value(result)
+        if value is not None:
+            return value >= calibration.threshold
         if self.on_null is None:
             return bool(result.text.strip())
         return self.on_null == "block"
 
 
 class GateKind(ScoreKind):
-    """`headrift gate`: answers, `[blocked]` if the score is at or above the calibration's threshold.
+    """`headrift gate`: answers, `[blocked]` if the detector's value is at or above the calibration's threshold.
 
-    An answer is scored while it is made: the request decodes through the calibration's window, where a blocked one
-    stops. ValueError if gate and config contradict.
+    An answer is judged while it is made: before its first token if the detector reads step 0 alone, else once it has
+    decoded through the calibration's window; a blocked one stops there. ValueError if gate and config contradict.
     """
 
     def __init__(self, config: ScoreConfig, gate: Gate) -> None:
@@ -156,13 +163,13 @@ class GateKind(ScoreKind):
 
     def engine(self, verbose: bool) -> Callable[[], Engine]:
         """What makes the engine, in its process: it stops the answers that the gate blocks."""
-        blocks = partial(Gate.blocks, self._gate, threshold=self._calibration.threshold)
+        blocks = partial(Gate.blocks, self._gate, calibration=self._calibration)
         stop_if = None if self._gate.compare_ungated else blocks
         return partial(ScoringEngine, shipped(self._config), verbose=verbose, text=True, stop_if=stop_if)
 
     def record(self, row: Row, result: ScoreResult) -> Record:
         """A result as the columns of a part, with `[blocked]` for the text of a blocked answer."""
-        blocked = self._gate.blocks(result, self._calibration.threshold)
+        blocked = self._gate.blocks(result, self._calibration)
         text = BLOCKED if blocked else result.text
         leaks = self._terms.in_text if self._gate.fail_terms else None
         return record(row.columns(text=False), result) | {
@@ -170,6 +177,7 @@ class GateKind(ScoreKind):
             "text": text,
             "leaked": None if leaks is None else not blocked and leaks(text),
             "leaked_ungated": None if leaks is None else leaks(result.text),
+            "detector": self._calibration.value(result),
         }
 
     def row_bytes(self, model: ModelFacts) -> int:

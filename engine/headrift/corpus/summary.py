@@ -108,11 +108,11 @@ class Summary:
     def of_folder(cls, folder: Path, last_step: int, calibration: Calibration | None = None) -> Summary:
         """Summarise all parts and rejects in a folder, whose parts were written with the calibration, if any."""
         summary = cls(last_step)
-        for batch in read_batches(folder, COLUMNS, 1 << 16):
+        for batch in read_batches(folder, [*COLUMNS, "detector"], 1 << 16):
             summary.add(batch)
         summary.add_rejects(folder)
         if calibration is not None:
-            summary.judged = Judged(folder, calibration, summary.prompt_scores())
+            summary.judged = Judged(folder, calibration, summary.prompt_scores("detector"))
         return summary
 
     def add_rejects(self, folder: Path) -> None:
@@ -121,7 +121,7 @@ class Summary:
                 self.reject(count["values"], count["counts"])
 
     def add(self, batch: pa.RecordBatch) -> None:
-        """Add rows of a part, which have COLUMNS."""
+        """Add rows of a part, which have COLUMNS and, of a run with a calibration, `detector`."""
         named = {name: batch.column(name) for name in COLUMNS}
         labels = np.array(named["label"].fill_null("unlabelled").to_pylist())
         scores = named["score"].to_numpy(zero_copy_only=False).astype(np.float64)
@@ -129,9 +129,12 @@ class Summary:
         hashes = (named[name].to_pylist() for name in ("group", "system_hash"))
         group, system = (np.array([int(text, 16) for text in texts], np.uint64) for texts in hashes)
         order = np.arange(self._n_added, self._n_added + len(labels), dtype=np.uint64)
+        # A run that an earlier version made with a calibration was judged by its scores.
+        values = batch.column("detector") if "detector" in batch.schema.names else named["score"]
         columns = {
             "order": order,
             "score": scores,
+            "detector": values.to_numpy(zero_copy_only=False).astype(np.float64),
             "category": np.array([self._category_number(name) for name in named["category"].to_pylist()], np.int32),
             "group": group,
             **{length.name: named[length.name].to_numpy() for length in signals(length=True)},
@@ -217,12 +220,12 @@ class Summary:
             }
         return classes
 
-    def prompt_scores(self) -> dict[str, NDArray[np.float64]]:
-        """Return the scores of each class's distinct prompts, NaN without one; classes without rows are left out.
+    def prompt_scores(self, name: str = "score") -> dict[str, NDArray[np.float64]]:
+        """Return the scores, or another column, of each class's distinct prompts, NaN without one.
 
-        Rows with the same group and system prompt count once, the first of them.
+        Classes without rows are left out. Rows with the same group and system prompt count once, the first of them.
         """
-        return {name: of_class.prompts.in_order("score") for name, of_class in self._with_rows()}
+        return {label: of_class.prompts.in_order(name) for label, of_class in self._with_rows()}
 
     def by_category(self) -> dict[tuple[str, str], NDArray[np.float64]]:
         """Return the scores of each class and category with rows, NaN without one, in order of first appearance."""

@@ -140,6 +140,8 @@ def _calibrated_range(calibration: Calibration, runs: Sequence[ScoreRun]) -> Sco
     """Return the calibration's window and layers. Error if it is of another model, or the runs did not record them."""
     window, steps = Window.parse(calibration.window), min(run.steps for run in runs)
     calibration.check(runs[0].model, window, calibration.drop_shallow, calibration.drop_deep)
+    if not calibration.ranged:
+        return common_range(runs)
     if window.end > steps:
         raise html.ReportError(
             f"the calibration's window is steps {window}, and the runs recorded {steps}: score the prompts again with "

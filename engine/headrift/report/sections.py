@@ -13,7 +13,9 @@ from headrift.calibration.evidence import METRICS
 from headrift.corpus.summary import SCORE, SCORED, Comparison
 from headrift.report import html, measure
 from headrift.report.measure import ReportData
+from headrift.runs.detector_input import detector_values
 from headrift.signals import get, signals
+from headrift.signals.detectors import Directed
 from headrift.stats import TARGET_FPR, Bounds, Floats, Separation, exact_interval
 from headrift.terminal import printable
 
@@ -189,11 +191,14 @@ def calibrated(calibration: Calibration, data: ReportData, output: html.Output) 
     """The calibration's threshold, what it promises, and what it flags in these runs."""
     output.numbers(calibration=calibration.model_dump(mode="json", exclude={"scores", "data"}))
     setting, (first, end) = calibration.setting, calibration.layers
+    values = _values(calibration, data)
     is_in_sample = calibration.data.fingerprint == data.rows.fingerprint
     text = [
-        f"A row is flagged if its score is at or above {calibration.threshold:.6f} (steps {calibration.window}, layers "
+        *(calibration.verdict.lines if calibration.verdict is not None else []),
+        f"A row is flagged if its value is at or above {calibration.threshold:.6f}: {calibration.label} (steps "
+        f"{calibration.window}, layers "
         f"{first} to {end - 1}). Promise: {setting.promise}. It was set on {setting.n:,} distinct benign prompts, of "
-        f"which {setting.flagged:,} are flagged."
+        f"which {setting.flagged:,} are flagged.",
     ]
     if is_in_sample:
         text.append("It was made from these runs: the table of these runs is in sample, the held-out figures are not.")
@@ -201,7 +206,7 @@ def calibrated(calibration: Calibration, data: ReportData, output: html.Output) 
     rows, numbers = [], {}
     for label in data.classes:
         prompts = data.samples.row[data.samples.in_class(label)]
-        n, flagged = len(prompts), int(calibration.apply(data.score[prompts]).flagged.sum())
+        n, flagged = len(prompts), int(calibration.apply(values[prompts]).flagged.sum())
         bounds = exact_interval(flagged, n)
         rows.append((label, f"{n:,}", f"{flagged:,}", f"{flagged / n:.1%}", html.show_interval(bounds)))
         numbers[label] = {"prompts": n, "flagged": flagged, "interval": bounds}
@@ -217,7 +222,7 @@ def calibrated(calibration: Calibration, data: ReportData, output: html.Output) 
             own.append((label, html.show_number(one.value), interval, one.how))
     yield html.Table(("the calibration's own figures", "", "95% interval", "how"), own)
     if not is_in_sample:
-        yield _drift(calibration, data, output)
+        yield _drift(calibration, values, data, output)
     if calibration.contamination:
         contaminated = []
         for row in calibration.contamination:
@@ -229,9 +234,17 @@ def calibrated(calibration: Calibration, data: ReportData, output: html.Output) 
     yield html.Text(calibration.notes)
 
 
-def _drift(calibration: Calibration, data: ReportData, output: html.Output) -> html.Table:
+def _values(calibration: Calibration, data: ReportData) -> Floats:
+    """The detector's values of all rows; instability's over the calibration's window, not the runs' own."""
+    detector = calibration.detector
+    if isinstance(detector, Directed) and detector.signal == "instability":
+        return detector.direction * data.score
+    return detector_values(data.runs, detector, len(data.rows))
+
+
+def _drift(calibration: Calibration, values: Floats, data: ReportData, output: html.Output) -> html.Table:
     """Whether benign scores are still those of the calibration."""
-    benign = data.score[data.samples.row[data.samples.in_class("benign")]]
+    benign = values[data.samples.row[data.samples.in_class("benign")]]
     result = drift(benign, calibration)
     if result is None:
         row = ("not known: no row here is labelled benign", "", "", "")

@@ -48,6 +48,7 @@ _FIRST_COLUMNS: dict[str, pa.DataType] = {
     "row": pa.int64(),
     "label": _STRING,
     "category": _STRING,
+    "source_set": _STRING,
     "group": _STRING,
     "system_hash": _STRING,
     "score": _FLOAT,
@@ -64,6 +65,7 @@ _OF_RESULT = (*list(_FIRST_COLUMNS)[list(_FIRST_COLUMNS).index("system_hash") :]
 _LAST_COLUMNS: dict[str, pa.DataType] = {
     "flags": pa.list_(_STRING),
     "instability": pa.list_(pa.float32()),
+    "logit_shares": pa.list_(pa.float16()),
 }
 # Columns that --save adds, by its name there.
 _SAVED: dict[str, dict[str, pa.DataType]] = {
@@ -73,8 +75,9 @@ _SAVED: dict[str, dict[str, pa.DataType]] = {
     "text": {"prompt": _STRING, "text": _STRING},
     "entropy": {"entropy_steps": pa.list_(pa.float32())},
 }
-_SHAPES = {
+_SHAPES = {  # blocks: step 0 and, unless only that was recorded, the mean over the window's steps
     "instability": ["n_steps + 1", "layers"],
+    "logit_shares": ["blocks", "layers", "heads"],
     "shares": ["n_steps + 1", "layers", "heads"],
     "mass": ["n_steps + 1", "layers", "heads", "regions"],
     "focus_heads": ["layers", "heads"],
@@ -131,6 +134,7 @@ def record(row: Mapping[str, Any], result: ScoreResult) -> Record:
         **{name: getattr(result, name) for name in _OF_RESULT},
         **{entry.name: result.signals.get(entry.name) for entry in signals(column=True)},
         "instability": result.instability.ravel(),
+        "logit_shares": None if result.logit_shares is None else result.logit_shares.astype(np.float16).ravel(),
         "shares": result.shares.astype(np.float16).ravel(),
         "mass": None if mass is None else mass.ravel(),
         "focus_heads": None if heads is None else heads.ravel(),

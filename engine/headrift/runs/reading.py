@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
@@ -28,6 +29,7 @@ RUN = "run.json"
 _BATCH_ROWS = 4096  # with 40 steps of 32 layers, 20 MB
 _BATCH_ROWS_OF_HEADS = 64  # of columns with a number per head: with 32 heads and 5 regions, 50 MB
 _COLUMNS_OF_HEADS = {"shares", "mass", "focus_heads"}
+_BATCH_ROWS_OF_MEANS = 1024  # of columns with two numbers per head: with 32 layers of 32 heads, 4 MB
 _MODEL_FACTS = {
     "fingerprint": "the model",
     "dtype": "the type it is computed in",
@@ -143,7 +145,9 @@ def read_batches(folder: Path, columns: Sequence[str], batch_rows: int | None = 
     Columns that the parts do not have are left out. RunError if a part is damaged.
     """
     if batch_rows is None:
-        batch_rows = _BATCH_ROWS_OF_HEADS if _COLUMNS_OF_HEADS & set(columns) else _BATCH_ROWS
+        batch_rows = _BATCH_ROWS_OF_MEANS if "logit_shares" in columns else _BATCH_ROWS
+        if _COLUMNS_OF_HEADS & set(columns):
+            batch_rows = _BATCH_ROWS_OF_HEADS
     for path in sorted(folder.glob("part-*.parquet")):
         try:
             with pq.ParquetFile(path, pre_buffer=False) as file:
@@ -161,6 +165,7 @@ class Rows:
         label: BENIGN, ATTACK or UNLABELLED.
         group, prompt: numbers, the same for rows of the same group, and of the same group and system prompt.
         category: number of the category, -1 for none.
+        source: number of the source among `sources`: the row's `source_set`, else its input file.
         counts: by name of the signal (`prompt_tokens`, ...), -1 if not known.
         signals: the runs' own columns by name, over their own windows, NaN for none; those that some row has.
         fingerprint: hash of labels, groups, lengths and scores.
@@ -170,6 +175,8 @@ class Rows:
     group: Ints
     prompt: Ints
     category: NDArray[np.int32]
+    source: NDArray[np.int32]
+    sources: list[str]
     counts: Mapping[str, NDArray[np.int32]]
     signals: Mapping[str, NDArray[np.float32]]
     fingerprint: str
@@ -201,9 +208,10 @@ def read_rows(runs: Sequence[ScoreRun]) -> Rows:
     measured = [entry.name for entry in signals(column=True, compared=True)]
     digests = [hashlib.sha256() for _ in range(4)]
     categories: dict[str | None, int] = {None: -1}
+    sources: dict[str, int] = {}
     blocks: dict[str, list[NDArray[Any]]] = {}
     for run in runs:
-        for batch in run.batches([*_TEXTS, *counts, "score", *measured]):
+        for batch in run.batches([*_TEXTS, "source", "source_set", *counts, "score", *measured]):
             group = batch.column("group").to_pylist()
             system = batch.column("system_hash").to_pylist()
             columns: dict[str, NDArray[Any]] = {
@@ -214,10 +222,11 @@ def read_rows(runs: Sequence[ScoreRun]) -> Rows:
                     [categories.setdefault(text, len(categories) - 1) for text in batch.column("category").to_pylist()],
                     np.int32,
                 ),
-                **{name: np.nan_to_num(_floats(batch, name), nan=-1).astype(np.int32) for name in counts},
-                **{name: _floats(batch, name).astype(np.float32) for name in measured},
+                "source": _sources(batch, run.name, sources),
+                **{name: np.nan_to_num(floats(batch, name), nan=-1).astype(np.int32) for name in counts},
+                **{name: floats(batch, name).astype(np.float32) for name in measured},
             }
-            arrays = (columns["label"], columns["n_steps"], _floats(batch, "score"))
+            arrays = (columns["label"], columns["n_steps"], floats(batch, "score"))
             contents = ["".join(group).encode(), *(array.tobytes() for array in arrays)]
             for digest, content in zip(digests, contents):
                 digest.update(content)
@@ -232,10 +241,26 @@ def read_rows(runs: Sequence[ScoreRun]) -> Rows:
         group,
         np.unique(group * (int(system.max()) + 1) + system, return_inverse=True)[1],
         joined["category"],
+        joined["source"],
+        list(sources),
         {name: joined[name] for name in counts},
         {name: joined[name] for name in measured if not np.isnan(joined[name]).all()},
         hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest(),
     )
+
+
+def _sources(batch: pa.RecordBatch, run: str, known: dict[str, int]) -> NDArray[np.int32]:
+    """Each row's source as a number of the known ones, to which new ones are added."""
+    names = pa.scalar(Path(run).name)
+    if "source" in batch.schema.names:
+        names = pc.coalesce(pc.replace_substring_regex(batch.column("source").cast("string"), r"^.*/", ""), names)
+    if "source_set" in batch.schema.names:
+        names = pc.coalesce(batch.column("source_set").cast("string"), names)
+    if isinstance(names, pa.Scalar):
+        return np.full(batch.num_rows, known.setdefault(names.as_py(), len(known)), np.int32)
+    encoded = names.dictionary_encode()
+    numbers = [known.setdefault(name, len(known)) for name in encoded.dictionary.to_pylist()]
+    return np.array(numbers, np.int32)[encoded.indices.to_numpy()]
 
 
 def read_instability(
@@ -293,7 +318,7 @@ def _batches_of_instability(runs: Sequence[ScoreRun], layers: int) -> Iterator[t
             first += batch.num_rows
 
 
-def _floats(batch: pa.RecordBatch, name: str) -> Floats:
+def floats(batch: pa.RecordBatch, name: str) -> Floats:
     """A column as floats, NaN for null or if the run does not have it."""
     if name not in batch.schema.names:
         return np.full(batch.num_rows, np.nan)

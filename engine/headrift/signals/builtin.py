@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from headrift import signal
+from headrift.signals.detectors import learn_heads, learn_novelty, learn_readout
 from headrift.signals.registry import Array, PromptData, Signal, register
 
 _STD = "std over heads, 0 to 0.5"
@@ -117,6 +118,8 @@ for _entry in (
         saves=("focus",),
         direction=-1,
         of_chosen_heads=True,
+        learn=learn_heads,
+        reads="focus_heads",
         steps_absent=_NO_MASS,
     ),
     Signal(
@@ -146,6 +149,28 @@ for _entry in (
         value=lambda data: data.window_mean(data.logit_stats.get("margin")),
         column=True,
         compared=False,
+    ),
+    Signal(
+        name="novelty",
+        label="novelty of the heads' pattern",
+        unit="Mahalanobis distance to benign prompts",
+        how="distance of the shares' log-odds, centred within each layer, from those of benign prompts",
+        compared=False,
+        windowed=False,
+        saves=("logit_shares",),
+        learn=learn_novelty,
+        reads="logit_shares",
+    ),
+    Signal(
+        name="readout",
+        label="readout of the heads' pattern",
+        unit="log-odds of an attack",
+        how="L2 logistic regression on the shares' log-odds, centred within each layer",
+        compared=False,
+        windowed=False,
+        saves=("logit_shares",),
+        learn=learn_readout,
+        reads="logit_shares",
     ),
     Signal(
         name="prompt_tokens",

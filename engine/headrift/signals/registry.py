@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from headrift import signal
 from headrift.signal import ScoreRange
+from headrift.signals.detectors import AnyDetector, Reads, Training, learn_direction
+from headrift.signals.features import logit_shares
 
 Array: TypeAlias = NDArray[Any]
 Floats: TypeAlias = NDArray[np.float64]
@@ -73,6 +75,13 @@ class PromptData:
             return None
         return signal.focus_heads(self.mass["system"], self.mass["user"])
 
+    @cached_property
+    def logit_shares(self) -> NDArray[np.float32] | None:
+        """Log-odds of the shares at step 0 and their mean over the window [1 or 2, layers, heads], or None."""
+        if self.share is None:
+            return None
+        return logit_shares(self.share, self.counted, self.score_range.window, self.n_steps)
+
     def over_cells(self, function: Callable[..., float | None], share: Array | None) -> float | None:
         """A function of `signal`, as `mean_share`, over the scored cells of a share; None without the share."""
         if share is None:
@@ -120,6 +129,8 @@ class Signal:
         windowed: whether it is measured over the window, and not at step 0 or of the whole prompt.
         length: whether it only says how long prompt or answer is; regressions take `log(1 + value)` if `log`.
         of_chosen_heads: whether heads are chosen for each fold, whose values are then not on one scale.
+        learn: how `calibrate` makes a detector of it; by default it takes the column as it is and learns its direction.
+        reads: what of a prompt the detector reads.
         absent, steps_absent: why runs lack it and what to do, if the names in `saves` do not say it.
     """
 
@@ -137,8 +148,21 @@ class Signal:
     length: bool = False
     log: bool = False
     of_chosen_heads: bool = False
+    learn: Callable[[Training], AnyDetector] | None = None
+    reads: Reads = "values"
     absent: str = ""
     steps_absent: str = ""
+
+    @property
+    def detects(self) -> bool:
+        """Whether `calibrate` can make a detector of it."""
+        return self.learn is not None or (self.compared and self.column) or self.name == "instability"
+
+    def detector(self, training: Training) -> AnyDetector:
+        """Learn a detector. NotEnoughError if the prompts do not allow it."""
+        if self.learn is None:
+            return learn_direction(self.name, training, self.direction or 1)
+        return self.learn(training)
 
     def why_absent(self, by_step: bool = False) -> str:
         """What to say if no prompt of a run has the signal, or none has it step by step."""

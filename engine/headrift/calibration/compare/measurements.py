@@ -22,11 +22,10 @@ from headrift.fail_terms import FailTerms
 from headrift.runs.reading import ScoreRun
 from headrift.signal import ScoreRange
 from headrift.signals import PromptData, Signal, get, signals
+from headrift.signals.detectors import choose_heads
 from headrift.stats import Bools, Bounds, ClusterBootstrap, Floats, Interval, Ints
 
 FEWEST_FOR_HEADS = 10  # samples of a class in every training fold
-_LARGEST_N = 4
-_BEST = 0.1  # the fraction of heads that is chosen if no head passes
 # The columns from which a signal can be measured over any range, by what `--save` calls them.
 _SOURCES = {
     "shares": ("mass", "shares"),
@@ -295,27 +294,6 @@ def _regions(batch: pa.RecordBatch) -> list[str]:
 
 # Important heads, as Attention Tracker chooses them (Hung et al. 2024, arXiv 2411.00348): those whose focus on the
 # system prompt an attack moves by more than it varies from prompt to prompt.
-
-
-def choose_heads(focus_heads: NDArray[np.floating], attack: Bools) -> tuple[int | None, Bools]:
-    """Heads with mean_clean - mean_attack - n * (std_clean + std_attack) > 0.
-
-    focus_heads: [samples, layers, heads] at step 0, no NaN. n is the largest from 4 to 1 that any head passes; if none
-    does, the best tenth of the heads (at least one) for n = 1 is chosen, and n is None. Returns n and bool [layers,
-    heads].
-    """
-    clean, attacked = (focus_heads[mask].astype(np.float64) for mask in (~attack, attack))
-    shift = clean.mean(axis=0) - attacked.mean(axis=0)
-    spread = clean.std(axis=0) + attacked.std(axis=0)
-    for n in range(_LARGEST_N, 0, -1):
-        passed = shift - n * spread > 0
-        if passed.any():
-            return n, passed
-    margin = shift - spread
-    best = np.argsort(-margin, axis=None, kind="stable")[: max(1, int(margin.size * _BEST))]
-    chosen = np.zeros(margin.size, np.bool_)
-    chosen[best] = True
-    return None, chosen.reshape(margin.shape)
 
 
 def choose_without_folds(
