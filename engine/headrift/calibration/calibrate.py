@@ -18,6 +18,7 @@ from headrift.calibration.search import SumTable, grid, standard_error
 from headrift.calibration.selection import (
     FEWEST_SOURCES,
     LENGTH,
+    MOST_SOURCES,
     WORDS,
     Contender,
     Learned,
@@ -76,11 +77,13 @@ def calibrate(
     rows = read_rows(runs)
     choosing = _Choosing(runs, rows, config, say, _readout_of(readout, runs[0]), own_normal=normal is not None)
     choice, samples, division = choosing.choose(), choosing.samples, choosing.division
-    part_b, traffic_rows, traffic_scores = choice.scores[division.part_b], rows, choice.scores
-    if normal is not None:
-        choice, part_b, traffic_rows, traffic_scores = _against_normal(choice, normal, config)
-    cut = threshold(part_b, np.ones(len(part_b), np.int64), config.target, config.rule)
-    above = allowed(len(part_b), config.target, config.rule)
+    part_b, traffic_rows, traffic_scores, metrics = choice.scores[division.part_b], rows, choice.scores, choice.metrics
+    setting = config
+    if normal is not None:  # of which some may be attacks, and of which the runs' rates say nothing
+        setting, metrics = replace(config, benign_only=True), {}
+        choice, part_b, traffic_rows, traffic_scores = _against_normal(choice, normal, setting)
+    cut = threshold(part_b, np.ones(len(part_b), np.int64), setting.target, setting.rule)
+    above = allowed(len(part_b), setting.target, setting.rule)
     if cut is None or above is None:
         where = f"in steps {choice.score_range.window}: choose an earlier --window, or" if choosing.searches else ":"
         raise CalibrationError(f"no benign prompt has a value {where} check the runs")
@@ -96,14 +99,18 @@ def calibrate(
         drop_deep=choice.score_range.drop_deep,
         layers=choice.score_range.layers(runs[0].model.layers),
         threshold=cut,
-        setting=evidence.threshold_setting(config, part_b, cut, above),
+        setting=evidence.threshold_setting(setting, part_b, cut, above),
         scores=ReferenceScores.from_scores(part_b),
         classes=evidence.class_coverage(rows, choice),
         figures=figures,
         confounds=confounds,
-        traffic=evidence.traffic(traffic_rows, choice, traffic_scores, cut, config),
-        contamination=evidence.contamination(part_b, cut, config) if config.benign_only or normal is not None else [],
-        procedure=evidence.procedure(samples, choosing.n_candidates, choice, config),
+        traffic=evidence.traffic(traffic_rows, metrics, traffic_scores, cut, setting),
+        contamination=evidence.contamination(part_b, cut, setting) if setting.benign_only else [],
+        procedure=evidence.procedure(samples, choosing.n_candidates, choice, config)
+        | {
+            "normal": None if normal is None else normal.name,
+            "readout": None if readout is None else readout.sha256,
+        },
         data=CalibrationData(
             runs=[run.name for run in runs],
             fingerprint=rows.fingerprint,
@@ -139,8 +146,7 @@ def _against_normal(choice: Choice, normal: ScoreRun, config: CalibrateConfig) -
     """The detector against one's own traffic: the choice, part B's values, and the traffic's rows and values."""
     assert isinstance(choice.detector, Readout)
     rows = read_rows([normal])
-    alone = replace(config, benign_only=True)
-    division = divide(rows, alone, 2)
+    division = divide(rows, config, 2)
     moments_of = np.sort(division.samples.row[division.samples.chooses])
     try:
         detector = choice.detector.with_normal(read_selected([normal], moments_of, {"logit_shares"}))
@@ -291,7 +297,7 @@ class _Choosing:
             )
         by_fold = self._learn(among, samples, choosers)
         left_out = samples.with_sources_left_out()
-        by_source = self._learn(among, left_out, choosers) if self._leaves_sources_out(left_out, choosers) else {}
+        by_source = self._learn(among, left_out, choosers) if self._leaves_sources_out(left_out) else {}
         chosen = self._compare(among, samples, by_fold, left_out, by_source, choosers)
         self._say(f"learning {get(chosen).label} on {int(choosers.sum()):,} samples")
         try:
@@ -303,24 +309,26 @@ class _Choosing:
             self.left_out = self._metrics(among, chosen, left_out, by_source, choosers)
         return self._choice(final, metrics)
 
-    def _leaves_sources_out(self, left_out: CalibrationSamples, choosers: Bools) -> bool:
+    def _leaves_sources_out(self, left_out: CalibrationSamples) -> bool:
         """Whether whole sources can be left out. CalibrationError if no source has both classes."""
-        if self._config.benign_only or left_out.n_folds < 2:
+        n = left_out.n_folds
+        if self._config.benign_only or not 2 <= n <= MOST_SOURCES:
             return False
-        both = [len(np.unique(left_out.attack[left_out.fold == number])) == 2 for number in range(left_out.n_folds)]
-        names = ", ".join(self._rows.sources[:3])
-        if not any(both) and left_out.n_folds >= FEWEST_SOURCES:
+        both = [len(np.unique(left_out.attack[left_out.fold == number])) == 2 for number in range(n)]
+        names = ", ".join(self._rows.sources[:3]) + (", ..." if n > 3 else "")
+        if not any(both) and n >= FEWEST_SOURCES:
             raise CalibrationError(
-                f"every source ({names}, ...) has one class alone: what tells the sources apart would be taken for "
-                "what tells attacks; add benign prompts and attacks of the same source, or name it in the rows' "
-                "`source_set`"
+                f"every source ({names}) has one class alone: what tells the sources apart would be taken for what "
+                "tells attacks; add benign prompts and attacks of the same source, or name it in the rows' `source_set`"
             )
         if not any(both):
             self.notes.append(
                 f"attacks and benign prompts are of different sources ({names}): what tells the sources apart tells "
                 "them apart too"
             )
-        return left_out.n_folds >= FEWEST_SOURCES and sum(both) >= 2
+        elif n >= FEWEST_SOURCES and sum(both) == 1:
+            self.notes.append("one source alone has both classes: how a detector does on other sources is not known")
+        return n >= FEWEST_SOURCES and sum(both) >= 2
 
     def _learn(
         self, among: dict[str, Contender], samples: CalibrationSamples, choosers: Bools

@@ -242,10 +242,10 @@ def _auroc(values: Floats, samples: CalibrationSamples, resamples: int, how: str
     return Metric(value=result.auroc, interval=result.auroc_interval, how=how)
 
 
-def traffic(rows: Rows, choice: Choice, values: Floats, cut: float, config: CalibrateConfig) -> Traffic:
-    """What the threshold flags of the rows as they came, by their values, and alerts a day."""
+def traffic(rows: Rows, metrics: Mapping[str, Metric], values: Floats, cut: float, config: CalibrateConfig) -> Traffic:
+    """What the threshold flags of the rows as they came, by their values, and alerts a day by the held-out metrics."""
     benign = rows.label != ATTACK if config.benign_only else rows.label == BENIGN
-    rate, daily = choice.metrics.get("fpr_traffic"), config.daily_prompts
+    rate, daily = metrics.get("fpr_traffic"), config.daily_prompts
     alerts = None
     if daily is not None and rate is not None and rate.value is not None:
         alerts = Metric(

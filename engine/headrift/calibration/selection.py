@@ -24,7 +24,7 @@ from headrift.signals.features import Prompts
 from headrift.stats import Bools, ClusterBootstrap, Floats, Ints
 
 INNER_FOLDS = 4
-FEWEST_SOURCES = 3  # from which whole sources are left out
+FEWEST_SOURCES, MOST_SOURCES = 3, 20  # of which each is left out whole; more are files of a log and not kinds of attack
 WORDS, LENGTH = "words", "prompt_tokens"  # what every signal has to beat
 _TOLERANCE = 0.5  # standard errors that a simpler signal may be behind
 _Z = 1.96
@@ -181,9 +181,9 @@ def contenders(
 
 
 def inner_folds(samples: CalibrationSamples, train: Ints, seed: int) -> Ints:
-    """Folds of some samples that settings are chosen by: their sources, if there are three or more."""
+    """Folds of some samples that settings are chosen by: their sources, if there are 3 to 20."""
     sources, number = np.unique(samples.source[train], return_inverse=True)
-    if len(sources) >= FEWEST_SOURCES:
+    if FEWEST_SOURCES <= len(sources) <= MOST_SOURCES:
         return number.astype(np.int64)
     return assign_folds(samples.attack[train], samples.group[train], INNER_FOLDS, seed)[0]
 
