@@ -2,7 +2,7 @@
 
     python bench/detectors.py [--rows 1000000] [--turns 4] [--short]
 
-- Steps: 300 prompts of the five sets behind one system prompt of 103 tokens, `steps=0` and `steps=12` in turns, each an
+- Steps: 300 prompts of four sets behind one system prompt of 103 tokens, `steps=0` and `steps=12` in turns, each an
   engine in a process of its own with an empty prefix cache in every turn.
 - Rows: a made-up run of step 0 alone (28 layers of 12 heads; an effect on four heads of the attacks) is calibrated with
   `--signal auto` in a process of its own; seconds and peak memory.
@@ -24,7 +24,7 @@ import utils
 
 LAYERS, HEADS = 28, 12
 PLANTED = [(10, 3), (11, 4), (12, 5), (20, 1)]
-SETS = ("obfuscated_word", "banned_word", "no_digits_urls")
+SETS = ("obfuscated_word", "banned_word", "no_digits_urls", "complex_input")
 PART_ROWS = 10_000
 
 
@@ -57,7 +57,7 @@ class Calibrated:
         start = time.perf_counter()
         calibration = calibrate([open_run(Path(folder))], CalibrateConfig())
         seconds = time.perf_counter() - start
-        return {"seconds": seconds, "verdict": calibration.verdict.lines, "n": calibration.setting.n}
+        return {"seconds": seconds, "verdict": calibration.verdict.lines, "set_on": calibration.setting.n}
 
     def verdict(self, n: int) -> dict[str, Any]:
         """Seconds of one readout's value, over the layers and heads of the demonstration model."""
@@ -119,10 +119,10 @@ def make_run(folder: Path, n: int) -> None:
 
 
 def prompts(n: int) -> list[dict[str, Any]]:
-    """The shortest prompts of three sets, all with the system prompt of the first."""
+    """The shortest prompts of four sets, all with the system prompt of the first."""
     system = utils.ROOT / f"system_prompts/{SETS[0]}.txt"
     rows = [row for name in SETS for row in utils.read_prompts(utils.ROOT / f"datasets/{name}.jsonl", system)]
-    shortest = sorted(rows, key=lambda row: len(row["prompt"]))[:n]
+    shortest = sorted((row for row in rows if "prompt" in row), key=lambda row: len(row["prompt"]))[:n]
     return [{"prompt": row["prompt"], "system": row["system"]} for row in shortest]
 
 
@@ -166,7 +166,7 @@ def render(report: dict[str, Any]) -> str:
         f"in turns: step 0 alone is {utils.cell(steps['ratio'], 2)} times as fast as 12 steps.",
         utils.markdown(["recorded", "prompts/s"], rates),
         f"Calibrating on {rows['n']:,} rows of {LAYERS} x {HEADS} heads at step 0, `--signal auto`: "
-        f"{rows['seconds']:.0f} s, {rows['peak_bytes'] / 1e9:.2f} GB at most.",
+        f"{rows['seconds']:.0f} s, {rows['peak_bytes'] / 1e9:.2f} GB at most; {rows['set_on']:,} set the threshold.",
         f"One verdict of a readout takes {verdict['seconds'] * 1e6:.0f} µs, {verdict['share_of_scoring']:.2%} of a "
         "prompt's prefill here.",
     )

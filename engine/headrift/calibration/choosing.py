@@ -39,7 +39,6 @@ from headrift.signals.detectors import Directed, NotEnoughError, Readout
 from headrift.signals.features import Prompts
 from headrift.stats import Bools, ClusterBootstrap, Floats, Interval
 
-
 Say: TypeAlias = Callable[[str], None]
 SHORT = {"agreement": "head_agreement"}  # shorter names of signals
 
