@@ -150,7 +150,17 @@ BAD = {
             "system_hash": [f"{number:016x}" for number in range(120)],
         },
         {},
-        "one group",
+        "nothing can be held out",
+    ),
+    "fewer groups than folds": (
+        {
+            "n_attack": 40,
+            "n_benign": 80,
+            "group": np.r_[np.arange(40) % 3, np.arange(3, 83)],
+            "system_hash": [f"{number:016x}" for number in range(120)],
+        },
+        {},
+        "--folds 3 would do",
     ),
     "sources of one class": (
         {"n_attack": 40, "n_benign": 80, "source": ["a"] * 40 + ["b"] * 40 + ["c"] * 40},

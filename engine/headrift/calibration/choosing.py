@@ -177,10 +177,12 @@ class Choosing:
         among = self._among()
         # A window that is given chooses nothing, but the direction has to be found: on all samples.
         choosers = samples.chooses if samples.chooses.any() else np.ones(len(samples.row), np.bool_)
-        if samples.n_folds == 1 and any(one.entry.learn for one in among.values()) and self._readout is None:
+        folds = self._config.folds
+        if samples.n_folds < folds and self._readout is None and any(one.entry.learn for one in among.values()):
+            few = "nothing can be held out" if samples.n_folds == 1 else f"--folds {samples.n_folds} would do"
             raise CalibrationError(
-                "all attacks, or all benign prompts, are of one group: nothing can be held out to measure what is "
-                "learned; add prompts, or give rows groups of their own"
+                f"there are too few groups of prompts for {folds} folds with both classes in each ({few}): add prompts "
+                "or give the rows groups of their own"
             )
         by_fold = self._learn(among, samples, choosers)
         left_out = samples.with_sources_left_out()
