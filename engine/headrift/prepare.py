@@ -58,7 +58,8 @@ class Prompt:
 
     Attributes:
         response: The logged answer as text, for replay; the model is taken to have ended its turn after it. Without one
-            a trailing assistant message is the logged answer; without replay the model continues that message.
+            a trailing assistant message is the logged answer; without replay the model continues that message. Replay
+            of step 0 alone needs none.
         response_ids: The logged answer as token ids.
         regions: With `token_ids`, token ranges [start, end) by name, `system` among them; for nothing else.
     """
@@ -194,8 +195,10 @@ class Preparer:
             answer_ids = from_token_ids(prompt.response_ids, {}).token_ids if prompt.response_ids else []
             self._check_vocabulary(answer_ids)
             return rendered, answer_ids
+        if response is None and not self.config.steps:
+            return rendered, []  # step 0 needs no answer
         if not isinstance(response, str):
-            raise PromptError("no_response", "replay needs the logged answer: a `response` text in the row")
+            raise PromptError("no_response", "replay past step 0 needs the logged answer: a `response` text in the row")
         ids = self.tokenizer(response, add_special_tokens=False)["input_ids"]
         return rendered, [*ids, self.tokenizer.eos_token_id or 0]
 

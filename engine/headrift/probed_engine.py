@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -306,9 +306,10 @@ class ProbedEngine:
         """Run requests; yield each as soon as it is done. The engine loop that everything uses.
 
         Requests are taken one at a time as slots free up, so `requests` may be a generator that decides late what runs
-        next, from results that were yielded by then. Recordings leave the device while the next step runs. A replayed
-        request that misses steps, because a cached prefix block covered them, runs again by itself with
-        `skip_prefix_cache`. If the caller stops early (`close`, an exception), what runs is aborted.
+        next, from results that were yielded by then. Recordings leave the device while the next step runs, except where
+        step 0 decides whether a request answers on. A replayed request that misses steps, because a cached prefix block
+        covered them, runs again by itself with `skip_prefix_cache`. If the caller stops early (`close`, an exception),
+        what runs is aborted.
 
         Args:
             requests: (key, request) pairs. The key is anything that tells the caller which request a result belongs to.
@@ -331,6 +332,19 @@ class ProbedEngine:
         in_flight: dict[int, Key] = {}
         again: deque[tuple[Key, ProbeRequest]] = deque()
         ticket: Ticket | None = None
+
+        def read(ticket: Ticket) -> Iterator[tuple[Key, Finished, Recording]]:
+            """What a ticket has finished; answers that `stop_if` is true of end here."""
+            for f, recording in zip(ticket.probed, self.recordings(ticket), strict=True):
+                if f.request_id not in in_flight:
+                    continue  # its answer was stopped when it had ended already
+                if recording.missing_steps and not f.answering:
+                    again.append((in_flight.pop(f.request_id), _without_prefix_cache(f, recording)))
+                elif not f.answering or (stop_if and stop_if(in_flight[f.request_id], f, recording)):
+                    yield in_flight.pop(f.request_id), f, recording
+                    if f.answering:
+                        self.stop(f.request_id)
+
         try:
             while True:
                 waits = ended = False
@@ -347,18 +361,13 @@ class ProbedEngine:
                 done = [f for f in finished if not f.answering or (stop_if and f.request.probed)]
                 results: list[tuple[Key, Finished, Recording | None]]
                 results = [(in_flight.pop(f.request_id), f, None) for f in done if not f.request.probed]
-                if ticket:
-                    # The copies have left the device while this step ran.
-                    for f, recording in zip(ticket.probed, self.recordings(ticket), strict=True):
-                        if f.request_id not in in_flight:
-                            continue  # its answer was stopped when it had ended already
-                        if recording.missing_steps and not f.answering:
-                            again.append((in_flight.pop(f.request_id), _without_prefix_cache(f, recording)))
-                        elif not f.answering or (stop_if and stop_if(in_flight[f.request_id], f, recording)):
-                            results.append((in_flight.pop(f.request_id), f, recording))
-                            if f.answering:
-                                self.stop(f.request_id)
+                if ticket:  # its copies have left the device while this step ran
+                    results += read(ticket)
                 ticket = self.collect(done, want_mass) if done else None
+                if ticket and any(f.answering and not f.request.steps for f in done):
+                    # What step 0 decides is decided before another token is decoded.
+                    results += read(ticket)
+                    ticket = None
                 yield from results
         finally:
             if in_flight or ticket:

@@ -390,8 +390,9 @@ class Scorer(RequestScorer):
 
         Args:
             prompts: Read as they are needed: neither they nor the results pile up.
-            replay: Take the prompts' logged answers through the model in one prefill instead of decoding new ones.
-                There are no logit statistics then, because only the last token's logits are computed.
+            replay: Take the prompts' logged answers through the model in one prefill instead of decoding new ones (with
+                steps 0 they need none). There are no logit statistics then, because only the last token's logits are
+                computed.
             progress: Show a bar on standard error with rate and, if the number of prompts is known, time left.
         """
         stream = self._prompts.stream(prompts, lambda prompt: prompt, replay)

@@ -8,16 +8,20 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from headrift.calibration.artifact import Calibration
 from headrift.cli import app
 from headrift.runs.parts import Journal
+from headrift.signals.detectors import Moments, Readout
 
 FAULTS = Path(__file__).resolve().parent / "fault_injection"
+DATA = Path(__file__).resolve().parents[1] / "data"
 PAUSE = "0.004"  # seconds a row of the fake engine: shards of 100 rows, so that there is a middle to be killed in
 
 NO_RAY = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'headrift[ray]'")
@@ -38,14 +42,15 @@ def write_log(path: Path, rows: int, *, poison: bool) -> Path:
 class Jobs:
     """Starts jobs on one input, each with the output folder that it is told."""
 
-    def __init__(self, engine: str, given: Path, model: Path) -> None:
-        self._engine, self._given, self._model = engine, given, model
+    def __init__(self, engine: str, given: Path, model: Path, *calibration: Path) -> None:
+        self._engine, self._given, self._model, self._calibration = engine, given, model, calibration
 
     def start(self, out: Path, *, ray: bool) -> subprocess.Popen:
         marks = out.with_suffix(".marks")
         marks.mkdir(exist_ok=True)
         script = FAULTS / ("run_ray_job.py" if ray else "run_job.py")
         arguments = [script, self._engine, self._given, self._model, out, marks, PAUSE if ray else "0"]
+        arguments += self._calibration
         log = out.with_suffix(".log").open("a")
         return subprocess.Popen([sys.executable, *map(str, arguments)], stderr=log, start_new_session=True)
 
@@ -65,7 +70,24 @@ def fake_jobs(tmp_path, fake_model) -> Jobs:
 
 @pytest.fixture
 def real_jobs(tmp_path, faulty, tiny_model) -> Jobs:
-    return Jobs("vllm", write_log(tmp_path / "in.jsonl", 1200, poison=False), tiny_model)
+    """Jobs with a readout of arbitrary coefficients, over steps 1 to 4."""
+    layers, heads = 2, 4
+    d = layers * heads * 2 + layers
+    readout = Readout(
+        shape=(layers, heads),
+        layers=list(range(layers)),
+        windowed=True,
+        moments=Moments(mean=[0.0] * d, spread=[1.0] * d, n=30),
+        coefficients=np.random.default_rng(0).standard_normal(d).tolist(),
+        intercept=0.0,
+        inverse_penalty=1.0,
+        head_map=[],
+    )
+    scored = {"window": "1:4", "drop_shallow": 0.25, "drop_deep": 0.15}
+    calibration = Calibration.load(DATA / "calibration.json").model_copy(update={"detector": readout, **scored})
+    calibration.save(tmp_path / "calibration.json")
+    log = write_log(tmp_path / "in.jsonl", 1200, poison=False)
+    return Jobs("vllm", log, tiny_model, tmp_path / "calibration.json")
 
 
 def rows_of(out: Path, kind: str) -> list[dict]:
@@ -73,7 +95,8 @@ def rows_of(out: Path, kind: str) -> list[dict]:
 
 
 def assert_alike(actual: Path, expected: Path, tolerance: float) -> None:
-    """The same files with the same rows in the same order, the same rejects and counts, and scores within tolerance.
+    """The same files with the same rows in the same order, the same rejects and counts, and scores and values of the
+    detector within tolerance.
 
     Of 6,000 tokens chosen, one in a hundred thousand has a rival within rounding: one row in all may go another way.
     """
@@ -88,11 +111,13 @@ def assert_alike(actual: Path, expected: Path, tolerance: float) -> None:
     runs = [json.loads((out / "run.json").read_text()) for out in (actual, expected)]
     assert runs[0]["status"] == runs[1]["status"] == "done"
     assert runs[0]["counts"] == runs[1]["counts"]
-    scores = [[row["score"] for row in rows_of(out, "part")] for out in (actual, expected)]
-    assert [score is None for score in scores[0]] == [score is None for score in scores[1]]
-    differ = sorted(abs(a - b) for a, b in zip(*scores) if a is not None)
-    assert len(differ) > 300
-    assert differ[-2] <= tolerance, differ[-5:]
+    columns = [name for name in ("score", "detector") if name in rows_of(actual, "part")[0]]
+    for name in columns:
+        values = [[row[name] for row in rows_of(out, "part")] for out in (actual, expected)]
+        assert [value is None for value in values[0]] == [value is None for value in values[1]]
+        differ = sorted(abs(a - b) for a, b in zip(*values) if a is not None)
+        assert len(differ) > 300
+        assert differ[-2] <= tolerance, (name, differ[-5:])
 
 
 def wait_for_parts(process: subprocess.Popen, out: Path, number: int) -> None:
@@ -120,10 +145,13 @@ def actors_of(process: subprocess.Popen) -> list[psutil.Process]:
 @pytest.mark.slow
 @NO_RAY
 def test_two_engines_on_ray_make_what_one_here_makes(real_jobs, tmp_path):
-    """1e-4, in units of a score from 0 to 0.5: rounding, as other prompts are beside each."""
+    """1e-4, of scores from 0 to 0.5 and log-odds of units: rounding, as other prompts are beside each."""
     ray = real_jobs.finish(tmp_path / "ray", ray=True)
     assert json.loads((ray / "run.json").read_text())["engine_restarts"] == 0
     assert_alike(ray, real_jobs.finish(tmp_path / "local", ray=False), 1e-4)
+    values = [row["detector"] for row in rows_of(ray, "part")]
+    assert len(values) > 1000
+    assert np.std(values) > 0.1
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Engines, tiny models and the oracle for the engine tests. Starting vLLM takes seconds: fixtures share."""
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -296,6 +297,24 @@ def preemptions(monkeypatch) -> list[str]:
         return preempt(self, request, *args, **kwargs)
 
     monkeypatch.setattr(Scheduler, "_preempt_request", spy)
+    return seen
+
+
+@pytest.fixture
+def scheduled(monkeypatch) -> Counter:
+    """Tokens that vLLM's scheduler had computed during the test, by request id."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    seen: Counter = Counter()
+    schedule = Scheduler.schedule
+
+    def spy(self, *args, **kwargs):
+        output = schedule(self, *args, **kwargs)
+        for name, tokens in output.num_scheduled_tokens.items():
+            seen[int(name.split("-")[0])] += tokens
+        return output
+
+    monkeypatch.setattr(Scheduler, "schedule", spy)
     return seen
 
 

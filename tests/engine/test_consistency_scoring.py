@@ -124,11 +124,11 @@ def test_a_job_with_an_adapter_is_broken_off_taken_up_again_and_agrees(chatty, a
         ScoringJob(ConsistencyConfig(**config, per_family=3))
     with pytest.raises(JobError, match="another answers"):
         ScoringJob(ConsistencyConfig(**config, per_family=3, answers="own", resume=True))
-    config = (adapter / "adapter_config.json").read_text(encoding="utf-8")
-    (adapter / "adapter_config.json").write_text(config.replace('"lora_alpha": 8.0', '"lora_alpha": 9.0'))
+    saved = (adapter / "adapter_config.json").read_text(encoding="utf-8")
+    (adapter / "adapter_config.json").write_text(saved.replace('"lora_alpha": 8.0', '"lora_alpha": 9.0'))
     with pytest.raises(JobError, match="another lora"):
         ScoringJob(ConsistencyConfig(**config, per_family=3, resume=True))
-    (adapter / "adapter_config.json").write_text(config)
+    (adapter / "adapter_config.json").write_text(saved)
     command = [
         "consistency",
         questions,

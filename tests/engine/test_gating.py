@@ -3,7 +3,6 @@ made of. In the same request, with the same numbers, and with plain vLLM's text 
 
 import dataclasses
 import itertools
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -69,24 +68,6 @@ def gate(request, settings_of_tests):
     ) as scorer:
         scorer.stops = stops
         yield scorer
-
-
-@pytest.fixture
-def scheduled(monkeypatch) -> Counter:
-    """Tokens that vLLM's scheduler had computed during the test, by request id."""
-    from vllm.v1.core.sched.scheduler import Scheduler
-
-    seen: Counter = Counter()
-    schedule = Scheduler.schedule
-
-    def spy(self, *args, **kwargs):
-        output = schedule(self, *args, **kwargs)
-        for name, tokens in output.num_scheduled_tokens.items():
-            seen[int(name.split("-")[0])] += tokens
-        return output
-
-    monkeypatch.setattr(Scheduler, "schedule", spy)
-    return seen
 
 
 def submitted(gate, monkeypatch) -> list[ProbeRequest]:

@@ -172,7 +172,7 @@ def test_auroc_on_the_originals_first_data_set(scorer, seed_data):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": 0}, "at least 1"),
+        ({"steps": -1}, "at least 0"),
         ({"window": "3:2"}, "window"),
         ({"window": "one"}, "1:12"),
         ({"window": Window(1, 13)}, "raise steps"),

@@ -46,3 +46,14 @@ def test_regions_of_other_names_are_still_unknown(tokenizer):
     rejected = Preparer(CONFIG, tokenizer).prepare(0, given, False)
     assert isinstance(rejected, Rejected)
     assert rejected.reason == "unknown_region"
+
+
+def test_replay_takes_a_logged_answer_but_for_step_0(tokenizer):
+    rejected = Preparer(CONFIG, tokenizer).prepare(0, "Ask", True)
+    assert isinstance(rejected, Rejected)
+    assert rejected.reason == "no_response"
+    step_0 = Preparer(replace(CONFIG, steps=0, answer_tokens=1), tokenizer)
+    alone, logged = (step_0.prepare(0, prompt, True) for prompt in ("Ask", Prompt(prompt="Ask", response="Yes.")))
+    assert alone.request.answer_ids == []
+    assert alone.request.prompt_ids == logged.request.prompt_ids
+    assert len(logged.request.answer_ids) > 1

@@ -109,7 +109,7 @@ def gate(
         Path,
         typer.Option(
             metavar="FILE",
-            help="File that `headrift calibrate` wrote: its window and layers are scored against its threshold.",
+            help="File that `headrift calibrate` wrote: its detector's values are held to its threshold.",
         ),
     ],
     calibration_anyway: options.CalibrationAnyway = False,
@@ -121,8 +121,8 @@ def gate(
         Literal["block", "pass"] | None,
         typer.Option(
             metavar="WHAT",
-            help="block or pass answers that end before the window and so have no score (default: block them unless "
-            "they are empty).",
+            help="block or pass answers without a value, as those that end before the window (default: block them "
+            "unless they are empty).",
         ),
     ] = None,
     compare_ungated: Annotated[
@@ -135,12 +135,12 @@ def gate(
     engine: options.CorpusEngineOptions,
     messages: options.Messages,
 ) -> None:
-    """Answer prompts, except those whose score reaches a calibration's threshold.
+    """Answer prompts, except those whose detector value reaches a calibration's threshold.
 
-    Each answer is scored while it is made, over the calibration's window. A prompt that scores at or above the
-    threshold is stopped there and answered with [blocked]; the others are answered to their end. Writes to the --out
-    folder as `headrift score` does; the parts have the columns blocked, score, text and leaked (whether the text has a
-    --fail-term).
+    Each prompt is judged while it is answered: before its second token if the detector reads step 0 alone, else at the
+    end of the calibration's window. At or above the threshold it is stopped there and answered with [blocked]; the
+    others are answered to their end. Writes to the --out folder as `headrift score` does; the parts have the columns
+    blocked, detector, text and leaked (whether the text has a --fail-term).
     """
     from headrift.calibration.artifact import Calibration
     from headrift.corpus.config import ScoreConfig, range_options

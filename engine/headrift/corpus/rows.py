@@ -40,7 +40,7 @@ REASONS = {
     "bad_prompt": "The prompt is neither a text nor an object: give a text, messages or token ids.",
     "duplicate_id": "An earlier row has the same id: give each row its own.",
     "no_prompt": "The row has no prompt, messages or token_ids: add the one that was sent.",
-    "no_response": "Replay needs the logged answer: give it as `response`.",
+    "no_response": "Replay past step 0 needs the logged answer: give it as `response`.",
     "several_prompts": "The row has more than one of prompt, messages and token_ids: keep the one that was sent.",
     "system_not_used": "`system` goes with `prompt`: put it first into messages, or name its tokens in regions.",
     "unknown_label": 'The label is unknown: write "attack" or "benign", or leave it out.',

@@ -10,7 +10,9 @@ All are plain JSON: numbers and names; loading one runs no code.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
@@ -86,7 +88,8 @@ class ChosenHeads(BaseModel, extra="forbid", frozen=True):
 
     def values(self, prompts: Prompts) -> Floats:
         """[n], NaN for none."""
-        assert prompts.focus_heads is not None
+        if prompts.focus_heads is None:  # no prompt has a user turn
+            return np.full(len(prompts), np.nan)
         layer, head = np.array(self.heads).T
         return -prompts.focus_heads[:, layer, head].astype(np.float64).mean(axis=1)
 
@@ -217,18 +220,20 @@ class Novelty(_OnFeatures, frozen=True):
     def values(self, prompts: Prompts) -> Floats:
         """[n], NaN for none."""
         matrix = self.standardised(prompts)
-        return np.sqrt(np.maximum(np.einsum("nd,nd->n", matrix @ self._precision(), matrix), 0.0))
+        return np.sqrt(np.maximum(np.einsum("nd,dn->n", matrix, self._times_precision(matrix.T)), 0.0))
 
     def contributions(self, prompts: Prompts) -> Floats:
         """What each head adds to the squared distance [n, layers, heads]."""
         matrix = self.standardised(prompts)
-        return self.by_head((matrix @ self._precision()) * matrix)
+        return self.by_head(self._times_precision(matrix.T).T * matrix)
 
-    def _precision(self) -> Floats:
+    @cached_property
+    def _times_precision(self) -> Callable[[Floats], Floats]:
+        """The inverse covariance times [d, n]. It takes some 30 ms to make; kept as an array it would break `==`."""
         d = len(self.moments.mean)
         upper = np.zeros((d, d))
         upper[np.triu_indices(d)] = self.precision
-        return upper + np.triu(upper, 1).T
+        return partial(np.matmul, upper + np.triu(upper, 1).T)
 
 
 Detector = Annotated[Directed | ChosenHeads | Readout | Novelty, Field(discriminator="kind")]

@@ -86,19 +86,27 @@ class Prompts:
 def prompts_of(results: Sequence[ScoreResult]) -> Prompts:
     """What detectors read of results, all of one model and window."""
 
-    def arrays(name: str) -> NDArray[np.float32] | None:
-        values = [getattr(result, name) for result in results]
-        return None if any(value is None for value in values) else np.stack(values)
-
     names = results[0].signals
     scores = {name: [result.signals.get(name) for result in results] for name in names}
     scores["instability"] = [result.score for result in results]
     return Prompts(
         {name: np.array(column, np.float64) for name, column in scores.items()},
         np.array([result.system_tokens / result.prompt_tokens for result in results]),
-        arrays("logit_shares"),
-        arrays("focus_heads"),
+        _stack([result.logit_shares for result in results]),
+        _stack([result.focus_heads for result in results]),
     )
+
+
+def _stack(arrays: Sequence[NDArray[np.float32] | None]) -> NDArray[np.float32] | None:
+    """Arrays as one, NaN for what one does not have; None if there is none."""
+    largest = max((array for array in arrays if array is not None), key=len, default=None)
+    if largest is None:
+        return None
+    stacked = np.full((len(arrays), *largest.shape), np.nan, np.float32)
+    for row, array in zip(stacked, arrays):
+        if array is not None:
+            row[: len(array)] = array
+    return stacked
 
 
 def features(prompts: Prompts, layers: Ints, *, windowed: bool) -> Floats:

@@ -1,4 +1,4 @@
-"""Runs a scoring job on a Ray cluster of its own: `run_ray_job.py ENGINE INPUT MODEL OUT MARKS PAUSE`.
+"""Runs a scoring job on a Ray cluster of its own: `run_ray_job.py ENGINE INPUT MODEL OUT MARKS PAUSE [CALIBRATION]`.
 
 As run_job.py, with two engines on a cluster of two nodes with a core each, which begins and ends with this process.
 """
@@ -12,18 +12,15 @@ from pathlib import Path
 import ray
 from faulty import FaultyEngine
 from ray.cluster_utils import Cluster
-from run_job import SHARD_ROWS
+from run_job import SHARD_ROWS, settings_of
 
-from headrift.corpus.config import ScoreConfig
 from headrift.corpus.job import ScoreJob
 from headrift.corpus.scoring import ScoringEngine
 from headrift.corpus.worker import Engine, EngineProcess
 
 
-def main(engine: str, given: str, model: str, out: str, marks: str, pause: str) -> int:
-    settings = ScoreConfig(
-        (given,), Path(model), Path(out), system_prompt="Be brief, and be kind.", steps=4, engine="ray", workers=2
-    )
+def main(engine: str, given: str, model: str, out: str, marks: str, pause: str, calibration: str | None = None) -> int:
+    settings = settings_of(given, model, out, calibration, engine="ray", workers=2)
     make: dict[str, Callable[[], Engine]] = {
         "fake": partial(FaultyEngine, Path(marks), Path(model), float(pause)),
         "vllm": partial(ScoringEngine, settings),

@@ -79,6 +79,18 @@ def test_tokens_are_the_stock_backends(tiny, mixed, run):
         assert first - second < NEAR_TIE, f"token {at} differs though the model is sure of it"
 
 
+def test_step_0_alone(tiny, random_requests, run, assert_agrees):
+    """Prompts of which nothing is decoded: no step has a decode row, but the prompts' last tokens."""
+    engine, oracle = tiny
+    requests = random_requests(11, 4, steps=0, unprobed=0.0, longest=50)
+    assert max(len(request.prompt_ids) for request in requests) > 64  # one is taken in two chunks
+    before = engine.steps_run
+    items = run(engine, requests)
+    assert assert_agrees(oracle, items) == len(requests)
+    assert {len(item.done.answer_ids) for item in items} == {1}
+    assert engine.steps_run - before <= 2 + sum(len(request.prompt_ids) for request in requests) // 64
+
+
 def test_preempted_requests_resume_and_agree(tiny, run, preemptions, assert_agrees):
     engine, oracle = tiny
     rng = np.random.default_rng(5)
