@@ -137,7 +137,17 @@ def draw_heatmap(
         axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor=frame, linewidth=2))
     axes.set(xlabel=STEP, ylabel="layer (0: nearest the input)")
     axes.locator_params(axis="x", integer=True)
+    if len(values) == 1:
+        axes.set_xticks([0])
     axes.figure.colorbar(image, ax=axes, label=label)
+
+
+def draw_heads(axes: Axes, values: Floats, label: str, largest: float | None = None) -> None:
+    """Draw values [layers, heads], white at 0, with a colour bar. largest: the number at its ends."""
+    largest = largest or float(np.nanmax(np.abs(values), initial=1e-6))
+    colours: dict[str, Any] = {"cmap": diverging(), "vmin": -largest, "vmax": largest}
+    draw_heatmap(axes, values.T, label, window=(0, -1), layers=(0, 0), **colours)
+    axes.set_xlabel("head")
 
 
 def select_groups(groups: Mapping[Group, Floats]) -> dict[Group, Floats]:
@@ -204,7 +214,8 @@ def _draw_profile(axes: Axes, profile: AurocProfile) -> None:
     axes.set_ylabel(AUROC)
 
 
-def _diverging() -> Any:
+def diverging() -> Any:
+    """The colours of numbers on either side of a middle: blue, white, orange."""
     from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("benign_attack", [COLOURS["benign"], "#f7f7f7", COLOURS["attack"]])
@@ -234,33 +245,47 @@ def scores_png(
 
 
 def heatmaps_png(
-    path: Path, panels: Mapping[str, Floats], *, window: tuple[int, int], layers: tuple[int, int], title: str
+    path: Path,
+    panels: Mapping[str, Floats],
+    *,
+    window: tuple[int, int],
+    layers: tuple[int, int],
+    title: str,
+    heads: Mapping[str, Floats] | None = None,
 ) -> None:
     """Draw heatmaps side by side. OSError if the file cannot be written.
 
     Args:
         panels: Values [steps, layers] by the colour bar's label; NaN is hatched.
-        window: First and last scored step.
+        window: First and last scored step; the last is before the first if none is.
         layers: Scored layers [start, end); the scored cells are framed.
+        title: Of the whole figure.
+        heads: Further values [layers, heads], white at 0.
     """
+    heads = heads or {}
     n_steps, n_layers = next(iter(panels.values())).shape
-    figure = new_figure(1.2 + len(panels) * max(3.6, 0.25 * n_steps + 2), max(3.4, 0.13 * n_layers + 1.4))
-    for axes, (label, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    widths = [max(3.6, 0.25 * n_steps + 2)] * len(panels)
+    widths += [min(max(3.6, 0.25 * values.shape[1] + 2), 7) for values in heads.values()]
+    figure = new_figure(1.2 + sum(widths), max(3.4, 0.13 * n_layers + 1.4))
+    all_axes = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
+    for axes, (label, values) in zip(all_axes, panels.items()):
         draw_heatmap(axes, values, label, window=window, layers=layers)
-    title = f"{short(title, 60)}\nframed: the steps and layers that are scored"
-    figure.suptitle(title, fontsize=10, parse_math=False)
+    for axes, (label, values) in zip(all_axes[len(panels) :], heads.items(), strict=True):
+        draw_heads(axes, values, label)
+    framed = "\nframed: the steps and layers that are scored" if window[0] <= window[1] else ""
+    figure.suptitle(short(title, 60 + 40 * len(heads)) + framed, fontsize=10, parse_math=False)
     save(figure, path)
 
 
 # The report's
 
 
-def scores(groups: Mapping[Group, Floats], threshold: float | None) -> Figure:
-    """Scores by class and category, and the threshold if there is one."""
+def scores(groups: Mapping[Group, Floats], threshold: float | None, label: str = f"mean {INSTABILITY}") -> Figure:
+    """Scores by class and category, and the threshold if there is one. label: what a score is."""
     selected = select_groups(groups)
     figure, axes = one_panel(1.3 + 0.31 * len(selected), least=2.6)
     draw_scores(axes, selected)
-    axes.set_xlabel(f"score: mean {INSTABILITY}")
+    axes.set_xlabel(f"score: {label}")
     if threshold is not None:
         axes.axvline(threshold, color="black", linewidth=1.2, linestyle=(0, (4, 2)))
         place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom"}
@@ -369,7 +394,7 @@ def windows(grid: WindowGrid, scored: tuple[int, int]) -> Figure:
     middle = (grid.starts[1:] + grid.starts[:-1]) / 2
     edges = np.array([grid.starts[0] - 0.5, *middle, grid.starts[-1] + 0.5])
     axes.patch.set(facecolor="#eeeeee")
-    colours: dict[str, Any] = {"cmap": _diverging(), "vmin": 0.5 - largest, "vmax": 0.5 + largest, "rasterized": True}
+    colours: dict[str, Any] = {"cmap": diverging(), "vmin": 0.5 - largest, "vmax": 0.5 + largest, "rasterized": True}
     image = axes.pcolormesh(edges, edges, np.ma.masked_invalid(grid.auroc.T), **colours)
     axes.plot(*scored, marker="s", markersize=9, markerfacecolor="none", markeredgecolor="black", markeredgewidth=1.8)
     axes.set(xlabel="first step of the window", ylabel="last step of the window (square: scored)")
@@ -391,9 +416,16 @@ def heatmap(
     colours: dict[str, Any] = {}
     if limits is None:
         largest = float(np.nanmax(np.abs(values), initial=1e-6))
-        limits, colours = (-largest, largest), {"cmap": _diverging(), "frame": "black"}
+        limits, colours = (-largest, largest), {"cmap": diverging(), "frame": "black"}
     colours |= dict(zip(("vmin", "vmax"), limits))
     draw_heatmap(figure.subplots(), values, label, window=window, layers=layers, **colours)
+    return figure
+
+
+def head_map(values: Floats, label: str, *, largest: float | None = None, small: bool = False) -> Figure:
+    """Values [layers, heads], white at 0. largest: the number at the ends of the colours."""
+    figure = new_figure(4.0, 3.6) if small else new_figure(WIDTH, 4.2)
+    draw_heads(figure.subplots(), values, label, largest)
     return figure
 
 

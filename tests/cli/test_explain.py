@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
@@ -13,10 +14,17 @@ from typer.testing import CliRunner
 
 from headrift import explain as module
 from headrift import signal
+from headrift.calibration.artifact import Calibration
+from headrift.calibration.calibrate import calibrate
+from headrift.calibration.thresholds import CalibrateConfig
 from headrift.cli import app
 from headrift.explain import Explanation, explain, show
+from headrift.runs.detector_input import detector_values
+from headrift.runs.reading import open_run
 from headrift.signal import ScoreRange, Window
+from headrift.signals.detectors import ChosenHeads
 from headrift.terminal import printable
+from helpers import made_runs
 
 
 @pytest.fixture
@@ -44,8 +52,8 @@ def parts_of(run: Path) -> list[dict]:
     return pq.read_table(run / "part-00000.parquet").to_pylist()
 
 
-def ask(run: Path, row_id: str):
-    return CliRunner().invoke(app, ["explain", str(run), "--id", row_id], env={"COLUMNS": "80"})
+def ask(run: Path, row_id: str, *options: str):
+    return CliRunner().invoke(app, ["explain", str(run), "--id", row_id, *options], env={"COLUMNS": "80"})
 
 
 def test_what_is_printed(run):
@@ -163,3 +171,144 @@ def test_many_layers_and_steps_fit_the_terminal():
     lines = console.export_text().splitlines()
     assert max(map(len, lines)) <= 80
     assert len(lines) < 55
+
+
+def test_a_run_of_step_0_alone(run):
+    out = run("--save", "text", "--save", "shares", "--steps", "0")
+    done = ask(out, "r2")
+    assert done.exit_code == 0, done.output
+    words = " ".join(done.stdout.split())
+    (row,) = (row for row in parts_of(out) if row["id"] == "r2")
+    assert f"prompt: {row['prompt'].strip()}" in words
+    assert "no score: no_window (the run recorded step 0" in words
+    assert f"signals: focus, all heads {row['focus']:.3f}, prompt length {row['prompt_tokens']}" in words
+    assert "mean share of the heads 0." in words
+    assert "answer:" not in words
+    assert "|" not in done.stdout
+    assert "scored: steps" not in words
+    assert (out / "explain-r2.png").stat().st_size > 10_000
+
+
+PLANTED = [(2, 1), (3, 2)]
+
+
+@pytest.fixture(scope="module")
+def patterns(tmp_path_factory):
+    """A run of step 0 with a pattern in its attacks; the first row has no shares."""
+    folder = tmp_path_factory.mktemp("patterns") / "run"
+    made_runs.write_patterns(folder, 1, 80, 120, effect=2.0, at=PLANTED, prompt=["a prompt"] * 200)
+    path = folder / "part-00000.parquet"
+    table = pq.read_table(path)
+    place = table.schema.get_field_index("logit_shares")
+    kind = table.schema.field(place).type
+    shares = pa.array([None, *table["logit_shares"].to_pylist()[1:]], kind)
+    pq.write_table(table.set_column(place, "logit_shares", shares), path)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["readout", "novelty"])
+def calibrated(request, patterns, tmp_path_factory):
+    """A calibration of the run, and its file."""
+    config = CalibrateConfig(target_fpr=0.1, resamples=20, signal=request.param)
+    calibration = calibrate([open_run(patterns)], config)
+    path = tmp_path_factory.mktemp("calibration") / "c.json"
+    calibration.save(path)
+    return calibration, path
+
+
+def test_the_verdict_and_the_heads_add_up(patterns, calibrated):
+    calibration, _ = calibrated
+    values = detector_values([open_run(patterns)], calibration.detector, 200)
+    for number in (1, 40, 150, 199):
+        detected = explain(patterns, f"r{number}", calibration).detected
+        assert detected.prediction.detector == pytest.approx(values[number])
+        assert detected.prediction.flagged == (values[number] >= calibration.threshold)
+        total = detected.heads.sum()
+        if calibration.detector.kind == "readout":
+            assert total + calibration.detector.intercept == pytest.approx(values[number])
+        else:
+            assert total == pytest.approx(values[number] ** 2)
+
+
+def test_a_calibrated_row_is_printed_with_its_verdict_first(patterns, calibrated, tmp_path):
+    calibration, path = calibrated
+    values = detector_values([open_run(patterns)], calibration.detector, 200)
+    for number, word in ((np.nanargmax(values), "FLAGGED"), (np.nanargmin(values), "not flagged")):
+        picture = tmp_path / f"{number}.png"
+        done = ask(patterns, f"r{number}", "--calibration", str(path), "--png", str(picture))
+        assert done.exit_code == 0, done.output
+        first, second, *_ = done.stdout.splitlines()
+        assert first.startswith(f"{word}: value {values[number]:.4f} ")
+        assert second == f"detector: {calibration.label}"
+        assert max(map(len, done.stdout.replace(str(tmp_path), "").splitlines())) <= 80
+        heads = explain(patterns, f"r{number}", calibration).detected.heads
+        layer, head = np.unravel_index(heads.argmax(), heads.shape)
+        assert f"layer {layer}, head {head} {heads.max():+.3f}" in " ".join(done.stdout.split())
+        cells = re.findall(r"[+-][░▒▓█]", done.stdout)
+        assert "".join(cells).count("+") == (heads > heads.max(initial=-heads.min()) / 5).sum()
+        assert picture.stat().st_size > 10_000
+
+
+def test_the_heads_that_flag_attacks_are_the_planted_ones(patterns, calibrated):
+    calibration, _ = calibrated
+    heads = np.mean([explain(patterns, f"r{number}", calibration).detected.heads for number in range(1, 20)], axis=0)
+    best = np.unravel_index(np.argsort(heads, axis=None)[-2:], heads.shape)
+    assert sorted(zip(*(axis.tolist() for axis in best))) == PLANTED
+
+
+def test_a_row_without_shares_has_no_value(patterns, calibrated):
+    done = ask(patterns, "r0", "--calibration", str(calibrated[1]))
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("not flagged: no value")
+    assert "heads for a flag" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("about", "says"),
+    [
+        ({"chat_template_sha256": "other"}, "the chat template"),
+        ({"engine": {"dtype": "float32", "layers": 6, "heads": 8}}, "the number of heads"),
+        ({"model": {"path": "models/m", "fingerprint": "other"}}, "the model"),
+    ],
+)
+def test_a_calibration_of_something_else_is_refused(patterns, calibrated, tmp_path, about, says):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "part-00000.parquet").symlink_to(patterns / "part-00000.parquet")
+    (other / "run.json").write_text(json.dumps(json.loads((patterns / "run.json").read_text()) | about))
+    done = ask(other, "r1", "--calibration", str(calibrated[1]))
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert f"the calibration is for something else: {says} differ" in done.stderr
+
+
+def test_instability_of_a_window_and_a_calibration_of_another(tmp_path):
+    instability = made_runs.made_up(3, 40, 80, effect=0.05)
+    label, names = made_runs.labels(40, 80), [f"r{number}" for number in range(120)]
+    random = np.random.default_rng(3).uniform(0.1, 0.4, 120)
+    columns = {"id": names, "score": random, "source": ["in"] * 120, "row": list(range(120)), "flags": [[]] * 120}
+    out = made_runs.write_run(tmp_path / "run", instability, label, **columns)
+    config = CalibrateConfig(target_fpr=0.1, resamples=0, signal="instability", window=Window(2, 5))
+    other = calibrate([open_run(out)], config)
+    path = tmp_path / "c.json"
+    other.save(path)
+    done = ask(out, "r1", "--calibration", str(path))
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "--window (calibration: 2:5, given: 1:6)" in done.stderr
+    own = Calibration.load(path).model_copy(update={"window": "1:6"})
+    own.save(path)
+    done = ask(out, "r1", "--calibration", str(path))
+    assert done.exit_code == 0, done.output
+    value = own.detector.direction * random[1]
+    assert f"value {value:.4f} {'>=' if value >= own.threshold else '<'} threshold {own.threshold:.4f}" in done.stdout
+
+
+def test_what_the_run_did_not_keep_is_named(run, patterns, calibrated, tmp_path):
+    calibration, _ = calibrated
+    out = run("--steps", "0")
+    heads = ChosenHeads(heads=[(0, 0)], n=None)
+    update = {"detector": heads, "model": open_run(out).model}
+    path = tmp_path / "c.json"
+    calibration.model_copy(update=update).save(path)
+    done = ask(out, "r1", "--calibration", str(path))
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "did not keep, heads' focus: score with --save focus" in done.stderr

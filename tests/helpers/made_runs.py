@@ -79,7 +79,13 @@ def write_about(folder: Path, steps: int, layers: int, heads: int = 4, status="d
     """run.json, as far as calibration reads it."""
     about = {
         "status": status,
-        "settings": {"steps": steps, "window": f"1:{steps}", "drop_shallow": 0.25, "drop_deep": 0.15, "replay": False},
+        "settings": {
+            "steps": steps,
+            "window": str(Window(1, steps)),
+            "drop_shallow": 0.25,
+            "drop_deep": 0.15,
+            "replay": False,
+        },
         "model": {"path": "models/m", "fingerprint": fingerprint},
         "engine": {"dtype": "float32", "layers": layers, "heads": heads},
         "chat_template_sha256": "t",
@@ -163,3 +169,26 @@ def run_of_patterns(
     given = {name: column for name, column in given.items() if column is not None}
     run = run_of(instability, labels(n_attack, n_benign), name, **given)
     return replace(run, model=run.model.model_copy(update={"heads": heads}))
+
+
+def write_patterns(folder: Path, *args, layers=6, heads=4, **options) -> Path:
+    """The folder of `run_of_patterns`, with the ids r0, r1, ..."""
+    folder.mkdir()
+    run = run_of_patterns(*args, layers=layers, heads=heads, **options)
+    schema = part_schema(("text",), layers=layers, heads=heads, regions=("system", "user", "prompt"))
+    table = pa.Table.from_batches(run.batches(schema.names))
+    n = len(table)
+    given = {
+        "id": [f"r{number}" for number in range(n)],
+        "source": ["in.jsonl"] * n,
+        "row": np.arange(1, n + 1),
+        "reason": [signal.NO_WINDOW] * n,
+        "n_scored": np.zeros(n, int),
+        "flags": [[]] * n,
+        "text": [""] * n,
+        **{name: table[name] for name in table.column_names},
+    }
+    table = pa.table({name: given.get(name, pa.nulls(n, schema.field(name).type)) for name in schema.names})
+    pq.write_table(table.cast(schema), folder / "part-00000.parquet")
+    write_about(folder, 0, layers, heads)
+    return folder

@@ -31,7 +31,7 @@ from headrift.calibration.selection import (
 )
 from headrift.calibration.splits import CalibrationSamples, divide
 from headrift.calibration.thresholds import CalibrateConfig, CalibrationError
-from headrift.runs.detector_input import detector_values, read_prompts, read_selected, read_texts
+from headrift.runs.detector_input import NOT_KEPT, detector_values, read_prompts, read_selected, read_texts
 from headrift.runs.reading import Rows, ScoreRun, exact_scores, read_instability
 from headrift.signal import ScoreRange, Window
 from headrift.signals import Signal, get, signals
@@ -132,9 +132,7 @@ class Choosing:
             _, prompts = next(read_prompts([run], {entry.reads}))
             array = getattr(prompts, entry.reads)
             if array is None or np.isnan(array).all():
-                what = "heads' shares" if entry.reads == "logit_shares" else "heads' focus"
-                how = "score it again, which keeps them" if entry.reads == "logit_shares" else "score with --save focus"
-                return f"{run.name} has no {what}: {how}"
+                return f"{run.name} has no {NOT_KEPT[entry.reads]}"
         return None
 
     @property

@@ -198,6 +198,7 @@ def _run_job(job: ScoreJob, reporter: Reporter) -> None:
 def explain(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `headrift score` wrote.")],
     row_id: Annotated[str, typer.Option("--id", metavar="ID", help="The row's id.")],
+    calibration: options.Calibration = None,
     png: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Figure to write (default: RUN/explain-ID.png).")
     ] = None,
@@ -205,15 +206,17 @@ def explain(
     """Show why a row scored as it did.
 
     Prints its prompt and answer (of a run with --save text), its score and percentile, the layers and steps that
-    contribute most to the score, and heatmaps of them, which it also writes as a PNG.
+    contribute most to the score, and heatmaps of them, which it also writes as a PNG. With a calibration it begins
+    with the verdict, and shows which heads a readout or novelty flags the row by.
     """
     from rich.console import Console
 
+    from headrift.calibration.artifact import Calibration
     from headrift.explain import explain as explain_row
     from headrift.explain import show, write_png
 
     with Reporter().errors(2):
-        explanation = explain_row(run, row_id)
+        explanation = explain_row(run, row_id, None if calibration is None else Calibration.load(calibration))
     show(Console(), explanation)
     with Reporter().errors(1):
         path = png or run / f"explain-{re.sub(r'[^A-Za-z0-9._-]', '_', row_id)[:80]}.png"

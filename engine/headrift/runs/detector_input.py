@@ -16,6 +16,12 @@ from headrift.signals.features import Prompts
 from headrift.signals.features import logit_shares as logit_shares_of
 from headrift.stats import Floats, Ints
 
+# What a run may lack of what detectors read, and what to do about it.
+NOT_KEPT = {
+    "logit_shares": "heads' shares: score it again, which keeps them",
+    "focus_heads": "heads' focus: score with --save focus",
+}
+
 
 def detector_columns(reads: Collection[str]) -> list[str]:
     """The columns that hold what detectors read (`Signal.reads`)."""
@@ -31,7 +37,7 @@ def read_prompts(runs: Sequence[ScoreRun], reads: Collection[str]) -> Iterator[t
     first, columns = 0, detector_columns(reads)
     for run in runs:
         for batch in run.batches(columns):
-            yield first, _prompts(batch, run, reads)
+            yield first, prompts_of_batch(batch, run, reads)
             first += batch.num_rows
 
 
@@ -46,11 +52,22 @@ def read_selected(runs: Sequence[ScoreRun], selected: Ints, reads: Collection[st
 
 
 def detector_values(runs: Sequence[ScoreRun], detector: AnyDetector, n: int) -> Floats:
-    """A detector's values of all n rows, read batch by batch; instability's are of the runs' own windows."""
+    """A detector's values of all n rows, read batch by batch; instability's are of the runs' own windows.
+
+    Raises:
+        RunError: The runs did not keep what the detector reads.
+    """
     values = np.full(n, np.nan)
     for first, prompts in read_prompts(runs, {detector.reads}):
-        values[first : first + len(prompts)] = detector.values(prompts)
+        values[first : first + len(prompts)] = values_of(prompts, detector)
     return values
+
+
+def values_of(prompts: Prompts, detector: AnyDetector) -> Floats:
+    """A detector's values [n]. RunError if the run did not keep what it reads."""
+    if getattr(prompts, detector.reads) is None:
+        raise RunError(f"the calibration reads what the run did not keep, {NOT_KEPT[detector.reads]}")
+    return detector.values(prompts)
 
 
 def read_texts(runs: Sequence[ScoreRun], selected: Ints) -> list[str] | None:
@@ -67,7 +84,8 @@ def read_texts(runs: Sequence[ScoreRun], selected: Ints) -> list[str] | None:
     return texts
 
 
-def _prompts(batch: pa.RecordBatch, run: ScoreRun, reads: Collection[str]) -> Prompts:
+def prompts_of_batch(batch: pa.RecordBatch, run: ScoreRun, reads: Collection[str]) -> Prompts:
+    """What detectors read of a batch that has `detector_columns`."""
     values = {entry.name: floats(batch, entry.name) for entry in signals(column=True) if entry.detects}
     layers, heads = run.model.layers, run.model.heads or 1
     blocks = 1 if run.score_range.window.empty else 2
