@@ -9,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 
 from headrift.calibration.calibrate import calibrate
 from headrift.calibration.thresholds import CalibrateConfig as CalibrationSettings
+from headrift.calibration.thresholds import CalibrationError
 from headrift.corpus import summary as summaries
 from headrift.report import html, measure
 from headrift.report.report import Report, ReportConfig
+from headrift.runs.detector_input import detector_values
 from headrift.runs.reading import open_run
 from headrift.signal import Window
 
@@ -202,3 +205,99 @@ def test_a_failing_disk_leaves_the_older_report(write, tmp_path, monkeypatch):
 def test_backticks_are_code_and_nothing_else_is(tmp_path):
     assert str(html.mark_code("use `a<b` & c")) == "use <code>a&lt;b</code> &amp; c"
     assert str(html.mark_code("it`s <i>")) == "it`s &lt;i&gt;"
+
+
+ABOUT_STEPS = {"steps", "layers", "onset", "success", "normalisation"}
+
+
+def section_keys(page: Page) -> set[str]:
+    return {at.removeprefix("#") for at in page.addresses if at.startswith("#")}
+
+
+def test_runs_of_step_0_alone(step_0_runs, tmp_path):
+    Report(step_0_runs, ReportConfig(tmp_path / "r.html", resamples=5)).write()
+    page = Page(tmp_path / "r.html")
+    assert "These runs recorded step 0, the prompt's last token, alone" in page.words
+    assert "Without a --calibration these rows have no score" in page.words
+    keys = section_keys(page)
+    assert keys & {*ABOUT_STEPS, "beside"} == set()
+    assert {"runs", "signals", "strata", "increments", "examples", "settings"} <= keys
+    found = {one["name"]: one["auroc"] for one in page.numbers["side_by_side"]["signals"] if one["auroc"]}
+    assert set(found) == {"focus", "prompt_tokens"}
+    assert found["focus"]["value"] < 0.2
+    assert list(page.numbers["comparisons"][0]["measures"]) == ["prompt length"]
+    assert "no steps after step 0" in page.words
+    assert "instability over steps" not in page.words
+    assert "no_window 320" in page.words
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("signal", ["readout", "novelty", "focus"])
+def test_runs_of_step_0_are_scored_by_a_calibrations_detector(step_0_runs, tmp_path, signal):
+    runs = [open_run(run) for run in step_0_runs]
+    calibration = calibrate(runs, CalibrationSettings(target_fpr=0.1, resamples=20, signal=signal))
+    calibration.save(tmp_path / "c.json")
+    Report(step_0_runs, ReportConfig(tmp_path / "r.html", tmp_path / "c.json", resamples=5)).write()
+    page = Page(tmp_path / "r.html")
+    keys = section_keys(page)
+    assert keys & ABOUT_STEPS == set()
+    assert {"scores", "separation", "runs", "calibration", "beside", "examples"} <= keys
+    values = detector_values(runs, calibration.detector, 320)
+    attack = np.tile(np.arange(160) < 60, 2)
+    score = page.numbers["comparisons"][0]["measures"][summaries.SCORE]
+    assert score["auroc"] == pytest.approx(roc_auc_score(attack, values), abs=1e-4)
+    assert page.numbers["flagged"]["attack"]["flagged"] == (values[attack] >= calibration.threshold).sum()
+    benign = np.flatnonzero(~attack)
+    row = int(benign[values[benign].argmax()])
+    highest = page.numbers["examples"]["highest"][0]
+    assert (highest["run"], highest["id"]) == (("one", "two")[row // 160], f"r{row % 160}")
+    assert highest["score"] == pytest.approx(values[row], rel=1e-4)
+    assert f"score: value of the calibration's detector ({calibration.label})".lower() in page.words.lower()
+    alts = [image["alt"] for image in page.images]
+    assert ("What the readout tells attacks by, layer by head" in alts) == (signal == "readout")
+    assert any(alt.startswith("What each head adds") for alt in alts) == (signal != "focus")
+    assert "coefficients" not in json.dumps(page.numbers["calibration"])
+
+
+@pytest.mark.usefixtures("few")
+def test_the_calibration_begins_with_its_verdict_and_has_what_it_was_compared_with(step_0_runs, tmp_path):
+    calibration = calibrate([open_run(run) for run in step_0_runs], CalibrationSettings(target_fpr=0.1, resamples=20))
+    calibration.save(tmp_path / "c.json")
+    Report(step_0_runs, ReportConfig(tmp_path / "r.html", tmp_path / "c.json", resamples=0)).write()
+    section = Page(tmp_path / "r.html").words.rpartition("At the calibration's threshold ")[2]
+    first = calibration.verdict.lines[0]
+    assert section.startswith(f"{first[0].upper()}{first[1:]}.")
+    assert {"words", "prompt_tokens", "readout", "focus"} <= {one.name for one in calibration.comparison}
+    for place, one in enumerate(calibration.comparison):
+        if one.absent is not None:
+            assert f"{one.label} {one.absent}" in section
+            continue
+        row = f"{one.label} {html.show_number(one.auroc.value)} {html.show_interval(one.auroc.interval)}"
+        if place:
+            row += f" {html.show_number(one.difference.value)} {html.show_interval(one.difference.interval)}"
+        assert row in section
+
+
+@pytest.mark.usefixtures("few")
+def test_a_readout_beside_runs_with_instability(write, tmp_path):
+    """The scores stay instability's, and the readout's threshold is not drawn among them."""
+    random = np.random.default_rng(3)
+    log_odds = random.standard_normal((160, 2, 10, 4))
+    log_odds[:60, :, 4, 2] += 3
+    kept = [row.astype(np.float16).ravel() for row in log_odds]
+    columns = {"logit_shares": kept, "system_tokens": np.full(160, 15)}
+    run = write(tmp_path / "run", 60, 100, **columns)
+    calibration = calibrate([open_run(run)], CalibrationSettings(target_fpr=0.1, resamples=20, signal="readout"))
+    assert calibration.detector.windowed
+    calibration.save(tmp_path / "c.json")
+    report = Report([run], ReportConfig(tmp_path / "r.html", tmp_path / "c.json", resamples=5))
+    assert report._threshold() is None
+    report.write()
+    page = Page(tmp_path / "r.html")
+    assert section_keys(page) >= ABOUT_STEPS
+    assert "Score: mean instability over steps 2:6" in page.words
+    values = detector_values([open_run(run)], calibration.detector, 160)
+    assert page.numbers["flagged"]["attack"]["flagged"] == (values[:60] >= calibration.threshold).sum()
+    other = write(tmp_path / "other", 60, 100, window=Window(1, 8), **columns)
+    with pytest.raises(CalibrationError, match="calibration: 2:6, given: 1:8"):
+        Report([other], ReportConfig(tmp_path / "o.html", tmp_path / "c.json"))

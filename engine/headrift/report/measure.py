@@ -7,7 +7,7 @@ sample as in the closing table (corpus.summary); of each of these only its means
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
 
@@ -16,11 +16,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from headrift import signal
-from headrift.corpus.summary import COLUMNS, Summary
+from headrift.calibration.artifact import Calibration
+from headrift.corpus.summary import COLUMNS, SCORE, SCORED, Comparison, Summary
 from headrift.figures import AurocProfile, WindowGrid
 from headrift.report.html import ReportError
+from headrift.runs.detector_input import detector_values
 from headrift.runs.reading import Rows, ScoreRun, exact_scores, read_instability, read_rows
 from headrift.signal import ScoreRange
+from headrift.signals import get
 from headrift.stats import Bools, Floats, Ints, area, ranks, roc_curve, separation
 
 Say: TypeAlias = Callable[[str], None]
@@ -54,7 +57,10 @@ class Samples:
 
 @dataclass(frozen=True)
 class ReportData:
-    """What the report reads of its runs."""
+    """What the report reads of its runs.
+
+    Runs of step 0 alone have no instability: their scores are the values of a calibration's detector, or missing.
+    """
 
     runs: Sequence[ScoreRun]
     names: Sequence[str]  # of the runs' folders, with as many parents as tell them apart
@@ -64,6 +70,22 @@ class ReportData:
     summary: Summary
     run_summaries: Sequence[Summary]
     samples: Samples
+    detected: Calibration | None = None  # whose values are the scores
+
+    @property
+    def has_window(self) -> bool:  # whether there are steps that are scored
+        return not self.score_range.window.empty
+
+    @property
+    def has_score(self) -> bool:
+        return self.has_window or self.detected is not None
+
+    @property
+    def score_is(self) -> str:  # in words
+        if self.detected is not None:
+            return f"value of the calibration's detector ({self.detected.label}) at step 0, the prompt's last token"
+        layers = f"layers {self.layers[0]} to {self.layers[1] - 1}"
+        return f"mean instability over steps {self.score_range.window} of the answer and {layers}"
 
     @property
     def steps(self) -> int:  # the last that all runs recorded
@@ -85,9 +107,18 @@ class ReportData:
     def has_both_classes(self) -> bool:
         return {"attack", "benign"} <= set(self.classes)
 
+    def comparisons(self, summary: Summary) -> list[Comparison]:
+        """Those of a summary, without what runs of step 0 alone do not have."""
+        left_out = set() if self.has_window else {get(name).label for name in ("answer_tokens", "n_steps")}
+        left_out |= set() if self.has_score else {SCORE, SCORED}
+        return [
+            replace(one, measures={name: values for name, values in one.measures.items() if name not in left_out})
+            for one in summary.comparisons()
+        ]
+
 
 class Extremes(NamedTuple):
-    """The rows that stand out, as their columns by name, with `run`, `score` and `percentile`."""
+    """The rows that stand out, as their columns by name, with `number`, `run`, `score` and `percentile`."""
 
     highest_class: str
     highest: Sequence[Mapping[str, Any]]  # the highest scores first
@@ -107,12 +138,21 @@ def common_range(runs: Sequence[ScoreRun]) -> ScoreRange:
     return runs[0].score_range
 
 
-def gather(runs: Sequence[ScoreRun], score_range: ScoreRange, say: Say) -> ReportData:
-    """Read runs of one model, with scores over `score_range`. RunError if their files cannot be read."""
+def gather(
+    runs: Sequence[ScoreRun], score_range: ScoreRange, say: Say, calibration: Calibration | None = None
+) -> ReportData:
+    """Read runs of one model, with scores over `score_range`; if that has no step, by the calibration.
+
+    Raises:
+        RunError: Their files cannot be read, or lack what the calibration reads.
+    """
     say("reading the rows")
     rows = read_rows(runs)
-    rescored = None
-    if any(run.score_range != score_range for run in runs):
+    rescored, reason = None, None
+    detected = calibration if score_range.window.empty else None
+    if detected is not None:
+        rescored, reason = detector_values(runs, detected.detector, len(rows)), "no_value"
+    elif any(run.score_range != score_range for run in runs):
         say(f"scoring {len(rows):,} rows in steps {score_range.window}")
         (rescored,) = exact_scores(runs, rows, [(score_range, np.arange(len(rows)))])
     summary, *run_summaries = (Summary(score_range.window.end) for _ in range(1 + len(runs)))
@@ -122,7 +162,7 @@ def gather(runs: Sequence[ScoreRun], score_range: ScoreRange, say: Say) -> Repor
         for batch in run.batches(COLUMNS):
             part = slice(first, first + len(batch))
             if rescored is not None:
-                batch = _with_scores(batch, rescored[part], score_range)
+                batch = _with_scores(batch, rescored[part], score_range, reason)
             score[part] = batch.column("score").to_numpy(zero_copy_only=False)
             summary.add(batch)
             run_summary.add(batch)
@@ -131,7 +171,8 @@ def gather(runs: Sequence[ScoreRun], score_range: ScoreRange, say: Say) -> Repor
         run_summary.add_rejects(run.folder)
     say("reading the instability")
     samples = _read_samples(runs, score_range, summary.samples())
-    return ReportData(runs, _distinct_names(runs), score_range, rows, score, summary, run_summaries, samples)
+    names = _distinct_names(runs)
+    return ReportData(runs, names, score_range, rows, score, summary, run_summaries, samples, detected)
 
 
 def _divide(sums: Floats, counts: Ints) -> Floats:
@@ -139,11 +180,15 @@ def _divide(sums: Floats, counts: Ints) -> Floats:
     return np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
 
 
-def _with_scores(batch: pa.RecordBatch, score: Floats, score_range: ScoreRange) -> pa.RecordBatch:
-    """Replace a batch's scores and reasons by those of another window."""
+def _with_scores(
+    batch: pa.RecordBatch, score: Floats, score_range: ScoreRange, missing_reason: str | None
+) -> pa.RecordBatch:
+    """Replace a batch's scores and reasons by those of another window, or of a detector with its reason."""
     missing = np.isnan(score)
     ended = batch.column("n_steps").to_numpy(zero_copy_only=False) < score_range.window.start
     reason = np.where(ended, signal.ANSWER_ENDED, signal.LOST_SPAN)
+    if missing_reason is not None:
+        reason = np.full(len(score), missing_reason)
     columns = {name: batch.column(name) for name in batch.schema.names}
     columns["score"] = pa.array(score, pa.float64(), mask=missing)
     columns["reason"] = pa.array(reason, pa.string(), mask=~missing)
@@ -264,7 +309,7 @@ def extremes(data: ReportData, *, with_texts: bool) -> Extremes | None:
     for number, row in rows.items():
         score = float(data.score[number])
         at_most = np.searchsorted(reference_scores, score, side="right")
-        row |= {"score": score, "percentile": float(at_most / len(reference_scores) * 100)}
+        row |= {"number": number, "score": score, "percentile": float(at_most / len(reference_scores) * 100)}
         row["instability"] = np.array(row["instability"], np.float64).reshape(-1, data.runs[0].model.layers)
     highest, quietest = ([rows[number] for number in numbers] for numbers in chosen)
     without_score = int((data.samples.in_class("attack") & ~valid).sum())

@@ -61,7 +61,7 @@ class Report:
         check_alike(runs)
         self._calibration = None if config.calibration is None else Calibration.load(config.calibration)
         score_range = common_range(runs) if self._calibration is None else _calibrated_range(self._calibration, runs)
-        self._data = gather(runs, score_range, say)
+        self._data = gather(runs, score_range, say, self._calibration)
 
     def write(self) -> Path:
         """Write the page and the folder of its figures, which is returned. OSError if it fails: nothing has changed."""
@@ -78,18 +78,23 @@ class Report:
         data, output, config, calibration = self._data, self._output, self._config, self._calibration
         self._say("measuring")
         in_short = list(sections.in_short(data, output))
-        threshold = None if calibration is None else calibration.threshold
         calibrated = () if calibration is None else sections.calibrated(calibration, data, output)
         separated = sections.separation(data, output)
+        measure = "the score" if data.has_score else "prompt length"
         every = _sections(
-            ("scores", "Scores by class and category", sections.scores(data, output, threshold)),
-            ("separation", "How well the score separates attacks from benign prompts", separated),
+            ("scores", "Scores by class and category", sections.scores(data, output, self._threshold())),
+            ("separation", f"How well {measure} separates attacks from benign prompts", separated),
             ("runs", "Run by run", sections.runs(data, output)),
             ("calibration", "At the calibration's threshold", calibrated),
-            ("steps", "When the difference shows: steps and windows", sections.when(data, output, config.resamples)),
-            ("layers", "Where it shows: layers and steps", sections.where(data, output, config.resamples)),
-            ("beside", "The score against entropy, agreement and length", sections.against(data, output)),
         )
+        if data.has_window:
+            when, where = (one(data, output, config.resamples) for one in (sections.when, sections.where))
+            every += _sections(
+                ("steps", "When the difference shows: steps and windows", when),
+                ("layers", "Where it shows: layers and steps", where),
+            )
+        others = "entropy, agreement and length" if data.has_window else "prompt length"
+        every += _sections(("beside", f"The score against {others}", sections.against(data, output)))
         every += self._compared()
         every += _sections(
             ("examples", "Rows to look at", sections.examples(data, output, config.redact)),
@@ -106,24 +111,42 @@ class Report:
             sections=every,
             files=output.folder.name,
             redact=config.redact,
+            detector=None if data.detected is None else data.detected.label,
+            has_window=data.has_window,
         )
 
+    def _threshold(self) -> float | None:
+        """The calibration's threshold on the scale of the scores, if they are what it reads."""
+        calibration, data = self._calibration, self._data
+        if calibration is None or data.detected is not None:
+            return None if calibration is None else calibration.threshold
+        direction = sections.instability_direction(calibration)
+        return None if direction is None else direction * calibration.threshold
+
     def _compared(self) -> list[html.Section]:
-        data, config, output, title = self._data, self._config, self._output, "Instability and other signals"
+        data, config, output = self._data, self._config, self._output
+        title = "Instability and other signals" if data.has_window else "Signals of step 0"
         options: dict[str, Any] = {"resamples": config.resamples, "seed": config.seed, "say": self._say}
         try:
-            if not data.has_both_classes or not np.isfinite(data.score).any():
-                raise CalibrationError(sections.NO_SCORE if data.has_both_classes else sections.NEEDS_BOTH_CLASSES)
+            if not data.has_both_classes:
+                raise CalibrationError(sections.NEEDS_BOTH_CLASSES)
+            if data.has_window and not np.isfinite(data.score).any():
+                raise CalibrationError(sections.NO_SCORE)
             options |= {"rows": data.rows, "fail_terms": self._fail_terms}
             compared = side_by_side(data.runs, data.score_range, **options)
         except CalibrationError as error:
             return _sections(("signals", title, [html.Missing(str(error))]))
         output.numbers(side_by_side=compared.model_dump(mode="json"))
         by_length = "Scores against benign prompts of the same length"
-        return _sections(
+        adds = "Does instability add anything?" if data.has_window else "Does focus add anything to length?"
+        every = _sections(
             ("signals", title, _signals(compared, output)),
             ("strata", "Controlling for length and category", _strata(compared)),
-            ("increments", "Does instability add anything?", _increments(compared.increments)),
+            ("increments", adds, _increments(compared.increments)),
+        )
+        if not data.has_window:
+            return every
+        return every + _sections(
             ("onset", "Does it come before distraction?", _onset(compared, output)),
             ("success", "Does it tell attacks that succeed?", _success(compared, config.fail_terms, config.redact)),
             ("normalisation", by_length, _normalisation(compared.normalisation)),
@@ -142,6 +165,10 @@ def _calibrated_range(calibration: Calibration, runs: Sequence[ScoreRun]) -> Sco
     calibration.check(runs[0].model, window, calibration.drop_shallow, calibration.drop_deep)
     if not calibration.ranged:
         return common_range(runs)
+    if sections.instability_direction(calibration) is None:  # what it reads is of the runs' own window
+        for run in runs:
+            own = run.score_range
+            calibration.check(run.model, own.window, own.drop_shallow, own.drop_deep)
     if window.end > steps:
         raise html.ReportError(
             f"the calibration's window is steps {window}, and the runs recorded {steps}: score the prompts again with "
@@ -160,6 +187,7 @@ def _signals(result: SideBySide, output: html.Output) -> Blocks:
         )
         figure = figures.draw_forest(forest, "AUROC (above 0.5: higher in attacks)")
         yield html.Pictures([output.picture("signals", figure, "AUROC of every signal with its interval", text)])
+        correlated = {"all": "r", "attack": "r, attacks", "benign": "r, benign"} if result.steps else {}
         rows = []
         for signal, auroc in aurocs:
             spearman = {one.among: one.spearman for one in signal.correlations}
@@ -170,15 +198,16 @@ def _signals(result: SideBySide, output: html.Output) -> Blocks:
                     sections.auroc_verdict(auroc.interval),
                     "" if signal.auroc_all is None else html.show_number(signal.auroc_all.value),
                     *(_show(signal.coverage.get(label), ".0%") for label in ("attack", "benign")),
-                    *(_show(spearman.get(among), "+.2f") for among in ("all", "attack", "benign")),
+                    *(_show(spearman.get(among), "+.2f") for among in correlated),
                 )
             )
         names = ("signal", "AUROC", "95% interval", "verdict", "missing as benign", "attacks with it", "benign with it")
         caption = (
             f"{result.n_attack:,} distinct attacks, {result.n_benign:,} benign prompts; AUROC among prompts that have "
-            "the signal. r: Spearman's rank correlation with instability."
+            "the signal."
         )
-        yield html.Table((*names, "r", "r, attacks", "r, benign"), rows, caption)
+        caption += " r: Spearman's rank correlation with instability." if correlated else ""
+        yield html.Table((*names, *correlated.values()), rows, caption)
     missing = [(signal.label, signal.absent) for signal in result.signals if signal.absent]
     if missing:
         yield html.Table(("not available", "why"), missing)

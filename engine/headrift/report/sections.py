@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -10,12 +10,12 @@ import numpy as np
 from headrift import figures
 from headrift.calibration.artifact import Calibration, drift
 from headrift.calibration.evidence import METRICS
-from headrift.corpus.summary import SCORE, SCORED, Comparison
+from headrift.corpus.summary import SCORE, SCORED
 from headrift.report import html, measure
 from headrift.report.measure import ReportData
-from headrift.runs.detector_input import detector_values
+from headrift.runs.detector_input import detector_values, read_selected
 from headrift.signals import get, signals
-from headrift.signals.detectors import Directed
+from headrift.signals.detectors import Directed, Novelty, Readout
 from headrift.stats import TARGET_FPR, Bounds, Floats, Separation, exact_interval
 from headrift.terminal import printable
 
@@ -27,6 +27,11 @@ _PLURALS = {"attack": "attacks", "benign": "benign prompts", "unlabelled": "rows
 HIGHER = "shown: higher in attacks"
 NEEDS_BOTH_CLASSES = "This needs attacks and benign prompts, and these runs have only one of them."
 NO_SCORE = "No row has a score in this window."
+STEP_0_ALONE = (
+    "These runs recorded step 0, the prompt's last token, alone (`--steps 0`): there is no instability, and what is "
+    "about its steps, layers and windows is left out."
+)
+NO_DETECTOR = "Without a --calibration these rows have no score."
 _IN_SAMPLE = (
     "These figures are for looking: the best of many steps, layers or windows is better here than on other prompts. "
     "`headrift calibrate` chooses a window and measures what it is worth."
@@ -39,22 +44,24 @@ def in_short(data: ReportData, output: html.Output) -> Blocks:
     counts = " and ".join(f"{by_class[label]['n']:,} {_PLURALS[label]}" for label in data.classes)
     runs = f" from {len(data.runs)} runs" if len(data.runs) > 1 else ""
     rejects = f"; {n_rejected:,} more rows were rejected" if n_rejected else ""
-    text = [
-        f"{counts}{runs}, answered by {model.name} ({model.dtype}){rejects}. Score: mean instability over steps "
-        f"{data.score_range.window} of the answer and layers {data.layers[0]} to {data.layers[1] - 1}. Rows without a "
-        "score are never flagged and rank lowest."
-    ]
-    comparisons = data.summary.comparisons()
+    score = (
+        f" Score: {data.score_is}. Rows without a score are never flagged and rank lowest." if data.has_score else ""
+    )
+    text = [f"{counts}{runs}, answered by {model.name} ({model.dtype}){rejects}.{score}"]
+    if not data.has_window:
+        text.append(STEP_0_ALONE if data.has_score else f"{STEP_0_ALONE} {NO_DETECTOR}")
+    comparisons = data.comparisons(data.summary)
     if comparisons:
-        auroc = comparisons[0].measures[SCORE].auroc
-        text.append(f"AUROC {auroc:.2f}: an attack outscores a benign prompt {auroc:.0%} of the time.")
         output.numbers(comparisons=[comparison.numbers() for comparison in comparisons])
+        if data.has_score:
+            auroc = comparisons[0].measures[SCORE].auroc
+            text.append(f"AUROC {auroc:.2f}: an attack outscores a benign prompt {auroc:.0%} of the time.")
     elif data.classes == ["unlabelled"]:
         text.append("None of these rows is labelled: the page shows how scores spread and which rows stand out.")
     else:
         missing = " and ".join(_PLURALS[label] for label in ("attack", "benign") if label not in data.classes)
         text.append(f"There are no {missing} among these rows.")
-    verdicts = {comparison.title: _verdicts(comparison) for comparison in comparisons}
+    verdicts = {comparison.title: _verdicts(comparison.measures) for comparison in comparisons}
     output.numbers(summary=text, verdicts=verdicts)
     yield html.Text(text)
     found_at = f"attacks found with {TARGET_FPR:.0%} false alarms on this data"
@@ -77,13 +84,13 @@ def auroc_verdict(interval: Bounds | None) -> str:
     return html.verdict(interval, HIGHER, "shown: lower in attacks", 0.5)
 
 
-def _verdicts(comparison: Comparison) -> dict[str, str]:
+def _verdicts(measures: Mapping[str, Separation]) -> dict[str, str]:
     """What each measure's AUROC shows; of a confound, whether it may do as well, read in its better direction."""
-    verdicts = {name: auroc_verdict(one.auroc_interval) for name, one in comparison.measures.items()}
-    if verdicts[SCORE] == HIGHER:
-        least = (comparison.measures[SCORE].auroc_interval or (0.0, 1.0))[0]
-        for name in (entry.label for entry in signals(length=True)):
-            low, high = comparison.measures[name].auroc_interval or (0.0, 1.0)
+    verdicts = {name: auroc_verdict(one.auroc_interval) for name, one in measures.items()}
+    if verdicts.get(SCORE) == HIGHER:
+        least = (measures[SCORE].auroc_interval or (0.0, 1.0))[0]
+        for name in {entry.label for entry in signals(length=True)} & measures.keys():
+            low, high = measures[name].auroc_interval or (0.0, 1.0)
             if max(high, 1 - low) >= least:
                 verdicts[name] = f"{name} may do just as well"
     return verdicts
@@ -93,23 +100,25 @@ def scores(data: ReportData, output: html.Output, threshold: float | None) -> Bl
     """Scores by class and category, and rows without one."""
     groups, by_class = data.summary.by_category(), data.summary.by_class()
     output.numbers(classes=by_class, scores_by_category={name: _spread(values) for name, values in groups.items()})
-    coverage = _coverage(data, output)
+    coverage = [_coverage(data, output)] if data.has_window else []
     if any(np.isfinite(values).any() for values in groups.values()):
-        rows = []
+        rows, forms = [], [("rows", "n", ","), ("with a score", "coverage", ".1%")]
+        forms += [("ended in the window", "early", ".1%")] if data.has_window else []
         for name, numbers in by_class.items():
-            counts = (f"{numbers[key]:{form}}" for key, form in (("n", ","), ("coverage", ".1%"), ("early", ".1%")))
+            counts = (f"{numbers[key]:{form}}" for _, key, form in forms)
             rows.append((name, *counts, *(html.show_number(numbers[key], 4) for key in ("mean", "median"))))
-        yield html.Table(("class", "rows", "with a score", "ended in the window", "mean score", "median"), rows)
+        yield html.Table(("class", *(form[0] for form in forms), "mean score", "median"), rows)
         most = " Only the 24 largest categories are drawn." if len(groups) > 24 else ""
         text = (
             "Each point is a row; boxes span the middle half, the thick line is the median. Orange triangles are "
             f"attacks, blue circles benign.{most} Right: rows with a score{data.summary.sampled}."
         )
-        picture = output.picture("scores", figures.scores(groups, threshold), "Scores by class and category", text)
-        yield html.Pictures([picture, coverage])
+        label = (data.detected.label,) if data.detected is not None else ()
+        figure = figures.scores(groups, threshold, *label)
+        yield html.Pictures([output.picture("scores", figure, "Scores by class and category", text), *coverage])
     else:
-        yield html.Missing(NO_SCORE)
-        yield html.Pictures([coverage])
+        yield html.Missing(NO_SCORE if data.has_score else NO_DETECTOR)
+        yield html.Pictures(coverage)
     reasons = [(reason, f"{n:,}") for reason, n in data.summary.no_score.most_common()]
     reasons += [(f"rejected: {reason}", f"{n:,}") for reason, n in data.summary.rejects.most_common()]
     if reasons:
@@ -140,7 +149,7 @@ def _spread(values: Floats) -> dict[str, float | int | None]:
 
 def separation(data: ReportData, output: html.Output) -> Blocks:
     """ROC curves of the score and of plain lengths."""
-    comparisons = data.summary.comparisons()
+    comparisons = data.comparisons(data.summary)
     if not comparisons:
         yield html.Missing(NEEDS_BOTH_CLASSES)
         return
@@ -150,9 +159,10 @@ def separation(data: ReportData, output: html.Output) -> Blocks:
     output.numbers(roc={name: {"fpr": curve.fpr, "tpr": curve.tprs} for name, curve in curves.items()})
     text = (
         "For every threshold: the attacks it finds against the benign prompts it flags. The diagonal is chance; the "
-        "band is the 95% interval of the score's curve."
+        "band is the 95% interval of the first curve."
     )
-    picture = output.picture("roc", figures.roc(curves), "ROC curves of the score and of plain lengths", text)
+    what = "the score and of plain lengths" if data.has_score else "prompt length"
+    picture = output.picture("roc", figures.roc(curves), f"ROC curves of {what}", text)
     title = f"The ROC curves up to {_LOW_FPR:.0%} false alarms"
     yield html.Pictures([picture, output.picture("roc_low", figures.roc(curves, _LOW_FPR), title)])
 
@@ -163,24 +173,27 @@ def runs(data: ReportData, output: html.Output) -> Blocks:
         return
     rows, numbers, forest = [], {}, []
     for name, summary in zip(data.names, data.run_summaries, strict=True):
-        measures = summary.comparisons()[0].measures if summary.comparisons() else {}
+        comparisons = data.comparisons(summary)
+        measures = comparisons[0].measures if comparisons else {}
         score, length = measures.get(SCORE), measures.get(get("prompt_tokens").label)
         n = {label: values["n"] for label, values in summary.by_class().items()}
         separations = {"score": score and score.numbers(), "prompt_length": length and length.numbers()}
         numbers[name] = {"rows": n, **separations}
         counts = (f"{n.get(label, 0):,}" for label in data.classes)
         verdict = auroc_verdict(score.auroc_interval) if score else ""
-        rows.append((name, *counts, *_auroc(score), verdict, *_auroc(length)))
+        of_score = (*_auroc(score), verdict) if data.has_score else ()
+        rows.append((name, *counts, *of_score, *_auroc(length)))
         for measured, one in (("score", score), ("length", length)):
             if one is not None:
                 forest.append((f"{figures.short(name, 20)}: {measured}", one.auroc, one.auroc_interval))
     output.numbers(runs=numbers)
     if forest:
         text = "Lines: 95% intervals. Grey: the interval includes chance; hollow: too few prompts for an interval."
-        title = "AUROC of the score and of prompt length in each run"
+        title = f"AUROC of {'the score and of ' if data.has_score else ''}prompt length in each run"
         yield html.Pictures([output.picture("runs", figures.draw_forest(forest), title, text)])
     of_classes = (f"{label} rows" for label in data.classes)
-    yield html.Table(("run", *of_classes, "AUROC: score", "95%", "verdict", "AUROC: length", "95%"), rows)
+    names = ("AUROC: score", "95%", "verdict") if data.has_score else ()
+    yield html.Table(("run", *of_classes, *names, "AUROC: length", "95%"), rows)
 
 
 def _auroc(one: Separation | None) -> tuple[str, str]:
@@ -188,17 +201,29 @@ def _auroc(one: Separation | None) -> tuple[str, str]:
 
 
 def calibrated(calibration: Calibration, data: ReportData, output: html.Output) -> Blocks:
-    """The calibration's threshold, what it promises, and what it flags in these runs."""
-    output.numbers(calibration=calibration.model_dump(mode="json", exclude={"scores", "data"}))
+    """Whether the calibration is usable, what else it compared, its threshold, and what it flags in these runs."""
+    learned = {"precision", "coefficients", "moments"}
+    output.numbers(
+        calibration=calibration.model_dump(mode="json", exclude={"scores": True, "data": True, "detector": learned})
+    )
     setting, (first, end) = calibration.setting, calibration.layers
+    where = f"steps {calibration.window}, layers {first} to {end - 1}" if calibration.ranged else "step 0 alone"
     values = _values(calibration, data)
     is_in_sample = calibration.data.fingerprint == data.rows.fingerprint
+    if calibration.verdict is not None:
+        yield html.Text(calibration.verdict.lines)
+    yield from _comparison(calibration)
+    if isinstance(calibration.detector, Readout):
+        figure = figures.head_map(np.array(calibration.detector.head_map), "coefficient x (attack - benign mean)")
+        below = (
+            "Orange: heads that raise attacks' values; blue: that lower them. A layer's own term is on all its heads."
+        )
+        title = "What the readout tells attacks by, layer by head"
+        yield html.Pictures([output.picture("head_map", figure, title, below)])
     text = [
-        *(calibration.verdict.lines if calibration.verdict is not None else []),
-        f"A row is flagged if its value is at or above {calibration.threshold:.6f}: {calibration.label} (steps "
-        f"{calibration.window}, layers "
-        f"{first} to {end - 1}). Promise: {setting.promise}. It was set on {setting.n:,} distinct benign prompts, of "
-        f"which {setting.flagged:,} are flagged.",
+        f"A row is flagged if its value is at or above {calibration.threshold:.6f}: {calibration.label} ({where}). "
+        f"Promise: {setting.promise}. It was set on {setting.n:,} distinct benign prompts, of which "
+        f"{setting.flagged:,} are flagged.",
     ]
     if is_in_sample:
         text.append("It was made from these runs: the table of these runs is in sample, the held-out figures are not.")
@@ -234,12 +259,42 @@ def calibrated(calibration: Calibration, data: ReportData, output: html.Output) 
     yield html.Text(calibration.notes)
 
 
+def _comparison(calibration: Calibration) -> Blocks:
+    """The chosen signal beside the others, prompt length and words, on the same held-out prompts."""
+    by_source = bool(calibration.left_out)
+    rows, absent = [], []
+    for place, one in enumerate(calibration.comparison):
+        auroc, difference = one.left_out if by_source else one.auroc, one.difference
+        if one.absent is not None or auroc is None:
+            absent.append((one.label, one.absent or "not measured"))
+            continue
+        verdict = "chosen" if place == 0 else ""
+        cells = [html.show_number(auroc.value), html.show_interval(auroc.interval), "", ""]
+        if difference is not None:
+            cells[2:] = html.show_number(difference.value), html.show_interval(difference.interval)
+            verdict = html.verdict(difference.interval, "the chosen one is better", "this one is better")
+        rows.append((one.label, *cells, verdict))
+    if rows:
+        held_out = "sources left out" if by_source else "held out"
+        names = ("signal", f"AUROC, {held_out}", "95% interval", "AUROC of the chosen one less it", "95% interval")
+        caption = "All signals on the same held-out prompts; prompt length and words are what each has to beat"
+        yield html.Table((*names, "verdict"), rows, caption)
+    if absent:
+        yield html.Table(("not compared", "why"), absent)
+
+
 def _values(calibration: Calibration, data: ReportData) -> Floats:
     """The detector's values of all rows; instability's over the calibration's window, not the runs' own."""
+    direction = 1 if data.detected is not None else instability_direction(calibration)
+    if direction is not None:
+        return direction * data.score
+    return detector_values(data.runs, calibration.detector, len(data.rows))
+
+
+def instability_direction(calibration: Calibration) -> int | None:
+    """The direction of a detector that reads instability; None of another."""
     detector = calibration.detector
-    if isinstance(detector, Directed) and detector.signal == "instability":
-        return detector.direction * data.score
-    return detector_values(data.runs, detector, len(data.rows))
+    return detector.direction if isinstance(detector, Directed) and detector.signal == "instability" else None
 
 
 def _drift(calibration: Calibration, values: Floats, data: ReportData, output: html.Output) -> html.Table:
@@ -310,10 +365,14 @@ def where(data: ReportData, output: html.Output, resamples: int) -> Blocks:
 
 def against(data: ReportData, output: html.Output) -> Blocks:
     """The score against entropy, head agreement and length."""
+    if not data.has_score:
+        return
     of_rows = {**data.rows.counts, **data.rows.signals}
     pictures: list[html.Picture] = []
     missing: list[html.Block] = []
     for key, name in (("entropy", "entropy"), ("agreement", "head_agreement"), ("length", "prompt_tokens")):
+        if get(name).windowed and not data.has_window:
+            continue
         label, values = f"{get(name).label} ({get(name).unit})", of_rows.get(name)
         if values is None or np.isnan(values[data.samples.row] + data.score[data.samples.row]).all():
             how = ": score with --logit-stats to record it" if name == "entropy" else ""
@@ -334,8 +393,10 @@ def examples(data: ReportData, output: html.Output, redact: bool) -> Blocks:
     """The most suspicious benign prompts and the quietest attacks."""
     rows = measure.extremes(data, with_texts=not redact)
     if rows is None:
-        yield html.Missing(NO_SCORE)
+        yield html.Missing(NO_SCORE if data.has_score else NO_DETECTOR)
         return
+    by_head = _by_head(data, [*rows.highest, *rows.quietest])
+    largest = max((float(np.abs(values).max()) for values in by_head.values()), default=0.0)
     yield html.Text(
         ["All heatmaps have the same colour scale. Whether an attack succeeded is in the answer, not in the score."]
     )
@@ -344,8 +405,15 @@ def examples(data: ReportData, output: html.Output, redact: bool) -> Blocks:
     for heading, name, chosen in ((highest, "high", rows.highest), ("The quietest attacks", "quiet", rows.quietest)):
         cards = []
         for i, row in enumerate(chosen, 1):
-            figure = figures.heatmap(row["instability"], "instability", data.window, data.layers, limits, small=True)
-            title = f"Instability of the row {row['id']} by layer and step"
+            if row["number"] in by_head:
+                values = by_head[row["number"]]
+                figure = figures.head_map(values, "what each head adds", largest=largest, small=True)
+                title = f"What each head adds to the value of the row {row['id']}"
+            else:
+                figure = figures.heatmap(
+                    row["instability"], "instability", data.window, data.layers, limits, small=True
+                )
+                title = f"Instability of the row {row['id']} by layer and step"
             cards.append(_card(data, row, rows.reference, output.picture(f"{name}_{i}", figure, title), redact))
         if cards:
             yield html.Cards(heading, cards)
@@ -353,6 +421,15 @@ def examples(data: ReportData, output: html.Output, redact: bool) -> Blocks:
         yield html.Text([f"{rows.without_score:,} attacks have no score and are never flagged; none is shown."])
     keys, named = ("id", "run", "score", "percentile"), {"highest": rows.highest, "quietest_attacks": rows.quietest}
     output.numbers(examples={name: [{key: row[key] for key in keys} for row in own] for name, own in named.items()})
+
+
+def _by_head(data: ReportData, rows: Sequence[Mapping[str, Any]]) -> dict[int, Floats]:
+    """What each head adds to the scores of rows [layers, heads], by row number, if a readout or novelty made them."""
+    detector = None if data.detected is None else data.detected.detector
+    if not isinstance(detector, Readout | Novelty):
+        return {}
+    numbers = np.unique([row["number"] for row in rows])
+    return dict(zip(numbers.tolist(), detector.contributions(read_selected(data.runs, numbers, {detector.reads}))))
 
 
 def _card(data: ReportData, row: Mapping[str, Any], reference: str, picture: html.Picture, redact: bool) -> html.Card:

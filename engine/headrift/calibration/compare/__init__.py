@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from headrift.calibration.compare.aurocs import (
     NOT_SHOWN,
+    QUESTIONS,
     TOO_FEW,
     Increment,
     SignalResult,
@@ -20,7 +21,13 @@ from headrift.calibration.compare.aurocs import (
     strata,
     success,
 )
-from headrift.calibration.compare.measurements import ComparisonBootstrap, ImportantHeads, Measurements, measure
+from headrift.calibration.compare.measurements import (
+    NO_STEPS,
+    ComparisonBootstrap,
+    ImportantHeads,
+    Measurements,
+    measure,
+)
 from headrift.calibration.compare.normalisation import Normalisation, across, normalisation
 from headrift.calibration.compare.onset import Before, Steps, onset
 from headrift.calibration.splits import FOLDS, ComparisonSamples, take_samples
@@ -34,7 +41,10 @@ __all__ = ["SideBySide", "across", "side_by_side"]
 
 
 class SideBySide(BaseModel, extra="forbid", frozen=True):
-    """The result of `side_by_side`, over a window and layers [s, e); findings: a line for each verdict."""
+    """The result of `side_by_side`, over a window and layers [s, e); findings: a line for each verdict.
+
+    Of runs of step 0 alone (window "none") there are no `steps`, and nothing about instability.
+    """
 
     window: str
     layers: tuple[int, int]
@@ -90,19 +100,25 @@ def side_by_side(
         rows = read_rows(runs)
     samples = take_samples(runs, rows, seed)
     measured = measure(runs, samples, score_range, fail_terms=fail_terms, important_heads=important_heads, say=say)
-    if "instability" not in measured.values:
+    if "instability" not in measured.values and not window.empty:
         raise CalibrationError(f"no row has a score in steps {window}: choose an earlier window")
     bootstrap = ComparisonBootstrap(samples, resamples, seed)
     say(f"comparing {len(measured.values)} signals, {resamples} resamples")
     among = strata(samples, score_range)
     results = [separate(entry.name, measured, samples, among, bootstrap) for entry in signals(compared=True)]
     say("what instability adds to the others")
-    added = increments(measured, samples, bootstrap, seed)
-    say("step by step")
-    steps, before = onset(measured, samples, bootstrap, seed)
-    succeeded = success(measured, samples, bootstrap, has_terms=fail_terms is not None)
-    say("normalising by length")
-    by_length = normalisation(measured.values["instability"], samples, bootstrap)
+    of_step_0 = [(("prompt_tokens",), "focus")]
+    added = increments(measured, samples, bootstrap, seed, of_step_0 if window.empty else QUESTIONS)
+    steps: list[Steps] = []
+    before: list[Before] = []
+    succeeded = Success(absent=NO_STEPS, verdict=f"not known: {NO_STEPS}")
+    by_length = Normalisation(absent=NO_STEPS, verdict=f"not known: {NO_STEPS}")
+    if not window.empty:
+        say("step by step")
+        steps, before = onset(measured, samples, bootstrap, seed)
+        succeeded = success(measured, samples, bootstrap, has_terms=fail_terms is not None)
+        say("normalising by length")
+        by_length = normalisation(measured.values["instability"], samples, bootstrap)
     return SideBySide(
         window=str(window),
         layers=score_range.layers(runs[0].model.layers),

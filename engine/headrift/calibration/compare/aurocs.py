@@ -189,7 +189,7 @@ def separate(
         auroc_all=bootstrap.separation(np.where(valid, values, lowest), everything),
         coverage={label: float(valid[mask].mean()) for label, mask in classes.items()},
         correlations=[]
-        if name == "instability"
+        if name == "instability" or "instability" not in measured.values
         else [
             _correlation(label, measured.values["instability"], values, mask)
             for label, mask in {"all": everything, **classes}.items()

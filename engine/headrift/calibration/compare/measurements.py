@@ -25,6 +25,8 @@ from headrift.signals import PromptData, Signal, get, signals
 from headrift.signals.detectors import choose_heads
 from headrift.stats import Bools, Bounds, ClusterBootstrap, Floats, Interval, Ints
 
+NO_STEPS = "no steps after step 0"
+_OF_ANSWER = ("answer_tokens", "n_steps")  # lengths of what a run of step 0 alone does not have
 FEWEST_FOR_HEADS = 10  # samples of a class in every training fold
 # The columns from which a signal can be measured over any range, by what `--save` calls them.
 _SOURCES = {
@@ -146,7 +148,9 @@ def measure(
         if entry.length:
             count = samples.counts[entry.name]
             values[entry.name] = np.where(count >= 0, count, np.nan)
-        if np.isnan(values[entry.name]).all():
+        if score_range.window.empty and (entry.windowed or entry.name in _OF_ANSWER):
+            absent[entry.name] = NO_STEPS
+        elif np.isnan(values[entry.name]).all():
             absent.setdefault(entry.name, entry.why_absent())
     steps_absent = {
         entry.name: absent.get(entry.name, entry.why_absent(by_step=True))
