@@ -111,6 +111,16 @@ def test_a_signal_that_attacks_lower_is_turned(make):
     assert calibration.threshold < 0
 
 
+def test_important_heads_are_of_step_0(make):
+    focus = np.random.default_rng(11).uniform(0.4, 0.6, (200, 6, 4)).astype(np.float32)
+    focus[:80, 3, 1] -= 0.3
+    run = make.run_of_patterns(11, 80, 120, layers=6, heads=4, focus_heads=[row.ravel() for row in focus])
+    calibration = calibrate([run], config(signal="focus_important"))
+    assert calibration.detector.heads == [(3, 1)]
+    assert calibration.window == "none"
+    assert calibration.figures["auroc"].value > 0.95
+
+
 def test_without_attacks_novelty_is_learned_from_benign_prompts(make):
     run = make.run_of_patterns(6, 0, 300, layers=6, heads=4)
     calibration = calibrate([run], config(benign_only=True))

@@ -222,9 +222,9 @@ def test_runs_of_step_0_alone(step_0_runs, tmp_path):
     keys = section_keys(page)
     assert keys & {*ABOUT_STEPS, "beside"} == set()
     assert {"runs", "signals", "strata", "increments", "examples", "settings"} <= keys
-    found = {one["name"]: one["auroc"] for one in page.numbers["side_by_side"]["signals"] if one["auroc"]}
-    assert set(found) == {"focus", "prompt_tokens"}
-    assert found["focus"]["value"] < 0.2
+    aurocs = {one["name"]: one["auroc"] for one in page.numbers["side_by_side"]["signals"] if one["auroc"]}
+    assert set(aurocs) == {"focus", "prompt_tokens"}
+    assert aurocs["focus"]["value"] < 0.2
     assert list(page.numbers["comparisons"][0]["measures"]) == ["prompt length"]
     assert "no steps after step 0" in page.words
     assert "instability over steps" not in page.words

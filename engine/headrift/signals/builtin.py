@@ -117,6 +117,7 @@ for _entry in (
         steps=_focus_important_by_step,
         saves=("focus",),
         direction=-1,
+        windowed=False,
         of_chosen_heads=True,
         learn=learn_heads,
         reads="focus_heads",
