@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from headrift.calibration.thresholds import CalibrationError, Rule
 from headrift.results import ScoreResult
 from headrift.runs.folder import atomic_path
-from headrift.runs.reading import ModelIdentity
+from headrift.runs.reading import ModelIdentity, ScoreRun, open_run
 from headrift.signal import ScoreRange, Window
 from headrift.signals import get
 from headrift.signals.detectors import Detector, Directed, Novelty, Readout
@@ -91,6 +91,7 @@ class Compared(BaseModel, extra="forbid", frozen=True):
 
     Attributes:
         name: of the signal; "words" for the words of the prompt.
+        direction: in which most folds learned that attacks differ: 1 higher, -1 lower; None of what has none.
         auroc: held-out, in the direction learned without the fold.
         left_out: the same with whole sources left out, if there are three or more.
         difference: of the chosen signal's AUROC less this one's, paired; of `left_out`, if that is known.
@@ -99,6 +100,7 @@ class Compared(BaseModel, extra="forbid", frozen=True):
 
     name: str
     label: str
+    direction: Literal[1, -1] | None = None
     auroc: Metric | None = None
     left_out: Metric | None = None
     difference: Metric | None = None
@@ -229,11 +231,11 @@ class Calibration(BaseModel, extra="forbid", frozen=True):
     left_out: dict[str, Metric] = {}
 
     @classmethod
-    def fit(cls, runs: Sequence[str | Path], signal: str = "auto", **options: Any) -> Calibration:
+    def fit(cls, runs: Sequence[str | Path | ScoreRun], signal: str = "auto", **options: Any) -> Calibration:
         """Calibrate on finished runs of `headrift score`.
 
         Args:
-            runs: their folders.
+            runs: their folders, or what `open_run` gives for them.
             signal: the signal to detect by, or "auto" for the best.
             options: as `CalibrateConfig` has them.
 
@@ -243,9 +245,9 @@ class Calibration(BaseModel, extra="forbid", frozen=True):
         """
         from headrift.calibration.calibrate import calibrate
         from headrift.calibration.thresholds import CalibrateConfig
-        from headrift.runs.reading import open_run
 
-        return calibrate([open_run(Path(run)) for run in runs], CalibrateConfig(signal=signal, **options))
+        opened = [run if isinstance(run, ScoreRun) else open_run(Path(run)) for run in runs]
+        return calibrate(opened, CalibrateConfig(signal=signal, **options))
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:

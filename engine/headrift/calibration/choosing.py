@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -287,6 +287,7 @@ class Choosing:
                 Compared(
                     name=name,
                     label=label,
+                    direction=_direction(by_fold.get(name, ())),
                     auroc=None if inside is None else _metric(inside, "held out, mean within folds"),
                     left_out=None if outside is None else _metric(outside, how),
                     difference=difference,
@@ -381,6 +382,12 @@ class Choosing:
 
 def _is_instability(learned: Learned) -> bool:
     return isinstance(learned.detector, Directed) and learned.detector.signal == "instability"
+
+
+def _direction(learned: Sequence[Learned]) -> Literal[1, -1] | None:
+    """The direction that most folds learned; None of what has none."""
+    directions = [one.detector.direction for one in learned if isinstance(one.detector, Directed)]
+    return None if not directions else 1 if sum(directions) >= 0 else -1
 
 
 def _metric(draws: Floats, how: str) -> Metric:
