@@ -209,14 +209,14 @@ def _print_comparison(console: Console, calibration: Calibration) -> None:
         if one.absent is not None:
             continue
         cells = [
-            ("", "") if metric is None or metric.value is None else (f"{metric.value:.3f}", _range(metric, " to "))
-            for metric in (one.left_out if by_source else one.auroc, one.difference)
+            ("", "") if metric is None or metric.value is None else (f"{metric.value:.3f}", _range(metric, between))
+            for metric, between in ((one.left_out if by_source else one.auroc, "-"), (one.difference, " to "))
         ]
         lower = ", attacks lower" if one.direction == -1 else ""
         rows.append((f"{one.label}{lower}", *cells[0], *cells[1]))
     if rows:
         title = "AUROC, sources left out" if by_source else "AUROC, held out"
-        print_table(console, (title, "", "95% interval", "chosen less it", "95% interval"), rows)
+        print_table(console, (title, "", "95% interval", "diff.", "95% interval"), rows)
 
 
 def _range(metric: Metric, between: str = "-") -> str:

@@ -153,7 +153,7 @@ for _entry in (
     ),
     Signal(
         name="novelty",
-        label="novelty of the heads' pattern",
+        label="novelty of the heads",
         unit="Mahalanobis distance to benign prompts",
         how="distance of the shares' log-odds, centred within each layer, from those of benign prompts",
         compared=False,
@@ -164,7 +164,7 @@ for _entry in (
     ),
     Signal(
         name="readout",
-        label="readout of the heads' pattern",
+        label="readout of the heads",
         unit="log-odds of an attack",
         how="L2 logistic regression on the shares' log-odds, centred within each layer",
         compared=False,
