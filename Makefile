@@ -1,9 +1,8 @@
 # headrift: `make run` and `make test` set everything up by themselves.
 
 BIN := .venv/bin
-MODEL := models/smollm2-135m-instruct
-SETS ?= banned_word no_digits_urls
-RUN := $(shell date +%Y%m%d-%H%M%S)
+# The prompt set of `make run`: one of datasets/ that has a system prompt.
+SET ?= no_digits_urls
 ARGS ?=
 # Test processes. Engines use every core by themselves, so more gain little. Which has which tests: tests/conftest.py.
 AT_ONCE ?= 2
@@ -36,12 +35,12 @@ export GOMP_SPINCOUNT := 10000
 .PHONY: help setup run test test-avx2 test-nightly test-slow lint format bench bench-full gpu-check docs docs-serve lock clean
 
 help: ## Show this list
-	@echo "headrift scores prompts for inter-head attention instability inside vLLM."
+	@echo "headrift finds prompts that fight their system prompt, from what attention heads do inside vLLM."
 	@echo
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "run, test, lint and bench do the set-up first if necessary (once: about 4 minutes, 4 GB)."
-	@echo "make test ARGS='-k window' passes options on to pytest; PYTHON=... names the Python to set up with."
+	@echo "make test ARGS='-k window' passes options on, make run ARGS='--steps 0' too; PYTHON=... names the Python to set up with."
 	@echo "make gpu-check GPU_PYTHON=... names a Python with pip install -e '.[gpu,dev]': setup installs for CPUs."
 
 setup: ## Virtual environment in .venv, packages, demonstration model in models/
@@ -57,11 +56,8 @@ setup: ## Virtual environment in .venv, packages, demonstration model in models/
 	echo "Install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; \
 	exit 1
 
-run: setup ## Score two prompt sets with the demonstration model, each into a new folder under runs/
-	@for set in $(SETS); do \
-	  (set -x; $(BIN)/headrift score datasets/$$set.jsonl --system-prompt-file system_prompts/$$set.txt \
-	    --model $(MODEL) --out runs/$$set-$(RUN) --save text --save shares $(ARGS)) || exit $$?; \
-	done
+run: setup ## A first look: calibrate on half of a prompt set, judge the other half (SET=banned_word: another)
+	@$(BIN)/python scripts/first_run.py --set $(SET) $(ARGS)
 
 test: setup ## Run the tests that need no GPU and little time
 	$(BIN)/pytest $(DISTRIBUTED) $(ARGS)

@@ -28,6 +28,7 @@ COLOURS = {"attack": "#D55E00", "benign": "#0072B2", "unlabelled": "#595959"}
 WIDTH = 4.8  # inches: on a phone the smallest letters are still 9 pixels high
 STEP = "step (0: the prompt's last token)"
 INSTABILITY = "instability (std of the heads' share)"
+SCORE = "inter-head instability (std of the heads' share, 0 to 0.5)"
 AUROC = "AUROC (0.5: chance)"
 _DPI = 150
 _MOST_GROUPS = 24
@@ -162,17 +163,20 @@ def select_groups(groups: Mapping[Group, Floats]) -> dict[Group, Floats]:
     return selected
 
 
-def draw_scores(axes: Axes, groups: Mapping[Group, Floats]) -> None:
-    """Draw scores by (class, category): points, a box if there are a few, and how many rows have a score."""
+def draw_scores(axes: Axes, groups: Mapping[Group, Floats], label: str = SCORE, threshold: float | None = None) -> None:
+    """Draw scores by (class, category): points, a box if there are a few, and how many rows have a score.
+
+    label: of the axis; threshold: a line, if there is one.
+    """
     random = np.random.default_rng(0)
     right: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "fontsize": "small", "annotation_clip": False}
     names = list(groups)
-    for place, (label, category) in enumerate(names):
-        scores = groups[label, category]
+    for place, (class_, category) in enumerate(names):
+        scores = groups[class_, category]
         valid = scores[np.isfinite(scores)]
         points = valid if len(valid) <= _MOST_POINTS else random.choice(valid, _MOST_POINTS, replace=False)
         heights = place + random.uniform(-0.24, 0.24, len(points))
-        look: dict[str, Any] = {"marker": "^" if label == "attack" else "o", "color": COLOURS[label]}
+        look: dict[str, Any] = {"marker": "^" if class_ == "attack" else "o", "color": COLOURS[class_]}
         axes.scatter(points, heights, s=20, alpha=0.6, linewidth=0, rasterized=True, **look)
         if len(valid) >= _FEWEST_IN_BOX:
             line = {"color": "black", "linewidth": 1}
@@ -181,13 +185,17 @@ def draw_scores(axes: Axes, groups: Mapping[Group, Floats]) -> None:
                 boxprops=line, whiskerprops=line, capprops=line, medianprops={**line, "linewidth": 2},
             )  # fmt: skip
         axes.annotate(f"{len(valid)} of {len(scores)}", (1.01, place), va="center", **right)
-    axes.annotate("with a score", (1.01, -0.9), **right)
-    labels = [": ".join(filter(None, (label, short(name)))) for label, name in names]
+    axes.annotate("with a score" if label == SCORE else "with a value", (1.01, -0.9), **right)
+    labels = [": ".join(filter(None, (class_, short(name)))) for class_, name in names]
     axes.set_yticks(range(len(names)), labels, parse_math=False)
-    for tick, (label, _) in zip(axes.get_yticklabels(), names, strict=True):
-        tick.set_color(COLOURS[label])
-    axes.set(ylim=(len(names) - 0.4, -0.6), xlabel="inter-head instability (std of the heads' share, 0 to 0.5)")
+    for tick, (class_, _) in zip(axes.get_yticklabels(), names, strict=True):
+        tick.set_color(COLOURS[class_])
+    axes.set(ylim=(len(names) - 0.4, -0.6), xlabel=label)
     axes.grid(axis="x", alpha=0.3)
+    if threshold is not None:
+        axes.axvline(threshold, color="black", linewidth=1.2, linestyle=(0, (4, 2)))
+        at_top: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom"}
+        axes.annotate("threshold", (threshold, 1.0), fontsize="small", **at_top)
 
 
 def draw_curves(axes: Axes, curves: Mapping[str, Separation]) -> None:
@@ -225,9 +233,18 @@ def diverging() -> Any:
 
 
 def scores_png(
-    path: Path, groups: Mapping[Group, Floats], curves: Mapping[str, Separation] | None = None, *, title: str = ""
+    path: Path,
+    groups: Mapping[Group, Floats],
+    curves: Mapping[str, Separation] | None = None,
+    *,
+    title: str = "",
+    label: str = SCORE,
+    threshold: float | None = None,
 ) -> None:
-    """Draw scores by group, NaN for none, and ROC curves, the first with its band; no file if there is no score."""
+    """Draw scores by group, NaN for none, and ROC curves, the first with its band; no file if there is no score.
+
+    label: of the scores' axis, if they are a detector's values; threshold: drawn as a line.
+    """
     if not any(np.isfinite(scores).any() for scores in groups.values()):
         return
     selected = select_groups(groups)
@@ -238,7 +255,7 @@ def scores_png(
         draw_curves(right, curves)
     else:
         left = figure.subplots()
-    draw_scores(left, selected)
+    draw_scores(left, selected, label, threshold)
     if title:
         figure.suptitle(short(title, 110), fontsize=10, parse_math=False)
     save(figure, path)
@@ -284,12 +301,8 @@ def scores(groups: Mapping[Group, Floats], threshold: float | None, label: str =
     """Scores by class and category, and the threshold if there is one. label: what a score is."""
     selected = select_groups(groups)
     figure, axes = one_panel(1.3 + 0.31 * len(selected), least=2.6)
-    draw_scores(axes, selected)
+    draw_scores(axes, selected, threshold=threshold)
     axes.set_xlabel(f"score: {label}")
-    if threshold is not None:
-        axes.axvline(threshold, color="black", linewidth=1.2, linestyle=(0, (4, 2)))
-        place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom"}
-        axes.annotate("threshold", (threshold, 1.0), fontsize="small", **place)
     return figure
 
 

@@ -240,6 +240,11 @@ class Separation:
     grid: Floats
     band: Floats | None
 
+    @property
+    def constant(self) -> bool:
+        """Whether all samples have the same value, or none has one: then it separates nothing."""
+        return len(self.fpr) == 2
+
     def numbers(self) -> dict[str, float | Bounds | None]:
         """The values and intervals for run.json."""
         named = ("auroc", "auroc_interval", "tpr", "tpr_interval")

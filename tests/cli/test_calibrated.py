@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from sklearn.metrics import roc_auc_score
 from typer.testing import CliRunner
 
 from headrift import Calibration
@@ -132,6 +133,25 @@ def test_the_run_says_what_is_flagged_by_class_and_distinct_prompt(work):
     assert "attack (found: TPR) 25 " in words
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert run["judged"]["drift"]["warning"] is None
+
+
+def test_a_run_of_step_0_is_judged_and_shown_by_its_detector(work):
+    assert work.score("--steps", 0, out="first").exit_code == 0
+    assert not Path("first/scores.png").exists()
+    done = headrift_("calibrate", "first", "--out", "r.json", "--signal", "readout", "--force", "--resamples", 0)
+    assert done.exit_code == 0, done.output
+    done = work.score("--calibration", "r.json")
+    assert done.exit_code == 0, done.output
+    label = f"detector: {Calibration.load('r.json').label}"
+    (comparison,) = json.loads(Path("out/run.json").read_text())["comparisons"]
+    assert list(comparison["measures"]) == [label, "prompt length", "answer length", "number of steps"]
+    prompts = {(row["group"], row["label"]): row for row in reversed(read(Path("out")))}.values()
+    attack, values = zip(*((row["label"] == "attack", row["detector"]) for row in prompts))
+    assert comparison["measures"][label]["auroc"] == pytest.approx(roc_auc_score(attack, values))
+    assert Path("out/scores.png").stat().st_size > 10_000
+    assert [line for line in done.stdout.splitlines() if line.startswith(("detector: ", "score ", "answer"))] != []
+    assert "score (no score" not in done.stdout
+    assert "answer length" not in done.stdout
 
 
 def test_the_list_is_that_of_benjamini_and_hochberg(work):

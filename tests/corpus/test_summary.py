@@ -200,6 +200,65 @@ def test_table_without_labels_has_no_auroc():
     assert "AUROC" not in text
 
 
+def detected(records: list[dict], **summary_options) -> Summary:
+    """A summary of records with a detector's values: those of attacks are the higher ones."""
+    summary = Summary(detector="readout", **summary_options)
+    values = [n + 1000.0 * (record["label"] == "attack") for n, record in enumerate(records)]
+    batch = pa.RecordBatch.from_pylist(records, SCHEMA).append_column("detector", pa.array(values))
+    summary.add(batch)
+    return summary
+
+
+def of_step_0(n: int = 40) -> list[dict]:
+    """Rows as `--steps 0` leaves them."""
+    fields = {"reason": "no_window", "n_steps": 0, "answer_tokens": 1}
+    return [make_record(i, "attack" if i % 2 else "benign", None, prompt_tokens=50 + i % 7, **fields) for i in range(n)]
+
+
+def test_the_detector_comes_first_and_the_rest_is_as_without_it():
+    records = many()
+    result = detected(records, last_step=12)
+    plain = summary_of(*records)
+    for own, other in zip(result.comparisons(), plain.comparisons(), strict=True):
+        first, *others = own.measures
+        assert first == "detector: readout"
+        assert (own.measures[first].auroc, own.measures[first].tpr) == (1.0, 1.0)
+        assert others == list(other.measures)
+        assert [own.measures[name].numbers() for name in others] == list(other.numbers()["measures"].values())
+    rows = [line for line in printed(result).splitlines() if line.startswith(("detector: ", SCORE))]
+    assert [row.split()[0] for row in rows] == ["detector:", "score"] * 2
+    assert "rows without a value are never flagged" in " ".join(printed(result).split())
+    groups = result.by_category("detector")
+    assert list(groups) == list(result.by_category())
+    assert all((values >= 1000).all() == (label == "attack") for (label, _), values in groups.items())
+
+
+def test_a_run_of_step_0_shows_what_there_is():
+    records = of_step_0()
+    (comparison,) = detected(records).comparisons()
+    assert list(comparison.measures) == ["detector: readout", "prompt length", "answer length", "number of steps"]
+    text = printed(detected(records))
+    words = " ".join(text.split())
+    assert "measured 40 at step 0 alone, which has no score" in words
+    assert "attack 20 benign 20" in words
+    for useless in ("score (no score", "with score", "no score ", "answer length", "number of steps", " 0.500"):
+        assert useless not in text
+    assert "detector: readout 1.000" in words
+    assert "headrift calibrate" not in words
+    alone = printed(summary_of(*records))
+    assert "detector: " not in alone
+    assert "prompt length" in alone
+    assert "No score, no scores.png: `headrift calibrate` makes a detector" in " ".join(alone.split())
+
+
+def test_a_measure_that_is_the_same_for_all_is_kept_but_not_shown():
+    records = [make_record(n, "attack" if n % 3 else "benign", 0.1 + n / 100) for n in range(30)]
+    (comparison,) = summary_of(*records).comparisons()
+    assert {"answer length", "number of steps"} <= comparison.numbers()["measures"].keys()
+    assert list(comparison.varying) == [SCORE, SCORED, "prompt length"]
+    assert "answer length" not in printed(summary_of(*records))
+
+
 def test_table_of_nothing_but_rejects():
     summary = Summary()
     summary.reject("no_system_prompt")

@@ -85,6 +85,18 @@ def test_scores_and_curves(tmp_path, drawn):
     assert [path.name for path in tmp_path.iterdir()] == ["s.png"]
 
 
+def test_a_detectors_values_and_its_threshold(tmp_path, drawn):
+    scores_png(tmp_path / "s.png", groups(), {"detector": curve(True)}, label="detector: readout", threshold=0.12)
+    pixels(tmp_path / "s.png")
+    (figure,) = drawn
+    words = texts_of(figure)
+    assert "detector: readout" in words
+    assert "with a value" in words
+    assert "threshold" in words
+    assert "instability" not in words
+    assert [0.12, 0.12] in [list(line.get_xdata()) for line in figure.axes[0].lines]
+
+
 def test_without_labels_there_is_one_panel(tmp_path, drawn):
     scores_png(tmp_path / "s.png", {("unlabelled", ""): np.array([0.1, 0.2])})
     assert len(drawn[0].axes) == 1

@@ -150,7 +150,7 @@ def print_calibration(console: Console, calibration: Calibration) -> None:
     if calibration.verdict is not None:
         for text in calibration.verdict.lines:
             line(text, 2)
-        _print_comparison(console, calibration)
+        print_comparison(console, calibration)
         missing: dict[str, list[str]] = {}
         for one in calibration.comparison:
             if one.absent is not None:
@@ -201,7 +201,7 @@ def print_calibration(console: Console, calibration: Calibration) -> None:
         line(f"note       {note}")
 
 
-def _print_comparison(console: Console, calibration: Calibration) -> None:
+def print_comparison(console: Console, calibration: Calibration) -> None:
     """The chosen signal and the others on the same held-out prompts."""
     by_source = bool(calibration.left_out)
     rows = []

@@ -93,17 +93,26 @@ class ScoreKind:
         return Summary.of_folder(self._config.out, self._config.score_range.window.end, self._config.calibration)
 
     def finish(self, summary: Summary, names: Sequence[str]) -> None:
-        """Draw scores.png and, with a calibration, write the review list. names: of the inputs."""
+        """Draw scores.png, with a calibration of the detector's values, and write the review list.
+
+        names: of the inputs.
+        """
         from headrift.figures import scores_png
 
         curves, answer_length = {}, get("answer_tokens").label
         for comparison in summary.comparisons()[:1]:
-            curves = {name: roc for name, roc in comparison.measures.items() if name != answer_length}
+            curves = {name: roc for name, roc in comparison.varying.items() if name != answer_length}
         inputs = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         window = self._config.score_range.window
         steps = "step 0 alone" if window.empty else f"steps {window.start} to {window.end}"
         title = f"{inputs} on {self._config.model.name}, {steps}{summary.sampled}"
-        scores_png(self._config.out / "scores.png", summary.by_category(), curves, title=title)
+        path, calibration = self._config.out / "scores.png", self._config.calibration
+        if calibration is None:
+            scores_png(path, summary.by_category(), curves, title=title)
+        else:
+            label, threshold = f"detector: {calibration.label}", calibration.threshold
+            groups = summary.by_category("detector")
+            scores_png(path, groups, curves, title=title, label=label, threshold=threshold)
         if summary.judged is not None:
             summary.judged.write_list()
 

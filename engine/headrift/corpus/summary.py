@@ -1,4 +1,4 @@
-"""The closing table: what became of the rows, and how well the score tells attacks from benign prompts.
+"""The closing table: what became of the rows, and how well score and detector tell attacks from benign prompts.
 
 Made from the parts and rejects on disk, so that a resumed run has the same one. Counts and means are over all rows;
 medians, the figure and AUROC are over at most 20,000 rows per class, chosen by a hash: memory is flat.
@@ -39,12 +39,20 @@ _OTHER = "(other)"
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Attacks against benign prompts, repeats counted once: how many, and how well each measure separates them."""
+    """Attacks against benign prompts, repeats counted once: how many, and how well each measure separates them.
+
+    With a calibration the detector is the first measure. The score is not one if no row has it.
+    """
 
     title: str
     n_attack: int
     n_benign: int
     measures: dict[str, Separation]
+
+    @property
+    def varying(self) -> dict[str, Separation]:
+        """The measures without those that are the same for all prompts, which say nothing."""
+        return {name: measure for name, measure in self.measures.items() if not measure.constant}
 
     def numbers(self) -> dict[str, Any]:
         """Return what run.json keeps."""
@@ -91,15 +99,16 @@ class _Class:
 class Summary:
     """Counts and samples of a run's rows: `add` those in the parts, `reject` the others.
 
-    An answer that does not reach `last_step`, the window's, stopped early.
+    An answer that does not reach `last_step`, the window's, stopped early. `detector` says what made the column
+    `detector`, of a run with a calibration.
     """
 
-    def __init__(self, last_step: int = 0) -> None:
+    def __init__(self, last_step: int = 0, detector: str | None = None) -> None:
         self.no_score: Counter[str] = Counter()  # rows without a score, by reason
         self.rejects: Counter[str] = Counter()  # by reason
         self.judged: Judged | None = None  # what a calibration says of the rows
         self.gated: dict[str, GatedClass] | None = None  # what a gate did to each class
-        self._last_step = last_step
+        self._last_step, self._detector = last_step, detector
         self._classes = {name: _Class() for name in _CLASSES}
         self._category_numbers: dict[str | None, int] = {None: 0}
         self._comparisons: list[Comparison] | None = None
@@ -107,7 +116,7 @@ class Summary:
     @classmethod
     def of_folder(cls, folder: Path, last_step: int, calibration: Calibration | None = None) -> Summary:
         """Summarise all parts and rejects in a folder, whose parts were written with the calibration, if any."""
-        summary = cls(last_step)
+        summary = cls(last_step, None if calibration is None else calibration.label)
         for batch in read_batches(folder, [*COLUMNS, "detector"], 1 << 16):
             summary.add(batch)
         summary.add_rejects(folder)
@@ -149,7 +158,8 @@ class Summary:
             of_class.n_early += int((columns["n_steps"][selected] < self._last_step).sum())
             of_class.score_sum += float(scores[scored].sum())
             kept = {name: column[selected] for name, column in columns.items()}
-            of_class.rows.add(_hash(order[selected]), **{name: kept[name] for name in ("order", "score", "category")})
+            of_row = {name: kept[name] for name in ("order", "score", "detector", "category")}
+            of_class.rows.add(_hash(order[selected]), **of_row)
             of_class.prompts.add(_hash(group[selected] ^ _hash(system[selected])), **kept)
         self._comparisons = None
 
@@ -227,11 +237,14 @@ class Summary:
         """
         return {label: of_class.prompts.in_order(name) for label, of_class in self._with_rows()}
 
-    def by_category(self) -> dict[tuple[str, str], NDArray[np.float64]]:
-        """Return the scores of each class and category with rows, NaN without one, in order of first appearance."""
+    def by_category(self, column: str = "score") -> dict[tuple[str, str], NDArray[np.float64]]:
+        """Return the scores, or `detector`, of each class and category with rows, in order of first appearance.
+
+        NaN if a row has none.
+        """
         groups = {}
         for name, of_class in self._with_rows():
-            scores, categories = (of_class.rows.in_order(name) for name in ("score", "category"))
+            scores, categories = (of_class.rows.in_order(one) for one in (column, "category"))
             for category, number in self._category_numbers.items():
                 in_category = scores[categories == number]
                 if len(in_category):
@@ -268,8 +281,11 @@ class Summary:
             return None
         attack = np.arange(n_attack + n_benign) < n_attack
         groups, scores = np.unique(both("group"), return_inverse=True)[1], both("score")
-        measures = {SCORE: separation(scores, attack, groups)}
-        valid = ~np.isnan(scores)
+        measures, valid = {}, ~np.isnan(scores)
+        if self._detector is not None:
+            measures[f"detector: {self._detector}"] = separation(both("detector"), attack, groups)
+        if valid.any():
+            measures[SCORE] = separation(scores, attack, groups)
         if 0 < attack[valid].sum() < valid.sum():
             common = np.unique(groups[valid], return_inverse=True)[1]
             measures[SCORED] = separation(scores[valid], attack[valid], common)
@@ -279,39 +295,45 @@ class Summary:
 
     def print(self, console: Console, *, rows: int, start_seconds: float, score_seconds: float) -> None:
         """Print the tables. `rows` is how many the engine answered this time; starting and answering took seconds."""
+        prefill_only = 0 < self._n_added == self.no_score["no_window"]
         speed = f"{rows / score_seconds:.1f} prompts/s for {score_seconds:.1f} s" if rows else "none scored now"
-        lines = [
-            ("rows", self.rows, f"{speed}, after {start_seconds:.0f} s to start" if start_seconds else ""),
-            ("scored", self.scored, ""),
-        ]
-        for name, reasons in (("no score", self.no_score), ("rejected", self.rejects)):
-            lines.append((name, reasons.total(), ", ".join(f"{why} {n:,}" for why, n in reasons.most_common())))
+        lines = [("rows", self.rows, f"{speed}, after {start_seconds:.0f} s to start" if start_seconds else "")]
+        if prefill_only:
+            lines.append(("measured", self._n_added, "at step 0 alone, which has no score"))
+        else:
+            lines += [("scored", self.scored, ""), ("no score", self.no_score.total(), _reasons(self.no_score))]
+        lines.append(("rejected", self.rejects.total(), _reasons(self.rejects)))
         for name, n, more in lines:
             console.print(f"{name:<10}{n:>9,}  {more}".rstrip(), markup=False, highlight=False)
-        classes = [
-            (
-                name,
-                f"{values['n']:,}",
-                *(f"{values[key]:.1%}" for key in ("coverage", "early")),
-                *("" if (value := values[key]) is None else f"{value:.4f}" for key in ("mean", "median")),
-            )
-            for name, values in self.by_class().items()
-        ]
+        classes = []
+        for name, values in self.by_class().items():
+            fractions = (f"{values[key]:.1%}" for key in ("coverage", "early"))
+            scores = ("" if (value := values[key]) is None else f"{value:.4f}" for key in ("mean", "median"))
+            classes.append((name, f"{values['n']:,}", *(() if prefill_only else (*fractions, *scores))))
         if classes:
-            print_table(console, ("", "rows", "with score", "stop early", "mean score", "median"), classes)
+            of_scores = () if prefill_only else ("with score", "stop early", "mean score", "median")
+            print_table(console, ("", "rows", *of_scores), classes)
         if self.gated is not None:
             print_gated(console, self.gated)
-        for comparison in self.comparisons() if self.gated is None else ():
+        compared = [one for one in self.comparisons() if self.gated is None and one.varying]
+        for comparison in compared:
             title = f"\n{comparison.title}: {comparison.n_attack:,} against {comparison.n_benign:,}"
             console.print(title, markup=False, highlight=False)
             names = ("", "AUROC", "95% interval", f"TPR at {TARGET_FPR:.0%} FPR", "95% interval")
             measures = [
                 (name, f"{one.auroc:.3f}", _range(one.auroc_interval), f"{one.tpr:.3f}", _range(one.tpr_interval))
-                for name, one in comparison.measures.items()
+                for name, one in comparison.varying.items()
             ]
             print_table(console, names, measures)
-        if self.gated is None and self.comparisons():
-            note = f"Higher counts as attack, repeats count once, rows without a score are never flagged{self.sampled}."
+        notes = []
+        if compared:
+            what = "score" if self._detector is None else "value"
+            notes.append(
+                f"Higher counts as attack, repeats count once, rows without a {what} are never flagged{self.sampled}."
+            )
+        if prefill_only and self._detector is None:
+            notes.append("No score, no scores.png: `headrift calibrate` makes a detector of what was recorded.")
+        for note in notes:
             console.print(f"\n{note}", markup=False, highlight=False)
         if self.judged is not None:
             self.judged.print(console, drift_only=self.gated is not None)
@@ -325,6 +347,10 @@ def _hash(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         hashed: NDArray[np.uint64] = x ^ (x >> np.uint64(31))
         return hashed
+
+
+def _reasons(counts: Counter[str]) -> str:
+    return ", ".join(f"{reason} {n:,}" for reason, n in counts.most_common())
 
 
 def _range(interval: Bounds | None) -> str:

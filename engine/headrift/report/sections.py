@@ -53,8 +53,8 @@ def in_short(data: ReportData, output: html.Output) -> Blocks:
     comparisons = data.comparisons(data.summary)
     if comparisons:
         output.numbers(comparisons=[comparison.numbers() for comparison in comparisons])
-        if data.has_score:
-            auroc = comparisons[0].measures[SCORE].auroc
+        if (score_of := comparisons[0].measures.get(SCORE)) is not None:
+            auroc = score_of.auroc
             text.append(f"AUROC {auroc:.2f}: an attack outscores a benign prompt {auroc:.0%} of the time.")
     elif data.classes == ["unlabelled"]:
         text.append("None of these rows is labelled: the page shows how scores spread and which rows stand out.")
@@ -70,7 +70,7 @@ def in_short(data: ReportData, output: html.Output) -> Blocks:
         verdict = verdicts[comparison.title]
         rows = [
             (name, *_auroc(one), verdict[name], f"{one.tpr:.1%}", html.show_interval(one.tpr_interval, 1, "%"))
-            for name, one in comparison.measures.items()
+            for name, one in comparison.varying.items()
         ]
         caption = (
             f"{comparison.title}: {comparison.n_attack:,} distinct attacks, {comparison.n_benign:,} benign"
