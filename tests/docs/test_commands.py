@@ -234,7 +234,8 @@ def newcomer(tmp_path_factory, tiny_model, shown) -> Newcomer:
     commands = [each for each in commands_named(shown, "headrift", block=True) if each.page == ROOT / "README.md"]
     newcomer = Newcomer(tmp_path_factory.mktemp("newcomer"), tiny_model, commands)
     newcomer.scored = newcomer.run("score prompts.jsonl")
-    newcomer.calibrated = newcomer.run("calibrate run")
+    # A random model's heads tell nothing apart, and what is not usable is written only if it is forced.
+    newcomer.calibrated = newcomer.run("calibrate run", **{"c.json": "c.json --force"})
     return newcomer
 
 
@@ -260,8 +261,7 @@ def test_the_readmes_explain_shows_a_row(newcomer):
 
 @pytest.mark.nightly
 def test_the_readmes_calibrate_sets_a_threshold(newcomer):
-    assert json.loads((newcomer.folder / "c.json").read_text())["threshold"] > 0
-    assert "threshold" in newcomer.calibrated
+    assert f"threshold  {json.loads((newcomer.folder / 'c.json').read_text())['threshold']:.6f}" in newcomer.calibrated
 
 
 @pytest.mark.nightly
