@@ -162,7 +162,7 @@ def test_the_list_is_that_of_benjamini_and_hochberg(work):
     p_values = [np.nan if row["p_value"] is None else row["p_value"] for row in judged]
     expected = [row for row, on in zip(judged, discoveries(p_values)) if on]
     assert 10 < len(expected) < len(judged)
-    names = ("id", "source", "row", "score", "p_value")
+    names = ("id", "source", "row", "score", "detector", "p_value")
     assert listed == [{name: row[name] for name in names} for row in expected]
     assert f"flagged-fdr.parquet: review list of {len(listed)} rows" in " ".join(done.stdout.split())
     run = json.loads(Path("out/run.json").read_text())

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 LIST = "flagged-fdr.parquet"
 FDR = 0.1  # fraction of the rows on the review list that may be benign, on average
-_LIST_COLUMNS = ["id", "source", "row", "score", "p_value"]
+_LIST_COLUMNS = ["id", "source", "row", "score", "detector", "p_value"]
 _CLASSES = {"attack": "attack (found: TPR)", "benign": "benign (flagged: FPR)", "unlabelled": "unlabelled"}
 _SCORES_OF = {
     "benign": "benign scores",
@@ -130,7 +130,7 @@ class Judged:
 
     def write_list(self) -> None:
         """Write the rows of the review list, in their order, to flagged-fdr.parquet. OSError if that fails."""
-        types = {**column_types(), "p_value": pa.float64()}
+        types = {**column_types(), "detector": pa.float64(), "p_value": pa.float64()}
         schema = pa.schema({name: types[name] for name in _LIST_COLUMNS})
         with (
             atomic_path(self._folder / LIST) as temporary,
@@ -139,7 +139,9 @@ class Judged:
             for batch in read_batches(self._folder, _LIST_COLUMNS) if self.cutoff is not None else ():
                 on_list = batch.filter(pc.less_equal(batch["p_value"], self.cutoff))
                 if len(on_list):
-                    writer.write_batch(on_list)
+                    if "detector" not in on_list.schema.names:  # parts that an earlier version wrote
+                        on_list = on_list.append_column("detector", on_list["score"])
+                    writer.write_batch(on_list.select(_LIST_COLUMNS))
 
     def print(self, console: Console, *, drift_only: bool = False) -> None:
         """Print what is flagged, how long the review list is, and whether scores have drifted."""
