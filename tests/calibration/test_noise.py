@@ -24,6 +24,7 @@ def on_noise(seed: int) -> tuple[str, tuple[float, float]]:
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(3600)  # eight minutes on two quiet cores
 def test_choice_and_penalty_leak_nothing():
     with ProcessPoolExecutor(2) as pool:
         results = list(pool.map(on_noise, range(SEEDS)))
