@@ -56,7 +56,7 @@ def main() -> None:
 
     from headrift.probed_engine import ProbedEngine
 
-    TritonAttentionImpl.forward = lambda self, layer, query, key, value, cache, metadata, output, *scales: output
+    TritonAttentionImpl.forward = lambda self, layer, query, key, value, cache, metadata, output, **scales: output
     TritonAttentionImpl.do_kv_cache_update = lambda *_: None
     settings = {
         "load_format": "dummy", "skip_tokenizer_init": True, "dtype": "float32", "max_num_seqs": 16,
