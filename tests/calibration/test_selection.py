@@ -68,6 +68,7 @@ def test_what_only_words_tell_does_not_beat_words(make):
     assert "words alone are better" in calibration.verdict.lines[1]
 
 
+@pytest.mark.nightly
 def test_noise_is_not_usable(make):
     runs = [make.run_of_patterns(seed, 60, 90, layers=6, heads=4) for seed in range(3)]
     verdicts = [calibrate([run], config(seed=seed)).verdict.usable for seed, run in enumerate(runs)]

@@ -232,7 +232,9 @@ def test_runs_of_step_0_alone(step_0_runs, tmp_path):
 
 
 @pytest.mark.usefixtures("few")
-@pytest.mark.parametrize("signal", ["readout", "novelty", "focus"])
+@pytest.mark.parametrize(
+    "signal", ["readout", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("novelty", "focus"))]
+)
 def test_runs_of_step_0_are_scored_by_a_calibrations_detector(step_0_runs, tmp_path, signal):
     runs = [open_run(run) for run in step_0_runs]
     calibration = calibrate(runs, CalibrationSettings(target_fpr=0.1, resamples=20, signal=signal))
@@ -278,6 +280,7 @@ def test_the_calibration_begins_with_its_verdict_and_has_what_it_was_compared_wi
         assert row in section
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("few")
 def test_a_readout_beside_runs_with_instability(write, tmp_path):
     """The scores stay instability's, and the readout's threshold is not drawn among them."""
