@@ -131,12 +131,10 @@ def _detect(calibration: Calibration, row: pa.Table, run: ScoreRun) -> Detected:
     detector = calibration.detector
     prompts = prompts_of_batch(row.combine_chunks().to_batches()[0], run, {detector.reads})
     (value,) = values_of(prompts, detector)
-    verdicts = calibration.apply([value])
     if np.isnan(value):
-        return Detected(calibration, Prediction(None, False, None), None)
-    prediction = Prediction(float(value), bool(verdicts.flagged[0]), float(verdicts.p_value[0]))
+        return Detected(calibration, calibration.judge(None), None)
     heads = detector.contributions(prompts)[0] if isinstance(detector, Readout | Novelty) else None
-    return Detected(calibration, prediction, heads)
+    return Detected(calibration, calibration.judge(float(value)), heads)
 
 
 def _why_not(folder: Path, row_id: str, dataset: ds.Dataset) -> str:

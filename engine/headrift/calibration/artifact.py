@@ -111,7 +111,7 @@ class Verdict(BaseModel, extra="forbid", frozen=True):
     """Whether the calibration can be used, and the lines that say so.
 
     usable: "yes"; "sources": on the sources it was learned from only, it does not travel to others; "no": held-out
-    prompts are not told apart, or no attack is found; "unknown": there were no attacks to say.
+    prompts are not told apart, or no attack is found; "unknown": without attacks, or an interval.
     """
 
     usable: Literal["yes", "sources", "no", "unknown"]
@@ -305,7 +305,10 @@ class Calibration(BaseModel, extra="forbid", frozen=True):
 
     def predict(self, result: ScoreResult) -> Prediction:
         """The verdict on a result of a scorer with the calibration's model, window and layers."""
-        value = self.value(result)
+        return self.judge(self.value(result))
+
+    def judge(self, value: float | None) -> Prediction:
+        """The verdict on one of the detector's values."""
         verdicts = self.apply([value])
         p_value = None if value is None else float(verdicts.p_value[0])
         return Prediction(value, bool(verdicts.flagged[0]), p_value)

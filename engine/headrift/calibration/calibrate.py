@@ -63,8 +63,9 @@ def calibrate(
     cut = threshold(part_b, np.ones(len(part_b), np.int64), setting.target, setting.rule)
     above = allowed(len(part_b), setting.target, setting.rule)
     if cut is None or above is None:
-        where = f"in steps {choice.score_range.window}: choose an earlier --window, or" if choosing.searches else ":"
-        raise CalibrationError(f"no benign prompt has a value {where} check the runs")
+        window = choice.score_range.window
+        steps = f"in steps {window}: choose an earlier --window, or" if not window.empty else "at step 0:"
+        raise CalibrationError(f"no benign prompt has a value {steps} check the runs")
     figures = evidence.figures(choice, samples, config.resamples)
     confounds = {} if config.benign_only else evidence.confounds(rows, samples, config.resamples)
     calibration = Calibration(

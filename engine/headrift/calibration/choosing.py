@@ -72,13 +72,10 @@ class Choosing:
         self._entries, self._absent = contenders(self._names(), self._why_absent)
         if not self._entries:
             reasons = "; ".join(f"{get(name).label}: {why}" for name, why in self._absent.items())
-            raise CalibrationError(f"there is no signal to calibrate on ({reasons})")
+            raise CalibrationError(f"no signal can be calibrated on ({reasons})")
         only_instability = [entry.name for entry in self._entries] == ["instability"]
         fixed = readout is not None and not own_normal
         self.n_candidates = len(self._ranges) if only_instability else 1 if fixed else max(len(self._ranges), 2)
-        self.searches = only_instability
-        if config.benign_only and only_instability:
-            self.n_candidates = 1
         self.division = divide(rows, config, self.n_candidates)
         self.samples = self.division.samples
 
@@ -87,7 +84,7 @@ class Choosing:
         name = SHORT.get(self._config.signal, self._config.signal)
         known = [entry.name for entry in signals() if entry.detects]
         if name not in ("auto", *known):
-            raise CalibrationError(f"--signal {name}: there is no such signal; there are auto, {', '.join(known)}")
+            raise CalibrationError(f"--signal {name}: no such signal; choose from auto, {', '.join(known)}")
         if self._readout is not None or self._own_normal:
             if name not in ("auto", "readout"):
                 raise CalibrationError(f"--readout and --normal go with --signal readout, not with {name}")
@@ -124,7 +121,7 @@ class Choosing:
         """Why a signal cannot be calibrated on, or None."""
         if entry.name == "instability":
             return self._no_instability
-        if entry.windowed and (self._range is None or self._range.window.empty or self._steps == 0):
+        if entry.windowed and not self._windowed:
             return "no steps after step 0" if self._steps == 0 else "the runs are of several windows"
         if entry.reads == "values":
             return None if entry.name in self._rows.signals else entry.why_absent()
@@ -146,7 +143,7 @@ class Choosing:
         reads = {entry.reads for entry in self._entries}
         self._say(f"reading {len(samples.row):,} samples")
         prompts = read_selected(self._runs, samples.row, reads)
-        features_range = replace(self._range or ScoreRange(Window(1, 0)))
+        features_range = self._range or ScoreRange(Window(1, 0))
         at_step_0 = replace(features_range, window=Window(1, 0))
         for entry in self._entries:
             if entry.name == "instability":
@@ -173,7 +170,7 @@ class Choosing:
         """Compare what may be chosen, and learn what is."""
         samples = self.samples
         among = self._among()
-        # A window that is given chooses nothing, but the direction has to be found: on all samples.
+        # With a given window nothing is searched, and all samples serve to learn the direction.
         choosers = samples.chooses if samples.chooses.any() else np.ones(len(samples.row), np.bool_)
         folds = self._config.folds
         if samples.n_folds < folds and self._readout is None and any(one.entry.learn for one in among.values()):
@@ -231,7 +228,7 @@ class Choosing:
                     self._absent[name] = str(error)
                     del among[name]
         if not among:
-            raise CalibrationError(f"there is no signal to calibrate on: {'; '.join(self._absent.values())}")
+            raise CalibrationError(f"no signal can be calibrated on: {'; '.join(self._absent.values())}")
         return learned
 
     def _compare(

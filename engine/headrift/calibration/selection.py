@@ -13,13 +13,12 @@ from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
 
 from headrift.calibration.search import Search, SumTable, standard_error
 from headrift.calibration.splits import CalibrationSamples, assign_folds
 from headrift.signal import ScoreRange
 from headrift.signals import Signal, get, signals
-from headrift.signals.detectors import AnyDetector, Directed, NotEnoughError, Readout, Training
+from headrift.signals.detectors import AnyDetector, Directed, NotEnoughError, Readout, Training, direction_of
 from headrift.signals.features import Prompts
 from headrift.stats import Bools, ClusterBootstrap, Floats, Ints
 
@@ -85,13 +84,16 @@ class OfSignal:
             detector = self.entry.detector(training)
         else:
             detector = self.readout
-        return Learned(detector, self._values(detector, train), self.score_range)
+        return Learned(detector, self._values(detector), self.score_range)
 
     def learn_without(self, train: Ints, fold: Ints) -> list[Learned]:
         """Learn from samples [n] without each of their folds [n], from 0."""
-        return [self.learn(train[fold != number]) for number in range(int(fold.max()) + 1)]
+        n_folds = int(fold.max()) + 1
+        if self.readout is not None:
+            return [self.learn(train)] * n_folds
+        return [self.learn(train[fold != number]) for number in range(n_folds)]
 
-    def _values(self, detector: AnyDetector, train: Ints) -> Floats:
+    def _values(self, detector: AnyDetector) -> Floats:
         if not (self.own_normal and isinstance(detector, Readout)):
             return detector.values(self.prompts)
         values = np.full(len(self.prompts), np.nan)
@@ -126,14 +128,8 @@ class OfInstability:
         """Learn from samples [n] without each of their folds [n], from 0."""
         return self._learn(train, fold, int(fold.max()) + 1)[:-1]
 
-    def direction(self, train: Ints) -> int:
-        """1 if attacks among the samples have the higher scores, -1 if the lower."""
-        known = train[~np.isnan(self._own[train])]
-        attack = self._samples.attack[known]
-        return -1 if attack.any() and not attack.all() and roc_auc_score(attack, self._own[known]) < 0.5 else 1
-
     def redo(self, train: Ints, fold: Ints, learned: Sequence[Learned]) -> Callable[[Ints], list[Floats]]:
-        """What chooses again if samples count so many times [samples]: values without each fold."""
+        """A function of how often each sample counts [samples]: searches again, gives values without each fold."""
         directions = [one.detector.direction for one in learned if isinstance(one.detector, Directed)]
         searches = {one: self.search(train, fold, len(learned), one) for one in set(directions)}
         values = lru_cache(_KEPT_RANGES)(lambda direction, chosen: self.sums(direction).scores(chosen))
@@ -157,14 +153,14 @@ class OfInstability:
     def _learn(self, train: Ints, fold: Ints, n_folds: int) -> list[Learned]:
         """Without each fold, then on all."""
         without = [train[fold != number] for number in range(n_folds)] if n_folds > 1 else [train]
-        directions = [self.direction(part) for part in [*without, train]]
+        directions = [direction_of(self._own[part], self._samples.attack[part]) for part in [*without, train]]
         if len(self._candidates) == 1:
             ranges = dict.fromkeys(set(directions), self._candidates * (n_folds + 1))
         else:
             times = np.ones(len(train), np.int64)
             ranges = {one: self.search(train, fold, n_folds, one).best(times) for one in set(directions)}
         return [
-            Learned(Directed(signal="instability", direction=one), self.sums(one).scores(chosen), chosen)  # type: ignore[arg-type]
+            Learned(Directed(signal="instability", direction=one), self.sums(one).scores(chosen), chosen)
             for place, one in enumerate(directions)
             for chosen in [ranges[one][place]]
         ]

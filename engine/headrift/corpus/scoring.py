@@ -131,9 +131,8 @@ class Gate:
     on_null: Literal["block", "pass"] | None = None
     compare_ungated: bool = False
 
-    def blocks(self, result: ScoreResult, calibration: Calibration) -> bool:
-        """Tell whether an answer is held back."""
-        value = calibration.value(result)
+    def blocks(self, value: float | None, result: ScoreResult, calibration: Calibration) -> bool:
+        """Tell whether an answer is held back, by the detector's value of it."""
         if value is not None:
             return value >= calibration.threshold
         if self.on_null is None:
@@ -172,13 +171,13 @@ class GateKind(ScoreKind):
 
     def engine(self, verbose: bool) -> Callable[[], Engine]:
         """What makes the engine, in its process: it stops the answers that the gate blocks."""
-        blocks = partial(Gate.blocks, self._gate, calibration=self._calibration)
-        stop_if = None if self._gate.compare_ungated else blocks
+        stop_if = None if self._gate.compare_ungated else partial(_stops, self._gate, self._calibration)
         return partial(ScoringEngine, shipped(self._config), verbose=verbose, text=True, stop_if=stop_if)
 
     def record(self, row: Row, result: ScoreResult) -> Record:
         """A result as the columns of a part, with `[blocked]` for the text of a blocked answer."""
-        blocked = self._gate.blocks(result, self._calibration)
+        value = self._calibration.value(result)
+        blocked = self._gate.blocks(value, result, self._calibration)
         text = BLOCKED if blocked else result.text
         leaks = self._terms.in_text if self._gate.fail_terms else None
         return record(row.columns(text=False), result) | {
@@ -186,7 +185,7 @@ class GateKind(ScoreKind):
             "text": text,
             "leaked": None if leaks is None else not blocked and leaks(text),
             "leaked_ungated": None if leaks is None else leaks(result.text),
-            "detector": self._calibration.value(result),
+            "detector": value,
         }
 
     def row_bytes(self, model: ModelFacts) -> int:
@@ -213,6 +212,10 @@ class GateKind(ScoreKind):
 
     def finish(self, summary: Summary, names: Sequence[str]) -> None:
         """Do nothing: a gate has only its parts."""
+
+
+def _stops(gate: Gate, calibration: Calibration, result: ScoreResult) -> bool:
+    return gate.blocks(calibration.value(result), result, calibration)
 
 
 def shipped(config: ScoreConfig) -> ScoreConfig:

@@ -23,20 +23,22 @@ NOT_KEPT = {
 }
 
 
-def detector_columns(reads: Collection[str]) -> list[str]:
-    """The columns that hold what detectors read (`Signal.reads`)."""
+def detector_columns(run: ScoreRun, reads: Collection[str]) -> list[str]:
+    """The columns of a run that hold what detectors read (`Signal.reads`)."""
     values = [entry.name for entry in signals(column=True) if entry.detects]
     columns = ["score", "system_tokens", "prompt_tokens", *values]
     if "logit_shares" in reads:
-        columns += ["logit_shares", "shares", "instability", "n_steps"]
+        first = next(run.batches(["label", "logit_shares"]), None)
+        kept = first is not None and "logit_shares" in first.schema.names
+        columns += ["logit_shares"] if kept else ["shares", "instability", "n_steps"]
     return [*columns, "focus_heads"] if "focus_heads" in reads else columns
 
 
 def read_prompts(runs: Sequence[ScoreRun], reads: Collection[str]) -> Iterator[tuple[int, Prompts]]:
     """Read what detectors need of all rows, batch by batch: the number of each batch's first row, and its prompts."""
-    first, columns = 0, detector_columns(reads)
+    first = 0
     for run in runs:
-        for batch in run.batches(columns):
+        for batch in run.batches(detector_columns(run, reads)):
             yield first, prompts_of_batch(batch, run, reads)
             first += batch.num_rows
 

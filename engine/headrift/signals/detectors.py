@@ -245,14 +245,17 @@ def learn_direction(name: str, training: Training, expected: Literal[1, -1] = 1)
 
     expected: the direction to take if one of the classes is missing.
     """
+    return Directed(signal=name, direction=direction_of(training.prompts.values[name], training.attack, expected))
+
+
+def direction_of(values: Floats, attack: Bools, expected: Literal[1, -1] = 1) -> Literal[1, -1]:
+    """1 if attacks have the higher values [n], NaN left out, by their AUROC; -1 if the lower."""
     from sklearn.metrics import roc_auc_score
 
-    values = training.prompts.values[name]
     known = ~np.isnan(values)
-    attack = training.attack[known]
-    if not attack.any() or attack.all():
-        return Directed(signal=name, direction=expected)
-    return Directed(signal=name, direction=1 if roc_auc_score(attack, values[known]) >= 0.5 else -1)
+    if not attack[known].any() or attack[known].all():
+        return expected
+    return 1 if roc_auc_score(attack[known], values[known]) >= 0.5 else -1
 
 
 def learn_heads(training: Training) -> ChosenHeads:
