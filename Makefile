@@ -39,8 +39,8 @@ help: ## Show this list
 	@echo
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 	@echo
-	@echo "run, test, lint and bench do the set-up first if necessary (once: about 4 minutes, 4 GB)."
-	@echo "make test ARGS='-k window' passes options on, make run ARGS='--steps 0' too; PYTHON=... names the Python to set up with."
+	@echo "run, test, lint and bench do the set-up first if necessary (once: 4 to 8 minutes, 4 GB)."
+	@echo "make test ARGS='-k window' passes options on, make run ARGS='--steps 12' too; PYTHON=... names the Python to set up with."
 	@echo "make gpu-check GPU_PYTHON=... names a Python with pip install -e '.[gpu,dev]': setup installs for CPUs."
 
 setup: ## Virtual environment in .venv, packages, demonstration model in models/

@@ -143,7 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     sets = sorted(path.stem for path in (ROOT / "system_prompts").glob("*.txt"))
     parser.add_argument("--set", default="no_digits_urls", choices=sets, help="prompt set in datasets/")
-    parser.add_argument("--steps", type=int, default=12, help="recorded steps; 0 is the prefill alone, and faster")
+    parser.add_argument("--steps", type=int, default=0, help="recorded steps (0: the prefill alone, the fastest)")
     parser.add_argument("--model", type=Path, default=relative(ROOT / "models/smollm2-135m-instruct"))
     parser.add_argument("--out", type=Path, default=Path("runs") / f"first-{datetime.now():%Y%m%d-%H%M%S}")
     options = parser.parse_args(arguments)
