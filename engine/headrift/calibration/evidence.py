@@ -388,7 +388,7 @@ def verdict(calibration: Calibration) -> Verdict:
         lines.append(f"not usable, not distinguishable from chance: {label}, {numbers}")
     elif none_found:
         usable = "no"
-        lines.append(f"not usable, no held-out attack is found: {label}, {numbers}")
+        lines.append(f"not usable, finds no held-out attack: {label}, {numbers}")
     else:
         usable = "yes"
         travels = f", each of {len(calibration.sources)} sources left out" if left_out else ""
