@@ -73,15 +73,6 @@ class Options(argparse.ArgumentParser):
         return args
 
 
-def page_options(about: str | None, name: str) -> Options:
-    """Return the options of a script that scores the prompt sets and writes the tables of a page of docs/results."""
-    options = Options(about, name, short=False)
-    options.add_argument("--model", type=Path, default=MODEL)
-    options.add_argument("--runs", type=Path, help="keep the runs' folders here, and take finished ones")
-    options.add_argument("--from-results", action="store_true", help="only write the tables again")
-    return options
-
-
 def read_prompts(prompts: Path, system: Path, limit: int | None = None) -> list[dict]:
     """Return the rows of a prompt set with their system prompt."""
     lines, text = prompts.read_text(encoding="utf-8").splitlines()[:limit], system.read_text(encoding="utf-8").strip()

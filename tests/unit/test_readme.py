@@ -40,12 +40,12 @@ def test_the_tables_of_results_are_of_the_results(name):
     assert (RESULTS / f"{name}.md").read_text(encoding="utf-8") == table + "\n"
 
 
-@pytest.mark.parametrize(("name", "page"), [("sets", "first-look"), ("evidence", "evidence")])
-def test_the_pages_on_prompt_sets_are_of_the_results(name, page):
-    text = (ROOT / f"docs/results/{page}.md").read_text(encoding="utf-8")
-    parts = load(f"bench/{name}").parts(utils.read_json(RESULTS / f"{name}.json"))
-    made = utils.fill(text, f"bench/{name}.py", parts)
-    assert made == text, f"docs/results/{page}.md is out of date: run bench/{name}.py --from-results"
+def test_the_pages_of_evidence_are_of_the_results():
+    public = load("bench/public")
+    for page in (public.PAGE, public.ORIGINAL_PAGE):
+        text = page.read_text(encoding="utf-8")
+        made = utils.fill(text, "bench/public.py", public.page_parts(public.reports(), page))
+        assert made == text, f"{page.name} is out of date: run bench/public.py page"
 
 
 def test_what_was_measured_is_exact_and_within_its_bounds():

@@ -8,6 +8,7 @@ The figures of that choice are nested: for each fold it is made again without th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -249,28 +250,39 @@ def pick_within(among: Mapping[str, Contender], samples: CalibrationSamples, cho
     return chosen
 
 
-def words_held_out(texts: Sequence[str], samples: CalibrationSamples, choosers: Bools) -> Floats:
-    """Log-odds of an attack by the words of each prompt (TF-IDF of words and of letters), learned without its fold."""
+def learn_words(texts: Sequence[str], attack: Bools) -> Callable[[Sequence[str]], Floats]:
+    """Fit log-odds of an attack to the words of prompts (TF-IDF of words and of letters); a function of other texts.
+
+    Raises:
+        NotEnoughError: There are no words, or one class alone.
+    """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline, make_union
 
+    if attack.all() or not attack.any():
+        raise NotEnoughError("one class alone")
+    model = make_pipeline(
+        make_union(
+            TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, max_features=100_000),
+            TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, max_features=50_000),
+        ),
+        LogisticRegression(C=_WORD_PENALTY, class_weight="balanced", max_iter=500),
+    )
+    try:
+        model.fit(texts, attack)
+    except ValueError as error:
+        raise NotEnoughError("the prompts have no words") from error
+    return lambda others: np.asarray(model.decision_function(others), np.float64)
+
+
+def words_held_out(texts: Sequence[str], samples: CalibrationSamples, choosers: Bools) -> Floats:
+    """What the words of each prompt say of it, learned without its fold; lowest if nothing can be learned."""
     values = np.full(len(texts), -np.inf)
     for number in range(samples.n_folds):
         inside = np.flatnonzero(samples.fold == number)
         train = np.flatnonzero(choosers & ~np.isin(samples.group, samples.group[inside]))
-        if len(np.unique(samples.attack[train])) < 2:
-            continue
-        model = make_pipeline(
-            make_union(
-                TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, max_features=100_000),
-                TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, max_features=50_000),
-            ),
-            LogisticRegression(C=_WORD_PENALTY, class_weight="balanced", max_iter=500),
-        )
-        try:
-            model.fit([texts[place] for place in train], samples.attack[train])
-        except ValueError:  # no words at all
-            continue
-        values[inside] = model.decision_function([texts[place] for place in inside])
+        with suppress(NotEnoughError):
+            log_odds = learn_words([texts[place] for place in train], samples.attack[train])
+            values[inside] = log_odds([texts[place] for place in inside])
     return values

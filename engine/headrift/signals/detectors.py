@@ -290,7 +290,7 @@ def choose_heads(focus_heads: NDArray[np.floating], attack: Bools) -> tuple[int 
 
 
 def learn_readout(training: Training) -> Readout:
-    """Fit the readout; the penalty is the one with the least held-out log-loss over the inner folds.
+    """Fit the readout; the penalty is the one with the highest mean AUROC within inner folds.
 
     Raises:
         NotEnoughError: A class has fewer than 10 prompts with shares, or no layer counts in all of them.
@@ -308,7 +308,7 @@ def learn_readout(training: Training) -> Readout:
             standardised[own] = (Moments.measure(matrix[normal]) if normal.any() else moments).standardise(matrix[own])
     else:
         standardised = moments.standardise(matrix)
-    weight = _class_weights(training)
+    weight = class_weights(training)
     with threadpool_limits(1 if len(matrix) < 2_000 else None, "blas"):  # more threads do not pay for small fits
         inverse_penalty = _choose_penalty(standardised, training, weight)
         small, back = _fewer_columns(standardised)
@@ -370,7 +370,7 @@ def _check_classes(attack: Bools) -> None:
         raise NotEnoughError(f"it takes {FEWEST_FOR_READOUT} attacks and as many benign prompts; there are {fewest}")
 
 
-def _class_weights(training: Training) -> Floats:
+def class_weights(training: Training) -> Floats:
     """Weights [n]: both classes have the same total, and within a class all sources."""
     weight = np.zeros(len(training.attack))
     for label in (True, False):
@@ -383,20 +383,24 @@ def _class_weights(training: Training) -> Floats:
 
 
 def _choose_penalty(matrix: Floats, training: Training, weight: Floats) -> float:
-    """The C with the least weighted log-loss on the inner folds; the smallest, if no fold can be held out."""
-    losses = np.zeros(len(INVERSE_PENALTIES))
+    """The C with the highest mean AUROC within the inner folds that have both classes; the smallest of equals.
+
+    Ranks within a fold are what a threshold set on new benign prompts uses. A fold of a source that nothing was learned
+    from has another mean, which a log-loss would punish instead.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    aurocs = np.zeros(len(INVERSE_PENALTIES))
     for number in np.unique(training.fold):
         inside, others = training.fold == number, training.fold != number
-        if len(np.unique(training.attack[others])) < 2:
+        if any(len(np.unique(training.attack[part])) < 2 for part in (inside, others)):
             continue
-        sign = np.where(training.attack[inside], 1.0, -1.0)
         small, back = _fewer_columns(matrix[others])
         held_out = matrix[inside] @ back
         for place, inverse_penalty in enumerate(INVERSE_PENALTIES):
-            coefficients, intercept = _fit(small, training.attack[others], weight[others], inverse_penalty)
-            log_odds = held_out @ coefficients + intercept
-            losses[place] += weight[inside] @ np.logaddexp(0.0, -sign * log_odds)
-    return INVERSE_PENALTIES[int(losses.argmin())]
+            coefficients, _ = _fit(small, training.attack[others], weight[others], inverse_penalty)
+            aurocs[place] += roc_auc_score(training.attack[inside], held_out @ coefficients)
+    return INVERSE_PENALTIES[int(aurocs.argmax())]
 
 
 def _fewer_columns(matrix: Floats) -> tuple[Floats, Floats]:
