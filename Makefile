@@ -60,7 +60,7 @@ setup: ## Virtual environment in .venv, packages, demonstration model in models/
 run: setup ## A first look: calibrate on half of a prompt set, judge the other half (SET=banned_word: another)
 	@$(BIN)/python scripts/first_run.py --set $(SET) $(ARGS)
 
-run-large: setup ## The same with a model that follows instructions: 1.1 GB to download, 12 GB of memory, ten minutes
+run-large: setup ## The same with a model that follows instructions: 1.1 GB to download, 10 GB of memory, ten minutes
 	@$(BIN)/headrift demo-model --model qwen2.5-coder-1.5b $(LARGE)
 	@$(BIN)/python scripts/first_run.py --set $(SET) --model $(LARGE) $(ARGS)
 

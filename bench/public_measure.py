@@ -33,6 +33,13 @@ HARD = "notinject"  # harmless prompts full of words of attacks: never trained o
 PADDED = "opi_padded"  # for the comparison at equal length: never trained on either
 WINDOW = ScoreRange(Window(1, 12))
 AT_STEP_0 = ScoreRange(Window(1, 0))
+# Sources of a kind, which share attack styles or the kind of rule: they are left out together, too.
+KINDS = (
+    ("original_1", "original_2", "banned_word", "obfuscated_word"),
+    ("no_digits_urls", "complex_input"),
+    ("opi", "dolly"),
+    ("injecagent", "indirect_injection"),
+)
 FOLDS = 5
 RESAMPLES = 2000
 RATES = (0.01, 0.05)  # false positive rates of thresholds
@@ -324,6 +331,12 @@ def leave_out(data: Data, learner: Learner, sources: Sequence[str]) -> list[np.n
     return [lowest(learner(data, np.flatnonzero(data.of(*sources) & ~data.of(source)))) for source in sources]
 
 
+def half(data: Data) -> np.ndarray:
+    """One half of the prompts, groups whole [n]."""
+    group = data.samples.group
+    return np.random.default_rng(0).random(group.max() + 1)[group] < 0.5
+
+
 def with_local_normal(data: Data, source: str, sources: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """The readout without a source, standardised on each source's own benign prompts.
 
@@ -333,11 +346,10 @@ def with_local_normal(data: Data, source: str, sources: Sequence[str]) -> tuple[
     Returns:
         Values [n] and which prompts are judged [n].
     """
-    samples = data.samples
     train = np.flatnonzero(data.of(*sources) & ~data.of(source))
     training = replace(_training(data, train), own_normal=True)
     readout = get("readout").detector(training)
-    part_a = np.random.default_rng(0).random(samples.group.max() + 1)[samples.group] < 0.5
+    part_a = half(data)
     values, judged = np.full(len(data.source), -np.inf), np.ones(len(data.source), np.bool_)
     for name in (*sources, HARD):
         own = data.of(name)
@@ -444,22 +456,35 @@ def _padded(data: Data, figures: Figures, own: np.ndarray, fold: np.ndarray, say
     return {"n": [int((judged & data.attack).sum()), int(padded.sum())], "auroc": result}
 
 
-def measure_left_out(data: Data, figures: Figures, chosen: Mapping[str, tuple[str, Learner]], say: Callable) -> dict:
-    """Each signal with each source left out: AUROC there, what a threshold of the other sources does."""
-    sources, hard = sources_of(data), data.of(HARD)
+def measure_left_out(
+    data: Data,
+    figures: Figures,
+    chosen: Mapping[str, tuple[str, Learner]],
+    say: Callable,
+    kinds: Sequence[Sequence[str]] = (),
+    more: np.ndarray | None = None,
+) -> dict:
+    """Each signal with each source left out: AUROC there, what a threshold of the other sources does.
+
+    kinds: Sources that are left out together.
+    more: [n] hard benign prompts to train on too; the others are judged.
+    """
+    sources, more = sources_of(data), np.zeros(len(data.source), np.bool_) if more is None else more
+    hard = data.of(HARD) & ~more
+    kind_of = {source: next((kind for kind in kinds if source in kind), (source,)) for source in sources}
     result, draws = {}, {}
     for name, (label, learner) in chosen.items():
-        cells = {}
+        cells, learned = {}, {}
         for source in sources:
-            say(f"without {source}: {name}")
-            own = data.of(source)
-            train = data.of(*sources) & ~own
-            values = lowest(learner(data, np.flatnonzero(train)))
-            cells[source] = _judged(data, figures, values, own, train & ~data.attack, hard)
-            draws[name, source] = figures.auroc(values, own)
-        mean = np.mean([draws[name, source] for source in sources], axis=0)
-        draws[name] = mean
-        result[name] = {"label": label, "sources": cells, **_over_sources(cells, mean)}
+            own, kind = data.of(source), kind_of[source]
+            train = (data.of(*sources) & ~data.of(*kind)) | more
+            if kind not in learned:
+                say(f"without {', '.join(kind)}: {name}")
+                learned[kind] = lowest(learner(data, np.flatnonzero(train)))
+            cells[source] = _judged(data, figures, learned[kind], own, train & ~data.attack, hard)
+            draws[name, source] = figures.auroc(learned[kind], own)
+        draws[name] = np.mean([draws[name, source] for source in sources], axis=0)
+        result[name] = {"label": label, "sources": cells, **_over_sources(cells, draws[name])}
     for other in {"words", "readout"} & chosen.keys():
         for name in chosen.keys() - {other}:
             result[name][f"over_{other}"] = figure(draws[name] - draws[other], len(chosen) - 1)

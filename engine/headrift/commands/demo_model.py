@@ -143,7 +143,7 @@ SOURCES = {
         positions=32_768,
         download=1_060,
         disk=6_000,
-        memory=12_000,
+        memory=10_000,
     ),
 }
 
