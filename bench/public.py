@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -153,6 +154,7 @@ def score(args: argparse.Namespace) -> None:
     """Score all rows that have not been scored."""
     work = args.work / args.model.name
     work.mkdir(parents=True, exist_ok=True)
+    utils.write_json({"matrix_products": os.environ.get(FAST, "float32")}, work / "settings.json")
     runs = {"sets": (public_rows(args.public_sets), STEPS)}
     if args.original:
         runs = {"original": (original_rows(args.original), ORIGINAL_STEPS), **runs}
@@ -211,7 +213,7 @@ def measure(args: argparse.Namespace) -> None:
     report = {
         **{key: about[key] for key in ("versions", "engine", "host")},
         "model": args.model.name,
-        "matrix_products": os.environ.get(FAST, "float32"),
+        **utils.read_json(work / "settings.json"),
         "rows": {name: measuring.classes(data, name) for name in dict.fromkeys(data.source.tolist())},
         "labels": {name: label for name, (label, _) in chosen.items()},
         "within": measuring.measure_within(data, figures, say),
@@ -231,7 +233,14 @@ def measure(args: argparse.Namespace) -> None:
             more=measuring.half(data) & data.of(measuring.HARD),
         )
     report |= {"original": measuring.measure_original(data, figures), "scores": measuring.instability_scores(data)}
-    utils.write_json(report, args.out or utils.RESULTS / f"public-{args.model.name}.json")
+    out = args.out or utils.RESULTS / f"public-{args.model.name}.json"
+    text = json.dumps(report, indent=1)
+    # A figure with its interval on one line.
+    out.write_text(re.sub(r"\[\s+([-\d.]+(?:,\s+[-\d.]+)*)\s+\]", _on_one_line, text) + "\n", encoding="utf-8")
+
+
+def _on_one_line(numbers: re.Match) -> str:
+    return f"[{' '.join(numbers[1].split())}]"
 
 
 PAGE = utils.ROOT / "docs/results/public.md"
@@ -269,8 +278,8 @@ ORIGINAL_FIGURES = {
 
 def reports() -> list[dict]:
     """The results of both models, the larger first; those that there are."""
-    found = [utils.read_json(path) for path in sorted(utils.RESULTS.glob("public-*.json"))]
-    return sorted(found, key=lambda report: -report["engine"]["layers"] * report["engine"]["heads"])
+    results = [utils.read_json(path) for path in sorted(utils.RESULTS.glob("public-*.json"))]
+    return sorted(results, key=lambda report: -report["engine"]["layers"] * report["engine"]["heads"])
 
 
 def ci(cell: list[float] | None, sign: bool = False) -> str:
@@ -294,30 +303,30 @@ def verdict(difference: list[float] | None) -> str:
     return "better" if difference[1] > 0 else "worse" if difference[2] < 0 else "not shown"
 
 
-def settings_part(found: list[dict]) -> str:
+def settings_part(results: list[dict]) -> str:
     lines = []
-    for report in found:
+    for report in results:
         fast = report["matrix_products"]
         how = "float32" if fast == "float32" else "float32, matrix products in bfloat16 with float32 sums"
         lines.append(
             f"- **{report['model']}** ({how}), on {report['host']['cpu']}; headrift {report['versions']['headrift']}, "
             f"vLLM {report['versions']['vllm']}."
         )
-    rows = found[0]["rows"]
+    rows = results[0]["rows"]
     counts = "; ".join(f"{name} {n[0]} and {n[1]}" for name, n in rows.items())
     return "\n".join([*lines, "", f"Attacks and benign prompts scored: {counts}."])
 
 
-def within_part(found: list[dict]) -> str:
+def within_part(results: list[dict]) -> str:
     parts = []
-    for report in found:
+    for report in results:
         names = [name for name in SHOWN if name in report["labels"]]
         lines = [
             [source, f"{cell['n'][0]}, {cell['n'][1]}", *(ci(cell["signals"][name]["auroc"]) for name in names)]
             + [
                 verdict(cell["signals"]["readout"]["over_words"]),
                 ci(cell["signals"]["readout"]["within_length"]),
-                " / ".join(percent(found) for found in cell["signals"]["readout"]["found"].values()),
+                " / ".join(percent(rate) for rate in cell["signals"]["readout"]["found"].values()),
             ]
             for source, cell in report["within"].items()
         ]
@@ -334,9 +343,9 @@ def within_part(found: list[dict]) -> str:
     return utils.page(*parts)
 
 
-def left_out_part(found: list[dict]) -> str:
+def left_out_part(results: list[dict]) -> str:
     parts = []
-    for report in found:
+    for report in results:
         cells = report["left_out"]
         names = [name for name in cells if name in report["labels"]]
         lines = [
@@ -361,10 +370,10 @@ def left_out_part(found: list[dict]) -> str:
     return utils.page(*parts)
 
 
-def kind_part(found: list[dict]) -> str:
+def kind_part(results: list[dict]) -> str:
     """Mean AUROCs with all sources of a kind left out."""
     lines = []
-    for report in found:
+    for report in results:
         cells = report["kind_left_out"]
         for name in SHOWN:
             if name in cells:
@@ -382,9 +391,9 @@ def kind_part(found: list[dict]) -> str:
     return utils.markdown(head, lines)
 
 
-def hard_part(found: list[dict]) -> str:
+def hard_part(results: list[dict]) -> str:
     parts = []
-    for report in found:
+    for report in results:
         cells = {**report["left_out"], "local": report["local_normal"]}
         lines = []
         for name, cell in cells.items():
@@ -403,9 +412,9 @@ def hard_part(found: list[dict]) -> str:
     return utils.page(*parts)
 
 
-def tried_part(found: list[dict]) -> str:
+def tried_part(results: list[dict]) -> str:
     parts = []
-    for report in found:
+    for report in results:
         cells = {"readout": report["left_out"]["readout"], "local": report["local_normal"], **report["tried"]}
         lines = [
             [cell["label"], ci(cell["auroc"]), percent(cell["thresholds"][FOUND].get("hard"))]
@@ -415,10 +424,10 @@ def tried_part(found: list[dict]) -> str:
     return utils.page(*parts)
 
 
-def findings_part(found: list[dict]) -> str:
+def findings_part(results: list[dict]) -> str:
     """The questions a user has, each with its figure and a verdict."""
     answers: dict[str, list[str]] = {}
-    for report in found:
+    for report in results:
         left_out, within, local = report["left_out"], report["within"], report["local_normal"]
         readout, n = left_out["readout"], len(left_out["readout"]["sources"])
         kinds = report["kind_left_out"]["readout"]
@@ -472,7 +481,7 @@ def findings_part(found: list[dict]) -> str:
             ask.append((f"{what}{more}?", percent(hard), "yes" if hard <= 0.2 else "no"))
         for question, figure, answer in ask:
             answers.setdefault(question, []).extend([figure, answer])
-    head = [word for report in found for word in (report["model"], "verdict")]
+    head = [word for report in results for word in (report["model"], "verdict")]
     return utils.markdown(["question", *head], [[question, *cells] for question, cells in answers.items()])
 
 
@@ -481,7 +490,7 @@ def _minus(cell: list[float]) -> list[float]:
     return [-value, -high, -low]
 
 
-def original_part(found: list[dict]) -> str:
+def original_part(results: list[dict]) -> str:
     """The original's sets with its windows, beside its own figures."""
     lines, further = [], []
     for source, published in ORIGINAL_FIGURES.items():
@@ -499,7 +508,7 @@ def original_part(found: list[dict]) -> str:
                     "",
                 ]
             )
-        for report in found:
+        for report in results:
             for window, label in (("2:3", "1-3"), ("12:40", "11-40")):
                 if source not in report["original"]:
                     continue
@@ -519,7 +528,7 @@ def original_part(found: list[dict]) -> str:
                 )
     head = ["set", "model", "steps as it counts them", "means: attack, benign", "AUROC", "TPR at 5% FPR"]
     head += ["ended early: attack, benign", "r with entropy", "r with minus agreement"]
-    for report in found:
+    for report in results:
         for source, cell in report["original"].items():
             first, success = cell["step 0"], cell["attack success"]
             further.append(
@@ -547,11 +556,11 @@ def original_part(found: list[dict]) -> str:
     return utils.page(utils.markdown(head, lines), utils.markdown(more, further))
 
 
-def threshold_part(found: list[dict]) -> str:
+def threshold_part(results: list[dict]) -> str:
     """Whether a threshold in standard deviations of benign scores serves another model, over the own sets."""
     lines = []
-    for one in found:
-        for other in found:
+    for one in results:
+        for other in results:
             z, scores = _normalised(one), _normalised(other)
             threshold = np.quantile(z["benign"], 0.95)
             rates = [float((scores[label] > threshold).mean()) for label in ("attack", "benign")]
@@ -572,18 +581,18 @@ def _normalised(report: dict) -> dict[str, np.ndarray]:
     return {label: np.concatenate(values) for label, values in z.items()}
 
 
-def draw(found: list[dict], path: Path) -> None:
+def draw(results: list[dict], path: Path) -> None:
     """AUROC of each source left out, by signal and model."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(found), figsize=(4.2 * len(found), 4.4), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(results), figsize=(4.2 * len(results), 4.4), sharey=True, squeeze=False)
     marks = {
         "readout": ("o", "#D55E00"),
         "residual": ("s", "#009E73"),
         "words": ("^", "#0072B2"),
         "instability": ("x", "#595959"),
     }
-    for ax, report in zip(axes[0], found):
+    for ax, report in zip(axes[0], results):
         sources = list(report["left_out"]["readout"]["sources"])
         for place, (name, (mark, colour)) in enumerate(marks.items()):
             cell = report["left_out"][name]
@@ -606,24 +615,24 @@ def draw(found: list[dict], path: Path) -> None:
 
 def page(args: argparse.Namespace) -> None:
     """Write the tables and the figure of the pages again."""
-    found = reports()
-    utils.fill_file(PAGE, "bench/public.py", page_parts(found, PAGE))
-    utils.fill_file(ORIGINAL_PAGE, "bench/public.py", page_parts(found, ORIGINAL_PAGE))
-    draw(found, utils.RESULTS / "public.png")
+    results = reports()
+    utils.fill_file(PAGE, "bench/public.py", page_parts(results, PAGE))
+    utils.fill_file(ORIGINAL_PAGE, "bench/public.py", page_parts(results, ORIGINAL_PAGE))
+    draw(results, utils.RESULTS / "public.png")
 
 
-def page_parts(found: list[dict], page: Path) -> dict[str, str]:
+def page_parts(results: list[dict], page: Path) -> dict[str, str]:
     """The parts of docs/results/public.md or of docs/results/evidence.md."""
     makers = [findings_part, settings_part, within_part, left_out_part, kind_part, hard_part, tried_part]
     if page == ORIGINAL_PAGE:
         makers = [own_part, original_part, threshold_part]
-    return {maker.__name__.removesuffix("_part"): maker(found) for maker in makers}
+    return {maker.__name__.removesuffix("_part"): maker(results) for maker in makers}
 
 
-def own_part(found: list[dict]) -> str:
+def own_part(results: list[dict]) -> str:
     """The own sets, within each and with each left out."""
     parts = []
-    for report in found:
+    for report in results:
         names = [name for name in (*SHOWN, "head_agreement", "entropy") if name in report["labels"]]
         lines = [
             [source, f"{cell['n'][0]}, {cell['n'][1]}", *(ci(cell["signals"][name]["auroc"]) for name in names)]

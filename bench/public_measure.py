@@ -75,7 +75,7 @@ class Data:
     def attack(self) -> np.ndarray:
         return self.samples.attack
 
-    def of(self, *sources: str) -> np.ndarray:
+    def from_sources(self, *sources: str) -> np.ndarray:
         """Which prompts are of these sources."""
         return np.isin(self.source, sources)
 
@@ -138,7 +138,9 @@ def _over_window(data: Data, prompt_tokens: list[int]) -> Prompts:
     """The prompts with signals over steps 1 to 12, also of runs that were scored over more."""
     prompts, values = data.prompts, dict(data.prompts.values)
     windowed = [entry for entry in signals() if entry.name in values and entry.windowed and entry.value]
-    longer = np.flatnonzero([len(shares) > WINDOW.window.end + 1 for shares in data.shares] | data.of(*ORIGINAL))
+    longer = np.flatnonzero(
+        [len(shares) > WINDOW.window.end + 1 for shares in data.shares] | data.from_sources(*ORIGINAL)
+    )
     blocks = prompts.logit_shares.copy()
     for number in longer:
         one = data.data_of(number, WINDOW)
@@ -241,16 +243,16 @@ def _variant(data: Data, train: np.ndarray, *, matrix, penalty: float | None = N
 
 def learners(data: Data) -> dict[str, tuple[str, Learner]]:
     """Label and learner of every signal that the prompts have, by name, and what they stand beside."""
-    found = {}
+    result = {}
     for entry in signals():
         if entry.detects and (entry.reads != "values" or entry.name in data.prompts.values):
-            found[entry.name] = entry.label, partial(of_signal, name=entry.name)
-    found["readout_12"] = "readout, steps 0 to 12", partial(of_signal, name="readout", windowed=True)
-    found["length"] = "prompt length", partial(of_signal, name="prompt_tokens")
+            result[entry.name] = entry.label, partial(of_signal, name=entry.name)
+    result["readout_12"] = "readout, steps 0 to 12", partial(of_signal, name="readout", windowed=True)
+    result["length"] = "prompt length", partial(of_signal, name="prompt_tokens")
     if data.states is not None:
-        found["residual"] = "probe on the residual stream", of_residual
-    found["words"] = "words (TF-IDF)", of_words
-    return found
+        result["residual"] = "probe on the residual stream", of_residual
+    result["words"] = "words (TF-IDF)", of_words
+    return result
 
 
 def variants(data: Data) -> dict[str, tuple[str, Learner]]:
@@ -262,9 +264,9 @@ def variants(data: Data) -> dict[str, tuple[str, Learner]]:
     share = 1 / (1 + np.exp(-blocks))
     scaled = centred / (blocks.std(axis=2, keepdims=True) + 1e-6)
     middle = slice(layers // 3, 2 * layers // 3)
-    found = {}
+    result = {}
     for penalty in (0.001, 0.003, 0.01):
-        found[f"features, C {penalty}"] = partial(_variant, matrix=whole, penalty=penalty)
+        result[f"features, C {penalty}"] = partial(_variant, matrix=whole, penalty=penalty)
     for label, array in {
         "shares as they are": share,
         "log-odds, not centred": blocks,
@@ -273,10 +275,10 @@ def variants(data: Data) -> dict[str, tuple[str, Learner]]:
         "centred, the middle third of the layers": centred[:, middle],
         "centred, the first two thirds": centred[:, : 2 * layers // 3],
     }.items():
-        found[f"{label}, C 0.003"] = partial(_variant, matrix=array.reshape(n, -1), penalty=0.003)
-    found["features, 10 principal components"] = partial(_variant, matrix=whole, penalty=0.01, components=10)
-    found["features, 40 principal components"] = partial(_variant, matrix=whole, penalty=0.01, components=40)
-    return {name: (name, learner) for name, learner in found.items()}
+        result[f"{label}, C 0.003"] = partial(_variant, matrix=array.reshape(n, -1), penalty=0.003)
+    result["features, 10 principal components"] = partial(_variant, matrix=whole, penalty=0.01, components=10)
+    result["features, 40 principal components"] = partial(_variant, matrix=whole, penalty=0.01, components=40)
+    return {name: (name, learner) for name, learner in result.items()}
 
 
 # Protocols
@@ -289,7 +291,7 @@ def lowest(values: np.ndarray) -> np.ndarray:
 
 def within(data: Data, source: str) -> tuple[np.ndarray, np.ndarray]:
     """Folds of a source: the published split (its training half is in fold -1), target tasks, or groups."""
-    own = data.of(source)
+    own = data.from_sources(source)
     fold = np.full(len(own), -1)
     if source == "deepset":
         fold[own & (data.category == "test")] = 0
@@ -316,7 +318,7 @@ def cross_learn(data: Data, learner: Learner, own: np.ndarray, fold: np.ndarray)
 
 def classes(data: Data, source: str) -> list[int]:
     """Attacks and benign prompts of a source."""
-    own = data.of(source)
+    own = data.from_sources(source)
     return [int((own & data.attack).sum()), int((own & ~data.attack).sum())]
 
 
@@ -328,7 +330,10 @@ def sources_of(data: Data) -> list[str]:
 
 def leave_out(data: Data, learner: Learner, sources: Sequence[str]) -> list[np.ndarray]:
     """Values [n] of all prompts by learners that did not see one of the sources each, nor the hard benign prompts."""
-    return [lowest(learner(data, np.flatnonzero(data.of(*sources) & ~data.of(source)))) for source in sources]
+    return [
+        lowest(learner(data, np.flatnonzero(data.from_sources(*sources) & ~data.from_sources(source))))
+        for source in sources
+    ]
 
 
 def half(data: Data) -> np.ndarray:
@@ -346,13 +351,13 @@ def with_local_normal(data: Data, source: str, sources: Sequence[str]) -> tuple[
     Returns:
         Values [n] and which prompts are judged [n].
     """
-    train = np.flatnonzero(data.of(*sources) & ~data.of(source))
+    train = np.flatnonzero(data.from_sources(*sources) & ~data.from_sources(source))
     training = replace(_training(data, train), own_normal=True)
     readout = get("readout").detector(training)
     part_a = half(data)
     values, judged = np.full(len(data.source), -np.inf), np.ones(len(data.source), np.bool_)
     for name in (*sources, HARD):
-        own = data.of(name)
+        own = data.from_sources(name)
         normal = own & ~data.attack
         if name in (source, HARD):
             normal &= part_a
@@ -383,7 +388,7 @@ class Figures:
         known = [one for one in draws if not np.isnan(one[0])]
         return np.nanmean(known, axis=0)
 
-    def found(self, values: np.ndarray, own: np.ndarray, rate: float) -> np.ndarray:
+    def rate_found(self, values: np.ndarray, own: np.ndarray, rate: float) -> np.ndarray:
         """Draws of the fraction of the own attacks above the threshold that this rate of the own benign passes."""
         thresholds = self.bootstrap.threshold(values, own & ~self.data.attack, rate)
         return self.bootstrap.rate_above(values, own & self.data.attack, thresholds)
@@ -423,12 +428,12 @@ def measure_within(data: Data, figures: Figures, say: Callable) -> dict:
                     "within_length": figure(
                         figures.bootstrap.auroc(values, data.attack, judged, np.maximum(fold, 0) * 3 + thirds)
                     ),
-                    "found": {str(rate): figure(figures.found(values, judged, rate)) for rate in RATES},
+                    "found": {str(rate): figure(figures.rate_found(values, judged, rate)) for rate in RATES},
                 }
                 for name, values in cells.items()
             },
         }
-        if source == "opi" and data.of(PADDED).any():
+        if source == "opi" and data.from_sources(PADDED).any():
             result[source]["padded"] = _padded(data, figures, own, fold, say)
     return result
 
@@ -442,7 +447,7 @@ def _thirds(data: Data, judged: np.ndarray) -> np.ndarray:
 def _padded(data: Data, figures: Figures, own: np.ndarray, fold: np.ndarray, say: Callable) -> dict:
     """Attacks of Open-Prompt-Injection against benign prompts padded to their length, target tasks left out."""
     targets = np.array([category.split(" ")[0] for category in data.category])
-    padded = data.of(PADDED)
+    padded = data.from_sources(PADDED)
     judged = (own & data.attack) | padded
     fold = np.where(padded, [fold[own & (targets == target)].max(initial=-1) for target in targets], fold)
     result = {}
@@ -470,14 +475,14 @@ def measure_left_out(
     more: [n] hard benign prompts to train on too; the others are judged.
     """
     sources, more = sources_of(data), np.zeros(len(data.source), np.bool_) if more is None else more
-    hard = data.of(HARD) & ~more
+    hard = data.from_sources(HARD) & ~more
     kind_of = {source: next((kind for kind in kinds if source in kind), (source,)) for source in sources}
     result, draws = {}, {}
     for name, (label, learner) in chosen.items():
         cells, learned = {}, {}
         for source in sources:
-            own, kind = data.of(source), kind_of[source]
-            train = (data.of(*sources) & ~data.of(*kind)) | more
+            own, kind = data.from_sources(source), kind_of[source]
+            train = (data.from_sources(*sources) & ~data.from_sources(*kind)) | more
             if kind not in learned:
                 say(f"without {', '.join(kind)}: {name}")
                 learned[kind] = lowest(learner(data, np.flatnonzero(train)))
@@ -507,9 +512,9 @@ def _over_sources(cells: Mapping[str, dict], mean: np.ndarray) -> dict:
 def _judged(data: Data, figures: Figures, values, own, normal, hard) -> dict:
     """What a learner says of a source it did not see, and of hard benign prompts."""
     benign = np.where(np.isinf(values), -1e9, values)
-    found = np.sort(values[own & data.attack])[::-1]
+    attacks = np.sort(values[own & data.attack])[::-1]
     at = {str(rate): float(np.quantile(benign[normal], 1 - rate)) for rate in RATES}
-    at[f"{FOUND:.0%} found"] = float(np.nextafter(found[int(np.ceil(FOUND * len(found))) - 1], -np.inf))
+    at[f"{FOUND:.0%} found"] = float(np.nextafter(attacks[int(np.ceil(FOUND * len(attacks))) - 1], -np.inf))
     return {
         "auroc": figure(figures.auroc(values, own)),
         "thresholds": {
@@ -529,8 +534,11 @@ def measure_local_normal(data: Data, figures: Figures, say: Callable) -> dict:
     for source in sources:
         say(f"without {source}: readout, local normal")
         values, judged = with_local_normal(data, source, sources)
-        own, normal = data.of(source) & judged, data.of(*sources) & ~data.of(source) & ~data.attack
-        cells[source] = _judged(data, figures, values, own, normal, data.of(HARD) & judged)
+        own, normal = (
+            data.from_sources(source) & judged,
+            data.from_sources(*sources) & ~data.from_sources(source) & ~data.attack,
+        )
+        cells[source] = _judged(data, figures, values, own, normal, data.from_sources(HARD) & judged)
         draws.append(figures.auroc(values, own))
     return {"label": "readout, local normal", "sources": cells, **_over_sources(cells, np.mean(draws, axis=0))}
 
@@ -551,12 +559,12 @@ def measure_original(data: Data, figures: Figures) -> dict:
         }
         | {"attack success": _success(data, figures, source), "step 0": _step_0(data, figures, source)}
         for source in ORIGINAL
-        if data.of(source).any()
+        if data.from_sources(source).any()
     }
 
 
 def _original_window(data: Data, figures: Figures, source: str, score_range: ScoreRange) -> dict:
-    own = data.of(source)
+    own = data.from_sources(source)
     columns = {name: np.full(len(own), np.nan) for name in ("instability", "head_agreement", "entropy")}
     for number in np.flatnonzero(own):
         one = data.data_of(number, score_range)
@@ -589,7 +597,7 @@ def _original_window(data: Data, figures: Figures, source: str, score_range: Sco
 
 def _success(data: Data, figures: Figures, source: str) -> dict:
     """Whether instability tells attacks that got the word from those that did not."""
-    attacks = data.of(source) & data.attack
+    attacks = data.from_sources(source) & data.attack
     got = np.array([FORBIDDEN in answer.lower() for answer in data.answers])
     n = [int((attacks & got).sum()), int((attacks & ~got).sum())]
     scores = data.prompts.values["instability"]
@@ -599,7 +607,7 @@ def _success(data: Data, figures: Figures, source: str) -> dict:
 
 def _step_0(data: Data, figures: Figures, source: str) -> dict:
     """Instability at the prompt's last token beside focus there, and what the answer's length tells alone."""
-    own = data.of(source)
+    own = data.from_sources(source)
     first = np.full(len(own), np.nan)
     layers = slice(*WINDOW.layers(data.instability[0].shape[1]))
     for number in np.flatnonzero(own):
@@ -620,9 +628,9 @@ def instability_scores(data: Data) -> dict[str, dict[str, list[float]]]:
     scores = data.prompts.values["instability"]
     return {
         source: {
-            label: [round(float(score), 5) for score in scores[data.of(source) & (data.attack == is_attack)]]
+            label: [round(float(score), 5) for score in scores[data.from_sources(source) & (data.attack == is_attack)]]
             for label, is_attack in (("attack", True), ("benign", False))
         }
         for source in (*ORIGINAL, *OWN)
-        if data.of(source).any()
+        if data.from_sources(source).any()
     }

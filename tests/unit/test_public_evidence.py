@@ -63,11 +63,11 @@ READOUT = partial(measuring.of_signal, name="readout")
 
 def test_a_planted_head_is_found_on_the_source_left_out(data):
     figures = measuring.Figures(data, resamples=50)
-    found = measuring.measure_left_out(data, figures, {"readout": ("readout", READOUT)}, lambda text: None)["readout"]
-    assert found["auroc"][0] > 0.9
-    assert found["auroc"][1] <= found["auroc"][0] <= found["auroc"][2]
-    assert set(found["sources"]) == set(SOURCES)
-    at = found["thresholds"]["80% found"]
+    result = measuring.measure_left_out(data, figures, {"readout": ("readout", READOUT)}, lambda text: None)["readout"]
+    assert result["auroc"][0] > 0.9
+    assert result["auroc"][1] <= result["auroc"][0] <= result["auroc"][2]
+    assert set(result["sources"]) == set(SOURCES)
+    at = result["thresholds"]["80% found"]
     assert 0.8 <= at["attacks"] < 0.9
     assert at["hard"] < 0.2
 
@@ -77,9 +77,9 @@ def test_a_planted_head_is_found_on_the_source_left_out(data):
 )
 @pytest.mark.parametrize("unseen", ["one", measuring.HARD])
 def test_labels_of_what_is_judged_change_nothing(data, learner, unseen):
-    train = np.flatnonzero(data.of(*SOURCES) & ~data.of("one"))
-    turned = np.where(data.of(unseen), ~data.attack, data.attack)
-    other = replace(data, samples=replace(data.samples, attack=turned))
+    train = np.flatnonzero(data.from_sources(*SOURCES) & ~data.from_sources("one"))
+    others = np.where(data.from_sources(unseen), ~data.attack, data.attack)
+    other = replace(data, samples=replace(data.samples, attack=others))
     assert np.array_equal(learner(data, train), learner(other, train))
 
 
