@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_no_kernel_is_compiled_during_a_job(tmp_path):
     program = Path(__file__).with_name("compilations.py")

@@ -155,6 +155,7 @@ def test_a_shared_system_prompt_is_prefilled_once(scorer):
     assert cached == [0] + [shared] * 20
 
 
+@pytest.mark.nightly
 def test_auroc_on_the_originals_first_data_set(scorer, seed_data):
     """The original's attacks and benign prompts; transformers with eager attention gives 0.995."""
 
