@@ -346,82 +346,47 @@ def within_part(results: list[dict]) -> str:
 def left_out_part(results: list[dict]) -> str:
     parts = []
     for report in results:
-        cells = report["left_out"]
-        names = [name for name in cells if name in report["labels"]]
-        lines = [
-            [
-                cells[name]["label"],
-                ci(cells[name]["auroc"]),
-                ci(cells[name].get("over_words"), sign=True),
-                verdict(cells[name].get("over_words")),
-            ]
-            for name in sorted(names, key=lambda name: -cells[name]["auroc"][0])
-        ]
-        n = len(cells["readout"]["sources"])
-        parts.append(
-            utils.markdown([f"{report['model']}, {n} sources", "mean AUROC", "less words", "against words"], lines)
-        )
-        shown = [name for name in SHOWN if name in names]
-        lines = [
-            [source, *(ci(cells[name]["sources"][source]["auroc"]) for name in shown)]
-            for source in cells["readout"]["sources"]
-        ]
-        parts.append(utils.markdown(["source left out", *(SHORT[name] for name in shown)], lines))
-    return utils.page(*parts)
-
-
-def kind_part(results: list[dict]) -> str:
-    """Mean AUROCs with all sources of a kind left out."""
-    lines = []
-    for report in results:
-        cells = report["kind_left_out"]
-        for name in SHOWN:
-            if name in cells:
-                cell = cells[name]
+        protocols = report["left_out"], report["kind_left_out"]
+        names = sorted(protocols[0], key=lambda name: -protocols[0][name]["auroc"][0])
+        lines = []
+        for name in names:
+            cells = [protocol[name] for protocol in protocols]
+            line = [cells[0]["label"]]
+            for cell in cells:
                 difference = cell.get("over_words")
-                line = [
-                    report["model"],
-                    cell["label"],
-                    ci(cell["auroc"]),
-                    ci(difference, sign=True),
-                    verdict(difference),
-                ]
-                lines.append([*line, percent(cell["thresholds"][FOUND].get("hard"))])
-    head = ["model", "signal", "mean AUROC", "less words", "against words", "NotInject flagged, 80% found"]
-    return utils.markdown(head, lines)
+                line += [ci(cell["auroc"]), ci(difference, sign=True), verdict(difference)]
+            lines.append(line)
+        n = len(protocols[0]["readout"]["sources"])
+        head = [f"{report['model']}, {n} sources", "a source left out", "less words", "", "its kind left out"]
+        parts.append(utils.markdown([*head, "less words", ""], lines))
+    return utils.page(*parts)
 
 
 def hard_part(results: list[dict]) -> str:
-    parts = []
+    lines: dict[str, list[str]] = {}
     for report in results:
-        cells = {**report["left_out"], "local": report["local_normal"]}
-        lines = []
-        for name, cell in cells.items():
-            if name in SHOWN or name in ("local", "readout_12"):
+        for name, cell in {**report["left_out"], "local": report["local_normal"]}.items():
+            if name in (*SHOWN, "local", "readout_12"):
                 at, found_at = cell["thresholds"]["0.05"], cell["thresholds"][FOUND]
-                lines.append(
-                    [cell["label"], percent(at["attacks"]), percent(at["benign"]), percent(at.get("hard"))]
-                    + [percent(found_at["benign"]), percent(found_at.get("hard"))]
-                )
-        head = [report["model"], "attacks found", "benign flagged", "NotInject flagged"]
-        parts.append(utils.markdown([*head, "benign flagged", "NotInject flagged"], lines))
-    lines = [[name, percent(caught), percent(hard)] for name, hard, caught in PUBLISHED]
-    parts.append(
-        utils.markdown(["published (PIGuard's table, its own data)", "attacks found", "NotInject flagged"], lines)
-    )
-    return utils.page(*parts)
+                line = lines.setdefault(cell["label"], [])
+                line += [percent(at["attacks"]), percent(at["benign"]), percent(at.get("hard"))]
+                line += [percent(found_at["benign"]), percent(found_at.get("hard"))]
+    head = ["attacks found", "benign flagged", "NotInject flagged", "80% found: benign flagged", "NotInject flagged"]
+    models = ", then ".join(report["model"] for report in results)
+    table = utils.markdown([models, *head * len(results)], [[label, *line] for label, line in lines.items()])
+    published = [[name, percent(caught), percent(hard)] for name, hard, caught in PUBLISHED]
+    head = ["published (PIGuard's table, its own data)", "attacks found", "NotInject flagged"]
+    return utils.page(table, utils.markdown(head, published))
 
 
 def tried_part(results: list[dict]) -> str:
-    parts = []
+    lines: dict[str, list[str]] = {}
     for report in results:
-        cells = {"readout": report["left_out"]["readout"], "local": report["local_normal"], **report["tried"]}
-        lines = [
-            [cell["label"], ci(cell["auroc"]), percent(cell["thresholds"][FOUND].get("hard"))]
-            for cell in cells.values()
-        ]
-        parts.append(utils.markdown([report["model"], "mean AUROC, source left out", "NotInject flagged"], lines))
-    return utils.page(*parts)
+        for cell in (report["left_out"]["readout"], report["local_normal"], *report["tried"].values()):
+            flagged = percent(cell["thresholds"][FOUND].get("hard"))
+            lines.setdefault(cell["label"], []).extend([ci(cell["auroc"]), flagged])
+    head = [word for report in results for word in (f"{report['model']}, a source left out", "NotInject flagged")]
+    return utils.markdown(["", *head], [[label, *line] for label, line in lines.items()])
 
 
 def findings_part(results: list[dict]) -> str:
@@ -623,7 +588,7 @@ def page(args: argparse.Namespace) -> None:
 
 def page_parts(results: list[dict], page: Path) -> dict[str, str]:
     """The parts of docs/results/public.md or of docs/results/evidence.md."""
-    makers = [findings_part, settings_part, within_part, left_out_part, kind_part, hard_part, tried_part]
+    makers = [findings_part, settings_part, within_part, left_out_part, hard_part, tried_part]
     if page == ORIGINAL_PAGE:
         makers = [own_part, original_part, threshold_part]
     return {maker.__name__.removesuffix("_part"): maker(results) for maker in makers}
