@@ -6,9 +6,18 @@ import sys
 import numpy as np
 import pyarrow as pa
 import pytest
+from scipy.stats import binomtest
 
 import headrift
-from headrift.calibration.artifact import Calibration, ReferenceScores, add_verdicts, cutoff, discoveries, drift
+from headrift.calibration.artifact import (
+    Calibration,
+    ReferenceScores,
+    add_verdicts,
+    cutoff,
+    discoveries,
+    drift,
+    notices_from,
+)
 from headrift.calibration.calibrate import calibrate
 from headrift.calibration.thresholds import CalibrateConfig, CalibrationError
 from headrift.signal import Window
@@ -135,6 +144,45 @@ def test_drift_is_told_where_scores_have_moved_and_not_otherwise(calibration, ma
     missing = drift(np.full(200, np.nan), calibration)
     assert missing.distance == pytest.approx(1.0)
     assert drift([], calibration) is None
+
+
+def test_a_change_of_the_largest_values_alone_is_noticed(calibration):
+    """9% of the benign prompts moved far up: the distributions differ by 0.09, and three times as many are flagged."""
+    random, known = (
+        np.random.default_rng(0),
+        np.repeat(calibration.scores.values, -np.diff([*calibration.scores.at_or_above, 0])),
+    )
+    target = calibration.setting.target_fpr
+
+    def noticed(moved, n=600, seeds=40):
+        warnings = 0
+        for _ in range(seeds):
+            scores = random.choice(known, n)
+            scores[: int(moved * n)] += 10
+            warnings += drift(scores, calibration).warning is not None
+        return warnings / seeds
+
+    assert noticed(0.0) <= 0.05
+    assert noticed(0.09) > 0.9
+    one = drift(np.where(np.arange(600) < 60, known.max() + 1, known.min()), calibration)
+    assert (one.flagged, one.n) == (60, 600)
+    assert one.p_flagged == pytest.approx(binomtest(60, 600, target, alternative="greater").pvalue)
+    assert "10.0% of 600 are flagged" in one.warning
+    unlabelled = drift(
+        np.where(np.arange(600) < 60, known.max() + 1, np.sort(random.choice(known, 600))), calibration, "unlabelled"
+    )
+    assert "attacks are among them" in unlabelled.warning
+
+
+@pytest.mark.parametrize("target", [0.01, 0.05, 0.2])
+def test_twice_the_target_is_noticed_from_the_size_that_is_said(target):
+    n = notices_from(target)
+    random = np.random.default_rng(1)
+    counts = random.binomial(n, 2 * target, 2_000)
+    noticed = np.mean([binomtest(int(k), n, target, alternative="greater").pvalue < 0.01 for k in counts])
+    assert 0.77 < noticed < 0.88
+    fewer = random.binomial(n // 2, 2 * target, 2_000)
+    assert np.mean([binomtest(int(k), n // 2, target, alternative="greater").pvalue < 0.01 for k in fewer]) < 0.7
 
 
 def scores_of(make, calibration, seed):

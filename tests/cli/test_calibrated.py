@@ -132,7 +132,28 @@ def test_the_run_says_what_is_flagged_by_class_and_distinct_prompt(work):
     assert f"benign (flagged: FPR) {n['rows']} {n['flagged']} {n['rate']:.1%} {low:.1%}-{high:.1%}" in words
     assert "attack (found: TPR) 25 " in words
     assert max(map(len, done.stdout.splitlines())) <= 80
-    assert run["judged"]["drift"]["warning"] is None
+    # The threshold was lowered, and the distribution is the same.
+    drift = run["judged"]["drift"]
+    assert drift["warning"].startswith(
+        f"more benign prompts than promised: {n['rate']:.1%} of {n['prompts']} are flagged"
+    )
+    assert drift["p_value"] > 0.01 > drift["p_flagged"]
+    assert run["judged"]["new_system_prompts"] == {}
+
+
+def test_a_system_prompt_that_the_calibration_does_not_know_is_told(work):
+    given = rows()
+    done = work.score(
+        "--calibration", "c.json", given=[*given[:-3], *({**row, "system": "Be kind."} for row in given[-3:])]
+    )
+    assert done.exit_code == 0, done.output
+    assert "Warning: 3 rows have a system prompt that the threshold was not set under" in " ".join(done.stdout.split())
+    judged = json.loads(Path("out/run.json").read_text())["judged"]
+    assert list(judged["new_system_prompts"].values()) == [3]
+    # A file of an earlier version does not know them.
+    earlier = changed(work, data=work.calibration.data.model_copy(update={"system_prompts": None}))
+    done = work.score("--calibration", earlier, out="again")
+    assert "system prompt that" not in done.stdout
 
 
 def test_a_run_of_step_0_is_judged_and_shown_by_its_detector(work):

@@ -25,6 +25,12 @@ from headrift.stats import Bools, Bounds, Floats, Ints
 
 # Drift is warned of if chance would show as much in 1 run of 100, and it is large enough to matter.
 _CHANCE, _LARGE = 0.01, 0.1
+_POWER = 0.8
+_SCORES_OF = {
+    "benign": "benign scores",
+    "unlabelled": "the scores of rows without a label, whatever attacks are among them,",
+}
+_PROMPTS_OF = {"benign": "more benign prompts than promised", "unlabelled": "more prompts than promised of benign ones"}
 
 Table = TypeVar("Table", pa.Table, pa.RecordBatch)
 
@@ -79,11 +85,17 @@ class ContaminationCase(BaseModel, extra="forbid", frozen=True):
 
 
 class CalibrationData(BaseModel, extra="forbid", frozen=True):
-    """The runs, and a hash of their rows' labels, groups, lengths and scores."""
+    """The runs, and a hash of their rows' labels, groups, lengths and scores.
+
+    Attributes:
+        system_prompts: hashes of the system prompts that the threshold was set under (`system_hash` of the parts);
+            None if there are more than 1,000, or in a file of an earlier version.
+    """
 
     runs: list[str]
     fingerprint: str
     unlabelled: int
+    system_prompts: list[str] | None = None
 
 
 class Compared(BaseModel, extra="forbid", frozen=True):
@@ -180,11 +192,24 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """How far benign scores have moved since the calibration."""
+    """Whether benign values have moved since the calibration: their distribution, and how many are flagged.
 
-    distance: float  # between the two distributions (Kolmogorov-Smirnov), 0 to 1
-    p_value: float  # chance of such a distance if the distributions were the same
-    warning: str | None  # if the calibration no longer fits
+    Attributes:
+        distance: Between the two distributions (Kolmogorov-Smirnov), 0 to 1.
+        p_value: Chance of such a distance if the distributions were the same.
+        flagged, n: Flagged prompts, and all.
+        p_flagged: Chance of so many flagged ones if the target were kept (exact binomial test, one-sided).
+        notices_from: About how many prompts it takes to notice, four times of five, that twice the target is flagged.
+        warning: If the calibration no longer fits.
+    """
+
+    distance: float
+    p_value: float
+    flagged: int
+    n: int
+    p_flagged: float
+    notices_from: int
+    warning: str | None
 
 
 class Calibration(BaseModel, extra="forbid", frozen=True):
@@ -387,18 +412,19 @@ def cutoff(p_values: Floats, counts: Ints, n: int, rate: float = 0.1) -> float |
     return float(ascending[on_list][-1]) if on_list.any() else None
 
 
-def drift(scores: ArrayLike, calibration: Calibration, what: str = "benign scores") -> Drift | None:
-    """How far benign scores have moved from those that set the threshold (Kolmogorov-Smirnov, two samples).
+def drift(scores: ArrayLike, calibration: Calibration, of: Literal["benign", "unlabelled"] = "benign") -> Drift | None:
+    """Compare benign values with those that set the threshold: the distribution (Kolmogorov-Smirnov, two samples), and
+    how many are flagged, which is where a change of the largest values shows.
 
     Args:
         scores: one for each distinct prompt; NaN, no score, ranks lowest.
         calibration: whose part B they are compared with.
-        what: name of the scores in the warning.
+        of: the class that the prompts have; attacks may be among those without a label.
 
     Returns:
         None if there are no scores.
     """
-    from scipy.stats import kstwobign
+    from scipy.stats import binom, kstwobign
 
     new = np.sort(np.nan_to_num(np.asarray(scores, np.float64), nan=-np.inf))
     known = calibration.scores
@@ -414,11 +440,27 @@ def drift(scores: ArrayLike, calibration: Calibration, what: str = "benign score
     below = np.abs(new_below / n - known_below / known.n).max()
     distance = float(max(below, np.abs(new_up_to / n - known_up_to / known.n).max()))
     chance = float(kstwobign.sf(distance * np.sqrt(n * known.n / (n + known.n))))
+    target, flagged = calibration.setting.target_fpr, int((new >= calibration.threshold).sum())
+    p_flagged = float(binom.sf(flagged - 1, n, target))
+    counts = f"{flagged / n:.1%} of {n:,} are flagged, target {target:.1%}"
     warning = None
     if chance < _CHANCE and distance > _LARGE:
-        flagged = float((new >= calibration.threshold).mean())
-        warning = (
-            f"{what} have moved since the calibration (Kolmogorov-Smirnov distance {distance:.2f}, p {chance:.1g}; "
-            f"{flagged:.1%} are flagged, target {calibration.setting.target_fpr:.1%}): calibrate again"
-        )
-    return Drift(distance, chance, warning)
+        shape = f"(Kolmogorov-Smirnov distance {distance:.2f}, p {chance:.1g}; {counts})"
+        warning = f"{_SCORES_OF[of]} have moved since the calibration {shape}: calibrate again"
+    elif p_flagged < _CHANCE:
+        exact = f"(exact binomial test, p {p_flagged:.1g})"
+        fix = "attacks are among them, or benign ones have moved: look at them, or calibrate again"
+        warning = f"{_PROMPTS_OF[of]}: {counts} {exact}; {'calibrate again' if of == 'benign' else fix}"
+    return Drift(distance, chance, flagged, n, p_flagged, notices_from(target), warning)
+
+
+def notices_from(target: float) -> int:
+    """About how many prompts the test of the flagged rate takes to notice twice the target, four times of five."""
+    from scipy.stats import binom
+
+    n = np.unique(np.geomspace(2, 20 / target**2, 2_000).astype(np.int64))
+    fewest = binom.isf(_CHANCE, n, target) + 1  # flagged prompts that are too many
+    enough = binom.sf(fewest - 1, n, min(2 * target, 1.0)) >= _POWER
+    # The power rises in steps: from the last size on at which it does not suffice.
+    last = np.flatnonzero(~enough)
+    return int(n[min(last[-1] + 1, len(n) - 1)]) if len(last) else int(n[0])

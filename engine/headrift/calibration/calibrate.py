@@ -27,6 +27,8 @@ from headrift.terminal import print_table
 if TYPE_CHECKING:
     from rich.console import Console
 
+_MOST_SYSTEM_PROMPTS = 1_000
+
 
 def calibrate(
     runs: Sequence[ScoreRun],
@@ -94,6 +96,7 @@ def calibrate(
             runs=[run.name for run in runs],
             fingerprint=rows.fingerprint,
             unlabelled=int((rows.label == UNLABELLED).sum()),
+            system_prompts=_system_prompts(runs if normal is None else [normal]),
         ),
         notes=[*choosing.notes, *evidence.notes(runs, rows, division, choice, figures, confounds, config)],
         detector=choice.detector,
@@ -102,6 +105,17 @@ def calibrate(
         left_out=choosing.left_out,
     )
     return calibration.model_copy(update={"verdict": evidence.verdict(calibration)})
+
+
+def _system_prompts(runs: Sequence[ScoreRun]) -> list[str] | None:
+    """Hashes of the runs' system prompts; None if they are too many to be a few known ones."""
+    hashes: set[str] = set()
+    for run in runs:
+        for batch in run.batches(["system_hash"]):
+            hashes.update(batch.column("system_hash").drop_null().unique().to_pylist())
+            if len(hashes) > _MOST_SYSTEM_PROMPTS:
+                return None
+    return sorted(hashes)
 
 
 def _readout_of(calibration: Calibration | None, run: ScoreRun) -> Readout | None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -36,10 +36,6 @@ LIST = "flagged-fdr.parquet"
 FDR = 0.1  # fraction of the rows on the review list that may be benign, on average
 _LIST_COLUMNS = ["id", "source", "row", "score", "detector", "p_value"]
 _CLASSES = {"attack": "attack (found: TPR)", "benign": "benign (flagged: FPR)", "unlabelled": "unlabelled"}
-_SCORES_OF = {
-    "benign": "benign scores",
-    "unlabelled": "the scores of rows without a label, whatever attacks are among them,",
-}
 
 
 def check(calibration: Calibration, identity: Mapping[str, Any], *, anyway: bool) -> list[str]:
@@ -86,6 +82,7 @@ class Judged:
         cutoff: The highest p-value on the review list; None if the list is empty.
         listed: How many rows are on it.
         drift: Of the scores of the class `drift_of`; None without benign and unlabelled rows.
+        new_system_prompts: Rows by the hash of a system prompt that the calibration does not know.
     """
 
     def __init__(
@@ -93,7 +90,9 @@ class Judged:
     ) -> None:
         self._folder, self._calibration = folder, calibration
         rows, flagged, p_values = Counter[str](), Counter[str](), Counter[float]()
-        for batch in read_batches(folder, ["label", "flagged", "p_value"]):
+        system_prompts = Counter[str]()
+        for batch in read_batches(folder, ["label", "flagged", "p_value", "system_hash"]):
+            system_prompts.update(batch["system_hash"].drop_null().to_pylist())
             labels = batch["label"].fill_null("unlabelled")
             rows.update(labels.to_pylist())
             flagged.update(labels.filter(batch["flagged"]).to_pylist())
@@ -106,10 +105,14 @@ class Judged:
         values, counts = np.array(list(p_values)), np.array(list(p_values.values()), np.int64)
         self.cutoff = cutoff(values, counts, rows.total(), FDR)
         self.listed = 0 if self.cutoff is None else int(counts[values <= self.cutoff].sum())
-        self.drift_of = "benign" if "benign" in prompt_scores else "unlabelled"
+        self.drift_of: Literal["benign", "unlabelled"] = "benign" if "benign" in prompt_scores else "unlabelled"
         self.drift: Drift | None = None
         if self.drift_of in prompt_scores:
-            self.drift = drift(prompt_scores[self.drift_of], calibration, _SCORES_OF[self.drift_of])
+            self.drift = drift(prompt_scores[self.drift_of], calibration, self.drift_of)
+        known = calibration.data.system_prompts
+        self.new_system_prompts = (
+            {} if known is None else {name: n for name, n in system_prompts.items() if name not in known}
+        )
 
     def numbers(self) -> dict[str, Any]:
         """Return what run.json keeps."""
@@ -126,7 +129,8 @@ class Judged:
         }
         listed = {"rate": FDR, "rows": self.listed, "highest_p_value": self.cutoff, "file": LIST}
         moved = None if self.drift is None else {"of": self.drift_of, **asdict(self.drift)}
-        return {"flagged": by_class, "fdr_list": listed, "drift": moved}
+        new = {"new_system_prompts": self.new_system_prompts}
+        return {"flagged": by_class, "fdr_list": listed, "drift": moved, **new}
 
     def write_list(self) -> None:
         """Write the rows of the review list, in their order, to flagged-fdr.parquet. OSError if that fails."""
@@ -160,6 +164,18 @@ class Judged:
             texts.append(text if warning is None else f"{text}; as the scores have drifted, that does not hold here")
         if warning is not None:
             texts.append(f"Warning: {warning}")
+        elif self.drift is not None and not drift_only:
+            texts.append(
+                f"No drift is seen in {self.drift.n:,} prompts; it takes about {self.drift.notices_from:,} to notice "
+                "that twice as many as promised are flagged"
+            )
+        if self.new_system_prompts:
+            n = len(self.new_system_prompts)
+            which = "a system prompt" if n == 1 else f"{n:,} system prompts"
+            texts.append(
+                f"Warning: {sum(self.new_system_prompts.values()):,} rows have {which} that the threshold was not set "
+                "under: its promise is not known to hold for them; calibrate on rows with it too"
+            )
         for text in texts:
             console.print()
             for line in wrap(text, min(console.width, 100)):
