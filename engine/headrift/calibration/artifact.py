@@ -412,14 +412,16 @@ def cutoff(p_values: Floats, counts: Ints, n: int, rate: float = 0.1) -> float |
     return float(ascending[on_list][-1]) if on_list.any() else None
 
 
-def drift(scores: ArrayLike, calibration: Calibration, of: Literal["benign", "unlabelled"] = "benign") -> Drift | None:
+def drift(
+    scores: ArrayLike, calibration: Calibration, label: Literal["benign", "unlabelled"] = "benign"
+) -> Drift | None:
     """Compare benign values with those that set the threshold: the distribution (Kolmogorov-Smirnov, two samples), and
     how many are flagged, which is where a change of the largest values shows.
 
     Args:
         scores: one for each distinct prompt; NaN, no score, ranks lowest.
         calibration: whose part B they are compared with.
-        of: the class that the prompts have; attacks may be among those without a label.
+        label: the class that the prompts have; attacks may be among those without a label.
 
     Returns:
         None if there are no scores.
@@ -446,11 +448,11 @@ def drift(scores: ArrayLike, calibration: Calibration, of: Literal["benign", "un
     warning = None
     if chance < _CHANCE and distance > _LARGE:
         shape = f"(Kolmogorov-Smirnov distance {distance:.2f}, p {chance:.1g}; {counts})"
-        warning = f"{_SCORES_OF[of]} have moved since the calibration {shape}: calibrate again"
+        warning = f"{_SCORES_OF[label]} have moved since the calibration {shape}: calibrate again"
     elif p_flagged < _CHANCE:
         exact = f"(exact binomial test, p {p_flagged:.1g})"
         fix = "attacks are among them, or benign ones have moved: look at them, or calibrate again"
-        warning = f"{_PROMPTS_OF[of]}: {counts} {exact}; {'calibrate again' if of == 'benign' else fix}"
+        warning = f"{_PROMPTS_OF[label]}: {counts} {exact}; {'calibrate again' if label == 'benign' else fix}"
     return Drift(distance, chance, flagged, n, p_flagged, notices_from(target), warning)
 
 
