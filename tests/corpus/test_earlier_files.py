@@ -53,7 +53,7 @@ def test_a_calibration_is_read_as_it_was_written():
     path = ROOT / DATA / "calibration.json"
     calibration = Calibration.load(path)
     written = json.loads(path.read_text(encoding="utf-8"))
-    assert calibration.model_dump(mode="json", include=set(written)) == written
+    assert calibration.model_dump(mode="json", exclude_unset=True) == written
     assert calibration.detector.signal == "instability"
     assert calibration.sha256 == "69b9d80a2ea2ae6a9e41661393b7bd0a88dbcad16c8621ee52273a1c81e00b4c"
     verdicts = calibration.apply([calibration.threshold, calibration.threshold - 1e-6, None])

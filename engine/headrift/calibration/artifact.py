@@ -295,8 +295,10 @@ class Calibration(BaseModel, extra="forbid", frozen=True):
     @property
     def sha256(self) -> str:
         """Hash of the whole content; of an earlier version's file the same as that version's."""
-        later = {"detector", "verdict", "comparison", "sources", "left_out"}
-        exclude = later if self.verdict is None else None
+        later = ("detector", "verdict", "comparison", "sources", "left_out")
+        exclude: dict[str, Any] = dict.fromkeys(later, True) if self.verdict is None else {}
+        if self.data.system_prompts is None:
+            exclude["data"] = {"system_prompts"}
         return hashlib.sha256(self.model_dump_json(exclude=exclude).encode()).hexdigest()
 
     @property
