@@ -6,8 +6,8 @@
 
 `score` makes rows of the sets and has `headrift score`'s own job measure them, steps 0 to 12 (the original's sets: to
 40), with the residual stream at the last prompt token beside it. What was scored stays when it is interrupted: the same
-command goes on. `measure` compares the signals and writes bench/results/public-MODEL.json; `page` writes
-docs/results/public.md of both models' results.
+command goes on. `measure` compares the signals and writes bench/results/public-MODEL.json; `page` writes the tables of
+docs/results/public.md and evidence.md, of both models' results.
 
 The sets are read from a folder with deepset.jsonl, notinject.jsonl, opi.jsonl, pishield_dolly.jsonl and
 injecagent.jsonl; docs/results/public.md says where they come from. Of the larger ones a seeded sample is scored.
@@ -39,7 +39,6 @@ TOOLS = (
     "instructions that stand in it."
 )
 SEED = 0
-TAUGHT = "readout, half of NotInject in training, judged on the other half"
 FAST = "ONEDNN_DEFAULT_FPMATH_MODE"  # oneDNN's: BF16 has a processor with AMX multiply in bfloat16, and add in float32
 # Rows of a sample: of each cell of a set (category and class), or all.
 OPI_ATTACKS, DOLLY_ATTACKS, DOLLY_BENIGN, INJECAGENT_ATTACKS = 10, 40, 400, 17
@@ -169,7 +168,7 @@ def score(args: argparse.Namespace) -> None:
 
 
 def run_job(model: Path, work: Path, name: str, steps: int, limit: int | None) -> None:
-    """Score the rows of a file as `headrift score` does, or go on with it, and keep the residuals too."""
+    """Score the rows of a file as `headrift score` does, and keep the residuals; resume if that was begun."""
     from residuals import ResidualEngine
 
     from headrift.corpus.config import ScoreConfig, Selection
@@ -209,30 +208,12 @@ def measure(args: argparse.Namespace) -> None:
     data = measuring.read_data(work, args.model)
     figures = measuring.Figures(data)
     about = utils.read_json(work / "sets/run.json")
-    chosen = measuring.learners(data)
     report = {
         **{key: about[key] for key in ("versions", "engine", "host")},
         "model": args.model.name,
         **utils.read_json(work / "settings.json"),
-        "rows": {name: measuring.classes(data, name) for name in dict.fromkeys(data.source.tolist())},
-        "labels": {name: label for name, (label, _) in chosen.items()},
-        "within": measuring.measure_within(data, figures, say),
+        **measuring.measure_all(data, figures, say),
     }
-    if len(measuring.sources_of(data)) > 2:
-        report |= {
-            "left_out": measuring.measure_left_out(data, figures, chosen, say),
-            "kind_left_out": measuring.measure_left_out(data, figures, chosen, say, measuring.KINDS),
-            "local_normal": measuring.measure_local_normal(data, figures, say),
-            "tried": measuring.measure_left_out(data, figures, measuring.variants(data), say),
-        }
-        report["tried"] |= measuring.measure_left_out(
-            data,
-            figures,
-            {TAUGHT: (TAUGHT, chosen["readout"][1])},
-            say,
-            more=measuring.half(data) & data.of(measuring.HARD),
-        )
-    report |= {"original": measuring.measure_original(data, figures), "scores": measuring.instability_scores(data)}
     out = args.out or utils.RESULTS / f"public-{args.model.name}.json"
     text = json.dumps(report, indent=1)
     # A figure with its interval on one line.
@@ -276,9 +257,9 @@ ORIGINAL_FIGURES = {
 }
 
 
-def reports() -> list[dict]:
-    """The results of both models, the larger first; those that there are."""
-    results = [utils.read_json(path) for path in sorted(utils.RESULTS.glob("public-*.json"))]
+def reports(folder: Path = utils.RESULTS) -> list[dict]:
+    """Read the results of the models in a folder, the larger model first."""
+    results = [utils.read_json(path) for path in sorted(folder.glob("public-*.json"))]
     return sorted(results, key=lambda report: -report["engine"]["layers"] * report["engine"]["heads"])
 
 
@@ -440,7 +421,7 @@ def findings_part(results: list[dict]) -> str:
         for more, cell in {
             "": readout,
             ", with a local normal": local,
-            ", with half of NotInject in training, judged on the other": report["tried"][TAUGHT],
+            ", with half of NotInject in training, judged on the other": report["tried"]["taught"],
         }.items():
             hard = cell["thresholds"][FOUND]["hard"]
             ask.append((f"{what}{more}?", percent(hard), "yes" if hard <= 0.2 else "no"))

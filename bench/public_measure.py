@@ -407,6 +407,27 @@ def figure(draws: np.ndarray, comparisons: int = 1) -> list[float] | None:
     return [round(float(value), 4) for value in (draws[0], low, high)]
 
 
+def measure_all(data: Data, figures: Figures, say: Callable) -> dict:
+    """Every protocol on what was scored; without three sources, none that leaves sources out."""
+    chosen = learners(data)
+    report = {
+        "rows": {name: classes(data, name) for name in dict.fromkeys(data.source.tolist())},
+        "labels": {name: label for name, (label, _) in chosen.items()},
+        "within": measure_within(data, figures, say),
+    }
+    if len(sources_of(data)) > 2:
+        label = "readout, half of NotInject in training, judged on the other half"
+        taught, more = {"taught": (label, chosen["readout"][1])}, half(data) & data.from_sources(HARD)
+        report |= {
+            "left_out": measure_left_out(data, figures, chosen, say),
+            "kind_left_out": measure_left_out(data, figures, chosen, say, KINDS),
+            "local_normal": measure_local_normal(data, figures, say),
+            "tried": measure_left_out(data, figures, variants(data), say)
+            | measure_left_out(data, figures, taught, say, more=more),
+        }
+    return {**report, "original": measure_original(data, figures), "scores": instability_scores(data)}
+
+
 def measure_within(data: Data, figures: Figures, say: Callable) -> dict:
     """Each signal within each source: AUROC, attacks found, difference to words, AUROC within thirds of length."""
     result = {}

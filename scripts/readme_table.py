@@ -8,7 +8,7 @@ Results that do not exist have no rows. A test fails if a page and the committed
 import statistics
 import string
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -197,29 +197,23 @@ def separation(results: Path) -> str:
     """Return the table of what signals separate: held-out prompts, then held-out sources, of both models."""
     names = ("readout", "instability", "focus", "words", "length")
     rows = []
-    for path in sorted(results.glob("public-*.json")):
-        report = utils.read_json(path)
+    for report in public.reports(results):
         within, left_out = report["within"], report["left_out"]
         own = [cell for source, cell in within.items() if source in public.OWN]
         cells = {
-            "deepset, test half": lambda name, at=within: interval(at["deepset"]["signals"][name]["auroc"]),
-            "Open-Prompt-Injection, target task left out": lambda name, at=within: interval(
+            "deepset, test half": lambda name, at=within: public.ci(at["deepset"]["signals"][name]["auroc"]),
+            "Open-Prompt-Injection, target task left out": lambda name, at=within: public.ci(
                 at["opi"]["signals"][name]["auroc"]
             ),
             "five own sets, held out within, mean": lambda name, at=own: "{:.3f}".format(
                 statistics.mean(cell["signals"][name]["auroc"][0] for cell in at)
             ),
-            f"**a source left out**, mean of {len(left_out['readout']['sources'])}": lambda name, at=left_out: interval(
-                at[name]["auroc"]
+            f"**a source left out**, mean of {len(left_out['readout']['sources'])}": lambda name, at=left_out: (
+                public.ci(at[name]["auroc"])
             ),
         }
         rows += [[report["model"], what, *map(cell, names)] for what, cell in cells.items()]
     return utils.markdown(["AUROC", "", *(public.SHORT[name].strip("*") for name in names)], rows)
-
-
-def interval(cell: Sequence[float]) -> str:
-    """Show a figure with its interval in a table's cell."""
-    return "{:.3f} ({:.3f} to {:.3f})".format(*cell)
 
 
 def parts(page: Path, results: Path = utils.RESULTS) -> dict[str, str]:
