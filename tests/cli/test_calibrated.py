@@ -138,22 +138,25 @@ def test_the_run_says_what_is_flagged_by_class_and_distinct_prompt(work):
         f"more benign prompts than promised: {n['rate']:.1%} of {n['prompts']} are flagged"
     )
     assert drift["p_value"] > 0.01 > drift["p_flagged"]
-    assert run["judged"]["new_system_prompts"] == {}
+    assert run["judged"]["new_system_prompts"] == {"rows": 0, "hashes": []}
 
 
-def test_a_system_prompt_that_the_calibration_does_not_know_is_told(work):
+def test_system_prompts_that_the_calibration_does_not_know_are_told(work):
+    """However many there are, run.json stays small."""
     given = rows()
-    done = work.score(
-        "--calibration", "c.json", given=[*given[:-3], *({**row, "system": "Be kind."} for row in given[-3:])]
-    )
+    others = [{**row, "system": f"Be kind, {number}."} for number, row in enumerate(given[-30:])]
+    done = work.score("--calibration", "c.json", given=[*given[:-30], *others])
     assert done.exit_code == 0, done.output
-    assert "Warning: 3 rows have a system prompt that the threshold was not set under" in " ".join(done.stdout.split())
-    judged = json.loads(Path("out/run.json").read_text())["judged"]
-    assert list(judged["new_system_prompts"].values()) == [3]
+    assert "Warning: 30 rows have system prompts that the threshold was not set under" in " ".join(done.stdout.split())
+    new = json.loads(Path("out/run.json").read_text())["judged"]["new_system_prompts"]
+    known = set(work.calibration.data.system_prompts)
+    hashes = {row["system_hash"] for row in read(Path("out"))} - known
+    assert (new["rows"], len(known), len(hashes), len(new["hashes"])) == (30, 1, 30, 20)
+    assert set(new["hashes"]) < hashes
     # A file of an earlier version does not know them.
     earlier = changed(work, data=work.calibration.data.model_copy(update={"system_prompts": None}))
     done = work.score("--calibration", earlier, out="again")
-    assert "system prompt that" not in done.stdout
+    assert "system prompts that" not in done.stdout
 
 
 def test_a_run_of_step_0_is_judged_and_shown_by_its_detector(work):

@@ -123,7 +123,7 @@ class Verdict(BaseModel, extra="forbid", frozen=True):
     """Whether the calibration can be used, and the lines that say so.
 
     usable: "yes"; "sources": on the sources it was learned from only, it does not travel to others; "no": held-out
-    prompts are not told apart, or no attack is found; "unknown": without attacks, or an interval.
+    prompts are not told apart, or no attack is found; "unknown": there are no attacks, or too few for an interval.
     """
 
     usable: Literal["yes", "sources", "no", "unknown"]
@@ -198,7 +198,7 @@ class Drift:
         distance: Between the two distributions (Kolmogorov-Smirnov), 0 to 1.
         p_value: Chance of such a distance if the distributions were the same.
         flagged, n: Flagged prompts, and all.
-        p_flagged: Chance of so many flagged ones if the target were kept (exact binomial test, one-sided).
+        p_flagged: Chance that as many are flagged at the target rate (exact binomial test, one-sided).
         notices_from: About how many prompts it takes to notice, four times of five, that twice the target is flagged.
         warning: If the calibration no longer fits.
     """

@@ -254,14 +254,14 @@ def learn_words(texts: Sequence[str], attack: Bools) -> Callable[[Sequence[str]]
     """Fit log-odds of an attack to the words of prompts (TF-IDF of words and of letters); a function of other texts.
 
     Raises:
-        NotEnoughError: There are no words, or one class alone.
+        NotEnoughError: The prompts have no words, or are all of one class.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline, make_union
 
     if attack.all() or not attack.any():
-        raise NotEnoughError("one class alone")
+        raise NotEnoughError("the prompts are all of one class")
     model = make_pipeline(
         make_union(
             TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, max_features=100_000),

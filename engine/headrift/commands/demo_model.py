@@ -24,7 +24,6 @@ from headrift._version import __version__
 from headrift.terminal import Reporter
 
 FINGERPRINT = ".headrift-demo.json"
-_CHUNK = 1 << 20  # bytes
 
 
 class Name(StrEnum):
@@ -281,7 +280,7 @@ def _download(folder: Path, work: Path, source: Source, reporter: Reporter) -> P
     with open(path, "wb") as whole:
         for file in files:
             with open(file, "rb") as piece:
-                shutil.copyfileobj(piece, whole, _CHUNK)
+                shutil.copyfileobj(piece, whole)
     return path
 
 

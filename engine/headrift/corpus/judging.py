@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 LIST = "flagged-fdr.parquet"
 FDR = 0.1  # fraction of the rows on the review list that may be benign, on average
+_MOST_TOLD = 20  # hashes of new system prompts in run.json
 _LIST_COLUMNS = ["id", "source", "row", "score", "detector", "p_value"]
 _CLASSES = {"attack": "attack (found: TPR)", "benign": "benign (flagged: FPR)", "unlabelled": "unlabelled"}
 
@@ -82,7 +83,8 @@ class Judged:
         cutoff: The highest p-value on the review list; None if the list is empty.
         listed: How many rows are on it.
         drift: Of the scores of the class `drift_of`; None without benign and unlabelled rows.
-        new_system_prompts: Rows by the hash of a system prompt that the calibration does not know.
+        new_rows, new_system_prompts: Rows with system prompts that the calibration does not know, and the hashes of the
+            first of these, 20 at most.
     """
 
     def __init__(
@@ -90,9 +92,15 @@ class Judged:
     ) -> None:
         self._folder, self._calibration = folder, calibration
         rows, flagged, p_values = Counter[str](), Counter[str](), Counter[float]()
-        system_prompts = Counter[str]()
+        known = calibration.data.system_prompts
+        self.new_rows, new = 0, dict[str, None]()
         for batch in read_batches(folder, ["label", "flagged", "p_value", "system_hash"]):
-            system_prompts.update(batch["system_hash"].drop_null().to_pylist())
+            if known is not None:
+                hashes = batch["system_hash"].drop_null()
+                hashes = hashes.filter(pc.invert(pc.is_in(hashes, value_set=pa.array(known, pa.string()))))
+                self.new_rows += len(hashes)
+                if len(new) < _MOST_TOLD:
+                    new |= dict.fromkeys(hashes.unique().to_pylist())
             labels = batch["label"].fill_null("unlabelled")
             rows.update(labels.to_pylist())
             flagged.update(labels.filter(batch["flagged"]).to_pylist())
@@ -109,10 +117,7 @@ class Judged:
         self.drift: Drift | None = None
         if self.drift_of in prompt_scores:
             self.drift = drift(prompt_scores[self.drift_of], calibration, self.drift_of)
-        known = calibration.data.system_prompts
-        self.new_system_prompts = (
-            {} if known is None else {name: n for name, n in system_prompts.items() if name not in known}
-        )
+        self.new_system_prompts = list(new)[:_MOST_TOLD]
 
     def numbers(self) -> dict[str, Any]:
         """Return what run.json keeps."""
@@ -129,7 +134,7 @@ class Judged:
         }
         listed = {"rate": FDR, "rows": self.listed, "highest_p_value": self.cutoff, "file": LIST}
         moved = None if self.drift is None else {"of": self.drift_of, **asdict(self.drift)}
-        new = {"new_system_prompts": self.new_system_prompts}
+        new = {"new_system_prompts": {"rows": self.new_rows, "hashes": self.new_system_prompts}}
         return {"flagged": by_class, "fdr_list": listed, "drift": moved, **new}
 
     def write_list(self) -> None:
@@ -169,12 +174,10 @@ class Judged:
                 f"No drift is seen in {self.drift.n:,} prompts; it takes about {self.drift.notices_from:,} to notice "
                 "that twice as many as promised are flagged"
             )
-        if self.new_system_prompts:
-            n = len(self.new_system_prompts)
-            which = "a system prompt" if n == 1 else f"{n:,} system prompts"
+        if self.new_rows:
             texts.append(
-                f"Warning: {sum(self.new_system_prompts.values()):,} rows have {which} that the threshold was not set "
-                "under: its promise is not known to hold for them; calibrate on rows with it too"
+                f"Warning: {self.new_rows:,} rows have system prompts that the threshold was not set under: its promise "
+                "is not known to hold for them; calibrate on rows with these too"
             )
         for text in texts:
             console.print()
