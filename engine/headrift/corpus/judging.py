@@ -176,8 +176,8 @@ class Judged:
             )
         if self.new_rows:
             texts.append(
-                f"Warning: {self.new_rows:,} rows have system prompts that the threshold was not set under: its promise "
-                "is not known to hold for them; calibrate on rows with these too"
+                f"Warning: {self.new_rows:,} rows have system prompts that the threshold was not set under: its "
+                "promise is not known to hold for them; calibrate on rows with these too"
             )
         for text in texts:
             console.print()
