@@ -12,7 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from headrift.cli import app
-from headrift.safety_heads.evaluate import EvaluateConfig, EvaluateJob
+from headrift.runs.folder import JobError
+from headrift.safety_heads.evaluate import EvaluateConfig, EvaluateJob, Evaluation
+from headrift.safety_heads.jobs import HeadsConfig, ShipsJob
 from headrift.safety_heads.refusals import ABLATED, CLEAN, ArmAnswers, against_controls, is_refusal, summarise, table
 from headrift.safety_heads.ships import rank
 
@@ -54,6 +56,7 @@ def ranked(tmp_path):
         (["--heads", "1:1", "--epsilon", "small"], "Invalid value for '--epsilon'"),
         (["--heads", "1:1", "--tokens", "9000"], "context of 8,192"),
         (["--heads", "1:1", "--labels", "attack,benign"], "2 labels for 1 input"),
+        (["--heads", "1:1", "--choosing-queries", "mark"], "'keep'"),
     ],
 )
 def test_refused(queries, ranked, demo_model, tmp_path, options, message):
@@ -101,6 +104,62 @@ def test_heads_of_a_run_and_as_many_others(queries, ranked, demo_model, tmp_path
     assert (quick.tokens, len(quick.arms), len(quick.passages), len(quick.queries)) == (32, 3, 4, 8)
 
 
+@pytest.fixture
+def ranked_on_three(ranked, queries, demo_model, tmp_path):
+    """A run as `ranked`, of the first three attacks, which stand in a file of their own, in capitals."""
+    file = tmp_path / "three.txt"
+    file.write_text("".join(f"QUESTION  {i}?\n" for i in (0, 2, 4)), encoding="utf-8")
+    job = ShipsJob(HeadsConfig((str(file),), demo_model, tmp_path / "searched"))
+    about = json.loads((job.config.out / "ships.json").read_text("utf-8"))["about"]
+    results = json.loads((ranked / "ships.json").read_text("utf-8"))
+    (ranked / "ships.json").write_text(json.dumps(results | {"about": about}), encoding="utf-8")
+    return ranked
+
+
+def test_queries_that_chose_the_heads(queries, ranked_on_three, demo_model, tmp_path):
+    """They are refused, left out, or kept and marked in the table and in evaluate.json."""
+    options = {"inputs": (str(queries),), "model": demo_model, "run": ranked_on_three, "top": 3}
+    with pytest.raises(JobError, match=r"3 of the 8 queries chose the heads of .*--choosing-queries leave-out"):
+        EvaluateJob(EvaluateConfig(**options, out=tmp_path / "a"))
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(JobError, match=r"1 of the 2 queries"):
+        EvaluateJob(EvaluateConfig(**options, out=tmp_path / "a", limit=1))
+    job = EvaluateJob(EvaluateConfig(**options, out=tmp_path / "b", choosing_queries="leave-out", limit=2))
+    assert job.labels == ["benign", "benign", "attack"]
+    assert job.chosen_on.to_json() == {
+        "queries": 0, "of": 3, "left_out": 3, "held_out": True,
+        "note": "held out: none of the 3 queries chose the heads (3 that did are left out)",
+    }  # fmt: skip
+    job = EvaluateJob(EvaluateConfig(**options, out=tmp_path / "c", choosing_queries="keep"))
+    note = "chosen on these queries: not held out (3 of 8)"
+    assert job.chosen_on.to_json() == {"queries": 3, "of": 8, "left_out": 0, "held_out": False, "note": note}
+    none = np.zeros(8, bool)
+    arms = {name: ArmAnswers((), none, np.zeros(8, int), none, np.full(12, -9.0)) for name in job.arms}
+    summaries = summarise(arms, job.labels, np.full(12, 10.0))
+    assert table(summaries, {}, note).startswith(note)
+    result = job._to_json(Evaluation(summaries, {}, job.chosen_on, 1.0))
+    assert result["chosen_on_these_queries"]["note"] == note
+
+
+def test_all_queries_chose_the_heads(ranked_on_three, demo_model, tmp_path):
+    options = {"model": demo_model, "run": ranked_on_three, "top": 3, "labels": ("attack",)}
+    inputs = (str(tmp_path / "three.txt"),)
+    with pytest.raises(JobError, match="all of the 3 queries chose the heads: give others"):
+        EvaluateJob(EvaluateConfig(inputs, out=tmp_path / "a", choosing_queries="leave-out", **options))
+
+
+@pytest.mark.parametrize("heads", [None, ((1, 1),)])
+def test_which_queries_chose_the_heads_may_not_be_known(queries, ranked, demo_model, tmp_path, heads):
+    """Of runs of earlier versions, and of heads that are named."""
+    source = {"run": ranked, "top": 3} if heads is None else {"heads": heads}
+    options = {"inputs": (str(queries),), "model": demo_model, **source}
+    job = EvaluateJob(EvaluateConfig(**options, out=tmp_path / "a"))
+    assert (job.chosen_on.queries, job.chosen_on.held_out) == (None, None)
+    assert "not known" in str(job.chosen_on)
+    with pytest.raises(JobError, match="leave-out: which queries chose the heads is not known"):
+        EvaluateJob(EvaluateConfig(**options, out=tmp_path / "b", choosing_queries="leave-out"))
+
+
 def test_what_the_figures_say():
     labels = ["attack", "benign"] * 10
     attack = np.array(labels) == "attack"
@@ -137,7 +196,8 @@ def test_what_the_figures_say():
     against = against_controls(arms, labels)
     assert against["attack"].difference == pytest.approx(0.6 - 0.5)
     assert against["benign"].difference == 0.0
-    assert against["benign"].interval is None
+    # None of ten differs, and no interval has no width.
+    assert against["benign"].interval[0] < -0.1 < 0.1 < against["benign"].interval[1]
     shown = table(summaries, against)
     assert "4 stopped refusing, 0 began" in shown
     assert "attacks not refused" in shown

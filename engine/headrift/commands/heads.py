@@ -137,6 +137,14 @@ class EvaluateOptions:
     keep_completions: Annotated[
         bool, typer.Option("--keep-completions", help="Keep the answers' texts too, in answers.parquet.")
     ] = False
+    choosing_queries: Annotated[
+        Literal["refuse", "leave-out", "keep"],
+        typer.Option(
+            metavar="WHAT",
+            help="If queries chose the heads (--from): refuse to evaluate; leave-out: evaluate with the others; keep "
+            "them, and mark the results as not held out.",
+        ),
+    ] = "refuse"
 
     def config(self) -> dict[str, Any]:
         """These options as fields of a job's config. ValueError if one is malformed."""
@@ -250,7 +258,8 @@ def evaluate(
     """Ablate chosen heads together: does the model refuse less, and what else changes?
 
     The same queries are answered by the model as it is, with the chosen heads ablated, and with as many other heads
-    drawn at random; a neutral text is read in each of these ways. Refusals are recognised by rule. Attack success is
+    drawn at random; a neutral text is read in each of these ways. Use queries that did not choose the heads: rates of
+    those that did are not held out. Refusals are recognised by rule. Attack success is
     the rate of attacks that are not refused, and no more than that. No weight is changed or written, and no answer is
     kept without --keep-completions.
 
@@ -268,7 +277,7 @@ def evaluate(
     reporter.say(f"{len(job.queries)} queries in {len(job.arms)} arms; {job.kind}: {chosen}")
     with reporter.errors(1), reporter.progress_bar("rows", job.rows, unit="rows/s") as on_rows:
         result = job.run(on_rows, messages.verbose)
-    print(table(result.arms, result.controls))
+    print(table(result.arms, result.controls, str(result.chosen_on)))
     reporter.say(f"{result.seconds:.1f} s in the engine; results: {queries.out}")
 
 

@@ -3,6 +3,9 @@
 The same queries are answered greedily by the model as it is, with the chosen heads ablated together, and several times
 with as many other heads drawn at random. A neutral text is read in each of these arms. The model is not changed, and
 answers are not kept unless the config asks for it.
+
+Queries that chose the heads say too much of them: rates of such queries are not held out. An evaluation refuses them,
+leaves them out, or keeps them and says so in all of its results.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +42,7 @@ from headrift.runs.folder import (
     write_json,
 )
 from headrift.safety_heads import refusals
-from headrift.safety_heads.jobs import QueriesConfig, ablating_engine, check_lengths, prepare, read_rows
+from headrift.safety_heads.jobs import QueriesConfig, ablating_engine, check_lengths, prepare, read_rows, text_hash
 from headrift.safety_heads.overlap import leading_heads
 from headrift.safety_heads.ships import Head, all_heads
 from headrift.stats import Floats
@@ -51,6 +54,8 @@ _COLUMNS = columns(
     "query int32, id string, label string, category string, arm string, refused bool, answer_tokens int32, "
     "same_tokens int32"
 )
+# What becomes of queries that chose the heads.
+REFUSE, LEAVE_OUT, KEEP = CHOOSING_QUERIES = ("refuse", "leave-out", "keep")
 # Heads to ablate by the arm's name; none for the clean arm.
 Arms = Mapping[str, Sequence[HeadAblation]]
 
@@ -68,11 +73,39 @@ class EvaluateConfig(QueriesConfig):
     seed: int = 0
     labels: tuple[str, ...] | None = None  # one per input, for queries without a label
     keep_completions: bool = False
+    choosing_queries: str = REFUSE  # one of CHOOSING_QUERIES
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenOn:
+    """Which of an evaluation's queries chose the heads."""
+
+    queries: int | None  # of them; None if that is not known
+    of: int  # queries of the evaluation
+    left_out: int  # queries that were left out since they chose the heads
+
+    @property
+    def held_out(self) -> bool | None:
+        """Whether no query chose the heads; None if that is not known."""
+        return None if self.queries is None else self.queries == 0
+
+    def __str__(self) -> str:
+        if self.queries is None:
+            return "which queries chose the heads is not known: these may not be held out"
+        if self.queries:
+            return f"chosen on these queries: not held out ({self.queries} of {self.of})"
+        return f"held out: none of the {self.of} queries chose the heads" + (
+            f" ({self.left_out} that did are left out)" if self.left_out else ""
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "held_out": self.held_out, "note": str(self)}
 
 
 class Evaluation(NamedTuple):
     arms: list[refusals.ArmSummary]
     controls: dict[str, refusals.ControlDifference]  # by label
+    chosen_on: ChosenOn
     seconds: float  # in the engine
 
 
@@ -83,17 +116,28 @@ class EvaluateJob:
     def __init__(self, config: EvaluateConfig):
         self.config = config
         facts, n_layers, n_heads = read_shape(config.model)
-        self.heads, self.kind, self.epsilon = _choose_heads(config)
+        if config.choosing_queries not in CHOOSING_QUERIES:
+            raise JobError(f"--choosing-queries {config.choosing_queries} must be one of {', '.join(CHOOSING_QUERIES)}")
+        self.heads, self.kind, self.epsilon, chose = _choose_heads(config)
         ablation.check([(*head, self.kind) for head in self.heads], self.epsilon)
         ablation.check_heads(self.heads, n_layers, n_heads)
         self.tokens = min(config.tokens, QUICK_TOKENS) if config.quick else config.tokens
         draws = min(config.draws, QUICK_DRAWS) if config.quick else config.draws
         controls = _draw_controls(self.heads, all_heads(n_layers, n_heads), draws, config.seed)
         self.arms = {refusals.CLEAN: (), refusals.ABLATED: self.heads, **controls}
-        rows = _limit_labels(read_rows(config.inputs, config.columns, labels=config.labels), config.n_queries)
+        rows = read_rows(config.inputs, config.columns, labels=config.labels)
+        rows, left_out = _without(rows, chose) if config.choosing_queries == LEAVE_OUT else (rows, 0)
+        rows = _limit_labels(rows, config.n_queries)
         self._tokenizer = load_tokenizer(str(config.model), False)
         self.queries = prepare(rows, self._tokenizer, config.form, config.system_prompt)
         self.labels = [str(query.label) for query in self.queries]
+        n_chose = None if chose is None else sum(query.text_hash in chose for query in self.queries)
+        self.chosen_on = ChosenOn(n_chose, len(self.queries), left_out)
+        if n_chose and config.choosing_queries == REFUSE:
+            raise JobError(
+                f"{n_chose} of the {len(self.queries)} queries chose the heads of {config.run}: give other queries, or "
+                f"leave these out (--choosing-queries {LEAVE_OUT}), or keep them, marked as not held out ({KEEP})"
+            )
         check_lengths(self.queries, facts, self.tokens)
         text = (files("headrift.safety_heads") / "neutral.txt").read_text(encoding="utf-8").strip().split("\n\n")
         passages = [list(self._tokenizer(passage)["input_ids"]) for passage in text]
@@ -136,7 +180,7 @@ class EvaluateJob:
         }
         lengths = np.array([len(ids) - 1.0 for ids in self.passages])
         controls = refusals.against_controls(by_arm, self.labels)
-        result = Evaluation(refusals.summarise(by_arm, self.labels, lengths), controls, seconds)
+        result = Evaluation(refusals.summarise(by_arm, self.labels, lengths), controls, self.chosen_on, seconds)
         rows = [
             {
                 **{"query": i, "id": query.id, "label": query.label, "category": query.category, "arm": name},
@@ -159,6 +203,8 @@ class EvaluateJob:
         write_json(config.out / RESULT_FILE, self._to_json(result))
         heads = ", ".join(f"{layer}:{head}" for layer, head in self.heads)
         title = f"{config.model.name}, {self.kind}: {len(self.heads)} heads together ({heads})"
+        if self.chosen_on.queries:
+            title = f"Not held out, chosen on these queries. {title}"
         refusals.bars_png(config.out / _FIGURE, result.arms, title=title)
 
     def _to_json(self, result: Evaluation) -> dict[str, Any]:
@@ -182,6 +228,7 @@ class EvaluateJob:
             },
             "about": {"model": str(config.model), "inputs": config.inputs, "versions": versions()},
             "engine_seconds": round(result.seconds, 2),
+            "chosen_on_these_queries": self.chosen_on.to_json(),
             "arms": {arm.name: arm.to_json() for arm in result.arms},
             "refused_against_controls": {label: control._asdict() for label, control in result.controls.items()},
         }
@@ -211,9 +258,12 @@ def log_likelihoods(by_passage: Sequence[Mapping[str, Finished]]) -> dict[str, F
     return sums
 
 
-def _choose_heads(config: EvaluateConfig) -> tuple[tuple[Head, ...], str, float]:
-    """The heads to ablate, the kind and epsilon. JobError if the options contradict each other or choose none."""
-    kind, epsilon = config.kind or ablation.UNDIFFERENTIATED, EPSILON
+def _choose_heads(config: EvaluateConfig) -> tuple[tuple[Head, ...], str, float, frozenset[str] | None]:
+    """The heads to ablate, the kind, epsilon, and hashes of the queries that chose the heads, None if not known.
+
+    JobError if the options contradict each other or choose none.
+    """
+    kind, epsilon, chose = config.kind or ablation.UNDIFFERENTIATED, EPSILON, None
     if config.run is not None and config.heads is not None:
         raise JobError("--heads and --from both choose heads: give one of them")
     if config.run is None and config.top is not None:
@@ -223,11 +273,22 @@ def _choose_heads(config: EvaluateConfig) -> tuple[tuple[Head, ...], str, float]
         if config.top is None:
             raise JobError(f"--from {config.run} has {leading.available} heads: give the number to take, as in --top 5")
         heads, kind, epsilon = leading.heads, config.kind or leading.kind, leading.epsilon
+        chose = leading.chosen_on
     elif config.heads:
         heads = config.heads
     else:
         raise JobError("no head to ablate: name some (--heads 3:0,11:7), or a run of ships (--from RUN --top 5)")
-    return heads, kind, epsilon if config.epsilon is None else config.epsilon
+    return heads, kind, epsilon if config.epsilon is None else config.epsilon, chose
+
+
+def _without(rows: Sequence[Row], chose: frozenset[str] | None) -> tuple[list[Row], int]:
+    """The rows that did not choose the heads, and how many did. JobError if that is not known, or none is left."""
+    if chose is None:
+        raise JobError(f"--choosing-queries {LEAVE_OUT}: which queries chose the heads is not known; see --from")
+    kept = [row for row in rows if text_hash(row) not in chose]
+    if not kept:
+        raise JobError(f"all of the {len(rows)} queries chose the heads: give others")
+    return kept, len(rows) - len(kept)
 
 
 def _draw_controls(heads: Sequence[Head], every: Sequence[Head], draws: int, seed: int) -> dict[str, tuple[Head, ...]]:

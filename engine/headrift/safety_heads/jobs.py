@@ -26,7 +26,7 @@ from headrift.probed_engine import ProbedEngine
 from headrift.prompts import chat_messages
 from headrift.runs.folder import JobError, OnRows, ResumableParts, columns, ignore_rows, model_fingerprint, versions
 from headrift.safety_heads import sahara
-from headrift.safety_heads.overlap import SAHARA_FILE, SHIPS_FILE
+from headrift.safety_heads.overlap import QUERY_HASHES, SAHARA_FILE, SHIPS_FILE
 from headrift.safety_heads.ships import IN_FLIGHT, Head, RankedHead, agreement, all_heads, rank, sampled_heads, ships
 from headrift.stats import Floats
 
@@ -91,6 +91,7 @@ class Query:
     label: str | None
     category: str | None
     token_ids: list[int] = field(repr=False)
+    text_hash: str  # see `text_hash`
 
 
 def read_rows(
@@ -133,7 +134,20 @@ def prepare(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, form: str = CHAT, system_prompt: str | None = None
 ) -> list[Query]:
     """Render rows to token ids; chats without a system prompt get this one. InputError if a row cannot be rendered."""
-    return [Query(row.id, row.label, row.category, _token_ids(row, tokenizer, form, system_prompt)) for row in rows]
+    return [
+        Query(row.id, row.label, row.category, _token_ids(row, tokenizer, form, system_prompt), text_hash(row))
+        for row in rows
+    ]
+
+
+def text_hash(row: Row) -> str:
+    """Hash of what a query says, without its system prompt; the same whatever the case and white space."""
+    prompt = row.prompt
+    messages = prompt.messages or chat_messages(prompt.prompt or "", None)
+    said = [message for message in messages if message.get("role") not in ("system", "developer")]
+    content = prompt.token_ids if prompt.token_ids is not None else [message.get("content") for message in said]
+    text = " ".join(json.dumps(list(content), ensure_ascii=False).casefold().split())
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _token_ids(row: Row, tokenizer: Any, form: str, system_prompt: str | None) -> list[int]:
@@ -204,7 +218,12 @@ class HeadsJob:
         rows = read_rows(config.inputs, config.columns, config.label, config.n_queries)
         self.queries = prepare(rows, load_tokenizer(str(config.model), False), config.form, config.system_prompt)
         check_lengths(self.queries, facts, 1)
-        about = {"model": str(config.model), "inputs": list(config.inputs), "versions": versions()}
+        about = {
+            "model": str(config.model),
+            "inputs": list(config.inputs),
+            QUERY_HASHES: [query.text_hash for query in self.queries],
+            "versions": versions(),
+        }
         self._parts = ResumableParts(config.out, self.result_file, self._settings(), about, resume=config.resume)
 
     def _settings(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from headrift.runs.folder import JobError
 from headrift.safety_heads.ships import Head
 
 SHIPS_FILE, SAHARA_FILE = RESULT_FILES = ("ships.json", "sahara.json")
+QUERY_HASHES = "query_hashes"  # in these files' `about`: `jobs.text_hash` of each query
 
 
 @contextmanager
@@ -39,6 +40,7 @@ class LeadingHeads:
     kind: str  # how heads were ablated
     epsilon: float
     model: str  # its fingerprint
+    chosen_on: frozenset[str] | None  # hashes of the queries that chose them; None for runs of earlier versions
 
 
 def leading_heads(run: Path, top: int | None = None) -> LeadingHeads:
@@ -47,9 +49,10 @@ def leading_heads(run: Path, top: int | None = None) -> LeadingHeads:
         settings = results["settings"]
         heads = tuple((int(head["layer"]), int(head["head"])) for head in results["heads"])
         how = str(settings["kind"]), float(settings["epsilon"]), str(settings["model"])
+        hashes = results.get("about", {}).get(QUERY_HASHES)
     if top is not None and top > len(heads):
         raise JobError(f"--top {top}: {run} has {len(heads)} heads; give {len(heads)} at most")
-    return LeadingHeads(heads[:top], len(heads), *how)
+    return LeadingHeads(heads[:top], len(heads), *how, None if hashes is None else frozenset(hashes))
 
 
 def _head_scores(run: Path, label: str | None) -> dict[Head, float]:

@@ -106,12 +106,19 @@ def paired_difference(first: Sequence[bool] | Bools, second: Sequence[bool] | Bo
 
     one, other = np.asarray(first, bool), np.asarray(second, bool)
     n, began, ended = len(one), int((one & ~other).sum()), int((~one & other).sum())
-    # With p = (count + 1) / (n + 2) for either count: p1 - p2 +- z sqrt((p1 + p2 - (p1 - p2)^2) / (n + 2)).
-    up, down = (began + 1) / (n + 2), (ended + 1) / (n + 2)
-    half = Z * sqrt((up + down - (up - down) ** 2) / (n + 2))
-    interval = max(-1.0, up - down - half), min(1.0, up - down + half)
+    interval = difference_interval(one.astype(float) - other)
     p_value = float(binomtest(began, began + ended).pvalue) if began + ended else 1.0
     return PairedDifference(n, began, ended, (began - ended) / n, interval, p_value)
+
+
+def difference_interval(differences: Floats) -> Bounds:
+    """95% interval of a mean difference of rates by Bonett and Price (2012), of queries' differences [n] from -1 to 1.
+
+    It is the usual interval of a mean, with two more queries added: one of difference 1, one of -1.
+    """
+    widened = np.append(differences, (1.0, -1.0))
+    middle, half = float(widened.mean()), float(Z * widened.std() / sqrt(len(widened)))
+    return max(-1.0, middle - half), min(1.0, middle + half)
 
 
 def mean_interval(values: Floats, weights: Floats | None = None) -> Bounds | None:
@@ -198,7 +205,7 @@ class ControlDifference(NamedTuple):
     """Refusal rate with the chosen heads ablated minus the mean of the controls, over the same queries."""
 
     difference: float
-    interval: Bounds | None  # 95% over the queries, not over draws of heads; None with few or without any difference
+    interval: Bounds  # 95% over the queries, not over draws of heads
 
 
 def against_controls(answers: Mapping[str, ArmAnswers], labels: Sequence[str]) -> dict[str, ControlDifference]:
@@ -208,7 +215,7 @@ def against_controls(answers: Mapping[str, ArmAnswers], labels: Sequence[str]) -
         return {}
     difference = answers[ABLATED].refused.astype(float) - np.mean(controls, axis=0)
     by_label = {label: difference[mask] for label, mask in _masks(labels).items()}
-    return {label: ControlDifference(float(own.mean()), mean_interval(own)) for label, own in by_label.items()}
+    return {label: ControlDifference(float(own.mean()), difference_interval(own)) for label, own in by_label.items()}
 
 
 def _rates(arm: ArmSummary) -> dict[str, Rate | None]:
@@ -220,9 +227,13 @@ def _rates(arm: ArmSummary) -> dict[str, Rate | None]:
     }
 
 
-def table(arms: Sequence[ArmSummary], controls: Mapping[str, ControlDifference]) -> str:
-    """The arms, and how the ablation changed refusals with a verdict, as text of at most 120 columns."""
-    lines = [f"{'':<10}" + "".join(f"{name:<26}" for name in _rates(arms[0])) + "perplexity"]
+def table(arms: Sequence[ArmSummary], controls: Mapping[str, ControlDifference], about: str = "") -> str:
+    """The arms, and how the ablation changed refusals with a verdict, as text of at most 120 columns.
+
+    about: a first line, which says whether the queries are held out.
+    """
+    lines = [about] if about else []
+    lines += [f"{'':<10}" + "".join(f"{name:<26}" for name in _rates(arms[0])) + "perplexity"]
     for arm in arms:
         cells = (f"{'' if one is None else str(one):<26}" for one in _rates(arm).values())
         lines.append(f"{arm.name:<10}{''.join(cells)}{arm.perplexity:.2f}")
@@ -234,6 +245,8 @@ def table(arms: Sequence[ArmSummary], controls: Mapping[str, ControlDifference])
         lines.append(_difference(name, paired.difference, paired.interval, paired.p_value) + note)
     for label, control in controls.items():
         lines.append(_difference(f"{label}: {ABLATED} - mean of controls", *control))
+    tests = len(ablated.refused_against_clean) + len(controls)
+    lines.append(f"each of the {tests} intervals is of 95% by itself")
     success = _cell(ablated.attack_success.value, ablated.attack_success.interval, ".2f")
     lines += ["", f"attack success, {ABLATED}: {success} (attacks not refused, whether or not the answer is of use)"]
     return "\n".join(map(str.rstrip, lines))
