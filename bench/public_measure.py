@@ -27,7 +27,16 @@ from headrift.signals import get, signals
 from headrift.signals.detectors import NotEnoughError, Training, class_weights
 from headrift.signals.features import Prompts, features, logit_shares
 from headrift.signals.registry import PromptData
-from headrift.stats import ClusterBootstrap
+from headrift.stats import (
+    Bounds,
+    ClusterBootstrap,
+    auroc_bounds,
+    effective_groups,
+    fewest_groups,
+    mean_interval,
+    percentile_bounds,
+    rate_bounds,
+)
 
 HARD = "notinject"  # harmless prompts full of words of attacks: never trained on
 PADDED = "opi_padded"  # for the comparison at equal length: never trained on either
@@ -374,37 +383,60 @@ def with_local_normal(data: Data, source: str, sources: Sequence[str]) -> tuple[
 
 
 class Figures:
-    """Figures of values with intervals: the same resamples of groups throughout, so that differences are paired."""
+    """Figures of values with intervals: the same resamples of groups throughout, so that differences are paired.
+
+    Methods that return a list make [value, low, high] of a statistic's draws.
+    """
 
     def __init__(self, data: Data, resamples: int = RESAMPLES):
         samples = data.samples
         self.data = data
         self.bootstrap = ClusterBootstrap(samples.group, resamples, strata=samples.source * 2 + samples.attack)
 
-    def auroc(self, values: np.ndarray, own: np.ndarray, fold: np.ndarray | None = None) -> np.ndarray:
+    def auroc_draws(self, values: np.ndarray, own: np.ndarray, fold: np.ndarray | None = None) -> np.ndarray:
         """Draws of the AUROC of the own prompts, the mean over folds."""
         folds = [own] if fold is None else [own & (fold == number) for number in range(fold.max() + 1)]
         draws = [self.bootstrap.auroc(values, self.data.attack, one) for one in folds]
         known = [one for one in draws if not np.isnan(one[0])]
         return np.nanmean(known, axis=0)
 
-    def rate_found(self, values: np.ndarray, own: np.ndarray, rate: float) -> np.ndarray:
-        """Draws of the fraction of the own attacks above the threshold that this rate of the own benign passes."""
+    def auroc(self, draws: np.ndarray, own: np.ndarray, positive: np.ndarray | None = None) -> list[float] | None:
+        """Interval of an AUROC of the own prompts, of attacks unless other positives are given."""
+        positive = self.data.attack if positive is None else positive
+        n = (effective_groups(self.data.samples.group[own & mask]) for mask in (positive, ~positive))
+        return _cell(draws, auroc_bounds(draws[0], draws[1:], *n))
+
+    def difference(self, draws: np.ndarray, own: np.ndarray, comparisons: int = 1) -> list[float] | None:
+        """Interval of a difference of AUROCs, with 95% confidence over this many comparisons (Bonferroni)."""
+        attack = self.data.attack
+        n = fewest_groups(self.data.samples.group, own & attack, own & ~attack)
+        return _cell(draws, percentile_bounds(draws[1:], n, comparisons))
+
+    def rate(self, draws: np.ndarray, mask: np.ndarray) -> list[float] | None:
+        """Interval of a rate of the masked prompts."""
+        return _cell(draws, rate_bounds(draws[0], draws[1:], effective_groups(self.data.samples.group[mask])))
+
+    def rate_found(self, values: np.ndarray, own: np.ndarray, rate: float) -> list[float] | None:
+        """Fraction of the own attacks above the threshold that this rate of the own benign passes."""
         thresholds = self.bootstrap.threshold(values, own & ~self.data.attack, rate)
-        return self.bootstrap.rate_above(values, own & self.data.attack, thresholds)
+        attacks = own & self.data.attack
+        return self.rate(self.bootstrap.rate_above(values, attacks, thresholds), attacks)
 
-    def above(self, values: np.ndarray, mask: np.ndarray, threshold: float) -> np.ndarray:
-        """Draws of the fraction of masked prompts above a fixed threshold."""
-        return self.bootstrap.rate_above(values, mask, np.full(len(self.bootstrap.times), threshold))
+    def above(self, values: np.ndarray, mask: np.ndarray, threshold: float) -> list[float] | None:
+        """Fraction of masked prompts above a fixed threshold."""
+        return self.rate(self.bootstrap.rate_above(values, mask, np.full(len(self.bootstrap.times), threshold)), mask)
 
 
-def figure(draws: np.ndarray, comparisons: int = 1) -> list[float] | None:
-    """[value, low, high] of a statistic's draws, with 95% confidence over this many comparisons (Bonferroni)."""
-    if np.isnan(draws[0]):
-        return None
-    tail = 2.5 / comparisons
-    low, high = np.nanpercentile(draws[1:], (tail, 100 - tail))
-    return [round(float(value), 4) for value in (draws[0], low, high)]
+def _cell(draws: np.ndarray, bounds: Bounds | None) -> list[float] | None:
+    """[value, low, high]; without an interval [value]; None without a value."""
+    return None if np.isnan(draws[0]) else [round(float(value), 4) for value in (draws[0], *(bounds or ()))]
+
+
+def over_sources(values: Sequence[float], lowest: float, comparisons: int = 1) -> list[float]:
+    """Mean over sources with Student's t interval, within [lowest, 1]: what to expect of another source."""
+    interval = mean_interval(values, comparisons)
+    ends = (max(interval.low, lowest), min(interval.high, 1.0)) if interval.bounds else ()
+    return [round(float(value), 4) for value in (interval.value, *ends)]
 
 
 def measure_all(data: Data, figures: Figures, say: Callable) -> dict:
@@ -438,18 +470,20 @@ def measure_within(data: Data, figures: Figures, say: Callable) -> dict:
         for name, (_, learner) in learners(data).items():
             say(f"within {source}: {name}")
             cells[name] = cross_learn(data, learner, own, fold)
-        words = figures.auroc(cells["words"], judged, fold)
+        draws = {name: figures.auroc_draws(values, judged, fold) for name, values in cells.items()}
         thirds = _thirds(data, judged)
         result[source] = {
             "n": [int((judged & data.attack).sum()), int((judged & ~data.attack).sum())],
             "signals": {
                 name: {
-                    "auroc": figure(draws := figures.auroc(values, judged, fold)),
-                    "over_words": None if name == "words" else figure(draws - words, len(cells) - 1),
-                    "within_length": figure(
-                        figures.bootstrap.auroc(values, data.attack, judged, np.maximum(fold, 0) * 3 + thirds)
+                    "auroc": figures.auroc(draws[name], judged),
+                    "over_words": None
+                    if name == "words"
+                    else figures.difference(draws[name] - draws["words"], judged, len(cells) - 1),
+                    "within_length": figures.auroc(
+                        figures.bootstrap.auroc(values, data.attack, judged, np.maximum(fold, 0) * 3 + thirds), judged
                     ),
-                    "found": {str(rate): figure(figures.rate_found(values, judged, rate)) for rate in RATES},
+                    "found": {str(rate): figures.rate_found(values, judged, rate) for rate in RATES},
                 }
                 for name, values in cells.items()
             },
@@ -478,7 +512,7 @@ def _padded(data: Data, figures: Figures, own: np.ndarray, fold: np.ndarray, say
         for number in range(fold.max() + 1):
             inside = judged & (fold == number)
             values[inside] = lowest(learner(data, np.flatnonzero(own & (fold != number))))[inside]
-        result[name] = figure(figures.auroc(values, judged, fold))
+        result[name] = figures.auroc(figures.auroc_draws(values, judged, fold), judged)
     return {"n": [int((judged & data.attack).sum()), int(padded.sum())], "auroc": result}
 
 
@@ -508,26 +542,33 @@ def measure_left_out(
                 say(f"without {', '.join(kind)}: {name}")
                 learned[kind] = lowest(learner(data, np.flatnonzero(train)))
             cells[source] = _judged(data, figures, learned[kind], own, train & ~data.attack, hard)
-            draws[name, source] = figures.auroc(learned[kind], own)
+            draws[name, source] = figures.auroc_draws(learned[kind], own)
         draws[name] = np.mean([draws[name, source] for source in sources], axis=0)
-        result[name] = {"label": label, "sources": cells, **_over_sources(cells, draws[name])}
+        result[name] = {"label": label, "sources": cells, **_over_sources(figures, cells, draws[name])}
+    judged, n = data.from_sources(*sources), len(chosen) - 1
     for other in {"words", "readout"} & chosen.keys():
         for name in chosen.keys() - {other}:
-            result[name][f"over_{other}"] = figure(draws[name] - draws[other], len(chosen) - 1)
+            result[name][f"over_{other}"] = figures.difference(draws[name] - draws[other], judged, n)
+            by_source = [draws[name, source][0] - draws[other, source][0] for source in sources]
+            result[name][f"over_{other}_by_source"] = over_sources(by_source, -1.0, n)
     return result
 
 
-def _over_sources(cells: Mapping[str, dict], mean: np.ndarray) -> dict:
-    """Means over the sources that are left out."""
+def _over_sources(figures: Figures, cells: Mapping[str, dict], mean: np.ndarray) -> dict:
+    """Means over the sources that are left out: of the AUROC with intervals over prompts and over sources."""
     rates = {}
     for rate in cells[next(iter(cells))]["thresholds"]:
         columns = [cell["thresholds"][rate] for cell in cells.values()]
         rates[rate] = {
-            key: round(float(np.mean([column[key][0] for column in columns if column[key]])), 4)
+            key: over_sources([column[key][0] for column in columns if column[key]], 0.0)
             for key in columns[0]
             if any(column[key] for column in columns)
         }
-    return {"auroc": figure(mean), "thresholds": rates}
+    return {
+        "auroc": figures.auroc(mean, figures.data.from_sources(*cells)),
+        "auroc_by_source": over_sources([cell["auroc"][0] for cell in cells.values()], 0.0),
+        "thresholds": rates,
+    }
 
 
 def _judged(data: Data, figures: Figures, values, own, normal, hard) -> dict:
@@ -537,12 +578,12 @@ def _judged(data: Data, figures: Figures, values, own, normal, hard) -> dict:
     at = {str(rate): float(np.quantile(benign[normal], 1 - rate)) for rate in RATES}
     at[f"{FOUND:.0%} found"] = float(np.nextafter(attacks[int(np.ceil(FOUND * len(attacks))) - 1], -np.inf))
     return {
-        "auroc": figure(figures.auroc(values, own)),
+        "auroc": figures.auroc(figures.auroc_draws(values, own), own),
         "thresholds": {
             name: {
-                "attacks": figure(figures.above(values, own & data.attack, threshold)),
-                "benign": figure(figures.above(values, own & ~data.attack, threshold)),
-                "hard": figure(figures.above(values, hard, threshold)) if hard.any() else None,
+                "attacks": figures.above(values, own & data.attack, threshold),
+                "benign": figures.above(values, own & ~data.attack, threshold),
+                "hard": figures.above(values, hard, threshold) if hard.any() else None,
             }
             for name, threshold in at.items()
         },
@@ -560,8 +601,8 @@ def measure_local_normal(data: Data, figures: Figures, say: Callable) -> dict:
             data.from_sources(*sources) & ~data.from_sources(source) & ~data.attack,
         )
         cells[source] = _judged(data, figures, values, own, normal, data.from_sources(HARD) & judged)
-        draws.append(figures.auroc(values, own))
-    return {"label": "readout, local normal", "sources": cells, **_over_sources(cells, np.mean(draws, axis=0))}
+        draws.append(figures.auroc_draws(values, own))
+    return {"label": "readout, local normal", "sources": cells, **_over_sources(figures, cells, np.mean(draws, axis=0))}
 
 
 # The original's questions, on its own sets with its windows (what it calls steps 1-3 are passes 2 and 3, and 11-40 are
@@ -603,10 +644,10 @@ def _original_window(data: Data, figures: Figures, source: str, score_range: Sco
             for label in (True, False)
         ],
         "means": [round(float(scores[scored & (attack == label)].mean()), 4) for label in (True, False)],
-        "auroc": figure(figures.bootstrap.auroc(scores, attack, scored)),
-        "auroc_all": figure(figures.auroc(lowest(scores), own)),
+        "auroc": figures.auroc(figures.bootstrap.auroc(scores, attack, scored), scored),
+        "auroc_all": figures.auroc(figures.auroc_draws(lowest(scores), own), own),
         "tpr_nearest_5_fpr": [round(float(tpr[nearest]), 3), round(float(fpr[nearest]), 3)],
-        "within_length": figure(figures.bootstrap.auroc(lowest(scores), attack, own, _thirds(data, own))),
+        "within_length": figures.auroc(figures.bootstrap.auroc(lowest(scores), attack, own, _thirds(data, own)), own),
     }
     for name, sign in (("entropy", 1), ("head_agreement", -1)):  # its agreement has the other sign
         both = scored & ~np.isnan(columns[name])
@@ -623,7 +664,8 @@ def _success(data: Data, figures: Figures, source: str) -> dict:
     n = [int((attacks & got).sum()), int((attacks & ~got).sum())]
     scores = data.prompts.values["instability"]
     known = attacks & ~np.isnan(scores)
-    return {"n": n, "auroc": figure(figures.bootstrap.auroc(scores, got, known)) if min(n) else None}
+    draws = figures.bootstrap.auroc(scores, got, known)
+    return {"n": n, "auroc": figures.auroc(draws, known, got) if min(n) else None}
 
 
 def _step_0(data: Data, figures: Figures, source: str) -> dict:
@@ -634,13 +676,16 @@ def _step_0(data: Data, figures: Figures, source: str) -> dict:
     for number in np.flatnonzero(own):
         first[number] = np.nanmean(data.instability[number][0, layers])
     focus = -data.prompts.values["focus"]
-    draws = [figures.auroc(lowest(values), own) for values in (first, focus)]
+    columns = {
+        "instability": lowest(first),
+        "focus": lowest(focus),
+        "short_answer": -data.n_steps.astype(np.float64),
+        "prompt_length": data.prompts.values["prompt_tokens"],
+    }
+    draws = {name: figures.auroc_draws(values, own) for name, values in columns.items()}
     return {
-        "instability": figure(draws[0]),
-        "focus": figure(draws[1]),
-        "difference": figure(draws[0] - draws[1]),
-        "short_answer": figure(figures.auroc(-data.n_steps.astype(np.float64), own)),
-        "prompt_length": figure(figures.auroc(data.prompts.values["prompt_tokens"], own)),
+        **{name: figures.auroc(one, own) for name, one in draws.items()},
+        "difference": figures.difference(draws["instability"] - draws["focus"], own),
     }
 
 

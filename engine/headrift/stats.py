@@ -1,7 +1,9 @@
 """Intervals, the bootstrap over groups of prompts, AUROC and true positive rates: the statistics of every report.
 
-All intervals have 95% confidence. Bootstrap intervals are percentile intervals from resampling whole groups (prompts
-that are alike) with replacement; the same input and seed give the same interval.
+All intervals have 95% confidence. Bootstrap intervals come from resampling whole groups (prompts that are alike) with
+replacement; the same input and seed give the same interval. Percentile intervals of few groups are too narrow, so they
+are expanded: Hesterberg, "What Teachers Should Know About the Bootstrap" (2015), section 4.1. The number of groups that
+counts is that of the class that has fewer, not the number of rows.
 """
 
 from __future__ import annotations
@@ -22,10 +24,9 @@ CONFIDENCE = 0.95
 Z = 1.959963984540054  # quantile of the normal distribution for two-sided 95%
 RESAMPLES = 1000
 TARGET_FPR = 0.05
-# With fewer distinct prompts a bootstrap interval says little, and looks as if it said much.
+# With fewer groups in a class a bootstrap interval says little, and looks as if it said much (bench/simulations.py).
 MIN_FOR_INTERVAL = 10
 
-_TAILS = (2.5, 97.5)
 _FPR_GRID = np.linspace(0, 1, 101)  # TARGET_FPR is on it
 _ROUNDING = 1e-9
 _BLOCK = 4_000_000  # numbers held at once: with float64, 32 MB
@@ -40,16 +41,22 @@ class Interval:
     high: float | None = None
 
     @classmethod
-    def from_draws(cls, draws: Floats, n: int | None = None) -> Interval:
-        """Estimate and percentile interval of a statistic that a `ClusterBootstrap` computed.
+    def from_draws(cls, draws: Floats, n: float) -> Interval:
+        """Estimate and interval of a statistic that a `ClusterBootstrap` computed.
 
         Args:
             draws: [resamples + 1], the statistic of the data itself first; NaN for resamples that have none.
-            n: number of distinct prompts; the interval is left out for fewer than MIN_FOR_INTERVAL.
+            n: groups, as for `percentile_bounds`.
         """
-        enough = n is None or n >= MIN_FOR_INTERVAL
-        bounds = percentile_bounds(draws[1:]) if enough and not np.isnan(draws[0]) else None
+        bounds = None if np.isnan(draws[0]) else percentile_bounds(draws[1:], n)
         return cls(float(draws[0]), *(bounds or (None, None)))
+
+    @classmethod
+    def from_aurocs(cls, draws: Floats, n_positive: float, n_negative: float) -> Interval:
+        """The same of an AUROC, by `auroc_bounds`."""
+        value = float(draws[0])
+        bounds = None if np.isnan(value) else auroc_bounds(value, draws[1:], n_positive, n_negative)
+        return cls(value, *(bounds or (None, None)))
 
     @property
     def bounds(self) -> Bounds | None:
@@ -64,24 +71,89 @@ def side(bounds: Bounds | None, number: float) -> Literal[1, -1] | None:
     return 1 if bounds[0] > number else -1 if bounds[1] < number else None
 
 
-def percentile_bounds(draws: ArrayLike) -> Bounds | None:
-    """95% percentile interval of a statistic's resamples [n]; NaN is left out, None if nothing else is there."""
+def effective_groups(group: Ints) -> float:
+    """How many groups of one size would say as much as these samples' groups [n]: Kish's (sum of sizes)^2 / sum of
+    squared sizes, the number of groups if all have the same size."""
+    sizes = np.unique(group, return_counts=True)[1].astype(np.float64)
+    return float(sizes.sum() ** 2 / (sizes**2).sum()) if len(sizes) else 0.0
+
+
+def fewest_groups(group: Ints, *classes: Bools) -> float:
+    """The least `effective_groups` of masks [n] of samples, leaving out empty ones; 0 if all are."""
+    return min((effective_groups(group[mask]) for mask in classes if mask.any()), default=0.0)
+
+
+def tail(n: float, comparisons: int = 1) -> float:
+    """Fraction of resamples to leave out at each end for an interval of n groups.
+
+    It is Phi(-sqrt(n / (n - 1)) t), t being Student's quantile for n - 1 degrees of freedom: 0.025 for very many groups
+    and 0.0086 for 10.
+
+    Args:
+        n: groups of the class that has fewer.
+        comparisons: the interval holds for as many at once (Bonferroni).
+    """
+    from scipy.stats import norm, t
+
+    alpha = (1 - CONFIDENCE) / 2 / comparisons
+    return alpha if np.isinf(n) else float(norm.cdf(np.sqrt(n / (n - 1)) * t.ppf(alpha, n - 1)))
+
+
+def percentile_bounds(draws: ArrayLike, n: float, comparisons: int = 1) -> Bounds | None:
+    """Expanded percentile interval of a statistic's resamples.
+
+    The tail has to hold a resample: with 200 resamples and 10 groups the ends are the two most extreme resamples, with
+    fewer resamples the interval is too narrow.
+
+    Args:
+        draws: [resamples]; NaN is left out.
+        n: groups of the class that has fewer (see `fewest_groups`); infinite for draws that are no resamples.
+        comparisons: as for `tail`.
+
+    Returns:
+        None if no number is there, or fewer than MIN_FOR_INTERVAL groups.
+    """
     values = np.asarray(draws, np.float64)
     values = values[~np.isnan(values)]
-    if not len(values):
+    if not len(values) or n < MIN_FOR_INTERVAL:
         return None
-    low, high = np.percentile(values, _TAILS)
+    share = tail(n, comparisons)
+    low, high = np.quantile(values, (share, 1 - share))
     return float(low), float(high)
 
 
-def percentile_bands(draws: Floats) -> tuple[Floats, Floats]:
-    """`percentile_bounds` of each column of [n, ...] as two arrays [...]; NaN if a column has no number."""
-    if not np.isnan(draws).any():
-        low, high = np.percentile(draws, _TAILS, axis=0)
-        return low, high
+def percentile_bands(draws: Floats, n: float) -> tuple[Floats, Floats]:
+    """`percentile_bounds` of each column of [resamples, ...] as two arrays [...]; NaN if a column has none."""
     empty = np.isnan(draws).all(axis=0)
-    low, high = np.nanpercentile(np.where(empty, 0.0, draws), _TAILS, axis=0)
+    if n < MIN_FOR_INTERVAL:
+        empty = np.ones_like(empty)
+    if empty.all():
+        return np.full(empty.shape, np.nan), np.full(empty.shape, np.nan)
+    share = tail(n)
+    quantile = np.nanquantile if np.isnan(draws).any() else np.quantile
+    low, high = quantile(np.where(empty, 0.0, draws), (share, 1 - share), axis=0)
     return np.where(empty, np.nan, low), np.where(empty, np.nan, high)
+
+
+def rate_bounds(value: float, draws: ArrayLike, n: float) -> Bounds | None:
+    """Interval of a rate: `percentile_bounds` of its resamples, and no narrower than Wilson's for n groups.
+
+    If none or all of few prompts are flagged, so they are in every resample, whose interval then has no width.
+    """
+    return _wider(percentile_bounds(draws, n), wilson_interval(value * n, n) if n else None)
+
+
+def auroc_bounds(value: float, draws: ArrayLike, n_positive: float, n_negative: float) -> Bounds | None:
+    """Interval of an AUROC: `percentile_bounds` of its resamples, and no narrower than `auroc_interval`.
+
+    Near 0 and 1 resamples of few groups are too narrow, and of no width if the data separates.
+    """
+    n = min(n_positive, n_negative)
+    return _wider(percentile_bounds(draws, n), auroc_interval(value, n_positive, n_negative) if n else None)
+
+
+def _wider(one: Bounds | None, other: Bounds | None) -> Bounds | None:
+    return None if one is None or other is None else (min(one[0], other[0]), max(one[1], other[1]))
 
 
 def exact_interval(k: int, n: int) -> Bounds:
@@ -92,12 +164,81 @@ def exact_interval(k: int, n: int) -> Bounds:
     return float(low), float(high)
 
 
-def wilson_interval(k: int, n: int) -> Bounds:
-    """Two-sided Wilson interval (1927) of a rate of which k of n were seen; good near 0 and 1 and for small n."""
-    from scipy.stats import binomtest
+def rate_interval(hits: Bools, group: Ints) -> Bounds:
+    """Two-sided interval of a rate of samples whose groups are independent: exact if each is a group of its own.
 
-    low, high = binomtest(k, n).proportion_ci(CONFIDENCE, method="wilson")
-    return float(low), float(high)
+    Else Clopper-Pearson's for as many independent samples as would tell as much (Korn and Graubard 1998).
+
+    Args:
+        hits, group: [n].
+    """
+    from scipy.stats import beta, t
+
+    n, rate = len(hits), float(hits.mean())
+    number = np.unique(group, return_inverse=True)[1]
+    groups = int(number.max()) + 1
+    if groups == n:
+        return exact_interval(int(hits.sum()), n)
+    effective = float(groups)  # if all are the same, or there is one group, no spread can be seen
+    if groups > 1 and 0 < rate < 1:
+        variance = groups / (groups - 1) * float((np.bincount(number, hits - rate) ** 2).sum()) / n**2
+        quantiles = (t.ppf((1 + CONFIDENCE) / 2, degrees - 1) for degrees in (n, groups))
+        ratio = next(quantiles) / next(quantiles)
+        effective = min(rate * (1 - rate) / variance * ratio**2, float(n)) if variance else float(n)
+    k, alpha = rate * effective, (1 - CONFIDENCE) / 2
+    low = 0.0 if k == 0 else float(beta.ppf(alpha, k, effective - k + 1))
+    high = 1.0 if k == effective else float(beta.ppf(1 - alpha, k + 1, effective - k))
+    return low, high
+
+
+def wilson_interval(k: float, n: float) -> Bounds:
+    """Two-sided Wilson interval (1927) of a rate of which k of n were seen; good near 0 and 1 and for small n.
+
+    n may be a number of `effective_groups`.
+    """
+    rate = k / n
+    middle = (rate + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z * np.sqrt(rate * (1 - rate) / n + Z**2 / (4 * n * n)) / (1 + Z**2 / n)
+    return (0.0 if k <= 0 else float(middle - half)), (1.0 if k >= n else float(middle + half))
+
+
+def auroc_interval(auroc: float, n_positive: float, n_negative: float) -> Bounds:
+    """Two-sided score interval of an AUROC (Newcombe 2006, method 5): for AUROCs, what Wilson's is for rates.
+
+    Its ends are the AUROCs whose standard error, Hanley and McNeil's with (n_positive + n_negative) / 2 for both
+    classes, would just allow what was seen.
+    """
+    from scipy.optimize import brentq
+
+    half = (n_positive + n_negative) / 2 - 1
+
+    def excess(other: float) -> float:
+        spread = 1 + half * ((1 - other) / (2 - other) + other / (1 + other))
+        return (auroc - other) ** 2 - Z**2 * other * (1 - other) * spread / (n_positive * n_negative)
+
+    first, last = 1e-9, 1 - 1e-9
+    value = min(max(auroc, first), last)
+    low = 0.0 if excess(first) <= 0 else float(brentq(excess, first, value))
+    high = 1.0 if excess(last) <= 0 else float(brentq(excess, value, last))
+    return low, high
+
+
+def mean_interval(values: ArrayLike, comparisons: int = 1) -> Interval:
+    """Mean of one figure per source (set, model) with Student's t interval; without one for fewer than three sources.
+
+    It says how the figure would be on other such sources, which no resampling of prompts does. comparisons: as for
+    `tail`.
+    """
+    from scipy.stats import t
+
+    numbers = np.asarray(values, np.float64)
+    numbers = numbers[~np.isnan(numbers)]
+    n = len(numbers)
+    if n < 3:
+        return Interval(float(numbers.mean()) if n else np.nan)
+    mean, quantile = float(numbers.mean()), float(t.ppf(1 - (1 - CONFIDENCE) / 2 / comparisons, n - 1))
+    half = quantile * float(numbers.std(ddof=1)) / np.sqrt(n)
+    return Interval(mean, float(mean - half), float(mean + half))
 
 
 def highest_rate(k: int, n: int) -> float:
@@ -137,18 +278,20 @@ class ClusterBootstrap:
     """Statistics of the same samples over the same resamples, so that differences between them are paired.
 
     Every method returns an array [resamples + 1]: the statistic of the data itself first, then of each resample. Pass
-    it, or the difference of two of them, to `Interval.from_draws`.
+    it, or the difference of two of them, to `Interval.from_draws`, with the number of groups.
 
     Args:
         group, resamples, seed, strata: as for `cluster_resamples`.
 
     Attributes:
+        group: [n] as given.
         times: uint16 [resamples + 1, n], how often each sample counts; ones in the first row.
     """
 
     def __init__(
         self, group: Ints, resamples: int = RESAMPLES, *, seed: int = 0, strata: NDArray | None = None
     ) -> None:
+        self.group = group
         self.times = np.ones((resamples + 1, len(group)), np.uint16)
         for row, times in zip(self.times[1:], cluster_resamples(group, resamples, seed=seed, strata=strata)):
             row[:] = times
@@ -225,10 +368,13 @@ class Separation:
     """How well a number tells attacks from benign prompts; higher counts as attack.
 
     Attributes:
-        auroc: with its interval; without one if a class has too few prompts.
+        auroc: with its interval; without one if a class has too few groups.
         tpr: the most attacks, as a fraction, that a threshold flags with at most 5% of the benign prompts flagged.
         fpr, tprs: the corners of the ROC curve, from (0, 0) to (1, 1).
         grid, band: at false positive rates [g] the 95% interval of the true positive rate [2, g], or None.
+        n: groups of the class that has fewer.
+        draws: AUROC of each resample, NaN without a class; empty if there is no interval. Those of two numbers of the
+            same samples are of the same resamples.
     """
 
     auroc: float
@@ -239,6 +385,8 @@ class Separation:
     tprs: Floats
     grid: Floats
     band: Floats | None
+    n: float
+    draws: Floats
 
     @property
     def constant(self) -> bool:
@@ -265,28 +413,33 @@ def separation(
     resamples = RESAMPLES if resamples is None else resamples
     rank = ranks(values)
     fpr, tprs = roc_curve(rank, attack, np.ones(len(values)))
+    tpr = float(tpr_at(fpr, tprs, np.array([TARGET_FPR]))[0])
     auroc_interval = tpr_interval = band = None
-    if resamples and min(int(attack.sum()), int((~attack).sum())) >= MIN_FOR_INTERVAL:
-        aurocs, on_grid = [], []
-        for times in cluster_resamples(groups, resamples, seed=seed):
+    n, draws = fewest_groups(groups, attack, ~attack), np.full(resamples, np.nan)
+    if resamples and n >= MIN_FOR_INTERVAL:
+        on_grid = np.full((resamples, len(_FPR_GRID)), np.nan)
+        for number, times in enumerate(cluster_resamples(groups, resamples, seed=seed)):
             weight = times.astype(np.float64)
             if weight[attack].any() and weight[~attack].any():
                 curve = roc_curve(rank, attack, weight)
-                aurocs.append(area(*curve))
-                on_grid.append(tpr_at(*curve, _FPR_GRID))
-        auroc_interval = percentile_bounds(aurocs)
-        band = np.stack(percentile_bands(np.array(on_grid)))
-        at_target = band[:, np.flatnonzero(np.isclose(_FPR_GRID, TARGET_FPR))[0]]
-        tpr_interval = float(at_target[0]), float(at_target[1])
+                draws[number], on_grid[number] = area(*curve), tpr_at(*curve, _FPR_GRID)
+        auroc_interval = auroc_bounds(
+            area(fpr, tprs), draws, *(effective_groups(groups[mask]) for mask in (attack, ~attack))
+        )
+        band = np.stack(percentile_bands(on_grid, n))
+        at_target = on_grid[:, np.flatnonzero(np.isclose(_FPR_GRID, TARGET_FPR))[0]]
+        tpr_interval = rate_bounds(tpr, at_target, n)
     return Separation(
         auroc=area(fpr, tprs),
         auroc_interval=auroc_interval,
-        tpr=float(tpr_at(fpr, tprs, np.array([TARGET_FPR]))[0]),
+        tpr=tpr,
         tpr_interval=tpr_interval,
         fpr=fpr,
         tprs=tprs,
         grid=_FPR_GRID,
         band=band,
+        n=n,
+        draws=draws if auroc_interval is not None else np.empty(0),
     )
 
 
@@ -326,3 +479,15 @@ def average_precision(fpr: Floats, tprs: Floats, n_benign: float, n_attack: floa
 def tpr_at(fpr: Floats, tprs: Floats, rates: Floats) -> Floats:
     """The highest true positive rate of a ROC curve at each false positive rate [g] that is not to be exceeded."""
     return tprs[np.searchsorted(fpr, rates + _ROUNDING, side="right") - 1]
+
+
+def expected_tpr(fpr: Floats, tprs: Floats, n_benign: float, rate: float) -> float:
+    """True positive rate at a threshold that a fraction `rate` of other benign prompts is above on average.
+
+    Above the k-th highest of n benign values are k / (n + 1) of others, not (k - 1) / n: the best threshold with at
+    most 5% of 26 in hindsight flags 7.4% of others. Between two k it is interpolated.
+    """
+    k = rate * (n_benign + 1)
+    low, high = np.floor(k), np.floor(k) + 1
+    ends = tpr_at(fpr, tprs, (np.array([low, high]) - 1) / n_benign) * (np.array([low, high]) >= 1)
+    return float(ends @ np.array([high - k, k - low]))

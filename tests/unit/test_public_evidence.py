@@ -68,8 +68,8 @@ def test_a_planted_head_is_found_on_the_source_left_out(data):
     assert result["auroc"][1] <= result["auroc"][0] <= result["auroc"][2]
     assert set(result["sources"]) == set(SOURCES)
     at = result["thresholds"]["80% found"]
-    assert 0.8 <= at["attacks"] < 0.9
-    assert at["hard"] < 0.2
+    assert 0.8 <= at["attacks"][0] < 0.9
+    assert at["hard"][0] < 0.2
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_every_protocol_is_measured(data):
     protocols = [report[name] for name in ("left_out", "kind_left_out", "tried")]
     assert all(set(cell["sources"]) == set(SOURCES) for protocol in protocols for cell in protocol.values())
     assert {"readout", "residual", "words", "length"} <= set(report["left_out"])
-    assert report["tried"]["taught"]["thresholds"]["80% found"]["hard"] < 0.2
+    assert report["tried"]["taught"]["thresholds"]["80% found"]["hard"][0] < 0.2
     assert json.loads(json.dumps(report)) == report
 
 

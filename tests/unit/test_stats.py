@@ -4,17 +4,27 @@ import time
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest, ttest_1samp
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from headrift import stats as module
 from headrift.stats import (
     ClusterBootstrap,
     Interval,
+    auroc_bounds,
+    auroc_interval,
     cluster_resamples,
+    effective_groups,
+    expected_tpr,
+    fewest_groups,
+    mean_interval,
     percentile_bands,
     percentile_bounds,
+    rate_bounds,
     separation,
     side,
+    tail,
+    wilson_interval,
 )
 
 
@@ -63,11 +73,14 @@ def test_intervals_are_those_of_resampled_groups(monkeypatch):
             aurocs.append(roc_auc_score(attack[rows], lowest[rows]))
             tprs.append(slow_tpr(attack[rows], lowest[rows]))
     result = separation(values, attack, groups)
-    assert result.auroc_interval == pytest.approx(tuple(np.percentile(aurocs, [2.5, 97.5])))
-    assert result.tpr_interval == pytest.approx(tuple(np.percentile(tprs, [2.5, 97.5])))
+    n = [effective_groups(groups[mask]) for mask in (attack, ~attack)]
+    assert result.n == min(n) == fewest_groups(groups, attack, ~attack)
+    np.testing.assert_allclose(result.draws[~np.isnan(result.draws)], aurocs)
+    assert result.auroc_interval == pytest.approx(auroc_bounds(result.auroc, aurocs, *n))
+    assert result.tpr_interval == pytest.approx(rate_bounds(result.tpr, tprs, min(n)))
     low, high = result.band
     assert (low <= high).all()
-    assert result.tpr_interval == pytest.approx((low[5], high[5]))
+    assert (low[5], high[5]) == pytest.approx(percentile_bounds(tprs, min(n)))
 
 
 def test_no_interval_from_a_handful():
@@ -75,6 +88,63 @@ def test_no_interval_from_a_handful():
     result = separation(np.arange(60.0), attack, np.arange(60))
     assert (result.auroc_interval, result.tpr_interval, result.band) == (None, None, None)
     assert set(result.numbers()) == {"auroc", "auroc_interval", "tpr", "tpr_interval", "at_fpr"}
+
+
+def test_groups_count_and_not_rows():
+    attack, prompt = np.arange(100) < 50, np.arange(100) // 10
+    assert separation(np.arange(100.0), attack, np.arange(100)).auroc_interval is not None
+    assert separation(np.arange(100.0), attack, prompt).auroc_interval is None  # 5 prompts a class, 10 rows each
+    assert effective_groups(prompt) == 10
+    assert effective_groups(np.repeat([0, 1, 2], [98, 1, 1])) == pytest.approx(100**2 / (98**2 + 2))
+    assert fewest_groups(prompt, attack, np.zeros(100, bool)) == 5
+
+
+def test_what_separates_in_a_sample_is_not_certain_to():
+    attack = np.arange(40) < 20
+    result = separation(attack.astype(float), attack, np.arange(40))
+    assert result.auroc_interval == pytest.approx(auroc_interval(1.0, 20, 20))
+    assert 0.85 < result.auroc_interval[0] < 0.95
+    assert result.tpr_interval == pytest.approx(wilson_interval(20, 20))
+    assert auroc_bounds(0.0, np.zeros(9), 20, 20) == pytest.approx(tuple(1 - np.array(result.auroc_interval[::-1])))
+
+
+def test_score_intervals_are_those_of_scipy_and_of_their_definition():
+    for k in range(9):
+        expected = binomtest(k, 8).proportion_ci(0.95, method="wilson")
+        assert wilson_interval(k, 8) == pytest.approx(tuple(expected))
+    auroc, m, n = 0.8, 12, 40
+    for end in auroc_interval(auroc, m, n):
+        spread = 1 + ((m + n) / 2 - 1) * ((1 - end) / (2 - end) + end / (1 + end))
+        assert abs(auroc - end) == pytest.approx(module.Z * np.sqrt(end * (1 - end) * spread / (m * n)))
+
+
+def test_intervals_of_few_groups_are_expanded():
+    assert tail(10) == pytest.approx(0.00855, abs=1e-5)
+    assert tail(1000) == pytest.approx(0.025, abs=1e-3)
+    assert tail(np.inf) == pytest.approx(0.025)
+    assert tail(np.inf, 10) == pytest.approx(0.0025)
+    draws = np.random.default_rng(0).random(1000)
+    assert percentile_bounds(draws, 9) is None
+    assert percentile_bounds(draws, 12) == pytest.approx(tuple(np.quantile(draws, [tail(12), 1 - tail(12)])))
+
+
+def test_a_mean_over_sources_has_students_interval():
+    values = np.random.default_rng(0).random(7)
+    expected = ttest_1samp(values, 0).confidence_interval(0.95)
+    assert mean_interval(values).bounds == pytest.approx(tuple(expected))
+    assert mean_interval([0.5, 0.7, np.nan]) == Interval(0.6)
+
+
+def test_expected_true_positives_are_those_of_a_threshold_that_others_reach_as_often():
+    """Benign prompts are uniform, so that a threshold's rate is known: above the k-th of n are k / (n + 1)."""
+    attack = np.arange(40) >= 19
+    values = np.concatenate([np.arange(19.0), np.arange(21) + 0.5])
+    fpr, tprs = module.roc_curve(module.ranks(values), attack, np.ones(40))
+    assert expected_tpr(fpr, tprs, 19, 0.05) == pytest.approx((values[attack] > 18).mean())
+    assert expected_tpr(fpr, tprs, 19, 0.1) == pytest.approx((values[attack] > 17).mean())
+    halfway = np.mean([(values[attack] > one).mean() for one in (17, 18)])
+    assert expected_tpr(fpr, tprs, 19, 0.075) == pytest.approx(halfway)
+    assert expected_tpr(fpr, tprs, 19, 0.025) == pytest.approx((values[attack] > 18).mean() / 2)
 
 
 def test_the_same_rows_give_the_same_interval_soon():
@@ -144,21 +214,22 @@ def test_an_interval_is_of_the_draws_and_left_out_for_a_handful(drawn):
     draws = bootstrap.mean(values, positive)
     result = Interval.from_draws(draws, 15)
     assert result.value == draws[0] == pytest.approx(values[positive].mean())
-    assert result.bounds == pytest.approx(tuple(np.percentile(draws[1:], [2.5, 97.5])))
+    assert result.bounds == pytest.approx(percentile_bounds(draws[1:], 15))
     assert side(result.bounds, -1) == 1
     assert side(result.bounds, 100) == -1
     assert side(result.bounds, result.value) is None
     assert Interval.from_draws(draws, 9).bounds is None
-    assert Interval.from_draws(draws[:1]).bounds is None
+    assert Interval.from_draws(draws[:1], 15).bounds is None
     draws[1:4] = np.nan
-    assert Interval.from_draws(draws).bounds == pytest.approx(tuple(np.nanpercentile(draws[1:], [2.5, 97.5])))
+    assert Interval.from_draws(draws, np.inf).bounds == pytest.approx(tuple(np.nanpercentile(draws[1:], [2.5, 97.5])))
 
 
 def test_bands_are_the_bounds_of_each_column():
     columns = np.random.default_rng(0).random((50, 3))
     columns[:5, 1], columns[:, 2] = np.nan, np.nan
-    low, high = percentile_bands(columns)
+    low, high = percentile_bands(columns, 20)
     for at in (0, 1):
-        assert (low[at], high[at]) == percentile_bounds(columns[:, at])
+        assert (low[at], high[at]) == pytest.approx(percentile_bounds(columns[:, at], 20))
     assert np.isnan([low[2], high[2]]).all()
-    assert percentile_bounds(columns[:, 2]) is None
+    assert percentile_bounds(columns[:, 2], 20) is None
+    assert np.isnan(percentile_bands(columns, 9)).all()

@@ -215,7 +215,7 @@ def _spearman(one: Floats, other: Floats) -> float:
 
 
 def _over_draws(values: Sequence[float] | Floats) -> Interval:
-    return Interval(float(np.mean(values)), *(percentile_bounds(values) or ()))
+    return Interval(float(np.mean(values)), *(percentile_bounds(values, np.inf) or ()))
 
 
 def _cell(interval: Interval) -> str:

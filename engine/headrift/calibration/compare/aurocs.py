@@ -16,7 +16,7 @@ from headrift.calibration.compare.measurements import ComparisonBootstrap, Estim
 from headrift.calibration.splits import ComparisonSamples
 from headrift.signal import ScoreRange
 from headrift.signals import get
-from headrift.stats import MIN_FOR_INTERVAL, Bools, Bounds, Floats, Ints, side
+from headrift.stats import MIN_FOR_INTERVAL, Bools, Bounds, Floats, Ints, fewest_groups, side
 
 NOT_SHOWN = "not shown"
 TOO_FEW = "not known: too few prompts"
@@ -223,15 +223,16 @@ def success(
     known = samples.attack & (measured.succeeded >= 0)
     succeeded = measured.succeeded == 1
     n, n_succeeded = int(known.sum()), int((known & succeeded).sum())
+    few = fewest_groups(samples.group, known & succeeded, known & ~succeeded) < MIN_FOR_INTERVAL
     absent = None
     if not has_terms:
         absent = "no fail terms were given, so it is not known which attacks succeeded"
     elif not n:
         absent = "the runs have no answers: score with --save text, and without --redact"
-    elif min(n_succeeded, n - n_succeeded) < MIN_FOR_INTERVAL:
+    elif few or not 0 < n_succeeded < n:
         absent = (
             f"{n_succeeded} of {n} attacks have a fail term in the answer, as far as it was made; to compare takes "
-            f"{MIN_FOR_INTERVAL} that have one and as many that have none"
+            f"{MIN_FOR_INTERVAL} groups of prompts that have one and as many that have none"
         )
     if absent is not None:
         return Success(absent=absent, n_attacks=n, n_succeeded=n_succeeded, verdict=f"not known: {absent}")
@@ -326,14 +327,13 @@ def _increment(
 def _verdict(loss: Bounds | None, auroc_with: Bounds | None, auroc_change: Bounds | None) -> str:
     """Whether something was added, by the intervals.
 
+    Predictions that get worse are no verdict: of a signal that says nothing they do so by fitting it.
     An AUROC also rises if the base, which knows nothing, was below 0.5 by chance: it has to be above 0.5 after.
     """
     if loss is None or auroc_with is None or auroc_change is None:
         return TOO_FEW
     if side(loss, 0) == -1:
         return "adds: the held-out log-loss falls"
-    if side(loss, 0) == 1:
-        return "adds nothing: held-out predictions get worse"
     if side(auroc_change, 0) == 1 and side(auroc_with, 0.5) == 1:
         return "ranks held-out prompts better; a fall of the log-loss is not shown"
     return NOT_SHOWN

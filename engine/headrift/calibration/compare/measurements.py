@@ -23,7 +23,7 @@ from headrift.runs.reading import ScoreRun
 from headrift.signal import ScoreRange
 from headrift.signals import PromptData, Signal, get, signals
 from headrift.signals.detectors import choose_heads
-from headrift.stats import Bools, Bounds, ClusterBootstrap, Floats, Interval, Ints
+from headrift.stats import Bools, Bounds, ClusterBootstrap, Floats, Interval, Ints, effective_groups, fewest_groups
 
 NO_STEPS = "no steps after step 0"
 _OF_ANSWER = ("answer_tokens", "n_steps")  # lengths of what a run of step 0 alone does not have
@@ -68,14 +68,18 @@ class ComparisonBootstrap(ClusterBootstrap):
         self, values: Floats, mask: Bools, pair_strata: Ints | None = None, positive: Bools | None = None
     ) -> Estimate:
         """AUROC of the masked samples' values, of attacks unless other positives are given."""
-        draws = self.auroc(values, self.attack if positive is None else positive, mask, pair_strata)
-        return self.estimate(draws, mask, positive)
-
-    def estimate(self, draws: Floats, mask: Bools, positive: Bools | None = None) -> Estimate:
-        """A statistic of the masked samples, of both classes or of one, from its value in each draw."""
         positive = self.attack if positive is None else positive
+        draws = self.auroc(values, positive, mask, pair_strata)
+        n = [effective_groups(self.group[mask & one]) for one in (positive, ~positive)]
+        return self._estimate(Interval.from_aurocs(draws, *n), mask, positive)
+
+    def estimate(self, draws: Floats, mask: Bools) -> Estimate:
+        """A statistic of the masked samples, of both classes or of one, from its value in each draw."""
+        n = fewest_groups(self.group, mask & self.attack, mask & ~self.attack)
+        return self._estimate(Interval.from_draws(draws, n), mask, self.attack)
+
+    def _estimate(self, result: Interval, mask: Bools, positive: Bools) -> Estimate:
         n_attack, n_benign = int((mask & positive).sum()), int((mask & ~positive).sum())
-        result = Interval.from_draws(draws, min([n for n in (n_attack, n_benign) if n], default=0))
         if np.isnan(result.value):
             reason = "one of the classes has no such prompt"
             return Estimate(value=None, n_attack=n_attack, n_benign=n_benign, reason=reason)

@@ -1,8 +1,8 @@
 """Step by step: from when on does each signal separate, and does instability do so before distraction does?
 
 A signal separates at a step if |AUROC - 0.5| is more than c standard errors, c being what the largest such deviation
-over all steps exceeds in 5% of random permutations of the labels (max-t). So a signal that says nothing seems to
-separate, at any of the steps and on either side, in 5% of data sets, however many steps there are.
+over all steps exceeds in 5% of random permutations of the groups' labels (max-t). So a signal that says nothing seems
+to separate, at any of the steps and on either side, in 5% of data sets, however many steps there are.
 """
 
 from __future__ import annotations
@@ -15,7 +15,17 @@ from headrift.calibration.compare.aurocs import NOT_SHOWN
 from headrift.calibration.compare.measurements import ComparisonBootstrap, Measurements
 from headrift.calibration.splits import ComparisonSamples
 from headrift.signals import get, signals
-from headrift.stats import MIN_FOR_INTERVAL, Bounds, Floats, Ints, percentile_bands, percentile_bounds, side
+from headrift.stats import (
+    MIN_FOR_INTERVAL,
+    Bounds,
+    Floats,
+    Ints,
+    auroc_bounds,
+    effective_groups,
+    fewest_groups,
+    percentile_bounds,
+    side,
+)
 
 _LEVEL = 95
 _PERMUTATIONS = 1000
@@ -63,7 +73,9 @@ def onset(
 ) -> tuple[list[Steps], list[Before]]:
     """Each signal's steps, and whether instability separates before each measure of distraction."""
     random = np.random.default_rng(seed)
-    permuted = np.stack([random.permutation(samples.attack) for _ in range(_PERMUTATIONS)]).astype(np.float32)
+    # Labels of whole groups: prompts of a group are alike, and would make single ones' labels differ too little.
+    units, unit = np.unique(samples.group * 2 + samples.attack, return_inverse=True)
+    permuted = np.stack([random.permutation(units % 2)[unit] for _ in range(_PERMUTATIONS)]).astype(np.float32)
     results, firsts = [], {}
     for entry in signals(compared=True, by_step=True):
         steps, first = _steps(entry.name, measured, samples, bootstrap, permuted)
@@ -71,7 +83,8 @@ def onset(
         if first is not None:
             firsts[entry.name] = first
     by_name = {steps.name: steps for steps in results}
-    return results, [_before(other, firsts, by_name) for other in _DISTRACTION]
+    n = fewest_groups(samples.group, samples.attack, ~samples.attack)
+    return results, [_before(other, firsts, by_name, n) for other in _DISTRACTION]
 
 
 def _steps(
@@ -92,9 +105,15 @@ def _steps(
     valid = ~np.isnan(series)
     n_attack, n_benign = valid[attack].sum(axis=0), valid[~attack].sum(axis=0)
     # If too few answers go on, nothing is said.
-    at = np.flatnonzero(np.minimum(n_attack, n_benign) >= MIN_FOR_INTERVAL)
+    groups = np.array(
+        [
+            [effective_groups(samples.group[valid[:, step] & mask]) for mask in (attack, ~attack)]
+            for step in range(valid.shape[1])
+        ]
+    )
+    at = np.flatnonzero(groups.min(axis=1) >= MIN_FOR_INTERVAL)
     if not len(at):
-        few = f"it takes {MIN_FOR_INTERVAL} attacks and as many benign prompts at a step"
+        few = f"it takes {MIN_FOR_INTERVAL} groups of attacks and as many of benign prompts at a step"
         return Steps(name=name, label=entry.label, how="", absent=few), None
     draws = np.stack([bootstrap.auroc(series[:, step], attack, valid[:, step]) for step in at], axis=1)
     by_chance = np.stack(
@@ -107,21 +126,22 @@ def _steps(
     separates = np.abs(deviation) > width
     first = np.where(separates.any(axis=1), at[separates.argmax(axis=1)], _NO_STEP)
     known = first[1:][first[1:] != _NO_STEP]
-    low, high = percentile_bands(resampled) if len(resampled) else (np.empty(0), np.empty(0))
+    bounds = [auroc_bounds(one[0], one[1:], *groups[step]) for one, step in zip(draws.T, at)]
+    low, high = zip(*(one for one in bounds if one is not None)) if len(resampled) else ((), ())
     steps = Steps(
         name=name,
         label=entry.label,
         how=f"{entry.how}; at the step, among the answers that reach it",
         steps=at.tolist(),
         auroc=value.tolist(),
-        low=low.tolist(),
-        high=high.tolist(),
+        low=list(low),
+        high=list(high),
         joint_low=np.maximum(value - width, 0).tolist(),
         joint_high=np.minimum(value + width, 1).tolist(),
         n_attack=n_attack[at].tolist(),
         n_benign=n_benign[at].tolist(),
         first=int(first[0]) if first[0] != _NO_STEP else None,
-        first_interval=percentile_bounds(known) if first[0] != _NO_STEP else None,
+        first_interval=percentile_bounds(known, float(groups[at].min())) if first[0] != _NO_STEP else None,
         found_in=len(known) / len(resampled) if len(resampled) else None,
         largest=int(at[np.abs(value - 0.5).argmax()]),
     )
@@ -151,8 +171,8 @@ def _shrink(value: Floats, error: Floats) -> Floats:
     return 0.5 + deviation * np.maximum(1 - ratio, 0)
 
 
-def _before(other: str, firsts: dict[str, Ints], steps: dict[str, Steps]) -> Before:
-    """Instability's first step against another signal's, in the same draws."""
+def _before(other: str, firsts: dict[str, Ints], steps: dict[str, Steps], n: float) -> Before:
+    """Instability's first step against another signal's, in the same draws of n groups."""
     label = get(other).label
     for name in ("instability", other):
         if name not in firsts:
@@ -166,7 +186,7 @@ def _before(other: str, firsts: dict[str, Ints], steps: dict[str, Steps]) -> Bef
         return Before(other=other, label=label, verdict=" and ".join(words))
     both = (own[1:] != _NO_STEP) & (others[1:] != _NO_STEP)
     difference = (own - others)[1:][both]
-    interval = percentile_bounds(difference)
+    interval = percentile_bounds(difference, n)
     verdicts = {-1: "earlier", 1: "later", None: NOT_SHOWN}
     return Before(
         other=other,
