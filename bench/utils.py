@@ -54,7 +54,7 @@ class Options(argparse.ArgumentParser):
 
     def amount(self, name: str, full: int, short: int, about: str) -> None:
         """Add an option whose default is smaller with --short."""
-        self._amounts[name] = full, short
+        self._amounts[name.replace("-", "_")] = full, short
         self.add_argument(f"--{name}", type=int, help=f"{about} ({full}; {short} with --short)")
 
     def prompts(self) -> None:

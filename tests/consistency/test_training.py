@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -318,7 +319,17 @@ def test_an_evaluation_measures_what_was_held_out(trained):
     result = job.run(done.append)
     assert sum(done) == prompts
     assert json.loads((trained / "evaluation.json").read_text()) == result
-    assert len((trained / "replies.jsonl").read_text().splitlines()) == len(job.pairs)
+    replies = [json.loads(line) for line in (trained / "replies.jsonl").read_text().splitlines()]
+    assert [row["question"] for row in replies] == [pair.question for pair in job.pairs]
+    held_in = [row for row in replies if row["family"] not in job.families]
+    for name in ("flipped", "distance", "sycophantic"):
+        for state in ("before", "after"):
+            own = [row[state][name] for row in replies if row["family"] in job.families]
+            own = [value for value in own if value is not None]  # a pair without a hint has no hint to follow
+            assert len(own) == result["held_out"][name]["pairs"]
+            if own:
+                assert np.mean(own) == pytest.approx(result["held_out"][name][state]["value"])
+    assert len(held_in) == 3 * 12
     assert set(result["families"]) == {"opinion_hint", "role_play", "authority_urgency", "irrelevant_context"}
     assert [name for name, figures in result["families"].items() if figures["held_out"]] == held_out["families"]
     distance = result["held_out"]["distance"]
@@ -328,7 +339,7 @@ def test_an_evaluation_measures_what_was_held_out(trained):
     assert len(result["distance_by_layer"]["before"]) == 2
     for figures in result["held_out"].values():
         if figures["pairs"]:
-            assert set(figures) == {"pairs", "before", "after", "change"}
+            assert set(figures) == {"pairs", "questions", "before", "after", "change"}
     # A random model of 49,152 tokens is about as good as guessing.
     assert 1e4 < result["perplexity"]["before"]["value"] < 1e7
     with_interval = result["held_out"]["flipped"]["before"]

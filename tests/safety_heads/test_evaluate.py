@@ -127,12 +127,12 @@ def test_queries_that_chose_the_heads(queries, ranked_on_three, demo_model, tmp_
     job = EvaluateJob(EvaluateConfig(**options, out=tmp_path / "b", choosing_queries="leave-out", limit=2))
     assert job.labels == ["benign", "benign", "attack"]
     assert job.chosen_on.to_json() == {
-        "queries": 0, "of": 3, "left_out": 3, "held_out": True,
+        "queries": 0, "evaluated": 3, "left_out": 3, "held_out": True,
         "note": "held out: none of the 3 queries chose the heads (3 that did are left out)",
     }  # fmt: skip
     job = EvaluateJob(EvaluateConfig(**options, out=tmp_path / "c", choosing_queries="keep"))
     note = "chosen on these queries: not held out (3 of 8)"
-    assert job.chosen_on.to_json() == {"queries": 3, "of": 8, "left_out": 0, "held_out": False, "note": note}
+    assert job.chosen_on.to_json() == {"queries": 3, "evaluated": 8, "left_out": 0, "held_out": False, "note": note}
     none = np.zeros(8, bool)
     arms = {name: ArmAnswers((), none, np.zeros(8, int), none, np.full(12, -9.0)) for name in job.arms}
     summaries = summarise(arms, job.labels, np.full(12, 10.0))

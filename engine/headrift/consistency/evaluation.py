@@ -2,7 +2,7 @@
 
 Every measure is taken of the model before (adapter off) and after (adapter on), on the same prompts. Values are means
 over pairs with 95% percentile intervals from resampling questions (passages, for the perplexity); the change uses the
-same resamples.
+same resamples. Rates have the intervals of `summary.rate_interval`, and their changes those of `change_interval`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from headrift.consistency import losses, models
 from headrift.consistency.answers import flipped, is_hinted, is_right
 from headrift.consistency.data import DataConfig, load_data, render, sample_wrappers
 from headrift.consistency.pairs import Pair
-from headrift.consistency.summary import cell, estimate
+from headrift.consistency.summary import cell, change_interval, estimate, mean_estimate
 from headrift.consistency.trainer import ADAPTER, TRAINING
 from headrift.model_facts import read_model
 from headrift.runs.folder import JobError, atomic_path, model_fingerprint, versions, write_json
@@ -45,6 +45,7 @@ MEASURES = {
     "entropy": "entropy of a row, nats",
     "alike": "loss on like content",
 }
+RATES = ("flipped", "right", "right_clean", "sycophantic")
 # Rows gather like content if what they gather differs by less than this fraction of its length.
 ALIKE = 0.1
 OnDone = Callable[[int], None]
@@ -93,7 +94,7 @@ class EvaluationJob:
         same = {name: about[name] for name in ("system_prompt", "columns", "split_seed", "held_out_questions", "limit")}
         read = DataConfig(tuple(about["inputs"]), self.model, held_out_families=families, **same)
         data = load_data(read, facts, self.max_tokens)
-        self._tokenizer = data.renderer.tokenizer
+        self.tokenizer = data.renderer.tokenizer
         self._by_state: dict[str, Measurements] = {}
         self.families = frozenset(families)
         questions = self._training["held_out"]["questions"]
@@ -137,13 +138,21 @@ class EvaluationJob:
         write_json(self.config.run / RESULT, result)
         with atomic_path(self.config.run / REPLIES) as unfinished, unfinished.open("w", encoding="utf-8") as file:
             for i, pair in enumerate(self.pairs):
-                replies = {state: dict(zip(SIDES, m.replies[i])) for state, m in self._by_state.items()}
-                file.write(json.dumps({"id": pair.id, "family": pair.family, **replies}, ensure_ascii=False) + "\n")
+                about = {"id": pair.id, "question": pair.question, "family": pair.family}
+                file.write(json.dumps(about | self._of_pair(i), ensure_ascii=False) + "\n")
         return result
+
+    def _of_pair(self, i: int) -> dict[str, dict[str, str | float | None]]:
+        """By state, a pair's replies and measures; None for a measure that it does not have."""
+        return {
+            state: dict(zip(SIDES, own.replies[i]))
+            | {name: None if np.isnan(values[i]) else float(values[i]) for name, values in own.values.items()}
+            for state, own in self._by_state.items()
+        }
 
     def _measure(self, model: Any, on_done: OnDone | None) -> Measurements:
         """Answer and measure each pair with the model as it is."""
-        pairs, tokenizer = self.pairs, self._tokenizer
+        pairs, tokenizer = self.pairs, self.tokenizer
         prompts = list(dict.fromkeys(tuple(ids) for pair in pairs for ids in (pair.clean_ids, pair.wrapped_ids)))
         answers = models.generate(model, tokenizer, prompts, self.max_tokens, on_done)
         texts = {prompt: tokenizer.decode(answer, skip_special_tokens=True) for prompt, answer in zip(prompts, answers)}
@@ -196,10 +205,15 @@ def _estimates(
     """A measure in each state, and its change; None if no pair has it."""
     valid = mask & np.all([~np.isnan(m.values[name]) for m in by_state.values()], axis=0)
     if not valid.any():
-        return {"pairs": 0, **dict.fromkeys((*STATES, "change"))}
-    draws = {state: bootstrap.mean(m.values[name], valid) for state, m in by_state.items()}
-    draws["change"] = draws[AFTER] - draws[BEFORE]
-    return {"pairs": int(valid.sum()), **{name: estimate(own, question[valid]) for name, own in draws.items()}}
+        return {"pairs": 0, "questions": 0, **dict.fromkeys((*STATES, "change"))}
+    is_rate = name in RATES
+    values = {state: m.values[name] for state, m in by_state.items()}
+    result = {state: mean_estimate(bootstrap, own, question, valid, is_rate=is_rate) for state, own in values.items()}
+    change = values[AFTER] - values[BEFORE]
+    result["change"] = mean_estimate(bootstrap, change, question, valid, is_rate=False)
+    if is_rate:
+        result["change"]["interval"] = list(change_interval(change[valid], question[valid]))
+    return {"pairs": int(valid.sum()), "questions": len(np.unique(question[valid])), **result}
 
 
 def _perplexity(by_state: Mapping[str, Measurements], seed: int) -> dict[str, Any]:
@@ -207,7 +221,8 @@ def _perplexity(by_state: Mapping[str, Measurements], seed: int) -> dict[str, An
     bootstrap = ClusterBootstrap(passages, seed=seed)
     draws = {state: np.exp(bootstrap.mean(m.nll, passages >= 0)) for state, m in by_state.items()}
     draws["ratio"] = draws[AFTER] / draws[BEFORE]
-    return {name: estimate(values, passages) for name, values in draws.items()}
+    by_passage = {state: m.nll.tolist() for state, m in by_state.items()}
+    return {name: estimate(values, passages) for name, values in draws.items()} | {"nats_by_passage": by_passage}
 
 
 def _answer_measures(pair: Pair, clean: str, wrapped: str) -> dict[str, float]:
@@ -267,6 +282,8 @@ def print_evaluation(result: Mapping[str, Any]) -> None:
         for name, estimates in result["families"].items()
     ]
     print_table(console, (MEASURES["flipped"], *STATES, "change [95%]", "verdict"), families)
+    tests = len(rows) + len(families)
+    console.print(f"each of the {tests} intervals is of 95% by itself: of {tests} such verdicts some may be by chance")
 
 
 def _cells(estimates: Mapping[str, Any], change: str) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Summary of scored pairs: flip rates, distances, and whether attention predicts which answers flip.
 
-Intervals are 95% percentile intervals from resampling questions, with all their pairs.
+Intervals are 95% percentile intervals from resampling questions, with all their pairs. A rate that few questions decide
+has Wilson's interval instead, see `rate_interval`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,20 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from headrift.runs.folder import list_column
-from headrift.stats import MIN_FOR_INTERVAL, Bools, ClusterBootstrap, Floats, Interval, Ints, separation, side
+from headrift.stats import (
+    Bools,
+    Bounds,
+    ClusterBootstrap,
+    Floats,
+    Interval,
+    Ints,
+    Z,
+    effective_groups,
+    rate_bounds,
+    separation,
+    side,
+    wilson_interval,
+)
 from headrift.terminal import print_table
 
 # What may predict that an answer flips, and its label. The wrapper's length is the baseline.
@@ -27,7 +41,7 @@ PREDICTORS = {
     "focus_change": "focus, wrapped - clean",
     "wrapper_tokens": "length of the wrapper",
 }
-# Means over all pairs and of each family.
+# Means over all pairs and of each family: of values that are 0 or 1, but for the distance.
 RATES = {
     "flipped": "answers that flip",
     "clean_right": "right, clean",
@@ -51,8 +65,9 @@ def summarise(table: pa.Table, seed: int = 0) -> dict[str, Any]:
     every = np.ones(len(question), np.bool_)
 
     def rates(mask: Bools) -> dict[str, Any]:
-        valid = {name: mask & ~np.isnan(values[name]) for name in RATES}
-        return {name: estimate(bootstrap.mean(values[name], own), question[own]) for name, own in valid.items()}
+        return {
+            name: mean_estimate(bootstrap, values[name], question, mask, is_rate=name != "distance") for name in RATES
+        }
 
     return {
         "questions": int(question.max()) + 1,
@@ -69,10 +84,59 @@ def estimate(draws: Floats, question: Ints) -> dict[str, Any]:
 
     draws: of a `ClusterBootstrap`. question: of each pair; there is no interval with few.
     """
-    interval = Interval.from_draws(draws, len(np.unique(question)))
+    interval = Interval.from_draws(draws, effective_groups(question))
     bounds = interval.bounds
     value = None if np.isnan(interval.value) else interval.value
     return {"value": value, "interval": None if bounds is None else list(bounds)}
+
+
+def mean_estimate(
+    bootstrap: ClusterBootstrap, values: Floats, question: Ints, mask: Bools, *, is_rate: bool
+) -> dict[str, Any]:
+    """The mean of the masked pairs' values [pairs] with its interval, as `estimate` has it; NaN is left out.
+
+    Args:
+        bootstrap: over the questions.
+        question: [pairs] the number of each pair's question.
+        is_rate: the values are between 0 and 1: the interval is that of `rate_interval`.
+    """
+    valid = mask & ~np.isnan(values)
+    draws = bootstrap.mean(values, valid)
+    result = estimate(draws, question[valid])
+    if is_rate and valid.any():
+        result["interval"] = list(rate_interval(draws, question[valid]))
+    return result
+
+
+def rate_interval(draws: Floats, question: Ints) -> Bounds:
+    """95% interval of a rate over pairs; a question counts once, whatever number of pairs it has.
+
+    It comes from resampling questions, and is no narrower than Wilson's with the questions as trials; for few questions
+    it is Wilson's.
+
+    Args:
+        draws: the rate, and over resamples of the questions, as a `ClusterBootstrap` has them.
+        question: [pairs] the number of each pair's question.
+    """
+    n, rate = effective_groups(question), float(draws[0])
+    return rate_bounds(rate, draws[1:], n) or wilson_interval(rate * n, n)
+
+
+def change_interval(differences: Floats, question: Ints, z: float = Z) -> Bounds:
+    """Interval of the mean difference of two rates of the same pairs, by Bonett and Price (2012).
+
+    It is the usual interval of a mean over questions, with two more questions added: one of difference 1, one of -1.
+
+    Args:
+        differences: [pairs] between -1 and 1.
+        question: [pairs] the number of each pair's question.
+        z: quantile of the normal distribution; by default for 95%.
+    """
+    _, index = np.unique(question, return_inverse=True)
+    by_question = np.bincount(index, differences) / np.bincount(index)
+    widened = np.append(by_question, (1.0, -1.0))
+    half = z * widened.std() / np.sqrt(len(widened))
+    return max(-1.0, float(widened.mean() - half)), min(1.0, float(widened.mean() + half))
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
@@ -123,8 +187,7 @@ def _predict(values: Floats, flipped: Floats, question: Ints, seed: int) -> dict
     if flips.any() and not flips.all():
         groups = np.unique(question[valid], return_inverse=True)[1]
         separated = separation(values[valid], flips, groups, seed=seed)
-        few = min(len(np.unique(groups[flips])), len(np.unique(groups[~flips]))) < MIN_FOR_INTERVAL
-        result |= {"auroc": separated.auroc, "interval": None if few else separated.auroc_interval}
+        result |= {"auroc": separated.auroc, "interval": separated.auroc_interval}
     return result
 
 

@@ -80,8 +80,8 @@ class EvaluateConfig(QueriesConfig):
 class ChosenOn:
     """Which of an evaluation's queries chose the heads."""
 
-    queries: int | None  # of them; None if that is not known
-    of: int  # queries of the evaluation
+    queries: int | None  # how many did; None if that is not known
+    evaluated: int
     left_out: int  # queries that were left out since they chose the heads
 
     @property
@@ -93,8 +93,8 @@ class ChosenOn:
         if self.queries is None:
             return "which queries chose the heads is not known: these may not be held out"
         if self.queries:
-            return f"chosen on these queries: not held out ({self.queries} of {self.of})"
-        return f"held out: none of the {self.of} queries chose the heads" + (
+            return f"chosen on these queries: not held out ({self.queries} of {self.evaluated})"
+        return f"held out: none of the {self.evaluated} queries chose the heads" + (
             f" ({self.left_out} that did are left out)" if self.left_out else ""
         )
 

@@ -144,8 +144,8 @@ def text_hash(row: Row) -> str:
     """Hash of what a query says, without its system prompt; the same whatever the case and white space."""
     prompt = row.prompt
     messages = prompt.messages or chat_messages(prompt.prompt or "", None)
-    said = [message for message in messages if message.get("role") not in ("system", "developer")]
-    content = prompt.token_ids if prompt.token_ids is not None else [message.get("content") for message in said]
+    texts = [message.get("content") for message in messages if message.get("role") not in ("system", "developer")]
+    content = texts if prompt.token_ids is None else prompt.token_ids
     text = " ".join(json.dumps(list(content), ensure_ascii=False).casefold().split())
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
