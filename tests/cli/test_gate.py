@@ -136,6 +136,90 @@ def test_with_the_gate_and_without(work, fake_model):
         assert counts["leaked_ungated"] == sum(row["answer_tokens"] > 1 for row in of_class)
 
 
+def bare(threshold: str, *args: str, model: Path, out: str = "out"):
+    return invoke("gate", "in.jsonl", "--threshold", threshold, "--window", "2:3", "--out", out, *args, model=model)
+
+
+def test_a_bare_threshold_blocks_what_reaches_it(work, fake_model):
+    """Against a run of `headrift score` over the same window and layers."""
+    layers = ("--drop-shallow", "0.1", "--drop-deep", "0.4")
+    scored = invoke("score", "in.jsonl", "--window", "2:3", *layers, "--out", "over", model=fake_model)
+    assert scored.exit_code == 0, scored.output
+    scores = {row["id"]: row["score"] for row in read("over")}
+    known = sorted(score for score in scores.values() if score is not None)
+    threshold = known[len(known) // 2]  # a score itself: at the threshold is blocked
+    done = bare(repr(threshold), *layers, "--fail-term", "france", "--compare-ungated", model=fake_model)
+    assert done.exit_code == 0, done.output
+    rows = read("out")
+    assert {row["id"]: row["score"] for row in rows} == scores == {row["id"]: row["detector"] for row in rows}
+    assert {row["p_value"] for row in rows} == {None}
+    for row in rows:
+        assert row["flagged"] is (row["score"] is not None and row["score"] >= threshold)
+        assert row["blocked"] is (row["flagged"] or row["score"] is None)
+    assert {row["blocked"] for row in rows if row["score"] is not None} == {True, False}
+    reported = json.loads(Path("out/run.json").read_text())
+    assert reported["settings"]["threshold"] == threshold
+    assert (reported["settings"]["steps"], reported["settings"]["window"]) == (3, "2:3")
+    assert set(reported["judged"]) == {"flagged", "warning"}  # no drift and no review list: they compare
+    assert "nothing is promised" in reported["judged"]["warning"]
+    output = " ".join(done.output.split())
+    assert output.count("nothing is promised: the threshold was not set on benign prompts of yours") == 2
+    assert "false positive rate is not known" in output
+    assert "No drift" not in output
+    assert not Path("out/flagged-fdr.parquet").exists()
+    for label in ("attack", "benign"):
+        blocked = sum(row["blocked"] for row in rows if row["label"] == label)
+        assert reported["gate"][label]["blocked"]["k"] == blocked
+
+
+def test_the_original_threshold_stops_what_the_calibration_of_it_stops(work, fake_model):
+    """The same threshold in a calibration file gives the same parts but for the p-values."""
+    calibration = json.loads(Path("c.json").read_text())
+    calibration |= {"detector": {"kind": "directed", "signal": "instability", "direction": 1}, "threshold": 0.145347}
+    Path("c.json").write_text(json.dumps(calibration))
+    assert gate(model=fake_model).exit_code == 0
+    options = ("--threshold", "0.145347", "--window", "1:4")
+    done = invoke("gate", "in.jsonl", *options, "--out", "bare", model=fake_model)
+    assert done.exit_code == 0, done.output
+    assert read("bare") == [row | {"p_value": None} for row in read("out")]
+
+
+def test_a_bare_threshold_is_resumed_with_the_same_one_or_not_at_all(work, fake_model):
+    assert bare("0.145347", model=fake_model).exit_code == 0
+    assert bare("0.145347", "--resume", model=fake_model).exit_code == 0
+    other = bare("0.14", "--resume", model=fake_model)
+    assert other.exit_code == 2
+    assert "--threshold was 0.145347 and is 0.14" in other.output
+    calibrated = gate("--resume", model=fake_model)
+    assert calibrated.exit_code == 2
+    assert "--calibration: the run was begun without one" in calibrated.output
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ((), "give --calibration FILE, or --threshold X with --window A:B, and not both"),
+        (("--threshold", "0.1", "--calibration", "c.json"), "and not both"),
+        (("--threshold", "0.1"), "give that too, as in --window 2:3"),
+        (("--threshold", "0.51", "--window", "2:3"), "--threshold 0.51 is not a number from 0 to 0.5, the highest"),
+        (("--threshold", "-0.1", "--window", "2:3"), "--threshold -0.1 is not a number from 0 to 0.5"),
+        (("--threshold", "nan", "--window", "2:3"), "--threshold nan is not a number from 0 to 0.5"),
+        (("--threshold", "high", "--window", "2:3"), "Invalid value for '--threshold'"),
+        (("--threshold", "0.1", "--window", "none"), "--window none has no step to judge by"),
+        (("--threshold", "0.1", "--window", "3:2"), "a window a:b needs 1 <= a <= b"),
+        (("--threshold", "0.1", "--window", "2:3", "--drop-deep", "1.5"), "1.5"),
+        (("--threshold", "0.1", "--window", "2:3", "--calibration-anyway"), "goes with --calibration"),
+        (("--threshold", "0.1", "--window", "2:3", "--max-new-tokens", "3"), "than the steps that decide, 3: give"),
+        (("--calibration", "c.json", "--window", "2:3"), "--window 2:3: the --calibration is for --window 1:4"),
+    ],
+)
+def test_what_blocks_is_one_thing_and_all_of_it(work, fake_model, options, says):
+    done = invoke("gate", "in.jsonl", "--out", "out", *options, model=fake_model)
+    assert done.exit_code == 2
+    assert says in " ".join(done.output.replace("│", " ").split())
+    assert not any(Path("out").glob("*")) if Path("out").exists() else True
+
+
 def test_rejects_are_never_answered(work, fake_model):
     done = invoke("gate", "bad.jsonl", "in.jsonl", "--calibration", "c.json", "--out", "out", model=fake_model)
     assert done.exit_code == 0, done.output

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +22,9 @@ from headrift.signals import get
 from headrift.signals.detectors import Detector, Directed, Novelty, Readout
 from headrift.signals.features import prompts_of
 from headrift.stats import Bools, Bounds, Floats, Ints
+
+if TYPE_CHECKING:
+    from headrift.calibration.bare import Judge
 
 # Drift is warned of if chance would show as much in 1 run of 100, and it is large enough to matter.
 _CHANCE, _LARGE = 0.01, 0.1
@@ -373,12 +376,12 @@ class Calibration(BaseModel, extra="forbid", frozen=True):
             )
 
 
-def add_verdicts(table: Table, calibration: Calibration) -> Table:
+def add_verdicts(table: Table, calibration: Judge) -> Table:
     """Append the columns `flagged` (false without a value) and `p_value` (null without) to a table or batch.
 
     Args:
         table: has a column `detector`, the detector's value; the column of the signal will do if that is all it reads.
-        calibration: the calibration to apply.
+        calibration: the calibration, or bare threshold, to apply.
     """
     detector, direction, name = calibration.detector, 1, "detector"
     if name not in table.schema.names and isinstance(detector, Directed):

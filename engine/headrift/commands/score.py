@@ -26,6 +26,22 @@ class SavedKind(StrEnum):
     ENTROPY = "entropy"
 
 
+DropShallow = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X",
+        help="Leave out this fraction of the layers at the input end (default: 0.25, or the calibration's).",
+    ),
+]
+DropDeep = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X",
+        help="Leave out this fraction of the layers at the output end (default: 0.15, or the calibration's).",
+    ),
+]
+
+
 def score(
     *,
     corpus: options.CorpusOptions,
@@ -41,20 +57,8 @@ def score(
     replay: Annotated[
         bool, typer.Option("--replay", help="Score the logged answers (response) instead of making new ones.")
     ] = False,
-    drop_shallow: Annotated[
-        float | None,
-        typer.Option(
-            metavar="X",
-            help="Leave out this fraction of the layers at the input end (default: 0.25, or the calibration's).",
-        ),
-    ] = None,
-    drop_deep: Annotated[
-        float | None,
-        typer.Option(
-            metavar="X",
-            help="Leave out this fraction of the layers at the output end (default: 0.15, or the calibration's).",
-        ),
-    ] = None,
+    drop_shallow: DropShallow = None,
+    drop_deep: DropDeep = None,
     calibration: options.Calibration = None,
     calibration_anyway: options.CalibrationAnyway = False,
     save: Annotated[
@@ -106,13 +110,27 @@ def gate(
     *,
     corpus: options.CorpusOptions,
     calibration: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             metavar="FILE",
             help="File that `headrift calibrate` wrote: its detector's values are held to its threshold.",
         ),
-    ],
+    ] = None,
     calibration_anyway: options.CalibrationAnyway = False,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="Without a calibration: block instability at or above this, 0 to 0.5. Nothing is promised; needs "
+            "--window.",
+        ),
+    ] = None,
+    window: Annotated[
+        str | None,
+        typer.Option(metavar="A:B", help="Steps whose instability is held to --threshold (or the calibration's)."),
+    ] = None,
+    drop_shallow: DropShallow = None,
+    drop_deep: DropDeep = None,
     max_new_tokens: Annotated[
         int, typer.Option(metavar="N", min=1, help="Length limit of an answer that is not blocked, in tokens.")
     ] = 160,
@@ -135,14 +153,16 @@ def gate(
     engine: options.CorpusEngineOptions,
     messages: options.Messages,
 ) -> None:
-    """Answer prompts, except those whose detector value reaches a calibration's threshold.
+    """Answer prompts, except those whose detector value reaches a threshold.
 
+    The threshold is a calibration's, with what it promises, or --threshold on instability, which promises nothing.
     Each prompt is judged while it is answered: before its second token if the detector reads step 0 alone, else at the
-    end of the calibration's window. At or above the threshold it is stopped there and answered with [blocked]; the
+    end of the window. At or above the threshold it is stopped there and answered with [blocked]; the
     others are answered to their end. Writes to the --out folder as `headrift score` does; the parts have the columns
     blocked, detector, text and leaked (whether the text has a --fail-term).
     """
     from headrift.calibration.artifact import Calibration
+    from headrift.calibration.bare import NO_PROMISE
     from headrift.corpus.config import ScoreConfig, range_options
     from headrift.corpus.job import ScoreJob
     from headrift.corpus.scoring import Gate, GateKind
@@ -150,16 +170,28 @@ def gate(
 
     reporter = messages.exclusive_reporter()
     with reporter.errors(2):
-        applied = Calibration.load(calibration)
+        if calibration is not None and threshold is None:
+            applied = Calibration.load(calibration)
+            end = Window.parse(applied.window).end
+        elif calibration is None and threshold is not None:
+            if window is None:
+                raise ValueError("--threshold is on the instability over a window: give that too, as in --window 2:3")
+            applied, end = None, Window.parse(window).end
+        else:
+            raise ValueError("give --calibration FILE, or --threshold X with --window A:B, and not both")
         config = ScoreConfig(
             **corpus.config(),
-            **range_options(applied, steps=Window.parse(applied.window).end),
+            **range_options(applied, steps=end, window=window, drop_shallow=drop_shallow, drop_deep=drop_deep),
             **engine.config(),
             calibration=applied,
             calibration_anyway=calibration_anyway,
         )
-        kind = GateKind(config, Gate(max_new_tokens, tuple(fail_term or ()), on_null, compare_ungated))
+        kind = GateKind(
+            config, Gate(max_new_tokens, tuple(fail_term or ()), on_null, compare_ungated, threshold=threshold)
+        )
         job = ScoreJob(config, kind=kind, resume=corpus.resume, verbose=messages.verbose, notice=reporter.note)
+        if threshold is not None:
+            job.notices.append(NO_PROMISE)
     _run_job(job, reporter)
 
 

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from headrift.calibration.artifact import Drift, cutoff, drift
+from headrift.calibration.bare import NO_PROMISE, BareThreshold
 from headrift.calibration.thresholds import CalibrationError
 from headrift.runs.folder import atomic_path
 from headrift.runs.parts import column_types
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from headrift.calibration.artifact import Calibration
+    from headrift.calibration.bare import Judge
 
 LIST = "flagged-fdr.parquet"
 FDR = 0.1  # fraction of the rows on the review list that may be benign, on average
@@ -76,23 +78,21 @@ class Rate:
 
 
 class Judged:
-    """What a calibration says of the rows in a folder's parts, which have its columns.
+    """What a calibration, or a bare threshold, says of the rows in a folder's parts, which have its columns.
 
     Attributes:
         flagged: By class: rows, flagged rows, and the rate of flagged prompts.
         cutoff: The highest p-value on the review list; None if the list is empty.
         listed: How many rows are on it.
-        drift: Of the scores of the class `drift_of`; None without benign and unlabelled rows.
+        drift: Of the scores of the class `drift_of`; None without benign and unlabelled rows, or a calibration.
         new_rows, new_system_prompts: Rows with system prompts that the calibration does not know, and the hashes of the
             first of these, 20 at most.
     """
 
-    def __init__(
-        self, folder: Path, calibration: Calibration, prompt_scores: Mapping[str, NDArray[np.float64]]
-    ) -> None:
-        self._folder, self._calibration = folder, calibration
+    def __init__(self, folder: Path, judge: Judge, prompt_scores: Mapping[str, NDArray[np.float64]]) -> None:
+        self._folder, self._judge = folder, judge
         rows, flagged, p_values = Counter[str](), Counter[str](), Counter[float]()
-        known = calibration.data.system_prompts
+        known = None if isinstance(judge, BareThreshold) else judge.data.system_prompts
         self.new_rows, new = 0, dict[str, None]()
         for batch in read_batches(folder, ["label", "flagged", "p_value", "system_hash"]):
             if known is not None:
@@ -108,15 +108,15 @@ class Judged:
             p_values.update(dict(zip(values.tolist(), counts.tolist())))
         self.flagged = {}
         for name, scores in prompt_scores.items():
-            rate = Rate.from_counts(int(calibration.apply(scores).flagged.sum()), len(scores))
+            rate = Rate.from_counts(int(judge.apply(scores).flagged.sum()), len(scores))
             self.flagged[name] = rows[name], flagged[name], rate
         values, counts = np.array(list(p_values)), np.array(list(p_values.values()), np.int64)
         self.cutoff = cutoff(values, counts, rows.total(), FDR)
         self.listed = 0 if self.cutoff is None else int(counts[values <= self.cutoff].sum())
         self.drift_of: Literal["benign", "unlabelled"] = "benign" if "benign" in prompt_scores else "unlabelled"
         self.drift: Drift | None = None
-        if self.drift_of in prompt_scores:
-            self.drift = drift(prompt_scores[self.drift_of], calibration, self.drift_of)
+        if self.drift_of in prompt_scores and not isinstance(judge, BareThreshold):
+            self.drift = drift(prompt_scores[self.drift_of], judge, self.drift_of)
         self.new_system_prompts = list(new)[:_MOST_TOLD]
 
     def numbers(self) -> dict[str, Any]:
@@ -132,6 +132,8 @@ class Judged:
             }
             for name, (rows, flagged, prompts) in self.flagged.items()
         }
+        if isinstance(self._judge, BareThreshold):
+            return {"flagged": by_class, "warning": NO_PROMISE}
         listed = {"rate": FDR, "rows": self.listed, "highest_p_value": self.cutoff, "file": LIST}
         moved = None if self.drift is None else {"of": self.drift_of, **asdict(self.drift)}
         new = {"new_system_prompts": {"rows": self.new_rows, "hashes": self.new_system_prompts}}
@@ -157,7 +159,7 @@ class Judged:
         warning = None if self.drift is None else self.drift.warning
         texts = []
         if not drift_only:
-            head = f"value >= {self._calibration.threshold:.6f}"
+            head = f"value >= {self._judge.threshold:.6f}"
             table = [
                 (_CLASSES[name], f"{rows:,}", f"{flagged:,}", *prompts.cells)
                 for name, (rows, flagged, prompts) in self.flagged.items()
@@ -179,6 +181,8 @@ class Judged:
                 f"Warning: {self.new_rows:,} rows have system prompts that the threshold was not set under: its "
                 "promise is not known to hold for them; calibrate on rows with these too"
             )
+        if isinstance(self._judge, BareThreshold):
+            texts = [f"Warning: {NO_PROMISE}"]
         for text in texts:
             console.print()
             for line in wrap(text, min(console.width, 100)):

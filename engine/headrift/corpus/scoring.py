@@ -12,7 +12,8 @@ from typing import Any, Literal
 import pyarrow as pa
 from pydantic import ValidationError
 
-from headrift.calibration.artifact import Calibration, add_verdicts
+from headrift.calibration.artifact import add_verdicts
+from headrift.calibration.bare import BareThreshold, Judge
 from headrift.corpus.config import MASS_REGIONS, ScoreConfig, check_context
 from headrift.corpus.judging import gated_classes
 from headrift.corpus.rows import Row
@@ -45,6 +46,7 @@ class ScoreKind:
 
     def __init__(self, config: ScoreConfig) -> None:
         self._config = config
+        self._judge: Judge | None = config.calibration
 
     @property
     def answer_tokens(self) -> int:
@@ -74,23 +76,22 @@ class ScoreKind:
     def record(self, row: Row, result: ScoreResult) -> Record:
         """A result as the columns of a part."""
         columns = record(row.columns(replay=self._config.replay, text="text" in self._config.save), result)
-        calibration = self._config.calibration
-        return columns if calibration is None else columns | {"detector": calibration.value(result)}
+        return columns if self._judge is None else columns | {"detector": self._judge.value(result)}
 
     def files(self, number: int, engine: dict[str, Any]) -> ShardFiles:
-        """A shard's files, with the calibration's columns. engine: its `about`."""
-        schema, calibration = self._schema(engine), self._config.calibration
-        if calibration is None:
+        """A shard's files, with the columns of what judges the rows. engine: its `about`."""
+        schema = self._schema(engine)
+        if self._judge is None:
             return ShardFiles(self._config.out, number, schema)
         schema = schema.append(pa.field("detector", pa.float64()))
-        return ShardFiles(self._config.out, number, schema, partial(add_verdicts, calibration=calibration))
+        return ShardFiles(self._config.out, number, schema, partial(add_verdicts, calibration=self._judge))
 
     def _schema(self, engine: dict[str, Any]) -> pa.Schema:
         return part_schema(self._config.save, **{name: engine[name] for name in ("layers", "heads", "regions")})
 
     def summary(self) -> Summary:
         """The closing table of the finished shards, from their files."""
-        return Summary.of_folder(self._config.out, self._config.score_range.window.end, self._config.calibration)
+        return Summary.of_folder(self._config.out, self._config.score_range.window.end, self._judge)
 
     def finish(self, summary: Summary, names: Sequence[str]) -> None:
         """Draw scores.png, with a calibration of the detector's values, and write the review list.
@@ -122,6 +123,7 @@ class Gate:
     """Options of `headrift gate`.
 
     Attributes:
+        threshold: on instability over the config's window, if there is no calibration.
         on_null: None blocks an answer without a value to judge by unless it is empty.
         compare_ungated: Also record what would have been answered; nothing is stopped.
     """
@@ -130,27 +132,33 @@ class Gate:
     fail_terms: tuple[str, ...] = ()
     on_null: Literal["block", "pass"] | None = None
     compare_ungated: bool = False
+    threshold: float | None = None
 
-    def blocks(self, value: float | None, result: ScoreResult, calibration: Calibration) -> bool:
+    def blocks(self, value: float | None, result: ScoreResult, judge: Judge) -> bool:
         """Tell whether an answer is held back, by the detector's value of it."""
         if value is not None:
-            return value >= calibration.threshold
+            return value >= judge.threshold
         if self.on_null is None:
             return bool(result.text.strip())
         return self.on_null == "block"
 
 
 class GateKind(ScoreKind):
-    """`headrift gate`: answers, `[blocked]` if the detector's value is at or above the calibration's threshold.
+    """`headrift gate`: answers, `[blocked]` if the detector's value is at or above the threshold.
+
+    The detector and its threshold are the calibration's or, without one, instability and the gate's own.
 
     An answer is judged while it is made: before its first token if the detector reads step 0 alone, else once it has
-    decoded through the calibration's window; a blocked one stops there. ValueError if gate and config contradict.
+    decoded through the window; a blocked one stops there. ValueError if gate and config contradict.
     """
+
+    _judge: Judge
 
     def __init__(self, config: ScoreConfig, gate: Gate) -> None:
         super().__init__(config)
-        assert config.calibration is not None
-        self._gate, self._calibration = gate, config.calibration
+        if gate.threshold is not None:
+            self._judge = BareThreshold(gate.threshold, config.score_range)
+        self._gate = gate
         self._terms = FailTerms(gate.fail_terms)
         if gate.max_new_tokens <= config.steps:
             what = f"--max-new-tokens {gate.max_new_tokens} is no more than the steps that decide, {config.steps}"
@@ -171,13 +179,13 @@ class GateKind(ScoreKind):
 
     def engine(self, verbose: bool) -> Callable[[], Engine]:
         """What makes the engine, in its process: it stops the answers that the gate blocks."""
-        stop_if = None if self._gate.compare_ungated else partial(_stops, self._gate, self._calibration)
+        stop_if = None if self._gate.compare_ungated else partial(_stops, self._gate, self._judge)
         return partial(ScoringEngine, shipped(self._config), verbose=verbose, text=True, stop_if=stop_if)
 
     def record(self, row: Row, result: ScoreResult) -> Record:
         """A result as the columns of a part, with `[blocked]` for the text of a blocked answer."""
-        value = self._calibration.value(result)
-        blocked = self._gate.blocks(value, result, self._calibration)
+        value = self._judge.value(result)
+        blocked = self._gate.blocks(value, result, self._judge)
         text = BLOCKED if blocked else result.text
         leaks = self._terms.in_text if self._gate.fail_terms else None
         return record(row.columns(text=False), result) | {
@@ -214,8 +222,8 @@ class GateKind(ScoreKind):
         """Do nothing: a gate has only its parts."""
 
 
-def _stops(gate: Gate, calibration: Calibration, result: ScoreResult) -> bool:
-    return gate.blocks(calibration.value(result), result, calibration)
+def _stops(gate: Gate, judge: Judge, result: ScoreResult) -> bool:
+    return gate.blocks(judge.value(result), result, judge)
 
 
 def shipped(config: ScoreConfig) -> ScoreConfig:

@@ -26,7 +26,7 @@ from headrift.terminal import print_table
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from headrift.calibration.artifact import Calibration
+    from headrift.calibration.bare import Judge
 
 SCORE = "score (no score: lowest)"
 SCORED = "score, scored rows only"
@@ -114,14 +114,14 @@ class Summary:
         self._comparisons: list[Comparison] | None = None
 
     @classmethod
-    def of_folder(cls, folder: Path, last_step: int, calibration: Calibration | None = None) -> Summary:
-        """Summarise all parts and rejects in a folder, whose parts were written with the calibration, if any."""
-        summary = cls(last_step, None if calibration is None else calibration.label)
+    def of_folder(cls, folder: Path, last_step: int, judge: Judge | None = None) -> Summary:
+        """Summarise all parts and rejects in a folder, whose parts were written with what judges, if anything."""
+        summary = cls(last_step, None if judge is None else judge.label)
         for batch in read_batches(folder, [*COLUMNS, "detector"], 1 << 16):
             summary.add(batch)
         summary.add_rejects(folder)
-        if calibration is not None:
-            summary.judged = Judged(folder, calibration, summary.prompt_scores("detector"))
+        if judge is not None:
+            summary.judged = Judged(folder, judge, summary.prompt_scores("detector"))
         return summary
 
     def add_rejects(self, folder: Path) -> None:
