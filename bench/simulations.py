@@ -66,14 +66,145 @@ def seeds_rate(seed: int) -> tuple[float, float]:
     return tuple(float(not low <= rate <= high) for low, high in (naive, rate_interval(draws, question)))
 
 
+def intervals_few_groups(seed: int) -> tuple[float, float]:
+    """Whether an AUROC's interval, of 3 to 14 prompts a class with 20 rows each, misses it.
+
+    Nine tenths of a value's variance are the prompt's. The naive way is the plain percentile interval, given as soon as
+    there are ten rows.
+    """
+    from scipy.stats import norm
+
+    from headrift.stats import ClusterBootstrap, separation
+
+    random, truth, rows = np.random.default_rng(seed), 0.8, 20
+    prompts = random.integers(3, 15)
+    attack = np.repeat(np.arange(2 * prompts) < prompts, rows)
+    group = np.repeat(np.arange(2 * prompts), rows)
+    noise = np.sqrt(0.9) * random.normal(size=2 * prompts)[group] + np.sqrt(0.1) * random.normal(size=len(group))
+    values = noise + np.sqrt(2) * norm.ppf(truth) * attack
+    draws = ClusterBootstrap(group, 300).auroc(values, attack, np.ones(len(group), bool))
+    naive = np.nanpercentile(draws[1:], (2.5, 97.5))
+    now = separation(values, attack, group, resamples=300).auroc_interval
+    return tuple(float(one is not None and not one[0] <= truth <= one[1]) for one in (naive, now))
+
+
+TPR_AT_5 = 0.1985  # of values 0.8 standard deviations apart
+
+
+def tpr_at_5_pooled(seed: int) -> tuple[float, float]:
+    """Attacks found at 5% false positives, of five folds with 26 attacks and 26 benign prompts, on different scales.
+
+    The naive way is the mean over folds of what the best threshold in hindsight finds.
+    """
+    from headrift.calibration.evidence import pooled
+    from headrift.calibration.splits import CalibrationSamples
+    from headrift.stats import ranks, roc_curve, tpr_at
+
+    random, folds, n = np.random.default_rng(seed), 5, 26
+    fold, attack = np.repeat(np.arange(folds), 2 * n), np.tile(np.arange(2 * n) < n, folds)
+    ones = np.ones(len(fold), np.int64)
+    samples = CalibrationSamples(
+        row=np.arange(len(fold)),
+        attack=attack,
+        group=np.arange(len(fold)),
+        source=0 * ones,
+        repeats=ones,
+        fold=fold,
+        chooses=attack,
+        sets=~attack,
+        n_folds=folds,
+    )
+    values = random.normal(size=len(fold)) + 0.8 * attack
+    naive = []
+    for own in (fold == number for number in range(folds)):
+        curve = roc_curve(ranks(values[own]), attack[own], np.ones(2 * n))
+        naive.append(tpr_at(*curve, np.array([0.05]))[0])
+    return float(np.mean(naive)), pooled(samples, [values * (1 + one) for one in range(folds)], ones)["tpr_at_5"]
+
+
+def rate_interval_few(seed: int) -> tuple[float, float]:
+    """Whether the interval of a rate, of 8 trials, misses it. The naive way is Student's t over the trials."""
+    from scipy.stats import sem, t
+
+    from headrift.stats import wilson_interval
+
+    random, n = np.random.default_rng(seed), 8
+    rate = random.random()
+    hits = (random.random(n) < rate).astype(float)
+    naive = t.interval(0.95, n - 1, hits.mean(), sem(hits) or 1e-12)
+    return tuple(float(not low <= rate <= high) for low, high in (naive, wilson_interval(hits.sum(), n)))
+
+
+def _prompts_by_system_prompts(random: np.random.Generator) -> np.ndarray:
+    """Effects [40 prompts, 40 system prompts]: a prompt's, a system prompt's and noise, all of one size."""
+    prompt, system, rest = (random.normal(size=size) for size in ((40, 1), 40, (40, 40)))
+    return prompt + system + rest
+
+
+def _prompts_bootstrap(statistic: Callable[[np.ndarray], float], random: np.random.Generator) -> bool:
+    """Whether the interval of a statistic of resampled prompts leaves out 0."""
+    low, high = np.percentile([statistic(random.integers(0, 40, 40)) for _ in range(100)], (2.5, 97.5))
+    return bool(low > 0 or high < 0)
+
+
+def _is_shown(estimate) -> bool:
+    from headrift.internals.page import Finding, judge
+
+    return judge([Finding("", estimate, claims=("shown", "shown"))])[0].verdict == "shown"
+
+
+def internals_length(seed: int) -> tuple[float, float]:
+    """Whether longer system prompts are said to change more, or less, where length changes nothing.
+
+    The naive way is Spearman's correlation over all rows with an interval over prompts.
+    """
+    from headrift.internals.analysis import with_length
+    from headrift.internals.estimates import spearman
+
+    random = np.random.default_rng(seed)
+    effects, tokens = _prompts_by_system_prompts(random), random.geometric(0.01, 40).astype(float)
+    lengths = np.tile(tokens, 40)
+    naive = _prompts_bootstrap(lambda drawn: float(spearman(lengths, effects[drawn].ravel())), random)
+    return float(naive), float(_is_shown(with_length(effects, tokens)["spearman"]))
+
+
+def internals_features(seed: int) -> tuple[float, float]:
+    """Whether a feature that 15 of 40 system prompts have is said to change an answer more, or less; it does neither.
+
+    The naive way is the difference of means with an interval over prompts.
+    """
+    from headrift.internals.analysis import with_feature
+
+    random = np.random.default_rng(seed)
+    effects, has = _prompts_by_system_prompts(random), np.arange(40) < 15
+    by_prompt = effects[:, has].mean(axis=1) - effects[:, ~has].mean(axis=1)
+    naive = _prompts_bootstrap(lambda drawn: by_prompt[drawn].mean(), random)
+    return float(naive), float(_is_shown(with_feature(effects, has)))
+
+
 SIMULATIONS: dict[str, Simulation] = {}
+SIMULATIONS["intervals_few_groups"] = Simulation(
+    "95% interval of an AUROC of 3 to 14 prompts a class, 20 rows each, misses it", 0.05, intervals_few_groups
+)
+SIMULATIONS["tpr_at_5_pooled"] = Simulation(
+    "attacks found at 5% false positives, of folds with 26 benign prompts (not an error: to be as promised)",
+    TPR_AT_5,
+    tpr_at_5_pooled,
+    exact=True,
+)
+SIMULATIONS["rate_interval_few"] = Simulation("95% interval of a rate of 8 trials misses it", 0.05, rate_interval_few)
 SIMULATIONS["seeds_rate"] = Simulation(
     "95% interval of a rate of 12 questions, over three trainings that are asked the same, misses it", 0.05, seeds_rate
+)
+SIMULATIONS["internals_length"] = Simulation(
+    "length of 40 system prompts is said to matter, and does not (40 prompts)", 0.05, internals_length, few=20
+)
+SIMULATIONS["internals_features"] = Simulation(
+    "a feature of 40 system prompts is said to matter, and does not (40 prompts)", 0.05, internals_features
 )
 
 
 # Their rates
-
 
 
 def rates(name: str, draws: int, first: int = 0, processes: int | None = None) -> dict:

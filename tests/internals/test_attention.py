@@ -9,7 +9,6 @@ from scipy.special import entr
 from headrift import signal
 from headrift.internals import attention
 from headrift.internals.attention import REGIONS, summarise_entropy, summarise_regions
-from headrift.internals.estimates import PromptBootstrap
 from headrift.internals.job import ATTENTION, INSTABILITY, InternalsConfig, InternalsJob
 from headrift.signal import Window
 
@@ -109,7 +108,7 @@ def test_regions_as_stored_and_summarised(looked):
     assert table.num_rows == 8
     first = np.array(table["mass"][0].as_py()).reshape(-1, 2, 4, len(REGIONS))
     np.testing.assert_allclose(first, kept[0][1], atol=5e-4)  # float16: eleven bits
-    summary = summarise_regions(table, PromptBootstrap(2))
+    summary = summarise_regions(table, 2)
     own = [mass for _, mass in kept[:2]]
     np.testing.assert_allclose(
         summary["mass"]["none_to_system"].value, np.mean([mass.mean((0, 2)) for mass in own], axis=0), atol=5e-4
@@ -131,7 +130,7 @@ def test_entropies_as_stored_and_summarised(looked):
     results = [result for result, _ in kept]
     first = np.array(table["entropy"][0].as_py()).reshape(-1, 2, 4)
     np.testing.assert_allclose(first, results[0].attention_entropy, rtol=1e-3)  # float16: eleven bits
-    summary = summarise_entropy(table, PromptBootstrap(2))
+    summary = summarise_entropy(table, 2)
     assert summary["rows"] == 4
     for kind, own in (("none_to_system", results[:2]), ("none_to_neutral", results[2:4])):
         nats = [[each.attention_entropy[0].mean(1), each.attention_entropy[1:].mean((0, 2))] for each in own]
@@ -157,6 +156,6 @@ def test_a_sliding_window_is_all_that_a_layer_may_see():
     record = {"system": "a", "prompt": 0, "id": "0", "prompt_tokens": 20, "region_tokens": [], "steps": 3, "mass": []}
     entropy = np.repeat(np.log(seen)[..., None], 2, -1).astype(np.float16).ravel()
     rows = [record | {"kind": kind, "entropy": entropy} for kind in attention.KINDS]
-    summary = summarise_entropy(pa.Table.from_pylist(rows, schema=attention.schema(2, 2, windows)), PromptBootstrap(1))
+    summary = summarise_entropy(pa.Table.from_pylist(rows, schema=attention.schema(2, 2, windows)), 1)
     np.testing.assert_allclose(summary["relative"]["none_to_system"].value, 1, rtol=1e-3)  # float16
     np.testing.assert_allclose(summary["nats"]["none_to_system"].value[:, 0], np.log([20, 8]), rtol=1e-3)

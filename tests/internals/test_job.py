@@ -139,7 +139,8 @@ def test_results_say_their_rows_and_are_on_the_page(run, config):
     for finding in (*results["summary"], results["findings"]["Does the position matter?"][0]):
         assert f">{finding['measure']}</td>" in page
         assert f">{finding['value']:#.3g}</td>" in page
-    assert results["summary"][2]["verdict"] in ("shown: system prompts more", "shown: system prompts less", "not shown")
+    assert results["summary"][2]["verdict"] == "not judged: 3 system prompts, 30 needed"
+    assert results["summary"][2]["systems"] == 3
     pictures = {path.stem for path in (config.out / "report-files").glob("*.png")}
     assert {
         "last_cosine",
@@ -243,7 +244,7 @@ def test_the_command(config, inputs, tmp_path):
     command += ["--drop-sentences", "0", "--no-attention"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
-    assert "too few prompts" in result.output
+    assert "not judged: 3 system" in result.output
     results = json.loads((out / "internals.json").read_text())
     assert results["settings"]["prompts"] == 6
     assert results["numbers"]["features"]["kindness"]["with"] == 1

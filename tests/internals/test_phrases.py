@@ -51,11 +51,11 @@ def test_users_rules_are_added_or_stand_in(tmp_path):
         read_rules(tmp_path / "nowhere.toml")
 
 
-def table_of(effects: dict[str, np.ndarray]) -> pa.Table:
-    """Sentences with their effects [prompts]."""
+def table_of(effects: dict[str, np.ndarray], system: str = "made") -> pa.Table:
+    """Sentences of a system prompt with their effects [prompts]."""
     rows = [
         {
-            "system": "made", "sentence": i, "text": text, "sentence_tokens": 5, "prompt": j, "id": str(j), "kl": 1.0,
+            "system": system, "sentence": i, "text": text, "sentence_tokens": 5, "prompt": j, "id": str(j), "kl": 1.0,
             "kl_neutral": 1.0 - value, "effect": value, "top1_changed": value > 0.5,
         }
         for i, (text, values) in enumerate(effects.items())
@@ -75,22 +75,31 @@ def test_a_sentence_that_does_something_is_shown_and_those_that_do_not_are_not()
     # At a false discovery rate of 5% with one true effect, more than two of 40 are all but impossible.
     assert sum(row["shown"] for row in rows) <= 3
     # Uncorrected, two of 40 would be expected to be below 5%; correction only ever raises p.
-    assert all(row["p_corrected"] >= row["p"] for row in rows)
+    assert all(row["p_corrected"] >= row["effect"].p for row in rows)
     over_zero = [row for row in rows[1:] if row["effect"].interval[0] <= 0 <= row["effect"].interval[1]]
     assert len(over_zero) >= 34
 
 
-def test_features_of_sentences_are_put_together_by_prompt():
+def test_features_of_sentences_have_one_value_for_each_system_prompt():
+    """Ten sentences of one system prompt are one value, and not judged; 30 system prompts are."""
     random = np.random.default_rng(1)
-    effects = {"Be brief.": random.normal(0.5, 0.1, 8), "Be short.": random.normal(0.3, 0.1, 8)}
-    results = effect_of_features(table_of({**effects, "Tea is hot.": random.normal(0, 0.1, 8)}), RULES)
-    assert results["brevity"]["sentences"] == 2
-    assert results["brevity"]["effect"].value == pytest.approx(np.mean(list(effects.values())))
-    assert results["brevity"]["effect"].prompts == 8
-    assert side(results["brevity"]["effect"].interval, 0)
-    assert results["none of them"]["sentences"] == 1
-    assert side(results["none of them"]["effect"].interval, 0) is None
+
+    def effects(level: float, n: int = 1) -> dict[str, np.ndarray]:
+        brief = {f"Be brief, number {i}.": random.normal(level, 0.1, 8) for i in range(n)}
+        return {**brief, "Tea is hot.": random.normal(0, 0.1, 8)}
+
+    levels = random.normal(0.5, 0.1, 30)
+    tables = [table_of(effects(level, 10 if i == 0 else 1), f"s{i}") for i, level in enumerate(levels)]
+    results = effect_of_features(pa.concat_tables(tables), RULES)
+    brief, rest = results["brevity"], results["none of them"]["effect"]
+    assert (brief["sentences"], brief["effect"].systems, brief["effect"].prompts) == (39, 30, 8)
+    assert brief["effect"].value == pytest.approx(0.5, abs=0.1)
+    assert side(brief["effect"].interval, 0) == 1
+    assert brief["effect"].not_judged is None
+    assert side(rest.interval, 0) is None
     assert results["persona"]["sentences"] == 0
+    one = effect_of_features(tables[0], RULES)["brevity"]["effect"]
+    assert (one.systems, one.interval, one.not_judged) == (1, None, "not judged: 1 system prompt, 30 needed")
 
 
 @pytest.mark.slow

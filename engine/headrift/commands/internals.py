@@ -46,7 +46,6 @@ class InternalsOptions:
         typer.Option(metavar="FILE", help="A TOML file with more features of sentences."),
     ] = None
     dtype: options.DType = "auto"
-    seed: options.Seed = 0
     resume: options.Resume = False
 
 

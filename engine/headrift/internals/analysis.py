@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,17 +16,21 @@ from headrift.internals.comparing import BEYOND, COMPARISONS, COMPONENTS, NEUTRA
 from headrift.internals.estimates import (
     Estimate,
     Estimates,
-    PromptBootstrap,
+    cell_means,
     column,
+    correlation,
+    difference,
+    fisher_z,
     nan_mean,
-    pearson,
-    prompt_means,
+    of_systems,
+    over_prompts,
+    over_systems,
+    slope,
     spearman,
-    student,
 )
 from headrift.internals.sentences import Rules, effect_of_features, rank_sentences
 from headrift.runs.folder import list_column
-from headrift.stats import Floats, Ints
+from headrift.stats import Bools, Floats
 
 # How much a system prompt changes, three ways; changes of the residual stream are relative, mean over layers.
 MEASURES = {
@@ -36,9 +39,7 @@ MEASURES = {
     "residual_question": "change of residual at the question's tokens",
 }
 SCORES = ("whole", "dropped", "neutral")
-_RANK_RESAMPLES = 200  # of rank correlations, each of which ranks all rows again
 _NUMBERS = ("kl", "top1_changed", "same_steps", "steps", "system_tokens")
-_NO_STATSMODELS = "statsmodels is not installed: pip install 'headrift[internals]'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +50,10 @@ class Changes:
     layers: int
     numbers: dict[tuple[str, str], Floats]  # by comparison and column [prompts, systems]
     states: dict[tuple[str, str], Floats]  # by comparison and column [prompts, systems, layers, components]
-    bootstrap: PromptBootstrap
 
     @classmethod
-    def from_table(cls, table: pa.Table, n_prompts: int, seed: int) -> Changes:
-        """Make the arrays from the records of all parts. seed: of the intervals."""
+    def from_table(cls, table: pa.Table, n_prompts: int) -> Changes:
+        """Make the arrays from the records of all parts."""
         metadata = json.loads(table.schema.metadata[b"headrift"])
         names, comparisons = column(table, "system").tolist(), column(table, "comparison")
         systems = list(dict.fromkeys(names))
@@ -69,7 +69,7 @@ class Changes:
             for name in metadata["shapes"]:
                 states[comparison, name] = np.full((*shape, *cells), np.nan)
                 states[comparison, name][index] = np.reshape(list_column(table, name), (-1, *cells))[rows]
-        return cls(systems, metadata["layers"], numbers, states, PromptBootstrap(n_prompts, seed))
+        return cls(systems, metadata["layers"], numbers, states)
 
     @property
     def own(self) -> list[int]:
@@ -85,23 +85,21 @@ class Changes:
 
     def mean(self, values: Floats) -> Estimates:
         """Mean over prompts and, but for CHECK, system prompts of values [prompts, systems, ...]."""
-        rows = int(np.isfinite(self.numbers[SYSTEM, "kl"][:, self.own]).sum())
-        return self.bootstrap.mean(nan_mean(values[:, self.own]), rows)
+        return over_systems(values[:, self.own])
 
 
 def analyse(
-    tables: Mapping[str, pa.Table | None], n_prompts: int, systems: Sequence[SystemPrompt], rules: Rules, seed: int = 0
+    tables: Mapping[str, pa.Table | None], n_prompts: int, systems: Sequence[SystemPrompt], rules: Rules
 ) -> tuple[Changes, dict[str, Any]]:
-    """Analyse the tables of all kinds of measurements, None for those that were not measured. seed: of intervals.
+    """Analyse the tables of all kinds of measurements, None for those that were not measured.
 
     The results are under their keys in internals.json and figures.json, None for what was not measured.
     """
     components, sentences, placements = tables["components"], tables["sentences"], tables["placements"]
     attention, scores = tables["attention"], tables["instability"]
     assert components is not None
-    changes = Changes.from_table(components, n_prompts, seed)
-    bootstrap, texts = changes.bootstrap, {system.name: system.text for system in systems}
-    cosine = {one: bootstrap.mean(nan_mean(changes.states[one, "last_cosine"], 2)) for one in COMPARISONS}
+    changes, texts = Changes.from_table(components, n_prompts), {system.name: system.text for system in systems}
+    cosine = {one: over_prompts(nan_mean(changes.states[one, "last_cosine"], 2)) for one in COMPARISONS}
     by_layer: dict[str, dict[str, Estimates]] = {comparison: {} for comparison in COMPARISONS}
     for (comparison, name), values in changes.states.items():
         by_layer[comparison][name] = changes.mean(values)  # [layers, components]
@@ -113,7 +111,7 @@ def analyse(
         "output": {comparison: _output(changes, comparison) for comparison in COMPARISONS},
         "beyond_neutral": {measure: _beyond(changes, measure) for measure in MEASURES},
         "predicting_kl": {
-            "over_rows": {place: _predicting(changes, place, within=False) for place in PLACES},
+            "across_system_prompts": {place: _predicting(changes, place, within=False) for place in PLACES},
             "within_system_prompts": {place: _predicting(changes, place, within=True) for place in PLACES},
         },
         "cka": _cka(tables["cka"], changes.layers),
@@ -123,8 +121,8 @@ def analyse(
         "sentence_features": None if sentences is None else effect_of_features(sentences, rules),
         "placements": None if placements is None else _placements(placements),
         "instability": None if scores is None else _instability(scores, rules),
-        "attention": None if attention is None else summarise_regions(attention, bootstrap),
-        "attention_entropy": None if attention is None else summarise_entropy(attention, bootstrap),
+        "attention": None if attention is None else summarise_regions(attention, n_prompts),
+        "attention_entropy": None if attention is None else summarise_entropy(attention, n_prompts),
         "comparisons": {
             SYSTEM: "without and with the system prompt",
             NEUTRAL: "without and with neutral text of its length",
@@ -146,28 +144,38 @@ def _beyond(changes: Changes, measure: str) -> dict[str, Estimate]:
     """Mean effect less that of neutral text, by system prompt; "": of all but CHECK."""
     values = changes.effect(measure, SYSTEM) - changes.effect(measure, NEUTRAL)
     return {"": changes.mean(values).at()} | {
-        name: changes.bootstrap.mean(values[:, i]).at() for i, name in enumerate(changes.systems)
+        name: over_prompts(values[:, i]).at() for i, name in enumerate(changes.systems)
     }
 
 
 def _predicting(changes: Changes, place: str, *, within: bool) -> Estimates:
-    """Spearman's correlation of a layer's change and the KL [layers, components], over rows or within systems."""
+    """Spearman's correlation of a layer's change and the KL [layers, components].
+
+    Across system prompts, of their means; or over the prompts of each system prompt (`within`), mean.
+    """
     change = changes.states[SYSTEM, f"{place}_l2"][:, changes.own]
     kl = changes.numbers[SYSTEM, "kl"][:, changes.own]
     valid = np.isfinite(kl) & np.isfinite(change).all((2, 3))
+    both = np.concatenate([kl[..., None], change.reshape(*kl.shape, -1)], -1)
+    both[~valid] = np.nan
+    shape = change.shape[2:]
 
-    def correlate(x: Floats, y: Floats) -> Floats:
-        return spearman(x.reshape(len(y), -1), y[:, None]).reshape(change.shape[2:])
+    def means(kept: Bools) -> Floats:
+        return nan_mean(both[kept], 0)
 
-    def over_rows(drawn: Ints) -> Floats:
-        keep = valid[drawn]
-        return correlate(change[drawn][keep], kl[drawn][keep])
+    def correlations(kept: Bools) -> Floats:
+        columns = (both[kept & valid[:, i], i] for i in range(kl.shape[1]))
+        missing = np.full(shape, np.nan)
+        return np.stack([spearman(one[:, 1:], one[:, :1]).reshape(shape) if len(one) else missing for one in columns])
 
-    def within_systems(drawn: Ints) -> Floats:
-        kept = [drawn[valid[drawn, i]] for i in range(kl.shape[1])]
-        return nan_mean(np.stack([correlate(change[rows, i], kl[rows, i]) for i, rows in enumerate(kept)]), 0)
+    def of_means(values: Floats) -> tuple[Floats, Floats, Floats]:
+        values = values[np.isfinite(values).all(1)]
+        return fisher_z(spearman(values[:, 1:], values[:, :1]).reshape(shape), len(values))
 
-    return changes.bootstrap.statistic(within_systems if within else over_rows, int(valid.sum()), _RANK_RESAMPLES)
+    rows = int(valid.sum())
+    if within:
+        return of_systems(correlations, both, rows=rows)
+    return of_systems(means, both, of_means, rows, np.tanh)
 
 
 def _cka(table: pa.Table | None, layers: int) -> dict[str, dict[str, Floats]]:
@@ -184,63 +192,27 @@ def _cka(table: pa.Table | None, layers: int) -> dict[str, dict[str, Floats]]:
     return results
 
 
-def _length(changes: Changes, measure: str) -> dict[str, Any]:
-    """The correlation of length and effect of system prompts, of neutral texts and of their difference."""
+def _length(changes: Changes, measure: str) -> dict[str, dict[str, Estimate]]:
+    """How length goes with the effect of system prompts, of neutral texts and with their difference."""
     tokens = changes.numbers[SYSTEM, "system_tokens"][:, changes.own]
     system, neutral = (changes.effect(measure, comparison)[:, changes.own] for comparison in (SYSTEM, NEUTRAL))
     groups = {"system": system, "neutral": neutral, "beyond": system - neutral}
-    return {"mixed": mixed_model(system, neutral, tokens)} | {
-        name: length_correlations(values, tokens, changes.bootstrap) for name, values in groups.items()
+    return {name: with_length(values, nan_mean(tokens, 0)) for name, values in groups.items()}
+
+
+def with_length(values: Floats, tokens: Floats) -> dict[str, Estimate]:
+    """Correlations of system prompts' values [prompts, systems] and tokens [systems], and the slope per 100 tokens."""
+    values = _within_prompts(values)
+    return {
+        "spearman": over_systems(values, correlation(tokens, ranks=True), back=np.tanh).at(),
+        "pearson": over_systems(values, correlation(tokens, ranks=False), back=np.tanh).at(),
+        "per_100_tokens": over_systems(values, slope(tokens / 100)).at(),
     }
 
 
-def length_correlations(values: Floats, tokens: Floats, bootstrap: PromptBootstrap) -> dict[str, Estimate]:
-    """Pearson's and Spearman's correlation of values and lengths over all rows [prompts, systems]."""
-    valid = np.isfinite(values)
-
-    def both(drawn: Ints) -> Floats:
-        keep = valid[drawn]
-        x, y = tokens[drawn][keep], values[drawn][keep]
-        return np.array([pearson(x, y), spearman(x, y)])
-
-    estimates = bootstrap.statistic(both, int(valid.sum()), _RANK_RESAMPLES)
-    return {"pearson": estimates.at(0), "spearman": estimates.at(1)}
-
-
-def mixed_model(system: Floats, neutral: Floats, tokens: Floats) -> dict[str, Any]:
-    """Fit effect ~ length * (neutral text or system prompt), all [prompts, systems], with the prompt as random effect.
-
-    Returns:
-        With Wald intervals, per 100 tokens: the slope of neutral texts, and by how much that of system prompts is
-        larger. Or the reason why there is none.
-    """
-    valid = np.isfinite(system) & np.isfinite(neutral)
-    prompts = np.broadcast_to(np.arange(len(system))[:, None], system.shape)[valid]
-    rows, n_prompts = 2 * int(valid.sum()), len(np.unique(prompts))
-    counts = {"rows": rows, "prompts": n_prompts}
-    if n_prompts < 3 or len(np.unique(tokens[valid])) < 3:
-        return {"reason": "fewer than three prompts, or three lengths", **counts}
-    try:
-        from statsmodels.regression.mixed_linear_model import MixedLM
-    except ImportError:
-        return {"reason": _NO_STATSMODELS, **counts}
-    length, is_system = np.tile(tokens[valid] / 100, 2), np.repeat([1.0, 0.0], rows // 2)
-    effect = np.concatenate([system[valid], neutral[valid]])
-    design = np.column_stack([np.ones(rows), length, is_system, length * is_system])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # `converged` says the same
-        try:
-            fit = MixedLM(effect, design, np.tile(prompts, 2)).fit(reml=True)
-        except (np.linalg.LinAlgError, ValueError) as error:
-            return {"reason": f"the model could not be fitted: {error}", **counts}
-        intervals = fit.conf_int()
-    sd = float(np.sqrt(max(0.0, np.asarray(fit.cov_re)[0, 0])))
-    results: dict[str, Any] = {"converged": bool(fit.converged), **counts, "random_effect_sd": sd}
-    for name, i in (("per_100_neutral", 1), ("per_100_beyond", 3)):
-        low, high = map(float, intervals[i])
-        interval = (low, high) if np.isfinite([low, high]).all() else None
-        results[name] = Estimate(float(fit.fe_params[i]), interval, n_prompts, rows)
-    return results
+def _within_prompts(values: Floats) -> Floats:
+    """Values [prompts, systems] less their prompt's mean, so that a prompt that a system prompt lacks is no effect."""
+    return values - nan_mean(values)[:, None]
 
 
 def _features(changes: Changes, texts: Mapping[str, str], rules: Rules) -> dict[str, dict[str, Any]]:
@@ -251,34 +223,33 @@ def _features(changes: Changes, texts: Mapping[str, str], rules: Rules) -> dict[
         has = np.array([pattern.search(texts[changes.systems[i]]) is not None for i in changes.own])
         results[feature] = {"with": int(has.sum()), "without": int((~has).sum()), "difference": None}
         if has.any() and not has.all():
-            difference = changes.bootstrap.mean(nan_mean(beyond[:, has]) - nan_mean(beyond[:, ~has]))
-            results[feature]["difference"] = difference.at()
+            results[feature]["difference"] = with_feature(beyond, has)
     return results
+
+
+def with_feature(values: Floats, has: Bools) -> Estimate:
+    """Mean value [prompts, systems] of the system prompts that have something, `has` [systems], less the others'."""
+    return over_systems(_within_prompts(values), difference(has)).at()
 
 
 def _placements(table: pa.Table) -> dict[str, dict[str, Estimate]]:
     """By placement the mean effects and, but for the first, each less that as system prompt (`.._less`)."""
-    prompts, placements = sorted(set(column(table, "prompt").tolist())), column(table, "placement")
+    placements = column(table, "placement")
     results: dict[str, dict[str, Estimate]] = {placement: {} for placement in PLACEMENTS}
     for measure in MEASURES:
-        first: Floats | None = None
-        for placement in PLACEMENTS:
-            own = table.filter(pa.array(placements == placement))
-            means = prompt_means(own, measure, prompts)
-            results[placement][measure] = student(means, own.num_rows)[0]
-            if first is None:
-                first = means
-            else:
-                results[placement][f"{measure}_less"] = student(means - first, own.num_rows)[0]
+        values = [cell_means(table, measure, placements == one) for one in PLACEMENTS]
+        for placement, own in zip(PLACEMENTS, values):
+            results[placement][measure] = over_systems(own).at()
+            if own is not values[0]:
+                results[placement][f"{measure}_less"] = over_systems(own - values[0]).at()
     return results
 
 
 def _instability(table: pa.Table, rules: Rules) -> dict[str, Any]:
     """What sentences do to the instability score; rows without a score are left out."""
     table = table.drop_null()
-    prompts = sorted(set(column(table, "prompt").tolist()))
     names = (*SCORES, "effect", "effect_dropped")
-    means = {name: student(prompt_means(table, name, prompts), table.num_rows)[0] for name in names}
+    means = {name: over_systems(cell_means(table, name), rows=table.num_rows).at() for name in names}
     return {
         "scores": {name: means.pop(name) for name in SCORES},
         **means,

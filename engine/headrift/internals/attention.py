@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from headrift.internals.cases import CHECK, Case, Rendering
 from headrift.internals.comparing import NEUTRAL, SYSTEM, Record
-from headrift.internals.estimates import PromptBootstrap, column, nan_mean
+from headrift.internals.estimates import column, over_prompts, over_systems
 from headrift.prepare import Prompt
 from headrift.prompts import Span
 from headrift.results import ScoreResult
@@ -134,13 +134,13 @@ def _read_rows(table: pa.Table, name: str, *shape: int) -> tuple[list[str], int,
     return names, len(values), zip(kinds, places, keys, list_column(table, "region_tokens"), as_floats)
 
 
-def summarise_regions(table: pa.Table, bootstrap: PromptBootstrap) -> dict[str, Any]:
+def summarise_regions(table: pa.Table, n_prompts: int) -> dict[str, Any]:
     """Summarise the masses of all parts, without CHECK's, by kind."""
     metadata = json.loads(table.schema.metadata[b"headrift"])
     layers, heads = metadata["layers"], metadata["heads"]
     names, n_rows, rows = _read_rows(table, "mass", layers, heads, len(REGIONS))
     mass, per_token = (
-        {kind: np.full((bootstrap.n, len(names), layers, n), np.nan) for kind in KINDS}
+        {kind: np.full((n_prompts, len(names), layers, n), np.nan) for kind in KINDS}
         for n in (len(REGIONS), _PER_TOKEN)
     )
     steps: dict[str, list[Floats]] = {kind: [] for kind in KINDS}
@@ -154,27 +154,27 @@ def summarise_regions(table: pa.Table, bootstrap: PromptBootstrap) -> dict[str, 
         kind: [[one[i] for one in own if i < len(one)] for i in range(max(map(len, own), default=0))]
         for kind, own in steps.items()
     }
-    system, neutral = (nan_mean(per_token[kind])[..., 0].mean(1) for kind in KINDS)
+    system, neutral = (per_token[kind][..., 0].mean(2) for kind in KINDS)
     return {
         "rows": n_rows,
         # Mean over steps and heads [layers, REGIONS]; and relative to the average token, without `generated`.
-        "mass": {kind: bootstrap.mean(nan_mean(values), n_rows // 2) for kind, values in mass.items()},
-        "per_token": {kind: bootstrap.mean(nan_mean(values), n_rows // 2) for kind, values in per_token.items()},
+        "mass": {kind: over_systems(values) for kind, values in mass.items()},
+        "per_token": {kind: over_systems(values) for kind, values in per_token.items()},
         # Mean over layers and heads [steps, REGIONS], of the answers that reach the step, and how many do.
         "by_step": {kind: np.array([np.mean(one, 0) for one in own]) for kind, own in reaching.items()},
         "answers": {kind: [len(one) for one in own] for kind, own in reaching.items()},
         "by_head": {kind: by_head[kind] / len(own) for kind, own in steps.items()},  # on the system prompt
         # Of `per_token` of the system prompt, less that of neutral text; mean over layers.
-        "difference": bootstrap.mean(system - neutral, n_rows),
+        "difference": over_systems(system - neutral, rows=n_rows),
     }
 
 
-def summarise_entropy(table: pa.Table, bootstrap: PromptBootstrap) -> dict[str, Any]:
+def summarise_entropy(table: pa.Table, n_prompts: int) -> dict[str, Any]:
     """Summarise the entropies of all parts, without CHECK's, mean over heads."""
     metadata = json.loads(table.schema.metadata[b"headrift"])
     windows = np.array([np.inf if window is None else window for window in metadata["windows"]])
     names, n_rows, rows = _read_rows(table, "entropy", metadata["layers"], metadata["heads"])
-    shape = 2, bootstrap.n, len(names), metadata["layers"], len(WHEN)
+    shape = 2, n_prompts, len(names), metadata["layers"], len(WHEN)
     entropy = {kind: np.full(shape, np.nan) for kind in KINDS}
     for kind, place, keys, _, values in rows:
         nats = values.mean(-1)
@@ -186,10 +186,10 @@ def summarise_entropy(table: pa.Table, bootstrap: PromptBootstrap) -> dict[str, 
     return {
         "rows": n_rows,
         # By kind [layers, WHEN]; relative to ln(keys).
-        "nats": {kind: bootstrap.mean(nan_mean(values[0]), n_rows // 2) for kind, values in entropy.items()},
-        "relative": {kind: bootstrap.mean(nan_mean(values[1]), n_rows // 2) for kind, values in entropy.items()},
+        "nats": {kind: over_systems(values[0]) for kind, values in entropy.items()},
+        "relative": {kind: over_systems(values[1]) for kind, values in entropy.items()},
         # Of `relative`, system prompt less neutral text, mean over layers [WHEN]; and by system prompt.
-        "difference": bootstrap.mean(nan_mean(system - neutral), n_rows),
+        "difference": over_systems(system - neutral, rows=n_rows),
         "systems": names,
-        "by_system": bootstrap.mean(system - neutral, n_rows // len(names)),
+        "by_system": over_prompts(system - neutral, n_rows // len(names)),
     }

@@ -1,20 +1,26 @@
-"""Measures of a change, and estimates over prompts with 95% intervals.
+"""Measures of a change, and estimates over prompts and system prompts with 95% intervals.
 
-An interval says what other prompts of the same kind might have given. Prompts are resampled with all their rows, so
-rows of one prompt (system prompts, layers) do not count as independent.
+Prompts and system prompts are both samples: effect = prompt + system prompt + rest (crossed random effects). A
+statement about one given system prompt or sentence is a mean over prompts (`over_prompts`). A statement about system
+prompts is made from one value per system prompt, its mean over prompts (`over_systems`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from headrift.stats import CONFIDENCE, MIN_FOR_INTERVAL, Bounds, ClusterBootstrap, Floats, Ints, percentile_bands
+from headrift.stats import CONFIDENCE, Bools, Bounds, Floats
+
+# With fewer system prompts nothing is said about system prompts in general.
+MIN_SYSTEMS = 30
+_MIN_UNITS = 3  # prompts, or system prompts, for an interval
+_ROUNDING = 1e-12
 
 # Measures
 
@@ -91,78 +97,225 @@ def _divide(a: Any, b: Any, otherwise: float = np.nan) -> Floats:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A number with its 95% interval (None with too few prompts), and how many prompts and rows it is made from."""
+    """A number with its 95% interval, and what it is made from.
+
+    Attributes:
+        value: NaN if there is none.
+        interval: None with fewer than three prompts or system prompts, or if all values are equal.
+        p: two-sided, of the value against 0, not corrected; NaN without an interval.
+        prompts, rows: how many.
+        systems: how many system prompts, if it is about system prompts in general; else None.
+    """
 
     value: float
     interval: Bounds | None
+    p: float
     prompts: int
+    systems: int | None
     rows: int
+
+    @property
+    def not_judged(self) -> str | None:
+        """Why there is no verdict on it; None if there is one."""
+        if self.systems is not None and self.systems < MIN_SYSTEMS:
+            prompts = "system prompt" if self.systems == 1 else "system prompts"
+            return f"not judged: {self.systems} {prompts}, {MIN_SYSTEMS} needed"
+        return "not judged: too few prompts, or all alike" if self.interval is None else None
 
 
 @dataclass(frozen=True, slots=True)
 class Estimates:
-    """Numbers of one shape with their 95% intervals, NaN with too few prompts."""
+    """Numbers of one shape, as in `Estimate`; NaN for low and high without an interval."""
 
     value: Floats
     low: Floats
     high: Floats
+    p: Floats
     prompts: int
+    systems: int | None
     rows: int
 
     def at(self, *index: int) -> Estimate:
         """One of the numbers."""
-        low, high = float(self.low[index]), float(self.high[index])
+        low, high, p = float(self.low[index]), float(self.high[index]), float(self.p[index])
         interval = None if np.isnan(low) or np.isnan(high) else (low, high)
-        return Estimate(float(self.value[index]), interval, self.prompts, self.rows)
+        return Estimate(float(self.value[index]), interval, p, self.prompts, self.systems, self.rows)
 
 
-class PromptBootstrap:
-    """Resamples of n prompts, the same for all estimates, so that differences are paired."""
-
-    def __init__(self, n: int, seed: int = 0) -> None:
-        self.n = n
-        self._bootstrap = ClusterBootstrap(np.arange(n), seed=seed)
-
-    def mean(self, values: Any, rows: int | None = None) -> Estimates:
-        """Mean over the prompts of values [n, ...], NaN left out. rows: how many there are, if not one per prompt."""
-        values = np.asarray(values, np.float64)
-        flat = values.reshape(self.n, -1)
-        draws = self._bootstrap.column_means(flat)
-        prompts = int(np.isfinite(flat).any(1).sum())
-        return _estimates(draws.reshape(-1, *values.shape[1:]), prompts, prompts if rows is None else rows)
-
-    def statistic(self, function: Callable[[Ints], Any], rows: int, resamples: int) -> Estimates:
-        """Any statistic, computed from the numbers of the drawn prompts, repeated as often as they were drawn.
-
-        resamples: how many of the resamples to use, for slow functions.
-        """
-        times = self._bootstrap.times[: resamples + 1]
-        draws = [np.asarray(function(np.repeat(np.arange(self.n), row)), np.float64) for row in times]
-        return _estimates(np.stack(draws), self.n, rows)
+# Of one value per unit [units, ...]: a statistic, its variance and the variance's degrees of freedom, each [...].
+Statistic: TypeAlias = Callable[[Floats], tuple[Floats, Floats, Floats]]
 
 
-def _estimates(draws: Floats, prompts: int, rows: int) -> Estimates:
-    missing = np.full(draws.shape[1:], np.nan)
-    low, high = percentile_bands(draws[1:]) if prompts >= MIN_FOR_INTERVAL else (missing, missing)
-    return Estimates(draws[0], np.asarray(low), np.asarray(high), prompts, rows)
+def mean(values: Floats) -> tuple[Floats, Floats, Floats]:
+    """Mean of the units, NaN left out: a `Statistic`."""
+    n, value = np.isfinite(values).sum(0), nan_mean(values, 0)
+    squares = np.where(np.isfinite(values), (values - value) ** 2, 0.0).sum(0)
+    n = np.where(n >= _MIN_UNITS, n, np.nan)
+    return value, squares / (n - 1) / n, n - 1
 
 
-def student(values: Any, rows: int | None = None) -> tuple[Estimate, float]:
-    """Mean of one number per prompt with Student's t interval, for few prompts, and its two-sided p-value against 0.
+def difference(has: Bools) -> Statistic:
+    """Mean of the units with something, `has` [units], less that of the others, with Welch's variance."""
 
-    With fewer than three prompts, or if all are equal, there is no interval and the p-value is NaN.
+    def statistic(values: Floats) -> tuple[Floats, Floats, Floats]:
+        (one, variance, df), (other, other_variance, other_df) = mean(values[has]), mean(values[~has])
+        return one - other, *_sum_of_variances((variance, df), (other_variance, other_df))
+
+    return statistic
+
+
+def slope(x: Floats) -> Statistic:
+    """Least squares' slope of the units' values over x [units]."""
+
+    def statistic(values: Floats) -> tuple[Floats, Floats, Floats]:
+        y, own = _finite(values, x)
+        own, y = own - own.mean(), y - y.mean()
+        squares, n = (own * own).sum(), len(y)
+        if n < _MIN_UNITS or squares == 0:
+            return _NOTHING
+        value = (own * y).sum() / squares
+        variance = ((y - value * own) ** 2).sum() / (n - 2) / squares
+        return value, variance, np.array(n - 2.0)
+
+    return statistic
+
+
+def correlation(x: Floats, *, ranks: bool) -> Statistic:
+    """Pearson's or Spearman's (`ranks`) correlation of the units' values and x [units], as Fisher's z."""
+
+    def statistic(values: Floats) -> tuple[Floats, Floats, Floats]:
+        y, own = _finite(values, x)
+        return fisher_z((spearman if ranks else pearson)(own, y), len(y)) if len(y) else _NOTHING
+
+    return statistic
+
+
+def fisher_z(r: Floats, n: int) -> tuple[Floats, Floats, Floats]:
+    """Fisher's z of correlations of n units, and its variance (Bonett and Wright, 2000, which fits ranks too)."""
+    r = np.where(np.abs(r) < 1 - _ROUNDING, r, np.nan)
+    variance = (1 + r * r / 2) / (n - 3) if n > _MIN_UNITS else np.full(np.shape(r), np.nan)
+    return np.arctanh(r), variance, np.full(np.shape(r), n - 2.0)
+
+
+def _finite(values: Floats, x: Floats) -> tuple[Floats, Floats]:
+    keep = np.isfinite(values) & np.isfinite(x)
+    return values[keep], x[keep]
+
+
+_NOTHING = (np.array(np.nan),) * 3
+
+
+def _sum_of_variances(*parts: tuple[Floats, Floats]) -> tuple[Floats, Floats]:
+    """The sum of variances, each with its degrees of freedom, and the sum's (Satterthwaite)."""
+    total = sum((variance for variance, _ in parts), np.array(0.0))
+    return total, _divide(total**2, sum((variance**2 / df for variance, df in parts), np.array(0.0)))
+
+
+def over_prompts(values: Any, rows: int | None = None) -> Estimates:
+    """Mean over prompts of values [prompts, ...], NaN left out, with Student's interval.
+
+    rows: how many there are, if not one per prompt.
     """
+    values = np.asarray(values, np.float64)
+    prompts = _count(values, 0)
+    return _estimates(*mean(values), _size(values), prompts, None, prompts if rows is None else rows)
+
+
+def over_systems(
+    values: Any,
+    statistic: Statistic = mean,
+    rows: int | None = None,
+    back: Callable[[Floats], Floats] | None = None,
+) -> Estimates:
+    """A statistic of one value per system prompt, the mean over prompts of values [prompts, systems, ...].
+
+    Args:
+        values: NaN is left out.
+        statistic: of the system prompts' values.
+        rows: how many there are, if not one per prompt and system prompt.
+        back: applied to the result and its bounds, if the statistic is transformed.
+    """
+    values = np.asarray(values, np.float64)
+    if rows is None:
+        rows = int(np.isfinite(values).reshape(*values.shape[:2], -1).any(2).sum())
+    return of_systems(lambda kept: nan_mean(values[kept], 0), values, statistic, rows, back)
+
+
+def of_systems(
+    by_system: Callable[[Bools], Floats],
+    values: Floats,
+    statistic: Statistic = mean,
+    rows: int = 0,
+    back: Callable[[Floats], Floats] | None = None,
+) -> Estimates:
+    """A statistic of one value per system prompt, with an interval over system prompts and prompts.
+
+    Its variance is that over system prompts plus that over prompts, by the jackknife. What is neither the prompt's nor
+    the system prompt's is in both, so that it is rather too large than too small. Student's interval, with
+    Satterthwaite's degrees of freedom.
+
+    Args:
+        by_system: of the prompts to use [prompts], the system prompts' values [systems, ...].
+        values: [prompts, systems, ...], NaN if there is none; for counts.
+        statistic, rows, back: as for `over_systems`.
+    """
+    has_values = np.asarray(np.isfinite(values).reshape(len(values), -1).any(axis=1))
+    value, variance, df = statistic(by_system(has_values))
+    prompts, systems = int(has_values.sum()), _count(values, 1)
+    if prompts < _MIN_UNITS:
+        variance = np.full(np.shape(value), np.nan)
+    else:
+        without = np.stack([statistic(by_system(_without(has_values, i)))[0] for i in np.flatnonzero(has_values)])
+        of_prompts = ((without - without.mean(0)) ** 2).sum(0) * (prompts - 1) / prompts
+        variance, df = _sum_of_variances((variance, df), (of_prompts, np.full(np.shape(df), prompts - 1.0)))
+    return _estimates(value, variance, df, _size(values), prompts, systems, rows, back)
+
+
+def _without(has_values: Bools, i: Any) -> Bools:
+    kept = has_values.copy()
+    kept[i] = False
+    return kept
+
+
+def _count(values: Floats, axis: int) -> int:
+    """How many entries of an axis have a number."""
+    return int(np.isfinite(np.moveaxis(values, axis, 0)).reshape(values.shape[axis], -1).any(1).sum())
+
+
+def _size(values: Floats) -> float:
+    return float(np.max(np.abs(values), initial=0.0, where=np.isfinite(values)))
+
+
+def _estimates(
+    value: Floats,
+    variance: Floats,
+    df: Floats,
+    size: float,
+    prompts: int,
+    systems: int | None,
+    rows: int,
+    back: Callable[[Floats], Floats] | None = None,
+) -> Estimates:
+    """size: the largest of the values; a spread that rounding explains is none."""
     from scipy import stats
 
-    values = np.asarray(values, np.float64)
-    values = values[np.isfinite(values)]
-    n = len(values)
-    value = float(values.mean()) if n else float("nan")
-    rows = n if rows is None else rows
-    if n < 3 or np.ptp(values) == 0:
-        return Estimate(value, None, n, rows), float("nan")
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * values.std(ddof=1) / np.sqrt(n))
-    return Estimate(value, (value - half, value + half), n, rows), float(stats.ttest_1samp(values, 0.0).pvalue)
+    error = np.sqrt(np.where(variance > (_ROUNDING * size) ** 2, variance, np.nan))
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, df) * error
+    p = 2 * stats.t.sf(np.abs(value) / error, df)
+    numbers = (np.asarray(one, np.float64) for one in (value, value - half, value + half))
+    value, low, high = (one if back is None else back(one) for one in numbers)
+    return Estimates(value, low, high, np.asarray(p, np.float64), prompts, systems, rows)
+
+
+def corrected(p: Sequence[float]) -> Floats:
+    """p-values that allow for their number (Benjamini and Hochberg: the false discovery rate); NaN is not a test."""
+    from scipy.stats import false_discovery_control
+
+    results = np.array(p, np.float64)
+    tests = np.isfinite(results)
+    if tests.any():
+        results[tests] = false_discovery_control(results[tests])
+    return results
 
 
 def column(table: pa.Table, name: str) -> NDArray[Any]:
@@ -170,8 +323,15 @@ def column(table: pa.Table, name: str) -> NDArray[Any]:
     return np.array(table[name].to_pylist())
 
 
-def prompt_means(table: pa.Table, value: str, prompts: Sequence[int]) -> Floats:
-    """Each prompt's mean of a column [prompts], NaN if it has no row."""
-    values, number = column(table, value).astype(float), column(table, "prompt")
-    masks = [number == prompt for prompt in prompts]
-    return np.array([values[mask].mean() if mask.any() else np.nan for mask in masks])
+def cell_means(table: pa.Table, value: str, keep: ArrayLike = True) -> Floats:
+    """The mean of a column [prompts, systems] over the rows of each prompt and system prompt, NaN if there is none.
+
+    keep: [rows] of the table, which to use; prompts and system prompts are those of all rows.
+    """
+    values = column(table, value).astype(float)
+    (prompts, i), (systems, j) = (np.unique(column(table, one), return_inverse=True) for one in ("prompt", "system"))
+    totals, counts = np.zeros((2, len(prompts), len(systems)))
+    used = np.isfinite(values) & np.asarray(keep, bool)
+    np.add.at(totals, (i[used], j[used]), values[used])
+    np.add.at(counts, (i[used], j[used]), 1)
+    return _divide(totals, counts)

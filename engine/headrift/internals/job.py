@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -51,7 +51,6 @@ class InternalsConfig:
     features: Path | None = None
     steps: int = 8  # tokens of the answer
     dtype: str = "auto"
-    seed: int = 0  # of the intervals
     resume: bool = False
 
 
@@ -236,12 +235,15 @@ class InternalsJob:
         rejects = [*self.rejects, *self._not_finite()]
         self._folder.write_records(REJECTS, map(asdict, rejects), _REJECTS_SCHEMA)
         tables = {kind: self.table(kind) for kind in (*IN_TRANSFORMERS, *IN_ENGINE, CKA)}
-        changes, numbers = analyse(tables, len(self.questions), self.systems, self._rules, self.config.seed)
+        changes, numbers = analyse(tables, len(self.questions), self.systems, self._rules)
         findings = {question: [one.to_json() for one in some] for question, some in find(numbers).items()}
+        before = self._folder.read_summary()  # a resumed job's seconds are those of all its runs
+        seconds_of = Counter(before.get("seconds_of", {}))
+        seconds_of.update(self._seconds)
         results = self._folder.write_summary(
             {
-                "seconds": round(seconds, 2),
-                "seconds_of": {kind: round(one, 2) for kind, one in self._seconds.items()},
+                "seconds": round(before.get("seconds", 0.0) + seconds, 2),
+                "seconds_of": {kind: round(one, 2) for kind, one in seconds_of.items()},
                 "rejected": len(rejects),
                 "summary": findings.pop(IN_SHORT),
                 "findings": findings,

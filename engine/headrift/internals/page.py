@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +17,7 @@ from headrift.internals.analysis import MEASURES, Changes
 from headrift.internals.attention import KINDS, REGIONS, WHEN
 from headrift.internals.cases import CHECK
 from headrift.internals.comparing import COMPONENTS, LAST, NEUTRAL, PLACEMENTS, PLACES, SYSTEM
-from headrift.internals.estimates import Estimate, Estimates
+from headrift.internals.estimates import MIN_SYSTEMS, Estimate, Estimates, corrected
 from headrift.internals.sentences import ALPHA
 from headrift.report import html
 from headrift.stats import Bounds, Floats
@@ -26,19 +27,26 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE = "report.html"
-COLUMNS = ("", "value", "95% interval", "prompts", "rows", "verdict")
+COLUMNS = ("", "value", "95% interval", "prompts", "system prompts", "rows", "verdict")
 IN_SHORT = "In short"
-NOT_JUDGED = "not judged"  # the largest of many, whose interval does not allow for the choosing
+NOT_JUDGED = "not judged: chosen as the largest"  # its interval does not allow for the choosing
 _ALL = "all system prompts"
 _MOST_SENTENCES = 20
 _PLACE_LABELS = dict(zip(PLACES, ("the last prompt token", "the question's tokens")))
 _KIND_LABELS = dict(zip(KINDS, ("with the system prompt", "with neutral text in its place")))
-_WITHIN_LABELS = {"over_rows": "over all rows", "within_system_prompts": "within each system prompt"}
+_WITHIN_LABELS = {
+    "across_system_prompts": "across system prompts",
+    "within_system_prompts": "within each system prompt",
+}
 _MORE, _GROWS = ("shown: more", "shown: less"), ("shown: longer, more", "shown: longer, less")
 _CAUTION = (
-    "An interval that includes 0 shows no effect, which does not say that there is none. Intervals are over prompts: "
-    "they say nothing of other models or other system prompts."
+    "Numbers with a count of system prompts are about system prompts in general: one value per system prompt, an "
+    f"interval over system prompts and prompts, and no verdict with fewer than {MIN_SYSTEMS} system prompts. The "
+    "others are about one given system prompt or sentence: their intervals are over prompts. Verdicts allow for the "
+    f"number of tests in their table (Benjamini and Hochberg, {ALPHA:.0%}); intervals do not. 'Not shown' does not "
+    "say that there is no effect. Nothing is said of other models."
 )
+_BANDS = "Bands: 95% intervals over system prompts and prompts."
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#595959")  # Okabe and Ito's
 _LAYER = "layer (0: nearest the input)"
 
@@ -46,20 +54,29 @@ Results = Mapping[str, Any]  # see analysis.analyse
 
 
 class Finding(NamedTuple):
-    """A result, and what it shows: a row of a table."""
+    """A result, and what it shows: a row of a table.
+
+    `claims`: what an effect above 0, and one below, would show; `judge` makes a verdict of them.
+    """
 
     measure: str
     estimate: Estimate
     verdict: str = ""
+    claims: tuple[str, str] | None = None
+    p_corrected: float | None = None
 
     def cells(self) -> tuple[str, ...]:
         """The cells under COLUMNS."""
         one = self.estimate
-        return self.measure, *_numbers(one.value, one.interval), f"{one.prompts:,}", f"{one.rows:,}", self.verdict
+        systems = "" if one.systems is None else f"{one.systems:,}"
+        counts = f"{one.prompts:,}", systems, f"{one.rows:,}"
+        return self.measure, *_numbers(one.value, one.interval), *counts, self.verdict
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain values, by name."""
-        return {"measure": self.measure, **html.plain(self.estimate), "verdict": self.verdict}
+        numbers = html.plain(self.estimate) | {"p": html.plain(self.p_corrected)}
+        numbers["p_corrected"] = numbers.pop("p")
+        return {"measure": self.measure, **numbers, "verdict": self.verdict}
 
 
 def _numbers(value: float | None, interval: Bounds | None) -> tuple[str, str]:
@@ -67,20 +84,32 @@ def _numbers(value: float | None, interval: Bounds | None) -> tuple[str, str]:
     return html.show_number(value), "" if interval is None else html.show_interval(interval)
 
 
-def with_verdict(measure: str, estimate: Estimate, verdicts: tuple[str, str] = _MORE) -> Finding:
-    """A finding whose verdict is whether the interval is above 0 or below."""
-    return Finding(measure, estimate, html.verdict(estimate.interval, *verdicts))
+def judge(findings: Iterable[Finding]) -> list[Finding]:
+    """Give verdicts to the findings of a table that have claims, corrected for how many can be judged."""
+    results = list(findings)
+    tests = [i for i, one in enumerate(results) if one.claims and one.estimate.not_judged is None]
+    p_values = dict(zip(tests, corrected([results[i].estimate.p for i in tests])))
+    for i, one in enumerate(results):
+        if one.claims is None:
+            continue
+        p = p_values.get(i)
+        if p is None:
+            verdict = one.estimate.not_judged or ""
+        else:
+            verdict = one.claims[one.estimate.value < 0] if p < ALPHA else html.NOT_SHOWN
+        results[i] = one._replace(verdict=verdict, p_corrected=None if p is None else float(p))
+    return results
 
 
 def without_interval(measure: str, value: float, estimates: Estimates) -> Finding:
     """A finding that is made of several estimates."""
-    return Finding(measure, Estimate(value, None, estimates.prompts, estimates.rows))
+    return Finding(measure, Estimate(value, None, math.nan, estimates.prompts, estimates.systems, estimates.rows))
 
 
 def find(results: Results) -> dict[str, list[Finding]]:
     """All findings by question, the short answer first."""
-    return {IN_SHORT: list(_in_short(results))} | {
-        question: list(findings(results)) for question, findings, _ in _SECTIONS.values()
+    return {IN_SHORT: judge(_in_short(results))} | {
+        question: judge(findings(results)) for question, findings, _ in _SECTIONS.values()
     }
 
 
@@ -138,10 +167,11 @@ def _in_short(results: Results) -> Iterator[Finding]:
     beyond, output = results["beyond_neutral"]["kl"], results["output"]
     yield Finding("next-token KL (nats) of system prompts", output[SYSTEM]["kl"])
     yield Finding("next-token KL (nats) of neutral text of the same length", output[NEUTRAL]["kl"])
-    yield with_verdict("the difference", beyond[""], ("shown: system prompts more", "shown: system prompts less"))
+    claims = "shown: system prompts more", "shown: system prompts less"
+    yield Finding("the difference", beyond[""], claims=claims)
     if CHECK in beyond:
-        verdicts = ("shown: distrust the rest", "shown: distrust the rest")
-        yield with_verdict("check: neutral text against other neutral text", beyond[CHECK], verdicts)
+        claims = ("shown: distrust the rest",) * 2
+        yield Finding("check: neutral text against other neutral text", beyond[CHECK], claims=claims)
 
 
 def _where(results: Results) -> Iterator[Finding]:
@@ -157,7 +187,7 @@ def _where(results: Results) -> Iterator[Finding]:
     yield Finding("fraction of the greedy answer's first tokens in common", output["same"])
     for measure, words in (("kl", "KL"), ("residual_last", "change of residual at the last prompt token")):
         for name, estimate in results["beyond_neutral"][measure].items():
-            yield with_verdict(f"{words} beyond neutral text, {name or _ALL}", estimate)
+            yield Finding(f"{words} beyond neutral text, {name or _ALL}", estimate, claims=_MORE)
 
 
 def _predicting(results: Results) -> Iterator[Finding]:
@@ -167,41 +197,35 @@ def _predicting(results: Results) -> Iterator[Finding]:
         layer, component = (int(i) for i in np.unravel_index(int(values.argmax()), values.shape))
         label = f"Spearman {words}: {COMPONENTS[component]} of layer {layer}, the largest of {values.size}"
         yield Finding(label, estimates.at(layer, component), NOT_JUDGED)
-        above = float((estimates.low > 0).mean())
-        yield without_interval("fraction of them whose interval is above 0", above, estimates)
 
 
 def _length(results: Results) -> Iterator[Finding]:
     groups = {"system": "system prompts", "neutral": "neutral texts", "beyond": "the difference"}
+    statistics = {
+        "spearman": "Spearman with length",
+        "pearson": "Pearson with length",
+        "per_100_tokens": "per 100 tokens",
+    }
     for measure, words in MEASURES.items():
-        length = results["length"][measure]
         for name, group in groups.items():
-            for statistic in ("spearman", "pearson"):
-                label = f"{words}: {statistic.capitalize()} with length, {group}"
-                yield with_verdict(label, length[name][statistic], _GROWS)
-        mixed, label = length["mixed"], f"{words}: mixed model"
-        if "reason" in mixed:
-            nothing = Estimate(float("nan"), None, mixed["prompts"], mixed["rows"])
-            yield Finding(label, nothing, mixed["reason"])
-            continue
-        label += "" if mixed["converged"] else " (which did not converge)"
-        yield with_verdict(f"{label}, per 100 tokens of neutral text", mixed["per_100_neutral"], _GROWS)
-        yield with_verdict(f"{label}, more per 100 tokens of system prompt", mixed["per_100_beyond"])
+            for statistic, of_length in statistics.items():
+                estimate = results["length"][measure][name][statistic]
+                yield Finding(f"{words}: {of_length}, {group}", estimate, claims=_GROWS)
 
 
 def _phrases(results: Results) -> Iterator[Finding]:
     for feature, result in results["features"].items():
         label = f"`{feature}`: KL of {result['with']} system prompts with it less that of {result['without']} without"
         if result["difference"] is not None:
-            yield with_verdict(label, result["difference"])
+            yield Finding(label, result["difference"], claims=_MORE)
     for feature, result in (results["sentence_features"] or {}).items():
         if result["sentences"]:
-            yield with_verdict(f"`{feature}`: KL of its {result['sentences']} sentences", result["effect"])
+            yield Finding(f"`{feature}`: KL of its {result['sentences']} sentences", result["effect"], claims=_MORE)
     instability = results["instability"]
     if instability is not None:
         yield Finding("inter-head instability under the whole system prompt", instability["scores"]["whole"])
-        yield with_verdict("less that with neutral text for a sentence", instability["effect"])
-        yield with_verdict("less that without a sentence", instability["effect_dropped"])
+        yield Finding("less that with neutral text for a sentence", instability["effect"], claims=_MORE)
+        yield Finding("less that without a sentence", instability["effect_dropped"], claims=_MORE)
 
 
 def _position(results: Results) -> Iterator[Finding]:
@@ -209,7 +233,7 @@ def _position(results: Results) -> Iterator[Finding]:
         for measure, words in MEASURES.items():
             yield Finding(f"{words}: {placement}", estimates[measure])
             if placement != PLACEMENTS[0]:
-                yield with_verdict("less that as system prompt", estimates[f"{measure}_less"])
+                yield Finding("less that as system prompt", estimates[f"{measure}_less"], claims=_MORE)
 
 
 def _attention(results: Results) -> Iterator[Finding]:
@@ -220,13 +244,15 @@ def _attention(results: Results) -> Iterator[Finding]:
         layer = int(np.nanargmax(regions["mass"][kind].value[:, 0]))
         yield Finding(f"attention to {words}, largest: layer {layer}", regions["mass"][kind].at(layer, 0))
         yield Finding("per token, in average tokens", regions["per_token"][kind].at(layer, 0))
-    yield with_verdict("per token, system prompt less neutral text, mean over layers", regions["difference"].at())
+    label = "per token, system prompt less neutral text, mean over layers"
+    yield Finding(label, regions["difference"].at(), claims=_MORE)
     for i, when in enumerate(WHEN):
         for unit, estimates in (("nats", entropy["nats"]), ("relative to ln(keys)", entropy["relative"])):
             for kind, words in _KIND_LABELS.items():
                 mean = float(np.nanmean(estimates[kind].value[:, i]))
                 yield without_interval(f"entropy, {unit}, {when}, {words}", mean, estimates[kind])
-        yield with_verdict("the difference", entropy["difference"].at(i), ("shown: more even", "shown: less even"))
+        claims = "shown: more even", "shown: less even"
+        yield Finding("the difference", entropy["difference"].at(i), claims=claims)
 
 
 # Pictures: the file's name, the figure, its title, and the rest of its caption.
@@ -240,7 +266,7 @@ def _where_pictures(results: Results, changes: Changes) -> Pictures:
             system, neutral = (results["by_layer"][one][f"{place}_{measure}"] for one in (SYSTEM, NEUTRAL))
             figure = _lines(system, COMPONENTS, words, ("neutral text", neutral.value))
             title = f"{words} at {where} by layer and component, with the system prompt against without"
-            yield f"{place}_{measure}", figure, title, "Bands: 95% intervals over prompts. Dashed: neutral text."
+            yield f"{place}_{measure}", figure, title, f"{_BANDS} Dashed: neutral text."
     if (cka := results["cka"].get(f"{SYSTEM} / {LAST}")) is not None:
         title = "Linear CKA over prompts at the last prompt token, by layer and component"
         figure = _lines(cka["cka"], COMPONENTS, "linear CKA over prompts", ("by chance", cka["by_chance"]))
@@ -250,7 +276,10 @@ def _where_pictures(results: Results, changes: Changes) -> Pictures:
     yield "by_system", figure, title, "The last row is the check: neutral text."
     beyond = ((name or _ALL, estimate) for name, estimate in results["beyond_neutral"]["kl"].items())
     figure = _forest(beyond, "KL beyond neutral text of the same length (nats)")
-    text = "95% intervals; coloured: it leaves out 0. The last row must not."
+    text = (
+        "95% intervals over prompts, and in the first row over system prompts too, not corrected for their number; "
+        "coloured: it leaves out 0. The last row is the check. Verdicts are in the table."
+    )
     yield "beyond", figure, "Effect beyond neutral text by system prompt", text
 
 
@@ -259,8 +288,8 @@ def _predicting_pictures(results: Results, changes: Changes) -> Pictures:
         for place, where in _PLACE_LABELS.items():
             figure = _lines(results["predicting_kl"][name][place], COMPONENTS, "Spearman, change and next-token KL")
             title = f"Correlation of a layer's change at {where} and the next token's KL, {words}"
-            file = f"{'predicting' if name == 'over_rows' else 'within'}_{place}"
-            yield file, figure, title, "Bands: 95% intervals over prompts."
+            file = f"{'within' if name == 'within_system_prompts' else 'across'}_{place}"
+            yield file, figure, title, f"{_BANDS} They do not allow for the number of layers."
 
 
 def _length_pictures(results: Results, changes: Changes) -> Pictures:
@@ -294,7 +323,7 @@ def _title(words: str, ranked: Sequence[Results]) -> str:
 
 
 def _phrase_pictures(results: Results, changes: Changes) -> Pictures:
-    text = "95% intervals over prompts, not corrected for the number of sentences."
+    text = "95% intervals over prompts, not corrected for the number of sentences; verdicts are in the table."
     for name, (words, ranked) in _rankings(results).items():
         rows = ((row["text"], row["effect"]) for row in ranked[:_MOST_SENTENCES])
         yield name, _forest(rows, words), _title(words, ranked), text
@@ -305,17 +334,20 @@ def _sentence_tables(results: Results) -> Iterator[html.Table]:
         rows = []
         for row in ranked[:_MOST_SENTENCES]:
             numbers = Finding("", row["effect"], "shown" if row["shown"] else html.NOT_SHOWN).cells()[1:]
-            p = "" if row["p_corrected"] is None else f"{row['p_corrected']:.2g}"
+            p = html.show_number(row["p_corrected"], 2)
             rows.append((row["text"], row["system"], ", ".join(row["features"]), *numbers, p))
         n_shown = sum(row["shown"] for row in ranked)
-        caption = f"{_title(words, ranked)}; {n_shown} are shown at a false discovery rate of {ALPHA:.0%}."
+        caption = (
+            f"{_title(words, ranked)}; {n_shown} are shown at a false discovery rate of {ALPHA:.0%}. A verdict is on "
+            "this one sentence in its system prompt, over prompts."
+        )
         yield html.Table(("sentence", "system prompt", "features", *COLUMNS[1:], "p, corrected"), rows, caption)
 
 
 def _position_pictures(results: Results, changes: Changes) -> Pictures:
     if placements := results["placements"]:
         figure = _forest(((name, placements[name]["kl"]) for name in PLACEMENTS), "next-token KL (nats)")
-        yield "placements", figure, "Effect by position", "95% intervals (Student's) over prompts."
+        yield "placements", figure, "Effect by position", "95% intervals over system prompts and prompts."
 
 
 def _attention_pictures(results: Results, changes: Changes) -> Pictures:

@@ -24,13 +24,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from headrift.internals.attention import score
 from headrift.internals.cases import NeutralText, Question, Reject, Renderer, Rendering, SystemPrompt, split_sentences
 from headrift.internals.comparing import ForwardRow, Record, StateReader
-from headrift.internals.estimates import column, kl, prompt_means, student
+from headrift.internals.estimates import cell_means, column, corrected, kl, over_prompts, over_systems
 from headrift.prepare import Prompt
 from headrift.prompts import PromptError, Span
 from headrift.runs.folder import OnRows, columns, ignore_rows
@@ -222,36 +221,32 @@ def rank_sentences(
 ) -> list[dict[str, Any]]:
     """The sentences by their mean `effect`, the largest first, each with the means of these columns too.
 
-    The effect has Student's interval over prompts, a p-value, one corrected for the number of sentences (Benjamini and
-    Hochberg), and is `shown` if that is below ALPHA.
+    The effect has Student's interval over prompts, `p_corrected` allows for the number of sentences (Benjamini and
+    Hochberg), and the effect is `shown` if that is below ALPHA: of this sentence, not of sentences like it.
     """
-    from scipy.stats import false_discovery_control
-
     number, names, texts = (column(table, name) for name in ("sentence", "system", "text"))
     values = {name: column(table, name).astype(float) for name in ("effect", *means)}
     rows: list[dict[str, Any]] = []
     for system, sentence in dict.fromkeys(zip(names.tolist(), number.tolist())):
         own = (names == system) & (number == sentence)
-        effect, p = student(values["effect"][own])
         text = str(texts[own][0])
         row = {"system": system, "sentence": sentence, "text": text, "features": find_features(text, rules)}
-        row |= {"effect": effect, **{name: float(values[name][own].mean()) for name in means}}
-        rows.append({**row, "p": p, "p_corrected": None, "shown": False})
-    tested = [row for row in rows if np.isfinite(row["p"])]
-    for row, p in zip(tested, false_discovery_control([row["p"] for row in tested]) if tested else []):
+        row["effect"] = over_prompts(values["effect"][own]).at()
+        rows.append(row | {name: float(values[name][own].mean()) for name in means})
+    for row, p in zip(rows, corrected([row["effect"].p for row in rows])):
         row |= {"p_corrected": float(p), "shown": bool(p < ALPHA)}
     return sorted(rows, key=lambda row: -row["effect"].value)
 
 
 def effect_of_features(table: pa.Table, rules: Rules) -> dict[str, dict[str, Any]]:
-    """By feature the mean effect of the sentences that have it, with its interval over prompts, and of the others."""
-    texts, prompts = column(table, "text"), sorted(set(column(table, "prompt")))
+    """By feature the mean effect of the sentences that have it, from one value per system prompt, and of the others."""
+    texts = column(table, "text")
     has = {feature: [feature in find_features(text, rules) for text in texts] for feature in rules}
     has["none of them"] = [not any(flags) for flags in zip(*has.values())]
     features = {}
     for feature, flags in has.items():
         some = table.filter(pa.array(flags))
         sentences = len(set(zip(column(some, "system"), column(some, "sentence"))))
-        effect, p = student(prompt_means(some, "effect", prompts), some.num_rows)
-        features[feature] = {"sentences": sentences, "effect": effect, "p": p}
+        effect = over_systems(cell_means(table, "effect", flags), rows=some.num_rows).at()
+        features[feature] = {"sentences": sentences, "effect": effect}
     return features
