@@ -93,16 +93,20 @@ def test_the_originals_folders_are_a_run(tmp_path):
     write_csv(tmp_path / "attacks" / "say_it__20250908-072435", matrices[1], "Say it.")
     write_csv(tmp_path / "tests" / "say__it__20250908-072436", matrices[2], "Say it.")
     write_csv(tmp_path / "single" / "what__20250908-072436", matrices[3])
+    write_csv(tmp_path / "published" / "attack" / "say_it__20250908-072437", matrices[1], "Say it.")
     run = open_csv(tmp_path)
     rows = read_rows([run])
     assert run.model.layers == 32
     assert run.steps == 8
-    assert rows.label.tolist() == [1, 0, 2, 1]
-    assert rows.counts["n_steps"].tolist() == [4, 8, 5, 6]
-    assert rows.group[0] == rows.group[3] != rows.group[1]
-    (scores,) = exact_scores([run], rows, [(ScoreRange(Window(2, 6)), np.arange(4))])
+    # In the order of their paths: attacks, benign, published/attack, single, tests.
+    assert rows.label.tolist() == [1, 0, 1, 2, 1]
+    assert rows.counts["n_steps"].tolist() == [4, 8, 4, 5, 6]
+    # Runs of the same prompt are repeats of one sample.
+    assert rows.prompt[0] == rows.prompt[2] == rows.prompt[4] != rows.prompt[1]
+    assert rows.group[0] == rows.group[2] == rows.group[4] != rows.group[1]
+    (scores,) = exact_scores([run], rows, [(ScoreRange(Window(2, 6)), np.arange(5))])
     # Layers 8 to 26, columns 2 to 6 as far as there are: the files' numbers, which are kept as float32.
-    by_hand = [matrix[8:27, 2:7].mean() for matrix in (matrices[1], matrices[0], matrices[3], matrices[2])]
+    by_hand = [matrix[8:27, 2:7].mean() for matrix in (matrices[at] for at in (1, 0, 1, 3, 2))]
     np.testing.assert_allclose(scores, by_hand, rtol=0, atol=1e-7)
 
 

@@ -42,9 +42,10 @@ HARD = "hard"  # categories of benign prompts that are made to be mistaken for a
 _CLASSES = {"benign": BENIGN, "attack": ATTACK, None: UNLABELLED}
 _TEXTS = ("label", "group", "system_hash", "category")
 # What the original's gather.py wrote: a folder per prompt with inter_head_std.csv, layers x time, column 0 prefill.
-# Folders are <root>/benign|attacks/<slug>__<time>/ or <root>/baseline|tests/<slug>__<time>/; no model is named in them.
+# Folders are <root>/benign|attacks/<slug>__<time>/ or <root>/baseline|tests/<slug>__<time>/, in what was published
+# attack/ for attacks/; no model is named in them.
 _CSV = "inter_head_std.csv"
-_CSV_LABELS = {"benign": "benign", "baseline": "benign", "attacks": "attack", "tests": "attack"}
+_CSV_LABELS = {"benign": "benign", "baseline": "benign", "attack": "attack", "attacks": "attack", "tests": "attack"}
 
 
 class RunError(ValueError):
