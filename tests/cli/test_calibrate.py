@@ -97,7 +97,8 @@ def test_a_disk_that_fails(run, tmp_path, monkeypatch):
 
 def test_the_originals_folders(made, tmp_path):
     for at, matrix in enumerate(made.made_up(0, 15, 75, effect=0.05)):
-        folder = tmp_path / "outputs" / ("attacks" if at < 15 else "benign") / f"prompt_{at}__20250908-072434"
+        kind, word = ("attacks", "say") if at < 15 else ("benign", "explain")
+        folder = tmp_path / "outputs" / kind / f"{word}_{at}__20250908-072434"
         folder.mkdir(parents=True)
         np.savetxt(folder / "inter_head_std.csv", matrix.T, delimiter=",")
     done = ask("--import-csv", tmp_path / "outputs", "--out", tmp_path / "c.json", "--resamples", 0)
@@ -106,6 +107,8 @@ def test_the_originals_folders(made, tmp_path):
     assert calibration.model.fingerprint is None
     assert calibration.figures["auroc"].value > 0.9
     assert "prompt_tokens" not in calibration.confounds
+    words = next(one for one in calibration.comparison if one.name == "words")
+    assert words.auroc.value > 0.9  # of the folders' names, which here tell all
 
 
 def test_what_score_writes_is_read(fake_model, tmp_path):

@@ -371,13 +371,14 @@ def _csv_row(path: Path, matrix: NDArray[np.float32], score_range: ScoreRange) -
     """The columns of a part that calibration reads."""
     n_steps = matrix.shape[1] - 1
     instability = np.ascontiguousarray(matrix.T)
-    text = path.parent.name.rpartition("__")[0] or path.parent.name
+    text = (path.parent.name.rpartition("__")[0] or path.parent.name).replace("_", " ")
     about = path.parent / "meta.json"
     if about.is_file():
         text = json.loads(about.read_text(encoding="utf-8")).get("user_prompt") or text
     return {
         "label": _CSV_LABELS.get(path.parent.parent.name),
         "group": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "prompt": text,
         "score": score_range.score(instability, n_steps).value,
         "n_steps": n_steps,
         "answer_tokens": n_steps + 1,
