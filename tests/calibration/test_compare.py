@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_1samp
 from sklearn.metrics import roc_auc_score
 
 from headrift.calibration import splits
 from headrift.calibration.compare import SideBySide, across, side_by_side
+from headrift.calibration.compare.aurocs import _verdict as verdict_of
 from headrift.calibration.compare.aurocs import increments, separate, strata, success
 from headrift.calibration.compare.measurements import ComparisonBootstrap, Measurements
 from headrift.calibration.compare.normalisation import normalisation, normalised
@@ -174,6 +176,26 @@ def test_levels_of_sets_are_told_from_separation_within(make):
     assert same.auroc.interval[0] > 0.7
 
 
+def test_the_mean_over_sets_has_an_interval_over_sets(make):
+    hashes = np.tile(["a", "b", "c", "d"], 45)
+    made = Made(make, 60, 120, system_hash=hashes.tolist())
+    values = made.noise() + made.attack * np.repeat(np.arange(4.0), 1)[np.searchsorted(["a", "b", "c", "d"], hashes)]
+    result = made.compared(instability=values).over_sets
+    own = [roc_auc_score(made.attack[hashes == name], values[hashes == name]) for name in ("a", "b", "c", "d")]
+    assert result.value == pytest.approx(np.mean(own))
+    assert result.interval == pytest.approx(tuple(ttest_1samp(own, 0).confidence_interval(0.95)))
+    assert result.sets == 4
+    assert Made(make, 30, 40).compared(instability=np.arange(70.0)).over_sets is None
+
+
+def test_few_prompts_under_many_system_prompts_have_no_interval(make):
+    """A hundred rows of five attacks: rows are not what counts."""
+    groups, hashes = (np.arange(200) // 20).tolist(), [str(number % 20) for number in range(200)]
+    made = Made(make, 100, 100, group=groups, system_hash=hashes)
+    result = made.compared(instability=made.noise(1.0))
+    assert (result.auroc.n_attack, result.auroc.interval, result.sign) == (100, None, None)
+
+
 def test_correlations_are_within_class_too(make):
     """Two signals that attacks move alike, and that have nothing to do with each other otherwise."""
     made = Made(make, 100, 150)
@@ -257,6 +279,14 @@ def test_sets_with_other_shares_of_attacks_are_no_signal(make):
     assert result.log_loss_change.interval[0] <= 0 <= result.log_loss_change.interval[1]
 
 
+def test_predictions_that_get_worse_are_no_verdict():
+    """Of a signal that says nothing they do so in 4 of 10 data sets, by fitting it."""
+    assert verdict_of((0.001, 0.02), (0.4, 0.6), (-0.02, 0.01)) == "not shown"
+    assert verdict_of((-0.02, -0.001), (0.6, 0.8), (-0.02, 0.01)) == "adds: the held-out log-loss falls"
+    assert verdict_of((-0.02, 0.01), (0.6, 0.8), (0.01, 0.1)).startswith("ranks held-out prompts better")
+    assert verdict_of(None, (0.6, 0.8), (0.01, 0.1)) == "not known: too few prompts"
+
+
 # Step by step
 
 
@@ -313,6 +343,19 @@ def test_noise_seldom_separates_at_any_of_many_steps(make):
         each += any(low > 0.5 or high < 0.5 for low, high in zip(instability.low, instability.high))
     assert result <= 6
     assert each >= 20
+
+
+def test_noise_of_groups_seldom_separates_at_any_step(make):
+    """Values that are alike in a group, and groups of one class: labels of single prompts would find steps in half."""
+    result = 0
+    for seed in range(20):
+        groups, hashes = (np.arange(120) // 4).tolist(), [str(number % 4) for number in range(120)]
+        made = Made(make, 60, 60, seed=seed, resamples=2, group=groups, system_hash=hashes)
+        shared = made.random.standard_normal((30, 13))[np.arange(120) // 4]
+        steps = {"instability": 0.9 * shared + 0.4 * series(made, None)}
+        (instability, *_), _ = onset(made.signals(steps=steps), made.samples, made.draws, seed)
+        result += instability.first is not None
+    assert result <= 4
 
 
 def test_steps_that_few_answers_reach_are_not_shown(make):

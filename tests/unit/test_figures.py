@@ -53,6 +53,8 @@ def curve(band: bool = False) -> Separation:
         tprs=GRID**0.5,
         grid=GRID,
         band=np.stack([GRID, GRID**0.2]) if band else None,
+        n=np.inf,
+        draws=np.empty(0),
     )
 
 

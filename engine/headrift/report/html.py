@@ -99,6 +99,11 @@ def show_interval(interval: Bounds | None, digits: int = 3, kind: str = "g") -> 
     return "too few" if interval is None else f"{interval[0]:{form}} to {interval[1]:{form}}"
 
 
+def several(n: int) -> str:
+    """What a reader of several intervals must know; empty for one."""
+    return f"Intervals are 95% each: of {n} that show nothing, about one in 20 would say so." if n > 1 else ""
+
+
 def verdict(interval: Bounds | None, above: str, below: str, null: float = 0.0) -> str:
     """Return what an interval shows: `above` or `below` if it leaves out `null`, the value that means no effect."""
     if interval is None:

@@ -14,9 +14,19 @@ from headrift.corpus.summary import SCORE, SCORED
 from headrift.report import html, measure
 from headrift.report.measure import ReportData
 from headrift.runs.detector_input import detector_values, read_selected
+from headrift.runs.reading import ATTACK, BENIGN, UNLABELLED
 from headrift.signals import get, signals
 from headrift.signals.detectors import Directed, Novelty, Readout
-from headrift.stats import TARGET_FPR, Bounds, Floats, Separation, exact_interval
+from headrift.stats import (
+    TARGET_FPR,
+    Bounds,
+    Floats,
+    Separation,
+    mean_interval,
+    percentile_bounds,
+    rate_interval,
+    side,
+)
 from headrift.terminal import printable
 
 Blocks: TypeAlias = Iterator[html.Block]
@@ -74,7 +84,7 @@ def in_short(data: ReportData, output: html.Output) -> Blocks:
         ]
         caption = (
             f"{comparison.title}: {comparison.n_attack:,} distinct attacks, {comparison.n_benign:,} benign"
-            f"{data.summary.sampled}. Higher counts as attack; AUROC 0.5 is chance."
+            f"{data.summary.sampled}. Higher counts as attack; AUROC 0.5 is chance. {html.several(len(rows))}"
         )
         yield html.Table(names, rows, caption)
 
@@ -85,13 +95,17 @@ def auroc_verdict(interval: Bounds | None) -> str:
 
 
 def _verdicts(measures: Mapping[str, Separation]) -> dict[str, str]:
-    """What each measure's AUROC shows; of a confound, whether it may do as well, read in its better direction."""
+    """What each measure's AUROC shows; of a confound, whether it may do as well, read in its better direction.
+
+    That is told by the difference of the AUROCs on the same resamples.
+    """
     verdicts = {name: auroc_verdict(one.auroc_interval) for name, one in measures.items()}
     if verdicts.get(SCORE) == HIGHER:
-        least = (measures[SCORE].auroc_interval or (0.0, 1.0))[0]
+        score = measures[SCORE]
         for name in {entry.label for entry in signals(length=True)} & measures.keys():
-            low, high = measures[name].auroc_interval or (0.0, 1.0)
-            if max(high, 1 - low) >= least:
+            other = measures[name]
+            draws = other.draws if other.auroc >= 0.5 else 1 - other.draws
+            if side(percentile_bounds(score.draws - draws, score.n), 0) != 1:
                 verdicts[name] = f"{name} may do just as well"
     return verdicts
 
@@ -127,10 +141,13 @@ def scores(data: ReportData, output: html.Output, threshold: float | None) -> Bl
 
 def _coverage(data: ReportData, output: html.Output) -> html.Picture:
     fractions: dict[str, dict[str, tuple[float, float, float]]] = {"no score": {}, "answer ended inside the window": {}}
-    for label, numbers in data.summary.by_class().items():
-        n = int(numbers["n"] or 0)
-        for name, fraction in zip(fractions, (1 - float(numbers["coverage"] or 0), float(numbers["early"] or 0))):
-            fractions[name][label] = (fraction, *exact_interval(round(fraction * n), n))
+    early = data.rows.counts["n_steps"] < data.score_range.window.end
+    for label, code in (("attack", ATTACK), ("benign", BENIGN), ("unlabelled", UNLABELLED)):
+        own = data.rows.label == code
+        if own.any():
+            for name, hits in zip(fractions, (np.isnan(data.score), early)):
+                bounds = rate_interval(hits[own], data.rows.group[own])
+                fractions[name][label] = (float(hits[own].mean()), *bounds)
     output.numbers(coverage=fractions, no_score=dict(data.summary.no_score), rejected=dict(data.summary.rejects))
     title = "Rows without a score, and answers that ended inside the window, by class"
     text = (
@@ -172,6 +189,7 @@ def runs(data: ReportData, output: html.Output) -> Blocks:
     if len(data.runs) < 2:
         return
     rows, numbers, forest = [], {}, []
+    aurocs: dict[str, list[float]] = {"score": [], "length": []}
     for name, summary in zip(data.names, data.run_summaries, strict=True):
         comparisons = data.comparisons(summary)
         measures = comparisons[0].measures if comparisons else {}
@@ -185,8 +203,17 @@ def runs(data: ReportData, output: html.Output) -> Blocks:
         rows.append((name, *counts, *of_score, *_auroc(length)))
         for measured, one in (("score", score), ("length", length)):
             if one is not None:
+                aurocs[measured].append(one.auroc)
                 forest.append((f"{figures.short(name, 20)}: {measured}", one.auroc, one.auroc_interval))
-    output.numbers(runs=numbers)
+    means = {measured: mean_interval(values) for measured, values in aurocs.items()}
+    over_runs = {measured: one for measured, one in means.items() if one.bounds is not None}
+    if over_runs:
+        shown = {name: (html.show_number(one.value), html.show_interval(one.bounds)) for name, one in over_runs.items()}
+        verdict = auroc_verdict(over_runs["score"].bounds) if "score" in over_runs else ""
+        of_score = (*shown.get("score", ("", "")), verdict) if data.has_score else ()
+        label = "mean of the runs, interval over runs (Student's t)"
+        rows.append((label, *("" for _ in data.classes), *of_score, *shown.get("length", ("", ""))))
+    output.numbers(runs=numbers, mean_over_runs={name: [one.value, one.bounds] for name, one in over_runs.items()})
     if forest:
         text = "Lines: 95% intervals. Grey: the interval includes chance; hollow: too few prompts for an interval."
         title = f"AUROC of {'the score and of ' if data.has_score else ''}prompt length in each run"
@@ -222,7 +249,7 @@ def calibrated(calibration: Calibration, data: ReportData, output: html.Output) 
         yield html.Pictures([output.picture("head_map", figure, title, below)])
     text = [
         f"A row is flagged if its value is at or above {calibration.threshold:.6f}: {calibration.label} ({where}). "
-        f"Promise: {setting.promise}. It was set on {setting.n:,} distinct benign prompts, of which "
+        f"Promise: {setting.promise}. It was set on {setting.n:,} prompts, one of each group, of which "
         f"{setting.flagged:,} are flagged.",
     ]
     if is_in_sample:
@@ -231,8 +258,8 @@ def calibrated(calibration: Calibration, data: ReportData, output: html.Output) 
     rows, numbers = [], {}
     for label in data.classes:
         prompts = data.samples.row[data.samples.in_class(label)]
-        n, flagged = len(prompts), int(calibration.apply(values[prompts]).flagged.sum())
-        bounds = exact_interval(flagged, n)
+        hits = calibration.apply(values[prompts]).flagged
+        n, flagged, bounds = len(prompts), int(hits.sum()), rate_interval(hits, data.rows.group[prompts])
         rows.append((label, f"{n:,}", f"{flagged:,}", f"{flagged / n:.1%}", html.show_interval(bounds)))
         numbers[label] = {"prompts": n, "flagged": flagged, "interval": bounds}
     output.numbers(flagged=numbers)
@@ -277,7 +304,8 @@ def _comparison(calibration: Calibration) -> Blocks:
     if rows:
         held_out = "sources left out" if by_source else "held out"
         names = ("signal", f"AUROC, {held_out}", "95% interval", "AUROC of the chosen one less it", "95% interval")
-        caption = "All signals on the same held-out prompts; prompt length and words are what each has to beat"
+        caption = "All signals on the same held-out prompts; prompt length and words are what each has to beat. "
+        caption += html.several(len(rows))
         yield html.Table((*names, "verdict"), rows, caption)
     if absent:
         yield html.Table(("not compared", "why"), absent)

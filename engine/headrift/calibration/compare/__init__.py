@@ -154,7 +154,11 @@ def _findings(
             interval = "" if one.auroc.interval is None else ", {:.3f} to {:.3f}".format(*one.auroc.interval)
             shown = TOO_FEW if one.auroc.interval is None else verdicts[one.sign]
             lines.append(f"{one.label}: {shown} (AUROC {one.auroc.value:.3f}{interval})")
-    lines += [f"{one.label}: {one.verdict}" for one in added if one.added == "instability" and one.absent is None]
+    for question in added:
+        change = question.log_loss_change
+        if question.added == "instability" and change is not None:
+            low_high = "" if change.interval is None else ", {:+.3f} to {:+.3f}".format(*change.interval)
+            lines.append(f"{question.label}: {question.verdict} (log-loss {change.value:+.3f}{low_high})")
     lines += [f"first step of instability against {one.label}: {one.verdict}" for one in before]
     return [*lines, f"attack success: {succeeded.verdict}", f"normalising by length: {by_length.verdict}"]
 
@@ -180,6 +184,10 @@ def _notes(rows: Rows, samples: ComparisonSamples, measured: Measurements) -> li
             n_sets > 1,
             f"{n_sets} sets (runs and system prompts) are taken together: a signal whose level differs between sets "
             "separates worse in all than within each; the stratum of the same set says how well within",
+        ),
+        (
+            len(measured.values) > 1,
+            f"intervals are 95% each: of {len(measured.values)} signals that say nothing one in 20 would leave out 0.5",
         ),
         (
             measured.important is not None,

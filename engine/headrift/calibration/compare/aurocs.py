@@ -16,7 +16,19 @@ from headrift.calibration.compare.measurements import ComparisonBootstrap, Estim
 from headrift.calibration.splits import ComparisonSamples
 from headrift.signal import ScoreRange
 from headrift.signals import get
-from headrift.stats import MIN_FOR_INTERVAL, Bools, Bounds, Floats, Ints, fewest_groups, side
+from headrift.stats import (
+    MIN_FOR_INTERVAL,
+    Bools,
+    Bounds,
+    Floats,
+    Ints,
+    area,
+    fewest_groups,
+    mean_interval,
+    ranks,
+    roc_curve,
+    side,
+)
 
 NOT_SHOWN = "not shown"
 TOO_FEW = "not known: too few prompts"
@@ -41,6 +53,14 @@ _INVERSE_PENALTY = 100.0  # next to none: a penalty would shrink a signal, and l
 _TINY = 1e-12
 
 Kind = Literal["length", "hard", "ending", "system"]
+
+
+class OverSets(BaseModel, extra="forbid", frozen=True):
+    """Mean of the AUROCs within sets (runs and system prompts), with Student's t interval over the sets."""
+
+    value: float
+    interval: Bounds
+    sets: int
 
 
 class StratumAuroc(BaseModel, extra="forbid", frozen=True):
@@ -72,6 +92,7 @@ class SignalResult(BaseModel, extra="forbid", frozen=True):
     sign: Literal[1, -1] | None = None  # 1 if attacks are higher, -1 lower, None if the interval includes 0.5
     auroc: Estimate | None = None
     auroc_all: Estimate | None = None  # a prompt without the signal counts as the least suspicious
+    over_sets: OverSets | None = None  # from three sets on
     coverage: dict[str, float] = {}  # by class, fraction of the distinct prompts that have it
     correlations: list[Correlation] = []
     strata: list[StratumAuroc] = []
@@ -187,6 +208,7 @@ def separate(
         sign=side(auroc.interval, 0.5),
         auroc=auroc,
         auroc_all=bootstrap.separation(np.where(valid, values, lowest), everything),
+        over_sets=_over_sets(values, valid, samples),
         coverage={label: float(valid[mask].mean()) for label, mask in classes.items()},
         correlations=[]
         if name == "instability" or "instability" not in measured.values
@@ -204,6 +226,18 @@ def separate(
             for one in among
         ],
     )
+
+
+def _over_sets(values: Floats, valid: Bools, samples: ComparisonSamples) -> OverSets | None:
+    """Of the sets with both classes; None if there are fewer than three."""
+    aurocs = []
+    for number in range(len(samples.sets)):
+        own = valid & (samples.set == number)
+        attack = samples.attack[own]
+        if attack.any() and not attack.all():
+            aurocs.append(area(*roc_curve(ranks(values[own]), attack, np.ones(len(attack)))))
+    mean = mean_interval(aurocs)
+    return None if mean.bounds is None else OverSets(value=mean.value, interval=mean.bounds, sets=len(aurocs))
 
 
 def _correlation(among: str, instability: Floats, values: Floats, mask: Bools) -> Correlation:
