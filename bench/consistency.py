@@ -477,6 +477,7 @@ def main() -> None:
     methods, seeds = args.methods.split(","), [int(seed) for seed in args.seeds.split(",")][: 1 if args.short else None]
     write_questions()
     tuning = tune(methods, args)
+    utils.write_json(tuning, FOLDER / "tuning.json")
     arms = [(method, seed) for seed in seeds for method in methods]
     folders = []
     for method, seed in arms:
