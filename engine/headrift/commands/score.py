@@ -157,9 +157,9 @@ def gate(
 
     The threshold is a calibration's, with what it promises, or --threshold on instability, which promises nothing.
     Each prompt is judged while it is answered: before its second token if the detector reads step 0 alone, else at the
-    end of the window. At or above the threshold it is stopped there and answered with [blocked]; the
-    others are answered to their end. Writes to the --out folder as `headrift score` does; the parts have the columns
-    blocked, detector, text and leaked (whether the text has a --fail-term).
+    end of the window. At or above the threshold it is stopped there and answered with [blocked]; the others are
+    answered to their end. Writes to the --out folder as `headrift score` does; the parts have the columns blocked,
+    detector, text and leaked (whether the text has a --fail-term).
     """
     from headrift.calibration.artifact import Calibration
     from headrift.calibration.bare import NO_PROMISE
