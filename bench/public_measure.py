@@ -649,7 +649,7 @@ def _original_window(data: Data, figures: Figures, source: str, score_range: Sco
         "tpr_nearest_5_fpr": [round(float(tpr[nearest]), 3), round(float(fpr[nearest]), 3)],
         "within_length": figures.auroc(figures.bootstrap.auroc(lowest(scores), attack, own, _thirds(data, own)), own),
     }
-    for name, sign in (("entropy", 1), ("head_agreement", -1)):  # its agreement has the other sign
+    for name, sign in (("entropy", 1), ("head_agreement", -1)):  # with minus agreement, as its text has it
         both = scored & ~np.isnan(columns[name])
         result[f"{name}_correlation"] = [
             round(float(measure(scores[both], sign * columns[name][both])[0]), 3) for measure in (pearsonr, spearmanr)
