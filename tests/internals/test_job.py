@@ -172,6 +172,14 @@ def test_neutral_text_shows_no_effect_beyond_neutral_text(run):
         assert low <= 0 <= high
 
 
+def test_results_made_again_are_the_same_and_keep_the_seconds_of_the_measurement(run, config):
+    _, results = run
+    again = InternalsJob(replace(config, resume=True)).run()
+    assert again["numbers"] == results["numbers"]
+    assert again["seconds_of"] == results["seconds_of"]
+    assert again["seconds"] >= results["seconds"] > 0
+
+
 def test_a_run_goes_on_where_it_was_left(run, config, tmp_path):
     job, _ = run
     again = replace(config, out=tmp_path / "out")

@@ -237,7 +237,7 @@ class InternalsJob:
         tables = {kind: self.table(kind) for kind in (*IN_TRANSFORMERS, *IN_ENGINE, CKA)}
         changes, numbers = analyse(tables, len(self.questions), self.systems, self._rules)
         findings = {question: [one.to_json() for one in some] for question, some in find(numbers).items()}
-        before = self._folder.read_summary()  # a resumed job's seconds are those of all its runs
+        before = self._folder.read_summary()  # a job that is resumed adds to the seconds that it took
         seconds_of = Counter(before.get("seconds_of", {}))
         seconds_of.update(self._seconds)
         results = self._folder.write_summary(
