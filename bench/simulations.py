@@ -9,10 +9,12 @@ tests/unit/test_simulations.py ask for fewer draws.
 
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -182,7 +184,148 @@ def internals_features(seed: int) -> tuple[float, float]:
     return float(naive), float(_is_shown(with_feature(effects, has)))
 
 
+def _benign_run(values: np.ndarray, **columns):
+    """A run of benign prompts, whose values are the instability of its one step and layer."""
+    from helpers import made_runs
+
+    instability = np.repeat(values[:, None, None], 2, axis=1).astype(np.float32)
+    return made_runs.run_of(instability, ["benign"] * len(values), **columns)
+
+
+def _false_positive_rate(cut: float, spread: float) -> float:
+    """Of new prompts, whose values are Gaussian with this spread."""
+    from scipy.stats import norm
+
+    return float(norm.sf(cut / spread))
+
+
+def _thresholds(values: np.ndarray, **columns) -> tuple[float, float]:
+    """The threshold for 5% with 95% confidence if every prompt counts alone, and headrift's."""
+    from headrift.calibration.splits import divide
+    from headrift.calibration.thresholds import CalibrateConfig, Rule, threshold
+    from headrift.runs.reading import read_rows
+
+    division = divide(read_rows([_benign_run(values, **columns)]), CalibrateConfig(benign_only=True), 1)
+    cuts = [
+        threshold(part, np.ones(len(part), np.int64), 0.05, Rule.BINOMIAL) for part in (values, values[division.part_b])
+    ]
+    return cuts[0], cuts[1]
+
+
+TEMPLATES, EACH = 80, 10
+
+
+def threshold_groups(seed: int) -> tuple[float, float]:
+    """Whether over 5% of new prompts are flagged, if 800 prompts of 80 templates, named by the rows, set the threshold.
+
+    Four fifths of a value's variance are the template's. The naive way takes the prompts for independent.
+    """
+    random = np.random.default_rng(seed)
+    template = np.arange(TEMPLATES * EACH) % TEMPLATES
+    values = 2 * random.normal(size=TEMPLATES)[template] + random.normal(size=len(template))
+    prompt = [f"{number:016x}" for number in range(len(template))]
+    cuts = _thresholds(values, group=1_000_000 + template, prompt_hash=prompt)
+    return tuple(float(_false_positive_rate(cut, np.sqrt(5)) > 0.05) for cut in cuts)
+
+
+@cache
+def _sketches(prompts: int) -> list[bytes]:
+    """Of texts made from templates: 24 words of the template's and 6 of their own."""
+    from headrift.near_duplicates import minhash
+
+    random = np.random.default_rng(0)
+    words = [f"word{number}" for number in range(3000)]
+    begins = [" ".join(random.choice(words, 24)) for _ in range(TEMPLATES)]
+    return [
+        minhash(f"{begins[number % TEMPLATES]} {' '.join(random.choice(words, 6))}").tobytes()
+        for number in range(prompts)
+    ]
+
+
+def threshold_near_duplicates(seed: int) -> tuple[float, float]:
+    """The same of 1,200 prompts whose template nobody names: near duplicates are found."""
+    random = np.random.default_rng(seed)
+    template = np.arange(1_200) % TEMPLATES
+    values = 2 * random.normal(size=TEMPLATES)[template] + random.normal(size=len(template))
+    cuts = _thresholds(values, minhash=_sketches(len(template)))
+    return tuple(float(_false_positive_rate(cut, np.sqrt(5)) > 0.05) for cut in cuts)
+
+
+def review_list(seed: int) -> tuple[float, float]:
+    """The benign part of a review list, of a log in which popular prompts score higher.
+
+    40 of 400 benign prompts are asked 25 times each, the others once; 60 attacks. The calibration has 1,000 prompts of
+    the same mixture. The naive way takes the p-values of rows.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from headrift.calibration.artifact import ReferenceScores, discoveries
+    from headrift.corpus.judging import ReviewList
+
+    random = np.random.default_rng(seed)
+
+    def benign(n: int, popular: np.ndarray) -> np.ndarray:
+        return random.normal(size=n) + 1.5 * popular
+
+    known = ReferenceScores.from_scores(benign(1_000, np.arange(1_000) < 100))
+    popular = np.arange(400) < 40
+    values = np.concatenate([benign(400, popular), 2.5 + random.normal(size=60)])
+    attack, times = np.arange(460) >= 400, np.concatenate([np.where(popular, 25, 1), np.ones(60, np.int64)])
+    row = np.repeat(np.arange(460), times)
+    p_values = known.p_values(values)
+    by_row = discoveries(p_values[row])
+    with tempfile.TemporaryDirectory() as folder:
+        hashes = [f"{number:016x}" for number in row]
+        table = pa.table({"p_value": p_values[row], "group": hashes, "system_hash": ["0" * 16] * len(row)})
+        pq.write_table(table, Path(folder) / "part-00000.parquet")
+        highest = ReviewList.of_folder(Path(folder), len(row)).highest_p_value
+    listed = p_values <= (-1 if highest is None else highest)
+    return tuple(
+        float((~on_list_attack).mean()) if len(on_list_attack) else 0.0
+        for on_list_attack in (attack[row][by_row], attack[listed])
+    )
+
+
+def drift_of_the_tail(seed: int) -> tuple[float, float]:
+    """Whether it is not noticed that of 1,000 new prompts 9% have values far above; 300 set the threshold.
+
+    The naive way compares the distributions alone.
+    """
+    from headrift.calibration import artifact, evidence
+    from headrift.calibration.thresholds import CalibrateConfig, Rule, allowed, threshold
+
+    random = np.random.default_rng(seed)
+    known = random.normal(size=300)
+    cut = threshold(known, np.ones(300, np.int64), 0.05, Rule.BINOMIAL)
+    setting = evidence.threshold_setting(CalibrateConfig(), known, cut, allowed(300, 0.05, Rule.BINOMIAL))
+    calibration = artifact.Calibration.model_construct(
+        threshold=cut, setting=setting, scores=artifact.ReferenceScores.from_scores(known)
+    )
+    moved = artifact.drift(random.normal(size=1_000) + 6 * (random.random(1_000) < 0.09), calibration)
+    by_distance = moved.p_value < 0.01 and moved.distance > 0.1
+    return float(not by_distance), float(moved.warning is None)
+
+
 SIMULATIONS: dict[str, Simulation] = {}
+SIMULATIONS["threshold_groups"] = Simulation(
+    "over 5% of new prompts are flagged: 800 prompts of 80 templates, named by the rows, set the threshold",
+    0.05,
+    threshold_groups,
+)
+SIMULATIONS["threshold_near_duplicates"] = Simulation(
+    "the same of 1,200 prompts, whose templates are found as near duplicates",
+    0.05,
+    threshold_near_duplicates,
+    draws=500,
+    few=20,
+)
+SIMULATIONS["review_list"] = Simulation(
+    "benign part of the review list, of a log in which popular prompts score higher", 0.1, review_list
+)
+SIMULATIONS["drift_of_the_tail"] = Simulation(
+    "drift of 9% of 1,000 prompts is not noticed (promised: in no more than a tenth)", 0.1, drift_of_the_tail
+)
 SIMULATIONS["intervals_few_groups"] = Simulation(
     "95% interval of an AUROC of 3 to 14 prompts a class, 20 rows each, misses it", 0.05, intervals_few_groups
 )
@@ -255,7 +398,7 @@ def table(report: Mapping) -> str:
     ]
     return utils.page(
         "# Error rates where the truth is known",
-        "Made by `python bench/simulations.py`: errors of statistics on made-up data, with 95% intervals over the draws. "
+        "Made by `python bench/simulations.py`: errors of statistics on made-up data, with 95% intervals over draws. "
         "*Naive*: as if every row were a sample of its own, or as versions before had it.",
         utils.markdown(["error", "promised", "naive", "headrift", "draws"], rows),
     )

@@ -100,7 +100,7 @@ def explain(folder: Path, row_id: str, calibration: Calibration | None = None) -
     run = open_run(folder, finished=False)
     if calibration is not None:
         own = run.score_range
-        calibration.check(run.model, own.window, own.drop_shallow, own.drop_deep)
+        calibration.check(run.model, own.window, own.drop_shallow, own.drop_deep, run.replay)
     try:
         dataset = ds.dataset(sorted(folder.glob("part-*.parquet")))
         rows = dataset.to_table(filter=ds.field("id") == row_id)

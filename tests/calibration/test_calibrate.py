@@ -9,7 +9,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from headrift.calibration import search
 from headrift.calibration.calibrate import calibrate
-from headrift.calibration.evidence import held_out
+from headrift.calibration.evidence import held_out, pooled
 from headrift.calibration.search import SumTable
 from headrift.calibration.splits import divide
 from headrift.calibration.thresholds import CalibrateConfig, CalibrationError, Rule
@@ -156,7 +156,6 @@ def test_figures_of_a_fold_are_those_of_scikit_learn(one):
     own = repeated[samples.fold[repeated] == 1]
     attack, lowest = samples.attack[own], np.nan_to_num(scores[own], nan=-1)
     assert result["auroc"] == pytest.approx(roc_auc_score(attack, lowest))
-    assert result["auprc"] == pytest.approx(average_precision_score(attack, lowest))
     valid = ~np.isnan(scores[own])
     assert result["auroc_scored"] == pytest.approx(roc_auc_score(attack[valid], scores[own][valid]))
     others = repeated[(samples.fold[repeated] != 1) & samples.sets[repeated]]
@@ -168,6 +167,29 @@ def test_figures_of_a_fold_are_those_of_scikit_learn(one):
     weighted = np.average(lowest[~attack] > cut, weights=samples.repeats[own][~attack])
     assert result["fpr_traffic"] == pytest.approx(weighted)
     assert result["fpr_traffic"] != pytest.approx(result["fpr"])
+
+
+def test_figures_of_all_folds_are_of_values_in_standard_deviations(one):
+    """A detector of another fold has another scale: a value means what it means among the fold's benign prompts."""
+    rows = read_rows([one])
+    samples = divide(rows, CalibrateConfig(), 100).samples
+    (scores,) = exact_scores([one], rows, [(ScoreRange(Window(4, 6)), samples.row)])
+    times = np.random.default_rng(0).integers(0, 3, len(samples.row))
+    by_fold = [scores * (1 + fold) - fold for fold in range(samples.n_folds)]
+    result = pooled(samples, by_fold, times)
+    alike = np.full(len(scores), -1e9)
+    for fold in range(samples.n_folds):
+        own = (samples.fold == fold) & ~np.isnan(scores)
+        known = np.repeat(scores[own & ~samples.attack], times[own & ~samples.attack])
+        alike[own] = (scores[own] - known.mean()) / known.std()
+    repeated = np.repeat(np.arange(len(scores)), times)
+    attack, values = samples.attack[repeated], alike[repeated]
+    assert result["auprc"] == pytest.approx(average_precision_score(attack, values))
+    k = 0.05 * ((~attack).sum() + 1)
+    benign = np.sort(values[~attack])[::-1]
+    ends = [(values[attack] > benign[int(k) - 1 + more]).mean() for more in (0, 1)]
+    assert result["tpr_at_5"] == pytest.approx(np.interp(k % 1, (0, 1), ends))
+    assert np.isnan(result["tpr_at_1"])  # some 40 benign prompts a fold
 
 
 def test_scores_are_those_of_the_definition_and_of_the_table(one):

@@ -126,7 +126,7 @@ def test_with_benign_only_rows_without_a_label_are_benign_and_attacks_are_left_o
         (20, 28, {"rule": Rule.CONFORMAL}, "0.05 on average needs at least 19 .* there are 28"),
         (9, 300, {}, "at least 10 distinct attacks, and there are 9"),
         (0, 300, {}, "no row is labelled attack"),
-        (0, 59, {"benign_only": True}, "at least 60 distinct benign prompts .*; there are 59"),
+        (0, 59, {"benign_only": True}, "at least 60 distinct prompts .*; there are 59"),
     ],
 )
 def test_too_few_are_refused_with_the_number_needed(make, n_attack, n_benign, settings, message):

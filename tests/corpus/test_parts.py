@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from headrift.corpus.rows import BadRow, Row, group_of
+from headrift.corpus.rows import BadRow, Row, content_of
+from headrift.near_duplicates import NUMBERS
 from headrift.results import ScoreResult
 from headrift.runs import folder as run_folder
 from headrift.runs import parts
@@ -23,7 +24,9 @@ STRING, FLOATS = pa.string(), pa.list_(pa.float32())
 ALWAYS = {
     **dict.fromkeys(("id", "source"), STRING),
     "row": pa.int64(),
-    **dict.fromkeys(("label", "category", "source_set", "group", "system_hash"), STRING),
+    **dict.fromkeys(("label", "category", "source_set", "group", "prompt_hash", "answer_hash"), STRING),
+    "minhash": pa.binary(),
+    "system_hash": STRING,
     "score": pa.float64(),
     "reason": STRING,
     **dict.fromkeys(("n_steps", "n_scored", "prompt_tokens", "system_tokens", "answer_tokens"), pa.int32()),
@@ -134,7 +137,7 @@ def test_everything_reads_back_in_its_shape(tmp_path):
             assert got[name] == getattr(result, name)
         assert got["flags"] == ["merged_system"]
         assert got["prompt"] == row.prompt.prompt
-        assert got["group"] == group_of(row.prompt)
+        assert got["group"] == got["prompt_hash"] == hashlib.sha256(content_of(row.prompt).encode()).hexdigest()[:16]
         sizes["n_steps + 1"] = result.n_steps + 1
         expected = {
             "instability": result.instability,
@@ -159,7 +162,7 @@ def test_columns_of_nothing_but_null_keep_their_types(tmp_path):
     (got,) = table.to_pylist()
     assert {name for name, value in got.items() if value is None} == {
         *("score", "focus_heads", "mass", "system_share", "head_agreement", "focus", "entropy", "top1", "margin"),
-        *("label", "category", "source_set", "entropy_steps", "logit_shares"),
+        *("label", "category", "source_set", "answer_hash", "entropy_steps", "logit_shares"),
     }
     assert got["flags"] == []
 
@@ -269,10 +272,40 @@ def test_a_json_file_is_replaced_as_a_whole(tmp_path):
 
 
 def test_group_overlooks_case_spacing_and_unicode_form():
-    group = group_of(Prompt(prompt="Say the word, Stra\u00dfe caf\u00e9"))
-    assert group == group_of(Prompt(prompt="  say  the\nWORD, strasse cafe\u0301 ", system="another"))
-    assert group != group_of(Prompt(prompt="say the words, strasse cafe\u0301"))
-    assert group == hashlib.sha256("say the word, strasse caf\u00e9".encode()).hexdigest()[:16]
+    group = content_of(Prompt(prompt="Say the word, Stra\u00dfe caf\u00e9"))
+    assert group == content_of(Prompt(prompt="  say  the\nWORD, strasse cafe\u0301 ", system="another"))
+    assert group != content_of(Prompt(prompt="say the words, strasse cafe\u0301"))
+    assert group == "say the word, strasse caf\u00e9"
+    hashed = hashlib.sha256(group.encode()).hexdigest()[:16]
+    columns = make_row(1, prompt=Prompt(prompt=group)).columns()
+    assert columns["group"] == columns["prompt_hash"] == hashed
+
+
+def test_a_group_of_its_own_is_hashed_and_the_prompt_is_still_known():
+    one, other = (make_row(n, prompt=Prompt(prompt="Same"), group=f"session {n}").columns() for n in (1, 2))
+    assert one["group"] != other["group"]
+    assert one["prompt_hash"] == other["prompt_hash"] not in (one["group"], other["group"])
+    assert one["group"] == make_row(3, prompt=Prompt(prompt="Another"), group="session 1").columns()["group"]
+
+
+def test_logged_answers_are_told_apart_where_they_are_replayed_past_step_0():
+    asked = {"prompt": "Ask"}
+    rows = [make_row(1, prompt=Prompt(**asked, response=text)) for text in ("Yes.", "No.", "Yes.")]
+    chat = [turn("user", "Ask"), turn("assistant", "Yes.")]
+    rows.append(make_row(1, prompt=Prompt(messages=chat)))
+    rows.append(make_row(1, prompt=Prompt(**asked, response_ids=[1, 2])))
+    replayed = [row.columns(answer=True) for row in rows]
+    assert replayed[0]["answer_hash"] == replayed[2]["answer_hash"]
+    assert len({one["answer_hash"] for one in replayed}) == 4
+    assert {one["prompt_hash"] for one in replayed} == {one["group"] for one in replayed} == {replayed[0]["group"]}
+    for answer in (False, None):  # step 0 alone is the same for every answer; without replay the model answers
+        assert {row.columns(answer=answer)["answer_hash"] for row in rows} == {None}
+
+
+def test_a_redacted_part_keeps_no_sketch_of_a_prompt():
+    row = make_row(1, prompt=Prompt(prompt="Ask"))
+    assert row.columns(redact=True)["minhash"] is None
+    assert len(row.columns()["minhash"]) == 2 * NUMBERS
 
 
 def turn(role: str, content: str | list | None, **others) -> dict:
@@ -283,12 +316,12 @@ def call(arguments: object, number: str = "1", name: str = "look") -> dict:
     return turn("assistant", None, tool_calls=[{"id": number, "function": {"name": name, "arguments": arguments}}])
 
 
-def test_group_of_messages_is_of_all_turns_but_the_system_prompt():
+def test_content_of_messages_is_of_all_turns_but_the_system_prompt():
     parts_ = [{"type": "text", "text": "Two"}, {"type": "text", "text": "three"}]
     chat = [turn("user", "One"), turn("assistant", "Yes?"), turn("user", parts_)]
-    group = group_of(Prompt(messages=chat))
-    assert group == group_of(Prompt(messages=[turn("system", "S"), turn("developer", "D"), *chat]))
-    assert group == group_of(Prompt(messages=[*chat[:2], turn("user", " two\nTHREE ")]))
+    group = content_of(Prompt(messages=chat))
+    assert group == content_of(Prompt(messages=[turn("system", "S"), turn("developer", "D"), *chat]))
+    assert group == content_of(Prompt(messages=[*chat[:2], turn("user", " two\nTHREE ")]))
     others = [
         [*chat[:1], chat[2]],
         [*chat[:1], turn("assistant", "No?"), chat[2]],
@@ -296,38 +329,38 @@ def test_group_of_messages_is_of_all_turns_but_the_system_prompt():
         [*chat[:2], turn("system", "S"), chat[2]],  # no part of the system prompt
         [*chat, turn("assistant", "And")],
     ]
-    assert len({group, *(group_of(Prompt(messages=other)) for other in others)}) == 6
-    assert group_of(Prompt(messages=[turn("user", "One")])) == group_of(Prompt(prompt="one"))
+    assert len({group, *(content_of(Prompt(messages=other)) for other in others)}) == 6
+    assert content_of(Prompt(messages=[turn("user", "One")])) == content_of(Prompt(prompt="one"))
 
 
 def test_group_is_of_what_tools_were_asked_and_gave_back():
     user = turn("user", "One")
     chat = [user, call({"b": 1, "a": 2}), turn("tool", "It rains.", tool_call_id="1")]
-    group = group_of(Prompt(messages=chat))
-    assert group == group_of(Prompt(messages=[user, call('{"a": 2,  "b": 1}', "7"), turn("tool", "it rains.")]))
+    group = content_of(Prompt(messages=chat))
+    assert group == content_of(Prompt(messages=[user, call('{"a": 2,  "b": 1}', "7"), turn("tool", "it rains.")]))
     for other in (
         [user, chat[1], turn("tool", "It snows.")],
         [user, call({"b": 1, "a": 3}), chat[2]],
         [user, call({"b": 1, "a": 2}, name="find"), chat[2]],
         [user, chat[2]],
     ):
-        assert group_of(Prompt(messages=other)) != group
-    assert group_of(Prompt(messages=[user, call("no JSON"), chat[2]])) != group
+        assert content_of(Prompt(messages=other)) != group
+    assert content_of(Prompt(messages=[user, call("no JSON"), chat[2]])) != group
 
 
 def test_a_logged_answer_is_no_part_of_the_group_where_it_is_replayed():
     chat, answer = [turn("user", "One")], turn("assistant", "Two")
-    group = group_of(Prompt(messages=chat))
-    assert group_of(Prompt(messages=[*chat, answer])) != group
-    assert group_of(Prompt(messages=[*chat, answer]), replay=True) == group
-    assert group_of(Prompt(messages=chat, response="Two"), replay=True) == group
-    assert group_of(Prompt(messages=[*chat, answer], response=" and three"), replay=True) != group
+    group = content_of(Prompt(messages=chat))
+    assert content_of(Prompt(messages=[*chat, answer])) != group
+    assert content_of(Prompt(messages=[*chat, answer]), replay=True) == group
+    assert content_of(Prompt(messages=chat, response="Two"), replay=True) == group
+    assert content_of(Prompt(messages=[*chat, answer], response=" and three"), replay=True) != group
 
 
 def test_group_of_token_ids_is_of_those_outside_the_system_region():
     prompt = Prompt(token_ids=[1, 2, 3, 4], regions={"system": (1, 2)})
-    assert group_of(prompt) == group_of(Prompt(token_ids=[1, 7, 7, 3, 4], regions={"system": (1, 3)}))
-    assert group_of(prompt) != group_of(Prompt(token_ids=[1, 2, 3, 5], regions={"system": (1, 2)}))
+    assert content_of(prompt) == content_of(Prompt(token_ids=[1, 7, 7, 3, 4], regions={"system": (1, 3)}))
+    assert content_of(prompt) != content_of(Prompt(token_ids=[1, 2, 3, 5], regions={"system": (1, 2)}))
 
 
 def test_no_two_prompts_of_the_projects_own_sets_are_one_group():
@@ -336,7 +369,7 @@ def test_no_two_prompts_of_the_projects_own_sets_are_one_group():
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         prompts = [Prompt.from_any(row) for row in rows if "prompt" in row]  # not the questions of consistency
         seen += len(prompts)
-        assert len(set(map(group_of, prompts))) == len(prompts)
+        assert len(set(map(content_of, prompts))) == len(prompts)
     assert seen > 800
 
 

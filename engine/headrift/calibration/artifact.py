@@ -62,7 +62,7 @@ class ThresholdSetting(BaseModel, extra="forbid", frozen=True):
     rule: Rule
     target_fpr: float
     confidence: float | None
-    n: int  # distinct benign prompts in part B
+    n: int  # benign prompts of part B, one of each group
     above: int  # how many of them the rule allows at or above the threshold
     flagged: int  # how many are
     highest_fpr: float  # not exceeded with 95% confidence (binomial rule)
@@ -93,12 +93,19 @@ class CalibrationData(BaseModel, extra="forbid", frozen=True):
     Attributes:
         system_prompts: hashes of the system prompts that the threshold was set under (`system_hash` of the parts);
             None if there are more than 1,000, or in a file of an earlier version.
+        groups: what was a group: "own", the rows' own key, else the prompt; "near", near duplicates. None in a file of
+            an earlier version, as the next two.
+        replay: whether logged answers were replayed, and not made.
+        steps: the last step that was recorded.
     """
 
     runs: list[str]
     fingerprint: str
     unlabelled: int
     system_prompts: list[str] | None = None
+    groups: Literal["own", "near"] | None = None
+    replay: bool | None = None
+    steps: int | None = None
 
 
 class Compared(BaseModel, extra="forbid", frozen=True):
@@ -300,8 +307,9 @@ class Calibration(BaseModel, extra="forbid", frozen=True):
         """Hash of the whole content; of an earlier version's file the same as that version's."""
         later = ("detector", "verdict", "comparison", "sources", "left_out")
         exclude: dict[str, Any] = dict.fromkeys(later, True) if self.verdict is None else {}
-        if self.data.system_prompts is None:
-            exclude["data"] = {"system_prompts"}
+        unknown = {name for name in ("system_prompts", "groups", "replay", "steps") if getattr(self.data, name) is None}
+        if unknown:
+            exclude["data"] = unknown
         return hashlib.sha256(self.model_dump_json(exclude=exclude).encode()).hexdigest()
 
     @property
@@ -357,13 +365,27 @@ class Calibration(BaseModel, extra="forbid", frozen=True):
         values = np.array(values, np.float64)
         return Verdicts(values >= self.threshold, self.scores.p_values(values))
 
-    def check(self, model: ModelIdentity, window: Window, drop_shallow: float, drop_deep: float) -> None:
-        """Refuse scores of another model, window or layers.
+    def other_mode(self, replay: bool | None) -> list[str]:
+        """What differs if answers are replayed, or made, and were not in the calibration's runs; None: not known.
+
+        At step 0 there is no answer yet, and a detector that reads it alone has the same value in both. How many steps
+        are recorded changes no value either, if the window is among them.
+        """
+        known = self.data.replay
+        if not self.ranged or None in (known, replay) or known == replay:
+            return []
+        was, now = (("replayed" if one else "made") for one in (known, replay))
+        return [f"answers (in the calibration {was}, here {now})"]
+
+    def check(
+        self, model: ModelIdentity, window: Window, drop_shallow: float, drop_deep: float, replay: bool | None = None
+    ) -> None:
+        """Refuse scores of another model, window or layers, or with answers that were logged and not made.
 
         Raises:
             CalibrationError: Something differs; the message says what.
         """
-        differences = self.model.differences(model)
+        differences = [*self.model.differences(model), *self.other_mode(replay)]
         given = {"window": str(window), "drop_shallow": drop_shallow, "drop_deep": drop_deep}
         for name, value in given.items() if self.ranged else ():
             if getattr(self, name) != value:
@@ -393,9 +415,9 @@ def add_verdicts(table: Table, calibration: Judge) -> Table:
 
 
 def discoveries(p_values: ArrayLike, rate: float = 0.1) -> NDArray[np.bool_]:
-    """Rows of a review list, on average at most a fraction `rate` of it false alarms (Benjamini-Hochberg).
+    """Prompts of a review list, on average at most a fraction `rate` of it false alarms (Benjamini-Hochberg).
 
-    NaN is never on the list, and counts as a row that was looked at.
+    NaN is never on the list, and counts as a prompt that was looked at. Give each distinct prompt once.
     """
     values = np.asarray(p_values, np.float64)
     distinct, counts = np.unique(values[~np.isnan(values)], return_counts=True)
@@ -403,12 +425,12 @@ def discoveries(p_values: ArrayLike, rate: float = 0.1) -> NDArray[np.bool_]:
     return values <= (-1.0 if highest is None else highest)
 
 
-def cutoff(p_values: Floats, counts: Ints, n: int, rate: float = 0.1) -> float | None:
+def cutoff(p_values: Floats, counts: Floats | Ints, n: float, rate: float = 0.1) -> float | None:
     """The highest p-value on that list; None if the list is empty.
 
     Args:
-        p_values, counts: distinct p-values, and how many rows have each.
-        n: number of rows, those without a p-value included.
+        p_values, counts: distinct p-values, and how many prompts have each, or what these weigh.
+        n: of all prompts, those without a p-value included.
         rate: as in `discoveries`.
     """
     order = np.argsort(p_values)

@@ -18,7 +18,7 @@ from headrift.calibration.evidence import Choice
 from headrift.calibration.splits import divide
 from headrift.calibration.thresholds import CalibrateConfig, CalibrationError, allowed, threshold
 from headrift.runs.detector_input import detector_values, read_selected
-from headrift.runs.reading import UNLABELLED, Rows, ScoreRun, check_alike, read_rows
+from headrift.runs.reading import UNLABELLED, Grouping, Rows, ScoreRun, check_alike, read_rows
 from headrift.signals import get
 from headrift.signals.detectors import NotEnoughError, Readout
 from headrift.stats import Floats
@@ -54,7 +54,7 @@ def calibrate(
     """
     check_alike([*runs, *([normal] if normal is not None and normal.name not in {run.name for run in runs} else [])])
     say("reading the rows")
-    rows = read_rows(runs)
+    rows = read_rows(runs, config.grouping)
     choosing = Choosing(runs, rows, config, say, _readout_of(readout, runs[0]), own_normal=normal is not None)
     choice, samples, division = choosing.choose(), choosing.samples, choosing.division
     part_b, traffic_rows, traffic_scores, metrics = choice.scores[division.part_b], rows, choice.scores, choice.metrics
@@ -87,7 +87,7 @@ def calibrate(
         confounds=confounds,
         traffic=evidence.traffic(traffic_rows, metrics, traffic_scores, cut, setting),
         contamination=evidence.contamination(part_b, cut, setting) if setting.benign_only else [],
-        procedure=evidence.procedure(samples, choosing.n_candidates, choice, config)
+        procedure=evidence.procedure(samples, choosing.n_candidates, choice, config, traffic_rows.grouped)
         | {
             "normal": None if normal is None else normal.name,
             "readout": None if readout is None else readout.sha256,
@@ -97,8 +97,14 @@ def calibrate(
             fingerprint=rows.fingerprint,
             unlabelled=int((rows.label == UNLABELLED).sum()),
             system_prompts=_system_prompts(runs if normal is None else [normal]),
+            groups="near" if traffic_rows.grouped.by is Grouping.NEAR else "own",
+            replay=runs[0].replay,
+            steps=min(run.steps for run in runs),
         ),
-        notes=[*choosing.notes, *evidence.notes(runs, rows, division, choice, figures, confounds, config)],
+        notes=[
+            *choosing.notes,
+            *evidence.notes(runs, rows, division, choice, figures, choosing.comparison, config),
+        ],
         detector=choice.detector,
         comparison=choosing.comparison,
         sources=rows.sources if choosing.left_out else [],
@@ -124,9 +130,9 @@ def _readout_of(calibration: Calibration | None, run: ScoreRun) -> Readout | Non
         return None
     if not isinstance(calibration.detector, Readout):
         raise CalibrationError("--readout names a calibration without a readout: make one with --signal readout")
-    differences = calibration.model.differences(run.model)
+    differences = [*calibration.model.differences(run.model), *calibration.other_mode(run.replay)]
     if differences:
-        raise CalibrationError(f"--readout is of another model: {', '.join(differences)} differ from {run.name}'s")
+        raise CalibrationError(f"--readout is of something else: {', '.join(differences)} differ from {run.name}'s")
     if calibration.detector.windowed and calibration.window != str(run.score_range.window):
         raise CalibrationError(
             f"--readout reads the window {calibration.window}, and {run.name} has {run.score_range.window}: score with "
@@ -143,7 +149,7 @@ def _against_normal(choice: Choice, normal: ScoreRun, config: CalibrateConfig) -
             f"--normal {normal.name} has the window {normal.score_range.window}, and the readout reads "
             f"{choice.score_range.window}: score it with that --window, or use --steps 0"
         )
-    rows = read_rows([normal])
+    rows = read_rows([normal], config.grouping)
     division = divide(rows, config, 2)
     moments_of = np.sort(division.samples.row[division.samples.chooses])
     try:
@@ -161,7 +167,7 @@ def print_calibration(console: Console, calibration: Calibration) -> None:
         for part in wrap(text, min(console.width, 100), subsequent_indent=" " * indent) or [""]:
             console.print(part, markup=False, highlight=False)
 
-    setting, (first, end) = calibration.setting, calibration.layers
+    first, end = calibration.layers
     if calibration.verdict is not None:
         for text in calibration.verdict.lines:
             line(text, 2)
@@ -177,30 +183,21 @@ def print_calibration(console: Console, calibration: Calibration) -> None:
     window = f"steps {calibration.window}, layers {first} to {end - 1} of {calibration.model.layers}"
     line(f"window     {window if calibration.ranged else 'none: step 0, the last prompt token, alone'}")
     line(f"threshold  {calibration.threshold:.6f}: a prompt with a value at or above it is flagged")
-    line(f"promise    {setting.promise} ({setting.n:,}, {setting.flagged:,} of them flagged)")
+    line(f"alerts     {_alerts(calibration)}")
     coverage = [
         (name, f"{one.rows:,}", f"{one.distinct:,}", f"{one.with_score:.1%}", f"{one.ended_early:.1%}")
         for name, one in calibration.classes.items()
     ]
     print_table(console, ("", "rows", "distinct", "with score", "stop early"), coverage)
-    labels = {name: label for name, (label, _) in evidence.METRICS.items()}
-    rates = {name: labels.pop(name) for name in evidence.AT_THRESHOLD}
+    labels = {name: label for name, (label, _) in evidence.METRICS.items() if name not in evidence.FALSE_POSITIVES}
     for title, names, metrics in (
         ("held out", labels, calibration.figures),
-        ("held out, at a threshold", rates, calibration.figures),
         ("confounds, AUROC", {name: get(name).label for name in calibration.confounds}, calibration.confounds),
     ):
         present = [(label, metrics[name]) for name, label in names.items() if name in metrics]
         rows = [(label, f"{one.value:.3f}", _range(one)) for label, one in present if one.value is not None]
         if rows:
             print_table(console, (title, "", "95% interval"), rows)
-    traffic = calibration.traffic
-    line()
-    line(f"{traffic.flagged:,} of {traffic.rows:,} benign rows here are flagged, repeats counted as they came")
-    if traffic.alerts_a_day is not None and traffic.alerts_a_day.value is not None:
-        bounds = traffic.alerts_a_day.interval
-        interval = f" ({bounds[0]:,.0f} to {bounds[1]:,.0f})" if bounds else ""
-        line(f"{traffic.alerts_a_day.value:,.0f} alerts a day{interval}, if all {traffic.daily_prompts:,} are benign")
     if calibration.contamination:
         cases = [
             (
@@ -214,6 +211,22 @@ def print_calibration(console: Console, calibration: Calibration) -> None:
     line()
     for note in calibration.notes:
         line(f"note       {note}")
+
+
+def _alerts(calibration: Calibration) -> str:
+    """How many alerts to expect, and how many at most are promised."""
+    setting, daily = calibration.setting, calibration.traffic.daily_prompts
+    rows = "rows" if calibration.benign_only else "benign rows"
+    sure = "on average over calibrations" if setting.confidence is None else f"with {setting.confidence:.0%} confidence"
+    rate = calibration.figures.get("fpr_traffic")
+    most = f"{setting.target_fpr:.1%}" if daily is None else f"{setting.target_fpr * daily:,.0f}"
+    promise = f"at most {most} promised {sure}, set on {setting.n:,} prompts"
+    if rate is None or rate.interval is None:
+        return promise if daily is None else f"{promise}, if all {daily:,} of a day are benign"
+    low, high = rate.interval
+    if daily is None:
+        return f"expect {low:.1%} to {high:.1%} of {rows} flagged; {promise}"
+    return f"expect {low * daily:,.0f} to {high * daily:,.0f} a day, if all {daily:,} prompts are benign; {promise}"
 
 
 def print_comparison(console: Console, calibration: Calibration) -> None:

@@ -37,7 +37,7 @@ from headrift.signal import ScoreRange, Window
 from headrift.signals import Signal, get, signals
 from headrift.signals.detectors import Directed, NotEnoughError, Readout
 from headrift.signals.features import Prompts
-from headrift.stats import Bools, ClusterBootstrap, Floats, Interval
+from headrift.stats import Bools, ClusterBootstrap, Floats, Interval, effective_groups
 
 Say: TypeAlias = Callable[[str], None]
 SHORT = {"agreement": "head_agreement"}  # shorter names of signals
@@ -244,8 +244,7 @@ class Choosing:
         config = self._config
         if config.benign_only or samples.n_folds < 2:
             return next(iter(among))
-        strata = samples.attack.astype(np.int64) * 2 + samples.sets
-        bootstrap = ClusterBootstrap(samples.group, config.resamples, seed=config.seed, strata=strata)
+        bootstrap = ClusterBootstrap(samples.group, config.resamples, seed=config.seed, strata=samples.stratum)
         baselines = self._baselines(samples, left_out if by_source else None, choosers)
         draws = {
             name: [
@@ -263,13 +262,18 @@ class Choosing:
                 **baselines,
             }.items()
         }
+        groups = [effective_groups(samples.group[mask]) for mask in (samples.attack, ~samples.attack)]
+
+        def of_auroc(one: Floats) -> Interval:
+            return Interval.from_aurocs(one, *groups)
+
         deciding = 1 if by_source else 0
         n_classes = int(samples.attack.sum()), int((~samples.attack).sum())
         bounds = {}
         for name in among:
             one = draws[name][deciding]
             assert one is not None
-            interval, spread = Interval.from_draws(one), standard_error(float(one[0]), *n_classes)
+            interval, spread = of_auroc(one), standard_error(float(one[0]), *n_classes)
             bounds[name] = (float(one[0]) - 1.96 * spread if interval.low is None else interval.low, spread)
         chosen = pick(bounds)
         own = draws[chosen][deciding]
@@ -279,14 +283,15 @@ class Choosing:
             deciding_draws = (inside, outside)[deciding]
             difference = None
             if name != chosen and own is not None and deciding_draws is not None:
-                difference = _metric(own - deciding_draws, "AUROC of the chosen signal less this one's, paired")
+                interval = Interval.from_draws(own - deciding_draws, min(groups))
+                difference = _metric(interval, "AUROC of the chosen signal less this one's, paired")
             self.comparison.append(
                 Compared(
                     name=name,
                     label=label,
                     direction=_direction(by_fold.get(name, ())),
-                    auroc=None if inside is None else _metric(inside, "held out, mean within folds"),
-                    left_out=None if outside is None else _metric(outside, how),
+                    auroc=None if inside is None else _metric(of_auroc(inside), "held out, mean within folds"),
+                    left_out=None if outside is None else _metric(of_auroc(outside), how),
                     difference=difference,
                 )
             )
@@ -387,6 +392,5 @@ def _direction(learned: Sequence[Learned]) -> Literal[1, -1] | None:
     return None if not directions else 1 if sum(directions) >= 0 else -1
 
 
-def _metric(draws: Floats, how: str) -> Metric:
-    interval = Interval.from_draws(draws)
+def _metric(interval: Interval, how: str) -> Metric:
     return Metric(value=None if np.isnan(interval.value) else interval.value, interval=interval.bounds, how=how)

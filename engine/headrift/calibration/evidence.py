@@ -1,8 +1,10 @@
 """What a calibration rests on: nested cross-validation, and the numbers and notes of calibration.json.
 
 In each fold the whole procedure is done again without the fold's prompts - part A and the attacks choose window and
-layers, part B sets the threshold - and measured on the fold. A metric is the mean over folds. Its interval comes from
-doing the same with groups drawn with replacement, the choice included; a group stays in its fold and part.
+layers, part B sets the threshold - and measured on the fold. A metric is the mean over folds; those that take the tail
+of the benign values are of all folds together, each fold's values in standard deviations of its benign prompts. The
+interval comes from doing the same with groups drawn with replacement, the choice included; a group stays in its fold
+and part.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from headrift import stats
 from headrift.calibration.artifact import (
     Calibration,
     ClassCoverage,
+    Compared,
     ContaminationCase,
     Metric,
     ThresholdSetting,
@@ -25,11 +28,11 @@ from headrift.calibration.artifact import (
 )
 from headrift.calibration.splits import CalibrationSamples, Division
 from headrift.calibration.thresholds import CalibrateConfig, Rule, threshold
-from headrift.runs.reading import ATTACK, BENIGN, UNLABELLED, Rows, ScoreRun
+from headrift.runs.reading import ATTACK, BENIGN, UNLABELLED, Grouped, Grouping, Rows, ScoreRun
 from headrift.signal import ScoreRange
 from headrift.signals import get
 from headrift.signals.detectors import AnyDetector, Readout
-from headrift.stats import CONFIDENCE, Bounds, Floats, Ints
+from headrift.stats import CONFIDENCE, Bools, Bounds, Floats, Ints
 
 # Of each metric its label in tables and what it is; the held-out ones first.
 HELD_OUT = {
@@ -41,11 +44,11 @@ HELD_OUT = {
     "auprc": ("average precision", "average precision on the held-out prompts; it depends on the share of attacks"),
     "tpr_at_5": (
         "attacks flagged at 5% FPR",
-        "most held-out attacks flagged with at most 5% of the fold's benign prompts flagged",
+        "held-out attacks flagged by a threshold that 5% of benign prompts are expected to reach",
     ),
     "tpr_at_1": (
         "attacks flagged at 1% FPR",
-        "most held-out attacks flagged with at most 1% of the fold's benign prompts flagged",
+        "held-out attacks flagged by a threshold that 1% of benign prompts are expected to reach",
     ),
     "tpr": ("attacks flagged", "held-out attacks at or above the threshold that part B of the other folds set"),
     "fpr": ("benign prompts flagged", "held-out benign prompts at or above that threshold, each distinct prompt once"),
@@ -62,8 +65,10 @@ METRICS = {
         "AUROC on the very prompts that window and layers were chosen on: too high, for comparison only",
     ),
 }
-AT_THRESHOLD = ("tpr", "fpr", "fpr_traffic")
-FEWEST_AT_5, FEWEST_AT_1 = 20, 100  # held-out benign samples in every fold, for true positives at 5% and 1% FPR
+FALSE_POSITIVES = ("fpr", "fpr_traffic")
+# Figures of all folds together: false positive rate, and held-out benign samples that it takes in every fold.
+FEWEST_AT_5, FEWEST_AT_1 = 20, 100
+POOLED = {"auprc": (None, 2), "tpr_at_5": (0.05, FEWEST_AT_5), "tpr_at_1": (0.01, FEWEST_AT_1)}
 _CONTAMINATIONS = (0.0, 0.001, 0.01, 0.05, 0.1)
 
 
@@ -82,7 +87,7 @@ class Choice:
 def held_out(
     samples: CalibrationSamples, scores: Floats, times: Ints, fold: int, target: float, rule: Rule
 ) -> dict[str, float]:
-    """The held-out metrics of a fold, NaN for those that the data does not allow.
+    """The held-out metrics of a fold, NaN for those that the data does not allow and those of POOLED.
 
     scores: [samples] in the range chosen without the fold; times: [samples] how often each counts.
     """
@@ -93,12 +98,7 @@ def held_out(
     if attack.any() and benign.any():
         rank = stats.ranks(values)
         fpr, tprs = stats.roc_curve(rank, attack, weight)
-        n_benign, n_attack = weight[benign].sum(), weight[attack].sum()
         metrics["auroc"] = stats.area(fpr, tprs)
-        metrics["auprc"] = stats.average_precision(fpr, tprs, n_benign, n_attack)
-        for name, rate, fewest in (("tpr_at_5", 0.05, FEWEST_AT_5), ("tpr_at_1", 0.01, FEWEST_AT_1)):
-            if n_benign >= fewest:
-                metrics[name] = float(stats.tpr_at(fpr, tprs, np.array([rate]))[0])
         scored = ~np.isnan(values)
         if attack[scored].any() and not attack[scored].all():
             metrics["auroc_scored"] = stats.area(*stats.roc_curve(rank[scored], attack[scored], weight[scored]))
@@ -136,27 +136,77 @@ def cross_validate(
         folds = [
             held_out(samples, values[fold], times, fold, config.target, config.rule) for fold in range(samples.n_folds)
         ]
-        return {name: [fold[name] for fold in folds] for name in HELD_OUT}
+        together = pooled(samples, values, times)
+        return {name: [together[name]] if name in POOLED else [fold[name] for fold in folds] for name in HELD_OUT}
 
     drawn: dict[str, list[float]] = {name: [] for name in HELD_OUT}
-    strata = samples.attack.astype(int) * 2 + samples.sets
-    for times in stats.cluster_resamples(samples.group, config.resamples, seed=config.seed, strata=strata):
+    for times in stats.cluster_resamples(samples.group, config.resamples, seed=config.seed, strata=samples.stratum):
         for name, values in by_fold(exact if redo is None else redo(times), times).items():
             # A resample may leave a fold without enough to set a threshold; the others still say how much it varies.
             drawn[name].append(_mean(values))
-    how = f"; mean of {samples.n_folds} {'folds' if samples.by_source is False else 'sources, each left out'}{chosen}"
+    folds = f"{samples.n_folds} {'sources, each left out' if samples.by_source else 'folds'}"
+    how = chosen
     if redo is None and config.resamples:
         how += "; the interval is of the measuring: nothing is learned again in a resample"
     metrics = {}
     for name, values in by_fold(exact, np.ones(len(samples.row), np.int64)).items():
         known = not np.isnan(values).all() if samples.by_source else not np.isnan(values).any()
+        over = f"; of {folds} together, in standard deviations of each one's benign prompts"
         metrics[name] = Metric(
             value=_mean(values) if known else None,
-            interval=_bounds(drawn[name], samples) if known else None,
-            per_fold=[_none(value) for value in values],
-            how=HELD_OUT[name][1] + how,
+            interval=_bounds(name, _mean(values), drawn[name], samples) if known else None,
+            per_fold=[] if name in POOLED else [_none(value) for value in values],
+            how=HELD_OUT[name][1] + (over if name in POOLED else f"; mean of {folds}") + how,
         )
     return metrics
+
+
+def pooled(samples: CalibrationSamples, values: Sequence[Floats], times: Ints) -> dict[str, float]:
+    """The figures of POOLED, NaN for those that the data does not allow.
+
+    In hindsight on one fold's few benign prompts they would be too high. Values of different folds' detectors are put
+    into standard deviations of the fold's benign prompts. In simulations with 26 of these a fold, and 20% to 60% of
+    attacks found, that is 0.02 too high at most; in hindsight it was 0.05, and by ranks within folds 0.06 too low.
+
+    Args:
+        samples, times: as for `held_out`.
+        values: for each fold the values of all samples by the detector that was learned without it.
+    """
+    alike, n_benign = np.full(len(samples.row), np.nan), np.zeros(samples.n_folds)
+    judged = np.zeros(len(samples.row), np.bool_)
+    for fold in range(samples.n_folds):
+        inside = (samples.fold == fold) & (times > 0)
+        benign = inside & ~samples.attack
+        if not (inside & samples.attack).any() or not benign.any():
+            continue
+        judged |= inside
+        n_benign[fold] = times[benign].sum()
+        alike[inside] = _alike(values[fold][inside], times[inside], ~samples.attack[inside])
+    metrics = dict.fromkeys(POOLED, np.nan)
+    for name, (rate, fewest) in POOLED.items():
+        enough = n_benign >= fewest
+        # A source with too few benign prompts is left out, but a fold with too few means that there are too few.
+        own = judged & enough[samples.fold]
+        if own.any() and (samples.by_source or rate is None or enough[np.unique(samples.fold[judged])].all()):
+            attack, weight = samples.attack[own], times[own].astype(np.float64)
+            n_own = float(weight[~attack].sum())
+            curve = stats.roc_curve(stats.ranks(alike[own]), attack, weight)
+            metrics[name] = (
+                stats.average_precision(*curve, n_own, float(weight[attack].sum()))
+                if rate is None
+                else stats.expected_tpr(*curve, n_own, rate)
+            )
+    return metrics
+
+
+def _alike(values: Floats, times: Ints, benign: Bools) -> Floats:
+    """Values in standard deviations of the benign prompts' that have one."""
+    known = benign & np.isfinite(values)
+    if not known.any():
+        return values
+    mean = np.average(values[known], weights=times[known])
+    spread = np.sqrt(np.average((values[known] - mean) ** 2, weights=times[known]))
+    return np.asarray((values - mean) / (spread or 1.0))
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -164,12 +214,25 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.nanmean(values)) if not np.isnan(values).all() else np.nan
 
 
-def _bounds(drawn: list[float], samples: CalibrationSamples) -> Bounds | None:
-    """95% percentile interval; None if most resamples lack the metric, or a class has a handful of samples."""
-    n_attack, n_benign = int(samples.attack.sum()), int((~samples.attack).sum())
-    if np.isnan(drawn).sum() > len(drawn) / 2 or min(n_attack or n_benign, n_benign) < stats.MIN_FOR_INTERVAL:
+def _bounds(name: str, value: float, drawn: list[float], samples: CalibrationSamples) -> Bounds | None:
+    """95% interval of a metric; None if most resamples lack it, or a class has a handful of groups."""
+    groups = {
+        label: stats.effective_groups(samples.group[mask])
+        for label, mask in (("attack", samples.attack), ("benign", ~samples.attack))
+        if mask.any()
+    }
+    if np.isnan(drawn).sum() > len(drawn) / 2 or min(groups.values()) < stats.MIN_FOR_INTERVAL:
         return None
-    return stats.percentile_bounds(drawn)
+    if name in ("auroc", "auroc_scored"):
+        return stats.auroc_bounds(value, drawn, groups["attack"], groups["benign"])
+    if name.startswith("tpr"):
+        return stats.rate_bounds(value, drawn, groups["attack"])
+    if name == "fpr_traffic":
+        rows = np.repeat(samples.group[~samples.attack], samples.repeats[~samples.attack])
+        return stats.rate_bounds(value, drawn, stats.effective_groups(rows))
+    if name == "fpr":
+        return stats.rate_bounds(value, drawn, groups["benign"])
+    return stats.percentile_bounds(drawn, min(groups.values()))
 
 
 def threshold_setting(config: CalibrateConfig, part_b: Floats, cut: float, above: int) -> ThresholdSetting:
@@ -179,7 +242,8 @@ def threshold_setting(config: CalibrateConfig, part_b: Floats, cut: float, above
         Rule.BINOMIAL: f"false positive rate at most {rate} with {CONFIDENCE:.0%} confidence",
         Rule.CONFORMAL: f"false positive rate at most {rate} on average over calibrations",
     }
-    promise = f"{promises[config.rule]}, for distinct benign prompts like those of part B"
+    of = "distinct prompts" if config.benign_only else "distinct benign prompts"
+    promise = f"{promises[config.rule]}, for {of} like those of part B, each group counted once"
     if config.benign_only:
         promise += f", if at most {config.contamination:.3g} of the prompts are attacks"
     n = len(part_b)
@@ -277,15 +341,16 @@ def contamination(part_b: Floats, cut: float, config: CalibrateConfig) -> list[C
 
 
 def procedure(
-    samples: CalibrationSamples, n_candidates: int, choice: Choice, config: CalibrateConfig
+    samples: CalibrationSamples, n_candidates: int, choice: Choice, config: CalibrateConfig, grouped: Grouped
 ) -> dict[str, str | int | float | bool | None]:
     """How signal, window, layers and threshold were chosen and measured."""
     searched = n_candidates > 1
+    groups = "near duplicates" if grouped.by is Grouping.NEAR else "rows' own groups" if grouped.keys else "prompts"
     return {
         "seed": config.seed,
         "folds": samples.n_folds if samples.n_folds > 1 else 0,
         "resamples": config.resamples,
-        "groups": "prompts and categories" if config.by_category else "prompts",
+        "groups": groups + " and categories" * config.by_category,
         "cells_searched": n_candidates if searched else 0,
         "chosen_by": "AUROC, no score lowest, on part A and attacks" if searched else "given, not chosen",
         "samples_that_chose_attack": int((samples.chooses & samples.attack).sum()),
@@ -304,15 +369,14 @@ def notes(
     division: Division,
     choice: Choice,
     shown: Mapping[str, Metric],
-    others: Mapping[str, Metric],
+    comparison: Sequence[Compared],
     config: CalibrateConfig,
 ) -> list[str]:
-    """What a reader must know, one statement each; shown: the metrics of `figures`, others: of `confounds`."""
+    """What a reader must know, one statement each; shown: the metrics of `figures`."""
     samples, alone = division.samples, config.benign_only
     attack, benign = rows.label == ATTACK, rows.label == BENIGN
     unlabelled = int((rows.label == UNLABELLED).sum())
     both = len(np.intersect1d(rows.prompt[attack], rows.prompt[benign]))
-    again = len(division.part_b) - len(np.unique(rows.group[division.part_b]))
     drawn = (int(samples.attack.sum()), int((~samples.attack).sum())) != (division.n_attack, division.n_benign)
     steps = {run.steps for run in runs}
     statements = (
@@ -320,9 +384,11 @@ def notes(
         (unlabelled and not alone, f"{unlabelled:,} rows have no label and were left out"),
         (alone and attack.any(), f"{int(attack.sum()):,} rows are labelled attack and were left out"),
         (both and not alone, f"{both:,} prompts are labelled attack in one row and benign in another"),
+        (rows.grouped.note, rows.grouped.note or ""),
         (
-            again,
-            f"{again:,} prompts of part B come under another system prompt too; the promise takes them for independent",
+            division.left_to_groups,
+            f"{division.left_to_groups:,} prompts of part B are in a group with others there, of which one, drawn at "
+            "random, sets the threshold",
         ),
         (samples.n_folds == 1, "too few groups to hold any out: there are no held-out figures"),
         (
@@ -339,23 +405,25 @@ def notes(
         ),
         (alone, "without attacks it is not known how many of them are flagged, nor whether another window flags more"),
     )
-    return [text for condition, text in statements if condition] + _just_as_good(choice, shown, others)
+    return [text for condition, text in statements if condition] + _just_as_good(choice, shown, comparison)
 
 
-def _just_as_good(choice: Choice, shown: Mapping[str, Metric], others: Mapping[str, Metric]) -> list[str]:
-    """What separates as well as what was chosen."""
+def _just_as_good(choice: Choice, shown: Mapping[str, Metric], comparison: Sequence[Compared]) -> list[str]:
+    """What is not shown to separate worse than what was chosen."""
     auroc, own = shown.get("auroc"), shown.get("auroc_own_window")
-    if auroc is None or auroc.value is None:
-        return []
     statements = []
-    if own is not None and own.value is not None and own.value >= auroc.value and choice.own_range is not None:
+    if auroc is not None and own is not None and None not in (auroc.value, own.value) and choice.own_range is not None:
         statements.append(
-            f"the runs' own window does no worse (AUROC {own.value:.3f}) than a search on data like these "
-            f"({auroc.value:.3f} held out): --window {choice.own_range.window} also leaves all benign prompts to part B"
+            f"the runs' own window, with nothing chosen, has AUROC {own.value:.3f}, the search {auroc.value:.3f} held "
+            f"out: --window {choice.own_range.window} would leave all benign prompts to part B"
         )
-    for name, metric in others.items():
-        if metric.value is not None and auroc.interval and max(metric.value, 1 - metric.value) >= auroc.interval[0]:
-            statements.append(f"{get(name).label} alone separates about as well (AUROC {metric.value:.3f})")
+    differences = [one for one in comparison if one.difference is not None and one.difference.interval is not None]
+    alike = [one.label for one in differences if stats.side(one.difference.interval, 0) != 1]  # type: ignore[union-attr]
+    if alike:
+        statements.append(
+            f"not shown to separate better than {', '.join(alike)}: of {len(differences)} paired differences these are "
+            "not above 0 (95% each)"
+        )
     return statements
 
 

@@ -1,7 +1,8 @@
-"""Which rows are samples and what each is used for: exact repeats are one, and no prompt is on two sides of a split.
+"""Which rows are samples and what each is used for: exact repeats are one, and no group is on two sides of a split.
 
-Of benign samples, part A chooses window and layers (with the attacks), and part B sets the threshold. If there are very
-many, a draw is enough to choose and to measure; B takes all that A does not.
+Of benign samples, part A chooses window and layers (with the attacks), and part B sets the threshold: one prompt of
+each of its groups, drawn at random, since the rule for the threshold is exact for independent samples only. If there
+are very many, a draw is enough to choose and to measure; B takes all groups that A does not.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrift.calibration.thresholds import CalibrateConfig, CalibrationError, needed
-from headrift.runs.reading import ATTACK, BENIGN, HARD, UNLABELLED, Rows, ScoreRun
+from headrift.runs.reading import ATTACK, BENIGN, HARD, UNLABELLED, Grouped, Grouping, Rows, ScoreRun
 from headrift.stats import CONFIDENCE, Bools, Ints
 
 FEWEST_TO_CHOOSE = 10  # samples of a class, below which there is nothing to choose by
@@ -39,9 +40,14 @@ class CalibrationSamples:
     repeats: Ints  # how many rows it stands for
     fold: Ints  # that it is held out in, from 0
     chooses: Bools  # window and layers (part A, and attacks)
-    sets: Bools  # the threshold (part B)
+    sets: Bools  # the threshold (part B): one of each group
     n_folds: int
     by_source: bool = False  # whether folds are sources
+
+    @property
+    def stratum(self) -> Ints:
+        """What the groups are drawn within in a resample: attacks, benign samples that choose, and others."""
+        return self.attack * 2 + (~self.attack & ~self.chooses)
 
     def with_sources_left_out(self) -> CalibrationSamples:
         """The same with a fold for each source, by number among those that occur."""
@@ -54,9 +60,10 @@ class Division:
     """How prompts are divided."""
 
     samples: CalibrationSamples  # what is cross-validated
-    part_b: Ints  # numbers of the rows of all of part B
+    part_b: Ints  # numbers of the rows of all of part B, one of each group
     n_attack: int  # all samples of the class
     n_benign: int
+    left_to_groups: int  # benign samples outside part A that do not set the threshold: others of their groups do
     cross_validated: bool  # whether B is large enough in every fold to set a threshold there
 
 
@@ -70,18 +77,18 @@ def divide(rows: Rows, config: CalibrateConfig, n_candidates: int) -> Division:
     if config.benign_only:
         label = np.where(label == ATTACK, UNLABELLED, label)
     random = np.random.default_rng(config.seed)
-    group_of_prompt = np.empty(rows.prompt.max() + 1, np.int64)
-    group_of_prompt[rows.prompt] = rows.group
-    # Groups together, in one order for attack and benign.
-    order_of_prompt = random.permutation(rows.group.max() + 1)[group_of_prompt]
-    attack, benign = (_distinct(rows.prompt, label == value, order_of_prompt) for value in (ATTACK, BENIGN))
+    # Groups together, in one order for attack and benign, and each group's prompts in a random order.
+    order_of_group, order_of_prompt = (random.permutation(int(one.max()) + 1) for one in (rows.group, rows.prompt))
+    attack, benign = (_distinct(rows, label == value, order_of_group, order_of_prompt) for value in (ATTACK, BENIGN))
     searches = n_candidates > 1
     need = needed(config.target, config.rule)
-    n_choose = _size_of_part_a(len(benign.row), config, need) if searches else 0
-    _check_enough(len(attack.row), len(benign.row), need, config, searches)
+    n_groups = int(benign.first_of_group.sum())
+    n_choose = _size_of_part_a(n_groups, config, need) if searches else 0
+    _check_enough(len(attack.row), n_groups, need, config, searches, rows.grouped)
 
     measured = [samples.first(_MOST_MEASURED) for samples in (attack, benign)]
     row, repeats = (np.concatenate([getattr(part, name) for part in measured]) for name in ("row", "repeats"))
+    first_of_group = np.concatenate([part.first_of_group for part in measured])
     is_attack = np.arange(len(row)) < len(measured[0].row)
     group = np.unique(rows.group[row], return_inverse=True)[1]
     tied = _tie_groups(group, rows.category[row]) if config.by_category else group.astype(np.int64)
@@ -91,12 +98,13 @@ def divide(rows: Rows, config: CalibrateConfig, n_candidates: int) -> Division:
     chooses = is_attack & (np.arange(len(row)) < most) & searches
     n_choose = min(n_choose, most)
     by_fold = [np.flatnonzero(~is_attack & (fold == number)) for number in range(n_folds)]
-    for members, n in zip(by_fold, _proportions([len(members) for members in by_fold], n_choose)):
-        while 0 < n < len(members) and group[members[n]] == group[members[n - 1]]:
-            n -= 1  # no group is on both sides
-        chooses[members[:n]] = True
-    sets = ~is_attack & ~chooses
+    begins = [np.flatnonzero(first_of_group[members]) for members in by_fold]  # where each group begins in its fold
+    for members, starts, n in zip(by_fold, begins, _proportions([len(starts) for starts in begins], n_choose)):
+        chooses[members[: starts[n] if n < len(starts) else len(members)]] = True
+    sets = ~is_attack & ~chooses & first_of_group
     in_other_folds = sets.sum() - np.bincount(fold[sets], minlength=n_folds)
+    part_b = np.setdiff1d(benign.row[benign.first_of_group], row[chooses])
+    others = len(np.setdiff1d(benign.row, row[chooses])) - len(part_b)
 
     order = np.argsort(row, kind="stable")
     return Division(
@@ -111,9 +119,10 @@ def divide(rows: Rows, config: CalibrateConfig, n_candidates: int) -> Division:
             sets=sets[order],
             n_folds=n_folds,
         ),
-        np.setdiff1d(benign.row, row[chooses]),
+        part_b,
         len(attack.row),
         len(benign.row),
+        others,
         n_folds > 1 and bool((in_other_folds >= need).all()),
     )
 
@@ -127,7 +136,13 @@ def _size_of_part_a(n: int, config: CalibrateConfig, need: int) -> int:
     return n - part_b
 
 
-def _check_enough(n_attack: int, n_benign: int, need: int, config: CalibrateConfig, searches: bool) -> None:
+def _check_enough(
+    n_attack: int, n_benign: int, need: int, config: CalibrateConfig, searches: bool, grouped: Grouped
+) -> None:
+    """CalibrationError if there are too few. n_benign: of groups."""
+    kind = "distinct" if grouped == Grouped() else "groups of"
+    fix = ", or take near duplicates for independent (--group own)" if grouped.by is Grouping.NEAR else ""
+    benign_prompts = "prompts" if config.benign_only else "benign prompts"
     goal = f"a false positive rate of {config.target_fpr:.3g}"
     goal += f" with {CONFIDENCE:.0%} confidence" if config.rule == "binomial" else " on average"
     if config.benign_only:
@@ -136,8 +151,8 @@ def _check_enough(n_attack: int, n_benign: int, need: int, config: CalibrateConf
     if n_benign < need + choosers:
         more = f", and {choosers} more to choose what to detect by" if choosers else ""
         raise CalibrationError(
-            f"{goal} needs at least {need} distinct benign prompts to set the threshold{more}; there are {n_benign}: "
-            "score more, or set a higher --target-fpr"
+            f"{goal} needs at least {need} {kind} {benign_prompts} to set the threshold{more}; there are {n_benign}: "
+            f"score more, or set a higher --target-fpr{fix}"
         )
     if not config.benign_only and not n_attack:
         raise CalibrationError("no row is labelled attack: label the rows and score them again, or give --benign-only")
@@ -185,7 +200,8 @@ def take_samples(runs: Sequence[ScoreRun], rows: Rows, seed: int, *, by_run: boo
     categories, sets, run = _read_sets(runs)
     key = np.unique(rows.prompt * len(runs) + run, return_inverse=True)[1] if by_run else rows.prompt
     order = np.random.default_rng(seed).permutation(int(key.max()) + 1)
-    drawn = [_distinct(key, rows.label == label, order) for label in (ATTACK, BENIGN)]
+    no_group = np.zeros(int(rows.group.max()) + 1, np.int64)
+    drawn = [_distinct(replace(rows, prompt=key), rows.label == label, no_group, order) for label in (ATTACK, BENIGN)]
     for name, samples in zip(("attack", "benign"), drawn):
         if not len(samples.row):
             raise CalibrationError(
@@ -242,21 +258,30 @@ def _number_sets(sets: NDArray[np.str_], runs: Sequence[ScoreRun]) -> tuple[Ints
 
 @dataclass(frozen=True, slots=True)
 class _Distinct:
-    """Samples of a class in the order in which they are drawn: a row each, and how many rows it stands for."""
+    """Samples of a class in the order in which they are drawn, groups together.
+
+    Attributes:
+        row, repeats: a row of each, and how many rows it stands for.
+        first_of_group: whether it is the first of its group.
+    """
 
     row: Ints
     repeats: Ints
+    first_of_group: Bools
 
     def first(self, n: int) -> _Distinct:
-        return _Distinct(self.row[:n], self.repeats[:n])
+        return _Distinct(self.row[:n], self.repeats[:n], self.first_of_group[:n])
 
 
-def _distinct(prompt: Ints, mask: Bools, order_of_prompt: Ints) -> _Distinct:
+def _distinct(rows: Rows, mask: Bools, order_of_group: Ints, order_of_prompt: Ints) -> _Distinct:
     """One sample for each prompt among the masked rows: its first row."""
     number = np.flatnonzero(mask)
-    prompts, first, repeats = np.unique(prompt[number], return_index=True, return_counts=True)
-    order = np.argsort(order_of_prompt[prompts], kind="stable")
-    return _Distinct(number[first][order], repeats[order])
+    prompts, first, repeats = np.unique(rows.prompt[number], return_index=True, return_counts=True)
+    group = rows.group[number[first]]
+    order = np.lexsort((order_of_prompt[prompts], order_of_group[group]))
+    ordered = group[order]
+    first_of_group = np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(ordered)]
+    return _Distinct(number[first][order], repeats[order], first_of_group)
 
 
 def assign_folds(attack: Bools, group: Ints, most: int, seed: int) -> tuple[Ints, int]:

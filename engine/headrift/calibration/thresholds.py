@@ -18,6 +18,7 @@ from enum import StrEnum
 
 import numpy as np
 
+from headrift.runs.reading import Grouping
 from headrift.signal import Window
 from headrift.stats import CONFIDENCE, Floats, Ints
 
@@ -46,6 +47,7 @@ class CalibrateConfig:
     signal: str = "auto"  # to detect by; auto chooses
     prefill_only: bool = False  # use step 0 alone, also if the runs recorded more
     by_category: bool = False  # keep categories whole in cross-validation
+    grouping: Grouping = Grouping.AUTO
     folds: int = 5
     resamples: int = 200
     seed: int = 0

@@ -67,6 +67,14 @@ def calibrate(
     by_category: Annotated[
         bool, typer.Option("--by-category", help="Cross-validate with whole categories held out.")
     ] = False,
+    group: Annotated[
+        Literal["auto", "own", "near"],
+        typer.Option(
+            metavar="HOW",
+            help="What is kept together, and counts as one for the threshold: own, the rows' key `group`, else the "
+            "same prompt; near, near duplicates; auto, near above 1,000 prompts without such a key.",
+        ),
+    ] = "auto",
     folds: Annotated[int, typer.Option(metavar="N", min=2, help="Folds of the cross-validation.")] = 5,
     resamples: options.Resamples = 200,
     seed: options.Seed = 0,
@@ -85,7 +93,7 @@ def calibrate(
     from headrift.calibration.calibrate import calibrate as make_calibration
     from headrift.calibration.calibrate import print_calibration
     from headrift.calibration.thresholds import CalibrateConfig, CalibrationError, Rule
-    from headrift.runs.reading import open_run
+    from headrift.runs.reading import Grouping, open_run
     from headrift.signal import Window
 
     reporter = messages.reporter()
@@ -103,6 +111,7 @@ def calibrate(
             signal=signal,
             prefill_only=steps == 0,
             by_category=by_category,
+            grouping=Grouping(group),
             folds=folds,
             resamples=resamples,
             seed=seed,

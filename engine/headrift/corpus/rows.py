@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import dropwhile
 from typing import Any
 
+from headrift.near_duplicates import minhash
 from headrift.prepare import Prompt
 
 LABELS = ("attack", "benign")
@@ -18,7 +19,7 @@ _TEXTS = ("prompt", "system", "response", "label", "category", "source_set")
 _OBJECTS = ("messages", "tools")
 _NUMBERS = ("token_ids", "response_ids")
 NESTED = (*_OBJECTS, *_NUMBERS, "regions")  # in a column of a table these may be JSON text
-KEYS = ("id", *_TEXTS, *NESTED)
+KEYS = ("id", "group", *_TEXTS, *NESTED)
 _PROMPT_KEYS = ("prompt", "system", "messages", "tools", "response", "token_ids", "regions", "response_ids")
 _KINDS = {str: "a text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
 
@@ -77,9 +78,18 @@ class Row:
     category: str | None
     prompt: Prompt
     source_set: str | None = None  # where it comes from, if the file does not say it
+    group: str | None = None  # what it has in common with others: a session, a user, a template
 
-    def columns(self, *, replay: bool = False, text: bool = True) -> dict[str, Any]:
-        """Return the columns of a part that are the row's own, `prompt` only with `text`; `replay` as in `group_of`."""
+    def columns(self, *, text: bool = True, redact: bool = False, answer: bool | None = None) -> dict[str, Any]:
+        """Return the columns of a part that are the row's own.
+
+        Args:
+            text: With `prompt`.
+            redact: Without `minhash`.
+            answer: Whether the logged answer is replayed past step 0; None without replay.
+        """
+        content = content_of(self.prompt, replay=answer is not None)
+        prompt_hash = _hash(content)
         return {
             "id": self.id,
             "source": self.source,
@@ -87,7 +97,10 @@ class Row:
             "label": self.label,
             "category": self.category,
             "source_set": self.source_set,
-            "group": group_of(self.prompt, replay=replay),
+            "group": prompt_hash if self.group is None else _hash(f"group\0{self.group}"),
+            "prompt_hash": prompt_hash,
+            "answer_hash": _hash(_answer_of(self.prompt)) if answer else None,
+            "minhash": None if redact else minhash(content).tobytes(),
             **({"prompt": _text_of(self.prompt)} if text else {}),
         }
 
@@ -126,13 +139,20 @@ def make_row(
         if isinstance(fields, RowError):
             raise fields
         given = {key: fields[key] for key in KEYS if fields.get(key) is not None}
-        own_id = _own_id(given)
+        own_id = _name(given, "id")
         _check_types(given)
         own_label, prompt = _own_label(given), _prompt(given)
         if own_id is not None and take_id is not None and not take_id(own_id):
             raise RowError("duplicate_id", f"an earlier row has the id {_quote(own_id)} too; give each row its own")
         return Row(
-            source, number, own_id or name, own_label or label, given.get("category"), prompt, given.get("source_set")
+            source,
+            number,
+            own_id or name,
+            own_label or label,
+            given.get("category"),
+            prompt,
+            given.get("source_set"),
+            _name(given, "group"),
         )
     except RowError as error:
         return BadRow(source, number, own_id or name, error.reason, error.detail)
@@ -205,13 +225,14 @@ def _check_types(given: Mapping[str, Any]) -> None:
             raise RowError("wrong_type", f"`{key}` is {actual}; it must be {needed}")
 
 
-def _own_id(given: Mapping[str, Any]) -> str | None:
-    value = given.get("id")
+def _name(given: Mapping[str, Any], key: str) -> str | None:
+    """An id or a group, a text or a whole number."""
+    value = given.get(key)
     if value is None or isinstance(value, str):
         return value or None
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    raise RowError("wrong_type", f"`id` is {kind_of(value)}; it must be a text or a whole number")
+    raise RowError("wrong_type", f"`{key}` is {kind_of(value)}; it must be a text or a whole number")
 
 
 def _own_label(given: Mapping[str, Any]) -> str | None:
@@ -242,25 +263,43 @@ def _list_keys(keys: Iterable[str], word: str) -> str:
     return f" {word} ".join(f"`{key}`" for key in keys)
 
 
-def group_of(prompt: Prompt, *, replay: bool = False) -> str:
-    """Hash a prompt without its system prompt, case, spacing and Unicode form.
+def content_of(prompt: Prompt, *, replay: bool = False) -> str:
+    """Return what a prompt says without its system prompt, case, spacing and Unicode form.
 
-    The hash, 16 hex digits, is of the prompt's text, of all messages after the leading system ones (roles, texts, tool
-    calls without their ids), or of the token ids outside the system region. `replay` leaves out a last assistant
-    message that is the logged answer.
+    That is the prompt's text, all messages after the leading system ones (roles, texts, tool calls without their ids)
+    as JSON, or the token ids outside the system region. `replay` leaves out a last assistant message that is the logged
+    answer.
     """
     if prompt.token_ids is not None:
         start, end = prompt.regions.get("system", (0, 0))
-        content = json.dumps([*prompt.token_ids[:start], *prompt.token_ids[end:]])
-    elif prompt.messages is not None:
-        turns = [_turn(message) for message in dropwhile(_is_system, prompt.messages)]
-        if replay and prompt.response is None and prompt.response_ids is None and turns[-1][0] == "assistant":
-            turns.pop()
-        only_user = len(turns) == 1 and turns[0][0] == "user"  # the same as a prompt that is given as a text
-        content = turns[0][1] if only_user else json.dumps(turns, ensure_ascii=False)
-    else:
-        content = _normalise(prompt.prompt or "")
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+        return json.dumps([*prompt.token_ids[:start], *prompt.token_ids[end:]])
+    if prompt.messages is None:
+        return _normalise(prompt.prompt or "")
+    turns = [_turn(message) for message in dropwhile(_is_system, prompt.messages)]
+    if replay and _answers_last(prompt):
+        turns.pop()
+    only_user = len(turns) == 1 and turns[0][0] == "user"  # the same as a prompt that is given as a text
+    return turns[0][1] if only_user else json.dumps(turns, ensure_ascii=False)
+
+
+def _answers_last(prompt: Prompt) -> bool:
+    """Whether the logged answer is the last message."""
+    given = prompt.response is not None or prompt.response_ids is not None
+    return not given and bool(prompt.messages) and prompt.messages[-1].get("role") == "assistant"  # type: ignore[index]
+
+
+def _answer_of(prompt: Prompt) -> str:
+    """The logged answer, word for word."""
+    if prompt.response_ids is not None:
+        return json.dumps([*prompt.response_ids])
+    if prompt.response is not None or not _answers_last(prompt):
+        return prompt.response or ""
+    return json.dumps(prompt.messages[-1], sort_keys=True, ensure_ascii=False)  # type: ignore[index]
+
+
+def _hash(text: str) -> str:
+    """16 hex digits."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _is_system(message: Mapping[str, Any]) -> bool:

@@ -37,7 +37,7 @@ _SAVED_FIELDS = {"shares": "shares", "mass": "mass", "focus": "focus_heads", "en
 
 BLOCKED = "[blocked]"
 # Columns of a gate's parts, before and after its own.
-_BEFORE = ("id", "source", "row", "label", "category", "group", "system_hash")
+_BEFORE = ("id", "source", "row", "label", "category", "group", "prompt_hash", "system_hash")
 _AFTER = ("score", "reason", "n_steps", "n_scored", "prompt_tokens", "system_tokens", "answer_tokens", "flags")
 
 
@@ -75,7 +75,10 @@ class ScoreKind:
 
     def record(self, row: Row, result: ScoreResult) -> Record:
         """A result as the columns of a part."""
-        columns = record(row.columns(replay=self._config.replay, text="text" in self._config.save), result)
+        config = self._config
+        answer = config.steps > 0 if config.replay else None
+        own = row.columns(text="text" in config.save, redact=config.redact, answer=answer)
+        columns = record(own, result)
         return columns if self._judge is None else columns | {"detector": self._judge.value(result)}
 
     def files(self, number: int, engine: dict[str, Any]) -> ShardFiles:
@@ -188,7 +191,7 @@ class GateKind(ScoreKind):
         blocked = self._gate.blocks(value, result, self._judge)
         text = BLOCKED if blocked else result.text
         leaks = self._terms.in_text if self._gate.fail_terms else None
-        return record(row.columns(text=False), result) | {
+        return record(row.columns(text=False, redact=True), result) | {
             "blocked": blocked,
             "text": text,
             "leaked": None if leaks is None else not blocked and leaks(text),

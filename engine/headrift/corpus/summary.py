@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from headrift.corpus.judging import GatedClass, Judged, print_gated
 from headrift.corpus.rows import LABELS
-from headrift.runs.reading import HARD, read_batches
+from headrift.runs.reading import HARD, hashes, mix, prompt_keys, read_batches
 from headrift.signals import signals
 from headrift.stats import TARGET_FPR, Bounds, Separation, separation
 from headrift.terminal import print_table
@@ -33,7 +33,8 @@ SCORED = "score, scored rows only"
 _CLASSES = (*LABELS, "unlabelled")
 _MAX_CATEGORIES = 1000
 _MAX_OF_CLASS = 20_000  # rows, or distinct prompts, kept per class
-COLUMNS = ["label", "category", "score", "reason", "prompt_tokens", "answer_tokens", "n_steps", "group", "system_hash"]
+COLUMNS = ["label", "category", "score", "reason", "prompt_tokens", "answer_tokens", "n_steps", "group"]
+_HASHES = ["prompt_hash", "answer_hash", "system_hash"]
 _OTHER = "(other)"
 
 
@@ -61,7 +62,7 @@ class Comparison:
 
 
 class _Sample:
-    """The rows with the smallest keys, at most _MAX_OF_CLASS of them; of rows with the same key the first.
+    """The rows with the smallest keys, at most _MAX_OF_CLASS of them; of rows with the same key the lowest `rank`.
 
     As keys are hashes, that is a fair sample, and the same however the rows were divided into batches.
     """
@@ -70,12 +71,13 @@ class _Sample:
         self._columns: dict[str, NDArray[Any]] = {}
         self.full = False
 
-    def add(self, key: NDArray[np.uint64], **columns: NDArray[Any]) -> None:
-        """Add rows: keys [n] and columns [n]."""
-        joined = {"key": key, **columns}
+    def add(self, key: NDArray[np.uint64], rank: NDArray[np.uint64], **columns: NDArray[Any]) -> None:
+        """Add rows: keys, ranks and columns [n]."""
+        joined = {"key": key, "rank": rank, **columns}
         if self._columns:
             joined = {name: np.concatenate([self._columns[name], column]) for name, column in joined.items()}
-        first = np.unique(joined["key"], return_index=True)[1]
+        order = np.lexsort((joined["rank"], joined["key"]))
+        first = order[np.unique(joined["key"][order], return_index=True)[1]]
         self.full |= len(first) > _MAX_OF_CLASS
         self._columns = {name: column[first[:_MAX_OF_CLASS]] for name, column in joined.items()}
 
@@ -94,6 +96,7 @@ class _Class:
     score_sum: float = 0.0
     rows: _Sample = field(default_factory=_Sample)
     prompts: _Sample = field(default_factory=_Sample)
+    groups: _Sample = field(default_factory=_Sample)  # a prompt of each, drawn by its hash
 
 
 class Summary:
@@ -117,11 +120,11 @@ class Summary:
     def of_folder(cls, folder: Path, last_step: int, judge: Judge | None = None) -> Summary:
         """Summarise all parts and rejects in a folder, whose parts were written with what judges, if anything."""
         summary = cls(last_step, None if judge is None else judge.label)
-        for batch in read_batches(folder, [*COLUMNS, "detector"], 1 << 16):
+        for batch in read_batches(folder, [*COLUMNS, *_HASHES, "detector"], 1 << 16):
             summary.add(batch)
         summary.add_rejects(folder)
         if judge is not None:
-            summary.judged = Judged(folder, judge, summary.prompt_scores("detector"))
+            summary.judged = Judged(folder, judge, summary.prompt_values(), summary.group_values())
         return summary
 
     def add_rejects(self, folder: Path) -> None:
@@ -135,8 +138,7 @@ class Summary:
         labels = np.array(named["label"].fill_null("unlabelled").to_pylist())
         scores = named["score"].to_numpy(zero_copy_only=False).astype(np.float64)
         self.no_score.update(reason for reason in named["reason"].to_pylist() if reason is not None)
-        hashes = (named[name].to_pylist() for name in ("group", "system_hash"))
-        group, system = (np.array([int(text, 16) for text in texts], np.uint64) for texts in hashes)
+        group, prompt = hashes(batch, "group"), prompt_keys(batch)
         order = np.arange(self._n_added, self._n_added + len(labels), dtype=np.uint64)
         # A run that an earlier version made with a calibration was judged by its scores.
         values = batch.column("detector") if "detector" in batch.schema.names else named["score"]
@@ -159,8 +161,10 @@ class Summary:
             of_class.score_sum += float(scores[scored].sum())
             kept = {name: column[selected] for name, column in columns.items()}
             of_row = {name: kept[name] for name in ("order", "score", "detector", "category")}
-            of_class.rows.add(_hash(order[selected]), **of_row)
-            of_class.prompts.add(_hash(group[selected] ^ _hash(system[selected])), **kept)
+            of_class.rows.add(mix(order[selected]), order[selected], **of_row)
+            of_class.prompts.add(prompt[selected], order[selected], **kept)
+            group_key, of_group = mix(group[selected]), {name: kept[name] for name in ("order", "detector")}
+            of_class.groups.add(group_key, prompt[selected], **of_group)
         self._comparisons = None
 
     def _category_number(self, category: str | None) -> int:
@@ -233,9 +237,21 @@ class Summary:
     def prompt_scores(self, name: str = "score") -> dict[str, NDArray[np.float64]]:
         """Return the scores, or another column, of each class's distinct prompts, NaN without one.
 
-        Classes without rows are left out. Rows with the same group and system prompt count once, the first of them.
+        Classes without rows are left out. Exact repeats count once, the first of them.
         """
         return {label: of_class.prompts.in_order(name) for label, of_class in self._with_rows()}
+
+    def prompt_values(self) -> dict[str, tuple[NDArray[np.float64], NDArray[np.int64]]]:
+        """Return the detector's values of each class's distinct prompts, NaN without one, and their groups."""
+        return {
+            label: (prompts.in_order("detector"), np.unique(prompts.in_order("group"), return_inverse=True)[1])
+            for label, of_class in self._with_rows()
+            for prompts in [of_class.prompts]
+        }
+
+    def group_values(self) -> dict[str, NDArray[np.float64]]:
+        """Return the detector's values of one prompt of each group, by class; NaN without one."""
+        return {label: of_class.groups.in_order("detector") for label, of_class in self._with_rows()}
 
     def by_category(self, column: str = "score") -> dict[tuple[str, str], NDArray[np.float64]]:
         """Return the scores, or `detector`, of each class and category with rows, in order of first appearance.
@@ -258,7 +274,7 @@ class Summary:
     def comparisons(self) -> list[Comparison]:
         """Compare attacks with all benign prompts and, if only some of these are hard, with those that are not.
 
-        Rows with the same group, system prompt and label count once, the first of them. Empty without both classes.
+        Exact repeats with the same label count once, the first of them. Empty without both classes.
         """
         if self._comparisons is None:
             hard = {number for name, number in self._category_numbers.items() if name and name.startswith(HARD)}
@@ -337,16 +353,6 @@ class Summary:
             console.print(f"\n{note}", markup=False, highlight=False)
         if self.judged is not None:
             self.judged.print(console, drift_only=self.gated is not None)
-
-
-def _hash(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Hash each number (splitmix64), so that a sample does not depend on what the numbers are."""
-    with np.errstate(over="ignore"):
-        x = values + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        hashed: NDArray[np.uint64] = x ^ (x >> np.uint64(31))
-        return hashed
 
 
 def _reasons(counts: Counter[str]) -> str:

@@ -168,7 +168,7 @@ def _calibrated_range(calibration: Calibration, runs: Sequence[ScoreRun]) -> Sco
     if sections.instability_direction(calibration) is None:  # what it reads is of the runs' own window
         for run in runs:
             own = run.score_range
-            calibration.check(run.model, own.window, own.drop_shallow, own.drop_deep)
+            calibration.check(run.model, own.window, own.drop_shallow, own.drop_deep, run.replay)
     if window.end > steps:
         raise html.ReportError(
             f"the calibration's window is steps {window}, and the runs recorded {steps}: score the prompts again with "
@@ -208,6 +208,14 @@ def _signals(result: SideBySide, output: html.Output) -> Blocks:
         )
         caption += " r: Spearman's rank correlation with instability." if correlated else ""
         yield html.Table((*names, *correlated.values()), rows, caption)
+        within = [(signal.label, signal.over_sets) for signal, _ in aurocs if signal.over_sets is not None]
+        if within:
+            over_sets = [
+                (label, f"{one.sets}", html.show_number(one.value), html.show_interval(one.interval))
+                for label, one in within
+            ]
+            columns = ("signal", "sets", "mean AUROC within sets", "95% interval over sets")
+            yield html.Table(columns, over_sets, "What to expect of another run or system prompt (Student's t)")
     missing = [(signal.label, signal.absent) for signal in result.signals if signal.absent]
     if missing:
         yield html.Table(("not available", "why"), missing)

@@ -50,6 +50,9 @@ _FIRST_COLUMNS: dict[str, pa.DataType] = {
     "category": _STRING,
     "source_set": _STRING,
     "group": _STRING,
+    "prompt_hash": _STRING,
+    "answer_hash": _STRING,
+    "minhash": pa.binary(),
     "system_hash": _STRING,
     "score": _FLOAT,
     "reason": _STRING,
@@ -126,7 +129,7 @@ def part_schema(save: Iterable[str], *, layers: int, heads: int, regions: Sequen
 def record(row: Mapping[str, Any], result: ScoreResult) -> Record:
     """Convert a result to the columns of a part, those of every --save included; arrays are flattened, step 0 first.
 
-    `row` has the columns that are the input row's: id, source, row, label, category, group and prompt.
+    `row` has the columns that are the input row's: those up to `minhash`, and prompt.
     """
     stats, heads, mass = result.logit_stats, result.focus_heads, result.mass
     return {

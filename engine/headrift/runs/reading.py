@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from headrift.near_duplicates import NUMBERS, minhash, near_groups
 from headrift.signal import ScoreRange, Window
 from headrift.signals import signals
 from headrift.stats import Floats, Ints
@@ -40,7 +42,9 @@ _MODEL_FACTS = {
 BENIGN, ATTACK, UNLABELLED = 0, 1, 2
 HARD = "hard"  # categories of benign prompts that are made to be mistaken for attacks begin so
 _CLASSES = {"benign": BENIGN, "attack": ATTACK, None: UNLABELLED}
-_TEXTS = ("label", "group", "system_hash", "category")
+_TEXTS = ("label", "group", "category")
+_HASHES = ("group", "prompt_hash", "answer_hash", "system_hash")  # what tells samples apart
+_MANY_PROMPTS = 1_000  # from which near duplicates are looked for if no row has a group of its own
 # What the original's gather.py wrote: a folder per prompt with inter_head_std.csv, layers x time, column 0 prefill.
 # Folders are <root>/benign|attacks/<slug>__<time>/ or <root>/baseline|tests/<slug>__<time>/, in what was published
 # attack/ for attacks/; no model is named in them.
@@ -158,13 +162,35 @@ def read_batches(folder: Path, columns: Sequence[str], batch_rows: int | None = 
             raise RunError(f"{path} cannot be read ({reason}): score the prompts again") from error
 
 
+class Grouping(StrEnum):
+    """What makes rows a group: AUTO takes NEAR if no row has a group of its own and there are over 1,000 prompts."""
+
+    AUTO = "auto"
+    OWN = "own"  # the key `group` of a row, else its prompt
+    NEAR = "near"  # prompts that are nearly the same
+
+
+@dataclass(frozen=True, slots=True)
+class Grouped:
+    """What the groups of rows are: `by` is OWN or NEAR; `keys`, whether rows have groups of their own.
+
+    `note` is what a reader must know of it, or None.
+    """
+
+    by: Grouping = Grouping.OWN
+    keys: bool = False
+    note: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
     """What is known of each row; arrays are [rows].
 
     Attributes:
         label: BENIGN, ATTACK or UNLABELLED.
-        group, prompt: numbers, the same for rows of the same group, and of the same group and system prompt.
+        group: number of the group, of rows that may depend on each other; see `grouped`.
+        prompt: number of the prompt, the same for exact repeats: the same text, system prompt and, in replay, answer.
+        grouped: what the groups are.
         category: number of the category, -1 for none.
         source: number of the source among `sources`: the row's `source_set`, else its input file.
         counts: by name of the signal (`prompt_tokens`, ...), -1 if not known.
@@ -181,6 +207,7 @@ class Rows:
     counts: Mapping[str, NDArray[np.int32]]
     signals: Mapping[str, NDArray[np.float32]]
     fingerprint: str
+    grouped: Grouped
 
     def __len__(self) -> int:
         return len(self.label)
@@ -203,7 +230,36 @@ def check_alike(runs: Sequence[ScoreRun]) -> None:
         raise RunError(f"{sorted(twice)[0]} is given twice: name each run once")
 
 
-def read_rows(runs: Sequence[ScoreRun]) -> Rows:
+def hashes(batch: pa.RecordBatch, name: str, instead: str | None = None) -> NDArray[np.uint64]:
+    """A column of hashes as numbers, 0 for none. instead: the column to take in parts of an earlier version."""
+    missing = name not in batch.schema.names or batch.column(name).null_count == batch.num_rows
+    if missing and instead is not None:
+        name, missing = instead, instead not in batch.schema.names
+    if missing:
+        return np.zeros(batch.num_rows, np.uint64)
+    return np.array([int(text or "0", 16) for text in batch.column(name).to_pylist()], np.uint64)
+
+
+def prompt_keys(batch: pa.RecordBatch) -> NDArray[np.uint64]:
+    """A number for each row of a batch with `_HASHES`, the same for exact repeats.
+
+    These have the same prompt, system prompt and, in replay, answer.
+    """
+    prompt, answer = hashes(batch, "prompt_hash", "group"), hashes(batch, "answer_hash")
+    return mix(prompt ^ mix(hashes(batch, "system_hash") ^ mix(answer)))
+
+
+def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Hash each number (splitmix64), so that a sample does not depend on what the numbers are."""
+    with np.errstate(over="ignore"):
+        x = values + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed: NDArray[np.uint64] = x ^ (x >> np.uint64(31))
+        return mixed
+
+
+def read_rows(runs: Sequence[ScoreRun], grouping: Grouping = Grouping.AUTO) -> Rows:
     """Read all that is known of every row but its instability. RunError if there are no rows."""
     counts = [entry.name for entry in signals(length=True)]
     measured = [entry.name for entry in signals(column=True, compared=True)]
@@ -212,13 +268,13 @@ def read_rows(runs: Sequence[ScoreRun]) -> Rows:
     sources: dict[str, int] = {}
     blocks: dict[str, list[NDArray[Any]]] = {}
     for run in runs:
-        for batch in run.batches([*_TEXTS, "source", "source_set", *counts, "score", *measured]):
+        for batch in run.batches([*_TEXTS, *_HASHES[1:], "source", "source_set", *counts, "score", *measured]):
             group = batch.column("group").to_pylist()
-            system = batch.column("system_hash").to_pylist()
             columns: dict[str, NDArray[Any]] = {
                 "label": np.array([_CLASSES[label] for label in batch.column("label").to_pylist()], np.int8),
-                "group": np.array([int(text, 16) for text in group], np.uint64),
-                "system": np.array([int(text or "0", 16) for text in system], np.uint64),
+                "group": hashes(batch, "group"),
+                "text": hashes(batch, "prompt_hash", "group"),
+                "prompt": prompt_keys(batch),
                 "category": np.array(
                     [categories.setdefault(text, len(categories) - 1) for text in batch.column("category").to_pylist()],
                     np.int32,
@@ -236,18 +292,79 @@ def read_rows(runs: Sequence[ScoreRun]) -> Rows:
     joined = {name: np.concatenate(blocks.pop(name)) for name in list(blocks)}
     if not joined:
         raise RunError("the runs have no rows: there is nothing to calibrate on")
-    group, system = (np.unique(joined.pop(name), return_inverse=True)[1] for name in ("group", "system"))
+    names = ("group", "text", "prompt")
+    group, text, prompt = (np.unique(joined.pop(name), return_inverse=True)[1] for name in names)
+    group, grouped = _grouped(runs, group, text, grouping)
     return Rows(
         joined["label"],
         group,
-        np.unique(group * (int(system.max()) + 1) + system, return_inverse=True)[1],
+        prompt,
         joined["category"],
         joined["source"],
         list(sources),
         {name: joined[name] for name in counts},
         {name: joined[name] for name in measured if not np.isnan(joined[name]).all()},
         hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest(),
+        grouped,
     )
+
+
+def _grouped(runs: Sequence[ScoreRun], group: Ints, text: Ints, grouping: Grouping) -> tuple[Ints, Grouped]:
+    """The rows' groups, and what they are. group, text: numbers of the rows' own groups and of their texts."""
+    n, first = int(text.max()) + 1, np.unique(text, return_index=True)[1]
+    # Without a key a row's group is its text.
+    keys = len(np.unique(group)) != n or bool((group[first][text] != group).any())
+    if grouping is Grouping.OWN or (grouping is Grouping.AUTO and (keys or n <= _MANY_PROMPTS)):
+        if not keys:
+            return group, Grouped()
+        n_groups = int(group.max()) + 1
+        return group, Grouped(keys=True, note=f"{n:,} prompts are in {n_groups:,} groups, by the rows' own `group`")
+    signatures = _minhashes(runs, first)
+    if signatures is None:
+        if grouping is Grouping.NEAR:
+            raise RunError(
+                "--group near compares the prompts, and the runs kept nothing of them: score without --redact, or give "
+                "the rows groups of their own (--column group=NAME)"
+            )
+        return group, Grouped(
+            note="near duplicates were not looked for, as the runs kept nothing of the prompts: if many are made from "
+            "few templates, the promise does not hold; give the rows groups of their own (--column group=NAME)"
+        )
+    near = near_groups(signatures)
+    n_groups = int(near.max()) + 1
+    largest = int(np.bincount(near).max())
+    note = None
+    if n_groups < n:
+        note = f"{n:,} prompts are in {n_groups:,} groups of near duplicates, the largest of {largest:,} (--group near)"
+    return near[text], Grouped(Grouping.NEAR, keys, note)
+
+
+def _minhashes(runs: Sequence[ScoreRun], selected: Ints) -> NDArray[np.uint16] | None:
+    """The MinHashes of the prompts of rows with these numbers [n]: [n, NUMBERS].
+
+    Of a run without them they are made of the prompts that it saved; None if it has neither.
+    """
+    order = np.argsort(selected)
+    signatures = np.empty((len(selected), NUMBERS), np.uint16)
+    first = 0
+    for run in runs:
+        for batch in run.batches(["label", "minhash", "prompt"]):
+            start, stop = np.searchsorted(selected[order], [first, first + batch.num_rows])
+            places = order[start:stop]
+            for place in places:
+                row = int(selected[place] - first)
+                sketch, text = (
+                    batch.column(name)[row].as_py() if name in batch.schema.names else None
+                    for name in ("minhash", "prompt")
+                )
+                if sketch is not None:
+                    signatures[place] = np.frombuffer(sketch, np.uint16)
+                elif text is not None:
+                    signatures[place] = minhash(text.casefold())
+                else:
+                    return None
+            first += batch.num_rows
+    return signatures
 
 
 def _sources(batch: pa.RecordBatch, run: str, known: dict[str, int]) -> NDArray[np.int32]:
