@@ -376,7 +376,7 @@ def rates(name: str, draws: int, first: int = 0, processes: int | None = None) -
     }
 
 
-def holds(result: Mapping) -> bool:
+def is_nominal(result: Mapping) -> bool:
     """Whether the rate now is nominal within three standard errors."""
     rate = result["now"]["rate"]
     return rate <= result["allowed"] and (result["least"] is None or rate >= result["least"])

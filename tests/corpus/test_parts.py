@@ -289,11 +289,11 @@ def test_a_group_of_its_own_is_hashed_and_the_prompt_is_still_known():
 
 
 def test_logged_answers_are_told_apart_where_they_are_replayed_past_step_0():
-    asked = {"prompt": "Ask"}
-    rows = [make_row(1, prompt=Prompt(**asked, response=text)) for text in ("Yes.", "No.", "Yes.")]
+    question = {"prompt": "Ask"}
+    rows = [make_row(1, prompt=Prompt(**question, response=text)) for text in ("Yes.", "No.", "Yes.")]
     chat = [turn("user", "Ask"), turn("assistant", "Yes.")]
     rows.append(make_row(1, prompt=Prompt(messages=chat)))
-    rows.append(make_row(1, prompt=Prompt(**asked, response_ids=[1, 2])))
+    rows.append(make_row(1, prompt=Prompt(**question, response_ids=[1, 2])))
     replayed = [row.columns(answer=True) for row in rows]
     assert replayed[0]["answer_hash"] == replayed[2]["answer_hash"]
     assert len({one["answer_hash"] for one in replayed}) == 4

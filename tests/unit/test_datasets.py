@@ -127,6 +127,18 @@ def rows(name: str) -> list[Row]:
     return read(name)
 
 
+def test_twins_are_a_group() -> None:
+    rows = read("indirect_injection")
+    twins = {row["id"]: row["group"] for row in rows if "group" in row}
+    numbers = [f"{number:03d}" for number in range(1, 61)]
+    assert twins == {f"ii-{label}-{number}": f"ii-{number}" for number in numbers for label in "ab"}
+    # Prompts of one question are of one group.
+    by_question = {}
+    for row in rows:
+        by_question.setdefault(row["messages"][0]["content"], set()).add(row.get("group", row["id"]))
+    assert all(len(groups) == 1 for groups in by_question.values())
+
+
 def test_every_set_is_tested() -> None:
     assert {path.stem for path in (ROOT / "datasets").glob("*.jsonl")} == {*SETS, *OTHER_SETS}
     assert len(set(SETS.values())) == len(SETS)
@@ -136,7 +148,8 @@ def test_schema(name: str, rows: list[Row]) -> None:
     for row in rows:
         body = "messages" if "messages" in row else "prompt"
         tools = ["tools"] if body == "messages" and "tools" in row else []
-        assert list(row) == ["id", body, *tools, "label", "category"]
+        group = ["group"] if "group" in row else []
+        assert list(row) == ["id", body, *tools, "label", "category", *group]
         check_messages(row["messages"]) if body == "messages" else check_text(row["prompt"])
         assert row["label"] in LEAST
         assert re.fullmatch(rf"{SETS[name]}-{row['label'][0]}-\d{{3}}", row["id"])

@@ -223,6 +223,9 @@ def _bounds(name: str, value: float, drawn: list[float], samples: CalibrationSam
     }
     if np.isnan(drawn).sum() > len(drawn) / 2 or min(groups.values()) < stats.MIN_FOR_INTERVAL:
         return None
+    if name in POOLED:
+        # Resamples repeat benign prompts, which raises precision and true positives: what they add is taken off.
+        drawn = list(np.clip(np.array(drawn) - np.nanmean(drawn) + value, 0, 1)) if drawn else drawn
     if name in ("auroc", "auroc_scored"):
         return stats.auroc_bounds(value, drawn, groups["attack"], groups["benign"])
     if name.startswith("tpr"):
@@ -242,8 +245,8 @@ def threshold_setting(config: CalibrateConfig, part_b: Floats, cut: float, above
         Rule.BINOMIAL: f"false positive rate at most {rate} with {CONFIDENCE:.0%} confidence",
         Rule.CONFORMAL: f"false positive rate at most {rate} on average over calibrations",
     }
-    of = "distinct prompts" if config.benign_only else "distinct benign prompts"
-    promise = f"{promises[config.rule]}, for {of} like those of part B, each group counted once"
+    prompts = "distinct prompts" if config.benign_only else "distinct benign prompts"
+    promise = f"{promises[config.rule]}, for {prompts} like those of part B, each group counted once"
     if config.benign_only:
         promise += f", if at most {config.contamination:.3g} of the prompts are attacks"
     n = len(part_b)
