@@ -29,7 +29,7 @@ SHOWN = {
         (
             "check: neutral text",
             "largest relative change of",
-            "Spearman over all rows:",
+            "Spearman across system",
             "95% interval",
             "less that as system prompt",
         ),
