@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from headrift import Calibration
 from headrift.cli import app
+from headrift.near_duplicates import minhash
 
 
 def ask(*arguments: object):
@@ -28,17 +29,19 @@ def test_a_calibration_is_written_and_shown(run, tmp_path):
     calibration = Calibration.load(out)
     assert max(map(len, done.stdout.splitlines()[:-1])) <= 80  # the last names the file
     words = " ".join(done.stdout.split())
+    assert words.count("promised") == words.count("alerts") == 1
     for expected in (
         "usable: instability, attacks higher, held-out AUROC",
         f"steps {calibration.window}, layers {calibration.layers[0]} to {calibration.layers[1] - 1} of 8",
         f"{calibration.threshold:.6f}: a prompt with a value at or above it is flagged",
-        "at most 0.05 with 95% confidence",
+        "a day, if all 1,000 prompts are benign; at most 50 promised with 95% confidence, "
+        f"set on {calibration.setting.n}",
         f"AUROC, no score lowest {calibration.figures['auroc'].value:.3f}",
         f"AUROC, in sample (naive) {calibration.figures['auroc_in_sample'].value:.3f}",
-        f"benign prompts flagged {calibration.figures['fpr'].value:.3f}",
+        f"attacks flagged {calibration.figures['tpr'].value:.3f}",
         "prompt length",
         "attack 60 60 100.0% 0.0%",
-        "alerts a day",
+        "alerts expect ",
     ):
         assert expected in words
     assert json.loads(out.read_text())["data"]["runs"] == [str(run)]
@@ -51,8 +54,59 @@ def test_without_attacks(made, tmp_path):
     words = " ".join(done.stdout.split())
     assert "if at most 0.02 of the prompts are attacks" in words
     assert "attacks among them" in words
+    assert "benign rows" not in words
+    assert "of rows flagged" in words
     assert "2.0% " in words
     assert Calibration.load(tmp_path / "c.json").benign_only
+
+
+def test_groups_are_the_rows_own_or_near_duplicates(made, tmp_path):
+    """Of each group one prompt sets the threshold; what the groups are is said."""
+    values = made.made_up(0, 40, 1_200, effect=0.02)
+    label, prompts = made.labels(40, 1_200), [f"{number:016x}" for number in range(1_240)]
+    texts = [f"Prompt number {number} of a log, about {number * number} things and one more" for number in range(40)]
+    # 300 templates of 4 prompts each, that differ in their last word.
+    texts += [
+        " ".join([f"template{number // 4}w{word}" for word in range(9)] + [f"end{number}"]) for number in range(1_200)
+    ]
+    sketches = [minhash(text).tobytes() for text in texts]
+    columns = {"prompt_hash": prompts, "minhash": sketches}
+    run = made.write_run(tmp_path / "run", values, label, **columns)
+    for options, n, by, says in (
+        (["--group", "own"], 1_200, "own", None),
+        (["--group", "near"], 300, "near", "1,240 prompts are in 3"),
+        ([], 300, "near", "groups of near duplicates, the largest of 4 (--group near)"),
+    ):
+        given = ["--resamples", 0, "--window", "1:6", "--signal", "instability"]
+        done = ask(run, "--out", tmp_path / "c.json", *given, *options)
+        assert done.exit_code == 0, done.output
+        calibration = Calibration.load(tmp_path / "c.json")
+        assert (calibration.setting.n, calibration.data.groups) == (n, by)
+        assert (says in " ".join(done.stdout.split())) if says else ("near duplicates" not in done.stdout)
+    own = [number if number < 40 else 2_000 + number % 150 for number in range(1_240)]
+    keyed = made.write_run(tmp_path / "keyed", values, label, group=own, **columns)
+    done = ask(keyed, "--out", tmp_path / "c.json", *given)
+    assert Calibration.load(tmp_path / "c.json").setting.n == 150
+    assert "1,240 prompts are in 190 groups, by the rows' own `group`" in " ".join(done.stdout.split())
+    # Nothing of the prompts was kept.
+    redacted = made.write_run(tmp_path / "redacted", values, label, prompt_hash=prompts)
+    done = ask(redacted, "--out", tmp_path / "c.json", *given)
+    assert done.exit_code == 0, done.output
+    assert "near duplicates were not looked for" in " ".join(done.stdout.split())
+    done = ask(redacted, "--out", tmp_path / "c.json", *given, "--group", "near")
+    assert done.exit_code == 2
+    assert "--column group=NAME" in done.stderr
+
+
+def test_too_few_groups_are_refused_with_the_number_needed(made, tmp_path):
+    values = made.made_up(0, 40, 200, effect=0.02)
+    group = [number if number < 40 else 1_000 + number % 20 for number in range(240)]
+    prompts = [f"{number:016x}" for number in range(240)]
+    run = made.write_run(tmp_path / "run", values, made.labels(40, 200), group=group, prompt_hash=prompts)
+    done = ask(run, "--out", tmp_path / "c.json")
+    assert done.exit_code == 2
+    assert "needs at least 59 groups of benign prompts to set the threshold" in done.stderr
+    assert "there are 20" in done.stderr
 
 
 def test_conformal_at_a_lower_rate(run, tmp_path):

@@ -178,24 +178,55 @@ def test_a_run_of_step_0_is_judged_and_shown_by_its_detector(work):
     assert "answer length" not in done.stdout
 
 
-def test_the_list_is_that_of_benjamini_and_hochberg(work):
+def test_the_list_is_that_of_benjamini_and_hochberg_over_prompts(work):
     # Known benign scores far below all others: p-values are small, and the list is long.
     low = work.calibration.scores.model_copy(update={"values": [s - 0.04 for s in work.calibration.scores.values]})
-    done = work.score("--calibration", changed(work, scores=low))
+    popular = rows()[20]
+    done = work.score("--calibration", changed(work, scores=low), given=[*rows(), *[popular] * 30])
     judged, listed = read(Path("out")), pq.read_table("out/flagged-fdr.parquet").to_pylist()
-    p_values = [np.nan if row["p_value"] is None else row["p_value"] for row in judged]
-    expected = [row for row, on in zip(judged, discoveries(p_values)) if on]
-    assert 10 < len(expected) < len(judged)
+    prompts = {(row["prompt_hash"], row["system_hash"]): row["p_value"] for row in judged}
+    p_values = [np.nan if value is None else value for value in prompts.values()]
+    on_list = {prompt for prompt, on in zip(prompts, discoveries(p_values)) if on}
+    assert 10 < len(on_list) < len(prompts) < len(judged)
+    of_row = {(row["source"], row["row"]): (row["prompt_hash"], row["system_hash"]) for row in judged}
+    expected = [row for row in judged if of_row[row["source"], row["row"]] in on_list]
     names = ("id", "source", "row", "score", "detector", "p_value")
-    assert listed == [{name: row[name] for name in names} for row in expected]
-    assert f"flagged-fdr.parquet: review list of {len(listed)} rows" in " ".join(done.stdout.split())
+    by_row = {row["row"]: {name: row[name] for name in names} for row in expected}
+    assert {row["row"]: {name: row[name] for name in names} for row in listed} == by_row
+    # Distinct prompts, the most suspicious first, each with its rows beneath it.
+    entries = [row["entry"] for row in listed]
+    assert entries == sorted(entries)
+    assert set(entries) == set(range(1, len(on_list) + 1))
+    assert len({(row["entry"], of_row[row["source"], row["row"]]) for row in listed}) == len(on_list)
+    assert [row["p_value"] for row in listed] == sorted(row["p_value"] for row in listed)
+    said = f"flagged-fdr.parquet: review list of {len(on_list)} prompts ({len(listed)} rows)"
+    assert said in " ".join(done.stdout.split())
     run = json.loads(Path("out/run.json").read_text())
-    assert run["judged"]["fdr_list"]["rows"] == len(listed)
-    assert run["judged"]["fdr_list"]["highest_p_value"] == max(row["p_value"] for row in listed)
+    about = run["judged"]["fdr_list"]
+    assert (about["prompts"], about["rows"]) == (len(on_list), len(listed))
+    assert about["highest_p_value"] == max(row["p_value"] for row in listed)
     drift = run["judged"]["drift"]
     assert drift["of"] == "benign"
     assert drift["warning"].startswith("benign scores have moved since the calibration")
     assert "Warning: benign scores have moved since the calibration" in done.stdout
+
+
+def test_rates_and_drift_count_the_groups_of_rows(work):
+    """Ten sessions of eight prompts each are ten groups: the interval is wider, and drift is of ten values."""
+    given = [{**row, "session": f"s{number % 10}"} for number, row in enumerate(rows(("Tell me about", "benign", 80)))]
+    assert work.score("--calibration", "c.json", given=given, out="alone").exit_code == 0
+    done = work.score("--calibration", "c.json", "--column", "group=session", given=given)
+    assert done.exit_code == 0, done.output
+    alone, grouped = (json.loads(Path(out, "run.json").read_text())["judged"] for out in ("alone", "out"))
+    assert (alone["drift"]["n"], grouped["drift"]["n"]) == (80, 10)
+    assert (alone["flagged"]["benign"]["prompts"], grouped["flagged"]["benign"]["prompts"]) == (80, 80)
+    widths = [one["flagged"]["benign"]["interval"][1] - one["flagged"]["benign"]["rate"] for one in (alone, grouped)]
+    assert widths[0] < widths[1]
+    assert len({row["group"] for row in read(Path("out"))}) == 10
+    for row in ({"prompt": "x", "session": 1.5}, {"prompt": "x", "session": [1]}):
+        done = work.score("--column", "group=session", given=[row, *given], out=f"bad{len(str(row))}")
+        (reject,) = read(Path(f"bad{len(str(row))}"), "rejects")
+        assert (reject["reason"], "`group` is" in reject["detail"]) == ("wrong_type", True)
 
 
 def test_an_empty_list_says_why(work):
@@ -312,6 +343,30 @@ def test_what_only_the_engine_knows_is_refused_before_the_first_row(work, model,
     assert "Note: the calibration is for something else and used anyway: " in done.stderr
     run = json.loads(Path("out/run.json").read_text())
     assert f"{' and '.join(run['calibration']['differs'])} differ" in says.replace("differs", "differ")
+
+
+def test_replayed_answers_are_refused_by_a_calibration_of_made_ones(work):
+    given = [{**row, "response": f"Answer {number}."} for number, row in enumerate(rows())]
+    done = work.score("--calibration", "c.json", "--replay", given=given)
+    assert done.exit_code == 2
+    assert "answers (in the calibration made, here replayed) differs" in done.stderr
+    assert list(Path("out").iterdir()) == []
+    done = work.score("--calibration", "c.json", "--replay", "--calibration-anyway", given=given)
+    assert done.exit_code == 0, done.output
+    differs = json.loads(Path("out/run.json").read_text())["calibration"]["differs"]
+    assert differs == ["answers (in the calibration made, here replayed)"]
+    # A replayed run is for itself, and different answers to one prompt are different samples of one group.
+    done = work.score("--replay", "--window", "1:4", given=given, out="replayed")
+    assert done.exit_code == 0, done.output
+    done = headrift_("calibrate", "replayed", "--out", "r.json", "--window", "1:4", "--resamples", 0)
+    assert done.exit_code == 0, done.output
+    calibration = Calibration.load("r.json")
+    assert (calibration.data.replay, work.calibration.data.replay, work.calibration.data.steps) == (True, False, 12)
+    assert (calibration.classes["benign"].distinct, work.calibration.classes["benign"].distinct) == (85, 80)
+    assert calibration.setting.n == 80
+    done = work.score("--calibration", "r.json", given=rows(), out="made")
+    assert "answers (in the calibration replayed, here made) differs" in done.stderr
+    assert headrift_("report", "replayed", "--calibration", "c.json", "--out", "r.html").exit_code == 2
 
 
 def test_a_run_is_resumed_with_its_own_calibration_only(work):

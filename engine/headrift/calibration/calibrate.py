@@ -221,6 +221,9 @@ def _alerts(calibration: Calibration) -> str:
     rate = calibration.figures.get("fpr_traffic")
     most = f"{setting.target_fpr:.1%}" if daily is None else f"{setting.target_fpr * daily:,.0f}"
     promise = f"at most {most} promised {sure}, set on {setting.n:,} prompts"
+    attacks = calibration.procedure["contamination"]
+    if attacks is not None:
+        promise += f", if at most {attacks:.3g} of the prompts are attacks"
     if rate is None or rate.interval is None:
         return promise if daily is None else f"{promise}, if all {daily:,} of a day are benign"
     low, high = rate.interval

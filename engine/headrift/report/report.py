@@ -162,7 +162,7 @@ def _sections(*contents: tuple[str, str, Iterable[html.Block]]) -> list[html.Sec
 def _calibrated_range(calibration: Calibration, runs: Sequence[ScoreRun]) -> ScoreRange:
     """Return the calibration's window and layers. Error if it is of another model, or the runs did not record them."""
     window, steps = Window.parse(calibration.window), min(run.steps for run in runs)
-    calibration.check(runs[0].model, window, calibration.drop_shallow, calibration.drop_deep)
+    calibration.check(runs[0].model, window, calibration.drop_shallow, calibration.drop_deep, runs[0].replay)
     if not calibration.ranged:
         return common_range(runs)
     if sections.instability_direction(calibration) is None:  # what it reads is of the runs' own window
