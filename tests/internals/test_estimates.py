@@ -137,6 +137,13 @@ def test_the_slope_is_that_of_least_squares_and_welchs_test_that_of_the_differen
     assert with_feature(alike, has).interval == pytest.approx(tuple(welch.confidence_interval()))
 
 
+def test_a_perfect_correlation_is_one_and_has_no_interval():
+    results = with_length(np.repeat(TOKENS[None], 5, 0) ** 2, TOKENS)
+    assert results["spearman"].value == pytest.approx(1)
+    assert results["spearman"].interval is None
+    assert results["pearson"].interval is not None
+
+
 def test_a_prompt_that_long_system_prompts_lack_is_no_effect_of_length():
     values = np.random.default_rng(7).normal(0, 0.1, (40, 40))
     values[:10] += 50

@@ -20,13 +20,13 @@ from headrift.internals.estimates import (
     column,
     correlation,
     difference,
-    fisher_z,
     nan_mean,
     of_systems,
     over_prompts,
     over_systems,
     slope,
     spearman,
+    with_variance,
 )
 from headrift.internals.sentences import Rules, effect_of_features, rank_sentences
 from headrift.runs.folder import list_column
@@ -170,12 +170,12 @@ def _predicting(changes: Changes, place: str, *, within: bool) -> Estimates:
 
     def of_means(values: Floats) -> tuple[Floats, Floats, Floats]:
         values = values[np.isfinite(values).all(1)]
-        return fisher_z(spearman(values[:, 1:], values[:, :1]).reshape(shape), len(values))
+        return with_variance(spearman(values[:, 1:], values[:, :1]).reshape(shape), len(values))
 
     rows = int(valid.sum())
     if within:
         return of_systems(correlations, both, rows=rows)
-    return of_systems(means, both, of_means, rows, np.tanh)
+    return of_systems(means, both, of_means, rows, is_correlation=True)
 
 
 def _cka(table: pa.Table | None, layers: int) -> dict[str, dict[str, Floats]]:
@@ -204,8 +204,8 @@ def with_length(values: Floats, tokens: Floats) -> dict[str, Estimate]:
     """Correlations of system prompts' values [prompts, systems] and tokens [systems], and the slope per 100 tokens."""
     values = _within_prompts(values)
     return {
-        "spearman": over_systems(values, correlation(tokens, ranks=True), back=np.tanh).at(),
-        "pearson": over_systems(values, correlation(tokens, ranks=False), back=np.tanh).at(),
+        "spearman": over_systems(values, correlation(tokens, ranks=True), is_correlation=True).at(),
+        "pearson": over_systems(values, correlation(tokens, ranks=False), is_correlation=True).at(),
         "per_100_tokens": over_systems(values, slope(tokens / 100)).at(),
     }
 

@@ -181,20 +181,19 @@ def slope(x: Floats) -> Statistic:
 
 
 def correlation(x: Floats, *, ranks: bool) -> Statistic:
-    """Pearson's or Spearman's (`ranks`) correlation of the units' values and x [units], as Fisher's z."""
+    """Pearson's or Spearman's (`ranks`) correlation of the units' values and x [units]."""
 
     def statistic(values: Floats) -> tuple[Floats, Floats, Floats]:
         y, own = _finite(values, x)
-        return fisher_z((spearman if ranks else pearson)(own, y), len(y)) if len(y) else _NOTHING
+        return with_variance((spearman if ranks else pearson)(own, y), len(y)) if len(y) else _NOTHING
 
     return statistic
 
 
-def fisher_z(r: Floats, n: int) -> tuple[Floats, Floats, Floats]:
-    """Fisher's z of correlations of n units, and its variance (Bonett and Wright, 2000, which fits ranks too)."""
-    r = np.where(np.abs(r) < 1 - _ROUNDING, r, np.nan)
-    variance = (1 + r * r / 2) / (n - 3) if n > _MIN_UNITS else np.full(np.shape(r), np.nan)
-    return np.arctanh(r), variance, np.full(np.shape(r), n - 2.0)
+def with_variance(r: Floats, n: int) -> tuple[Floats, Floats, Floats]:
+    """Correlations of n units with their variances: of Fisher's z (Bonett and Wright, 2000, which fits ranks too)."""
+    of_z = (1 + r * r / 2) / (n - 3) if n > _MIN_UNITS else np.full(np.shape(r), np.nan)
+    return r, of_z * (1 - r * r) ** 2, np.full(np.shape(r), n - 2.0)
 
 
 def _finite(values: Floats, x: Floats) -> tuple[Floats, Floats]:
@@ -225,7 +224,7 @@ def over_systems(
     values: Any,
     statistic: Statistic = mean,
     rows: int | None = None,
-    back: Callable[[Floats], Floats] | None = None,
+    is_correlation: bool = False,
 ) -> Estimates:
     """A statistic of one value per system prompt, the mean over prompts of values [prompts, systems, ...].
 
@@ -233,12 +232,12 @@ def over_systems(
         values: NaN is left out.
         statistic: of the system prompts' values.
         rows: how many there are, if not one per prompt and system prompt.
-        back: applied to the result and its bounds, if the statistic is transformed.
+        is_correlation: whether the interval is on Fisher's scale.
     """
     values = np.asarray(values, np.float64)
     if rows is None:
         rows = int(np.isfinite(values).reshape(*values.shape[:2], -1).any(2).sum())
-    return of_systems(lambda kept: nan_mean(values[kept], 0), values, statistic, rows, back)
+    return of_systems(lambda kept: nan_mean(values[kept], 0), values, statistic, rows, is_correlation)
 
 
 def of_systems(
@@ -246,7 +245,7 @@ def of_systems(
     values: Floats,
     statistic: Statistic = mean,
     rows: int = 0,
-    back: Callable[[Floats], Floats] | None = None,
+    is_correlation: bool = False,
 ) -> Estimates:
     """A statistic of one value per system prompt, with an interval over system prompts and prompts.
 
@@ -257,7 +256,7 @@ def of_systems(
     Args:
         by_system: of the prompts to use [prompts], the system prompts' values [systems, ...].
         values: [prompts, systems, ...], NaN if there is none; for counts.
-        statistic, rows, back: as for `over_systems`.
+        statistic, rows, is_correlation: as for `over_systems`.
     """
     has_values = np.asarray(np.isfinite(values).reshape(len(values), -1).any(axis=1))
     value, variance, df = statistic(by_system(has_values))
@@ -268,7 +267,8 @@ def of_systems(
         without = np.stack([statistic(by_system(_without(has_values, i)))[0] for i in np.flatnonzero(has_values)])
         of_prompts = ((without - without.mean(0)) ** 2).sum(0) * (prompts - 1) / prompts
         variance, df = _sum_of_variances((variance, df), (of_prompts, np.full(np.shape(df), prompts - 1.0)))
-    return _estimates(value, variance, df, _size(values), prompts, systems, rows, back)
+    size = 1.0 if is_correlation else _size(values)
+    return _estimates(value, variance, df, size, prompts, systems, rows, is_correlation)
 
 
 def _without(has_values: Bools, i: Any) -> Bools:
@@ -294,17 +294,20 @@ def _estimates(
     prompts: int,
     systems: int | None,
     rows: int,
-    back: Callable[[Floats], Floats] | None = None,
+    is_correlation: bool = False,
 ) -> Estimates:
     """size: the largest of the values; a spread that rounding explains is none."""
     from scipy import stats
 
     error = np.sqrt(np.where(variance > (_ROUNDING * size) ** 2, variance, np.nan))
+    middle = np.asarray(value, np.float64)
+    if is_correlation:
+        inside = np.where(np.abs(middle) < 1 - _ROUNDING, middle, np.nan)
+        middle, error = np.arctanh(inside), error / (1 - inside * inside)
     half = stats.t.ppf((1 + CONFIDENCE) / 2, df) * error
-    p = 2 * stats.t.sf(np.abs(value) / error, df)
-    numbers = (np.asarray(one, np.float64) for one in (value, value - half, value + half))
-    value, low, high = (one if back is None else back(one) for one in numbers)
-    return Estimates(value, low, high, np.asarray(p, np.float64), prompts, systems, rows)
+    low, high = (np.tanh(one) if is_correlation else np.asarray(one) for one in (middle - half, middle + half))
+    p = 2 * stats.t.sf(np.abs(middle) / error, df)
+    return Estimates(np.asarray(value, np.float64), low, high, np.asarray(p), prompts, systems, rows)
 
 
 def corrected(p: Sequence[float]) -> Floats:
