@@ -31,7 +31,7 @@ SHOWN = {
             "largest relative change of",
             "Spearman across system",
             "95% interval",
-            "less that as system prompt",
+            "less that as system",
         ),
         ("internals",),
     ),

@@ -191,9 +191,9 @@ def correlation(x: Floats, *, ranks: bool) -> Statistic:
 
 
 def with_variance(r: Floats, n: int) -> tuple[Floats, Floats, Floats]:
-    """Correlations of n units with their variances: of Fisher's z (Bonett and Wright, 2000, which fits ranks too)."""
-    of_z = (1 + r * r / 2) / (n - 3) if n > _MIN_UNITS else np.full(np.shape(r), np.nan)
-    return r, of_z * (1 - r * r) ** 2, np.full(np.shape(r), n - 2.0)
+    """Correlations of n units with the variance of their Fisher's z (Bonett and Wright, 2000, which fits ranks too)."""
+    variance = (1 + r * r / 2) / (n - 3) if n > _MIN_UNITS else np.full(np.shape(r), np.nan)
+    return r, variance, np.full(np.shape(r), n - 2.0)
 
 
 def _finite(values: Floats, x: Floats) -> tuple[Floats, Floats]:
@@ -232,7 +232,7 @@ def over_systems(
         values: NaN is left out.
         statistic: of the system prompts' values.
         rows: how many there are, if not one per prompt and system prompt.
-        is_correlation: whether the interval is on Fisher's scale.
+        is_correlation: whether the interval is on Fisher's scale, and over system prompts only.
     """
     values = np.asarray(values, np.float64)
     if rows is None:
@@ -251,7 +251,8 @@ def of_systems(
 
     Its variance is that over system prompts plus that over prompts, by the jackknife. What is neither the prompt's nor
     the system prompt's is in both, so that it is rather too large than too small. Student's interval, with
-    Satterthwaite's degrees of freedom.
+    Satterthwaite's degrees of freedom. Correlations, which the jackknife does not suit near 1, have an interval over
+    system prompts only.
 
     Args:
         by_system: of the prompts to use [prompts], the system prompts' values [systems, ...].
@@ -263,7 +264,7 @@ def of_systems(
     prompts, systems = int(has_values.sum()), _count(values, 1)
     if prompts < _MIN_UNITS:
         variance = np.full(np.shape(value), np.nan)
-    else:
+    elif not is_correlation:
         without = np.stack([statistic(by_system(_without(has_values, i)))[0] for i in np.flatnonzero(has_values)])
         of_prompts = ((without - without.mean(0)) ** 2).sum(0) * (prompts - 1) / prompts
         variance, df = _sum_of_variances((variance, df), (of_prompts, np.full(np.shape(df), prompts - 1.0)))
@@ -303,7 +304,7 @@ def _estimates(
     middle = np.asarray(value, np.float64)
     if is_correlation:
         inside = np.where(np.abs(middle) < 1 - _ROUNDING, middle, np.nan)
-        middle, error = np.arctanh(inside), error / (1 - inside * inside)
+        middle = np.arctanh(inside)
     half = stats.t.ppf((1 + CONFIDENCE) / 2, df) * error
     low, high = (np.tanh(one) if is_correlation else np.asarray(one) for one in (middle - half, middle + half))
     p = 2 * stats.t.sf(np.abs(middle) / error, df)

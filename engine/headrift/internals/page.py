@@ -41,8 +41,9 @@ _WITHIN_LABELS = {
 _MORE, _GROWS = ("shown: more", "shown: less"), ("shown: longer, more", "shown: longer, less")
 _CAUTION = (
     "Numbers with a count of system prompts are about system prompts in general: one value per system prompt, an "
-    f"interval over system prompts and prompts, and no verdict with fewer than {MIN_SYSTEMS} system prompts. The "
-    "others are about one given system prompt or sentence: their intervals are over prompts. Verdicts allow for the "
+    "interval over system prompts and (but for correlations) prompts, and no verdict with fewer than "
+    f"{MIN_SYSTEMS} system prompts. The others are about one given system prompt or sentence: their intervals are over "
+    "prompts. Verdicts allow for the "
     f"number of tests in their table (Benjamini and Hochberg, {ALPHA:.0%}); intervals do not. 'Not shown' does not "
     "say that there is no effect. Nothing is said of other models."
 )
@@ -288,8 +289,10 @@ def _predicting_pictures(results: Results, changes: Changes) -> Pictures:
         for place, where in _PLACE_LABELS.items():
             figure = _lines(results["predicting_kl"][name][place], COMPONENTS, "Spearman, change and next-token KL")
             title = f"Correlation of a layer's change at {where} and the next token's KL, {words}"
-            file = f"{'within' if name == 'within_system_prompts' else 'across'}_{place}"
-            yield file, figure, title, f"{_BANDS} They do not allow for the number of layers."
+            is_within = name == "within_system_prompts"
+            file = f"{'within' if is_within else 'across'}_{place}"
+            bands = _BANDS if is_within else "Bands: 95% intervals over system prompts."
+            yield file, figure, title, f"{bands} They do not allow for the number of layers."
 
 
 def _length_pictures(results: Results, changes: Changes) -> Pictures:
