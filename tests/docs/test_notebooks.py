@@ -28,7 +28,7 @@ SHOWN = {
     "model_internals": (
         (
             "check: neutral text",
-            "largest relative change of",
+            "largest relative",
             "Spearman across system",
             "95% interval",
             "less that as system",
