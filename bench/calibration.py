@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import utils
 from utils import Stopwatch
 
+from headrift.near_duplicates import NUMBERS
 from headrift.runs.parts import part_schema
 from helpers.made_runs import columns_of, write_about
 
@@ -53,6 +54,9 @@ def make_rows(start: int, n: int, n_all: int, steps: int, layers: int, schema: p
     repeated = random.random(n) < 0.1
     group = np.where(repeated, random.integers(0, max(n_all // 100, 1), n), n_all + start + np.arange(n))
     columns = columns_of(values, np.where(attack, "attack", "benign"), 2 * group + attack, n_steps=n_steps)
+    # No two prompts are near duplicates, which is what takes longest to see.
+    sketches = np.random.default_rng(group).integers(0, 1 << 16, (n, NUMBERS)).astype(np.uint16)
+    columns |= {"minhash": [sketch.tobytes() for sketch in sketches]}
     columns |= {"prompt_tokens": random.integers(10, 900, n, np.int32), "system_share": random.random(n)}
     return pa.table({field.name: columns.get(field.name, pa.nulls(n)) for field in schema}).cast(schema)
 

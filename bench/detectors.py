@@ -81,6 +81,7 @@ def make_run(folder: Path, n: int) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from headrift.near_duplicates import NUMBERS
     from headrift.runs.parts import part_schema
 
     schema = part_schema((), layers=LAYERS, heads=HEADS, regions=("system", "user", "prompt"))
@@ -95,6 +96,7 @@ def make_run(folder: Path, n: int) -> None:
         columns = {
             "label": np.where(attack, "attack", "benign"),
             "group": [f"{first + place:016x}" for place in range(rows)],
+            "minhash": [random.bytes(2 * NUMBERS) for _ in range(rows)],
             "system_hash": ["0" * 16] * rows,
             "source": ["made-up.jsonl"] * rows,
             "n_steps": np.zeros(rows, np.int32),

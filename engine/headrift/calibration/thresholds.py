@@ -47,12 +47,13 @@ class CalibrateConfig:
     signal: str = "auto"  # to detect by; auto chooses
     prefill_only: bool = False  # use step 0 alone, also if the runs recorded more
     by_category: bool = False  # keep categories whole in cross-validation
-    grouping: Grouping = Grouping.AUTO
+    grouping: Grouping = Grouping.AUTO  # or its value: "auto", "own", "near"
     folds: int = 5
     resamples: int = 200
     seed: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "grouping", Grouping(self.grouping))
         if not 0 < self.target_fpr < 1:
             raise CalibrationError(f"--target-fpr {self.target_fpr} is not a rate between 0 and 1, as 0.05 is")
         if not 0 <= self.contamination < 1:

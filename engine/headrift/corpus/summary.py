@@ -7,6 +7,7 @@ medians, the figure and AUROC are over at most 20,000 rows per class, chosen by 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,8 @@ from numpy.typing import NDArray
 
 from headrift.corpus.judging import GatedClass, Judged, print_gated
 from headrift.corpus.rows import LABELS
-from headrift.runs.reading import HARD, hashes, mix, prompt_keys, read_batches
+from headrift.near_duplicates import NUMBERS
+from headrift.runs.reading import HARD, group_prompts, hashes, mix, prompt_keys, read_batches, sketches
 from headrift.signals import signals
 from headrift.stats import TARGET_FPR, Bounds, Separation, separation
 from headrift.terminal import print_table
@@ -34,8 +36,9 @@ _CLASSES = (*LABELS, "unlabelled")
 _MAX_CATEGORIES = 1000
 _MAX_OF_CLASS = 20_000  # rows, or distinct prompts, kept per class
 COLUMNS = ["label", "category", "score", "reason", "prompt_tokens", "answer_tokens", "n_steps", "group"]
-_HASHES = ["prompt_hash", "answer_hash", "system_hash"]
+_HASHES = ["prompt_hash", "answer_hash", "system_hash", "minhash"]
 _OTHER = "(other)"
+_OF_GROUP = ("order", "detector", "group", "text", "sketch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +118,7 @@ class Summary:
         self._classes = {name: _Class() for name in _CLASSES}
         self._category_numbers: dict[str | None, int] = {None: 0}
         self._comparisons: list[Comparison] | None = None
+        self._sketched = True  # whether the MinHash of every prompt is known
 
     @classmethod
     def of_folder(cls, folder: Path, last_step: int, judge: Judge | None = None) -> Summary:
@@ -139,6 +143,8 @@ class Summary:
         scores = named["score"].to_numpy(zero_copy_only=False).astype(np.float64)
         self.no_score.update(reason for reason in named["reason"].to_pylist() if reason is not None)
         group, prompt = hashes(batch, "group"), prompt_keys(batch)
+        sketch = sketches(batch)
+        self._sketched &= sketch is not None
         order = np.arange(self._n_added, self._n_added + len(labels), dtype=np.uint64)
         # A run that an earlier version made with a calibration was judged by its scores.
         values = batch.column("detector") if "detector" in batch.schema.names else named["score"]
@@ -148,6 +154,8 @@ class Summary:
             "detector": values.to_numpy(zero_copy_only=False).astype(np.float64),
             "category": np.array([self._category_number(name) for name in named["category"].to_pylist()], np.int32),
             "group": group,
+            "text": hashes(batch, "prompt_hash", "group"),
+            "sketch": np.zeros((len(labels), NUMBERS), np.uint16) if sketch is None else sketch,
             **{length.name: named[length.name].to_numpy() for length in signals(length=True)},
         }
         for name, of_class in self._classes.items():
@@ -163,7 +171,7 @@ class Summary:
             of_row = {name: kept[name] for name in ("order", "score", "detector", "category")}
             of_class.rows.add(mix(order[selected]), order[selected], **of_row)
             of_class.prompts.add(prompt[selected], order[selected], **kept)
-            group_key, of_group = mix(group[selected]), {name: kept[name] for name in ("order", "detector")}
+            group_key, of_group = mix(group[selected]), {name: kept[name] for name in _OF_GROUP}
             of_class.groups.add(group_key, prompt[selected], **of_group)
         self._comparisons = None
 
@@ -244,14 +252,23 @@ class Summary:
     def prompt_values(self) -> dict[str, tuple[NDArray[np.float64], NDArray[np.int64]]]:
         """Return the detector's values of each class's distinct prompts, NaN without one, and their groups."""
         return {
-            label: (prompts.in_order("detector"), np.unique(prompts.in_order("group"), return_inverse=True)[1])
+            label: (prompts.in_order("detector"), self._groups(prompts.in_order))
             for label, of_class in self._with_rows()
             for prompts in [of_class.prompts]
         }
 
+    def _groups(self, column: Callable[[str], NDArray[Any]]) -> NDArray[np.int64]:
+        """The groups of prompts, given their columns: their own or, if there are many without one, near duplicates."""
+        group, text = (np.unique(column(name), return_inverse=True)[1] for name in ("group", "text"))
+        return group_prompts(group, text, lambda rows: column("sketch")[rows] if self._sketched else None)[0]
+
     def group_values(self) -> dict[str, NDArray[np.float64]]:
         """Return the detector's values of one prompt of each group, by class; NaN without one."""
-        return {label: of_class.groups.in_order("detector") for label, of_class in self._with_rows()}
+        values = {}
+        for label, of_class in self._with_rows():
+            column = of_class.groups.in_order
+            values[label] = column("detector")[np.unique(self._groups(column), return_index=True)[1]]
+        return values
 
     def by_category(self, column: str = "score") -> dict[tuple[str, str], NDArray[np.float64]]:
         """Return the scores, or `detector`, of each class and category with rows, in order of first appearance.
@@ -296,7 +313,7 @@ class Summary:
         if not n_attack or not n_benign:
             return None
         attack = np.arange(n_attack + n_benign) < n_attack
-        groups, scores = np.unique(both("group"), return_inverse=True)[1], both("score")
+        groups, scores = self._groups(both), both("score")
         measures, valid = {}, ~np.isnan(scores)
         if self._detector is not None:
             measures[f"detector: {self._detector}"] = separation(both("detector"), attack, groups)

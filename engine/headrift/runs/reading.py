@@ -294,7 +294,7 @@ def read_rows(runs: Sequence[ScoreRun], grouping: Grouping = Grouping.AUTO) -> R
         raise RunError("the runs have no rows: there is nothing to calibrate on")
     names = ("group", "text", "prompt")
     group, text, prompt = (np.unique(joined.pop(name), return_inverse=True)[1] for name in names)
-    group, grouped = _grouped(runs, group, text, grouping)
+    group, grouped = group_prompts(group, text, partial(_minhashes, runs), grouping)
     return Rows(
         joined["label"],
         group,
@@ -309,8 +309,19 @@ def read_rows(runs: Sequence[ScoreRun], grouping: Grouping = Grouping.AUTO) -> R
     )
 
 
-def _grouped(runs: Sequence[ScoreRun], group: Ints, text: Ints, grouping: Grouping) -> tuple[Ints, Grouped]:
-    """The rows' groups, and what they are. group, text: numbers of the rows' own groups and of their texts."""
+def group_prompts(
+    group: Ints,
+    text: Ints,
+    minhashes: Callable[[Ints], NDArray[np.uint16] | None],
+    grouping: Grouping = Grouping.AUTO,
+) -> tuple[Ints, Grouped]:
+    """The groups of rows, and what they are.
+
+    Args:
+        group, text: [rows] numbers of the rows' own groups and of their texts, from 0.
+        minhashes: of numbers of rows [n], their texts' MinHashes [n, NUMBERS]; None if they are not known.
+        grouping: what makes a group.
+    """
     n, first = int(text.max()) + 1, np.unique(text, return_index=True)[1]
     # Without a key a row's group is its text.
     keys = len(np.unique(group)) != n or bool((group[first][text] != group).any())
@@ -319,7 +330,7 @@ def _grouped(runs: Sequence[ScoreRun], group: Ints, text: Ints, grouping: Groupi
             return group, Grouped()
         n_groups = int(group.max()) + 1
         return group, Grouped(keys=True, note=f"{n:,} prompts are in {n_groups:,} groups, by the rows' own `group`")
-    signatures = _minhashes(runs, first)
+    signatures = minhashes(first)
     if signatures is None:
         if grouping is Grouping.NEAR:
             raise RunError(
@@ -339,6 +350,13 @@ def _grouped(runs: Sequence[ScoreRun], group: Ints, text: Ints, grouping: Groupi
     return near[text], Grouped(Grouping.NEAR, keys, note)
 
 
+def sketches(batch: pa.RecordBatch) -> NDArray[np.uint16] | None:
+    """The MinHashes of a batch's prompts [rows, NUMBERS]; None if its part did not keep them."""
+    if "minhash" not in batch.schema.names or batch.column("minhash").null_count:
+        return None
+    return np.frombuffer(b"".join(batch.column("minhash").to_pylist()), np.uint16).reshape(-1, NUMBERS)
+
+
 def _minhashes(runs: Sequence[ScoreRun], selected: Ints) -> NDArray[np.uint16] | None:
     """The MinHashes of the prompts of rows with these numbers [n]: [n, NUMBERS].
 
@@ -351,19 +369,16 @@ def _minhashes(runs: Sequence[ScoreRun], selected: Ints) -> NDArray[np.uint16] |
         for batch in run.batches(["label", "minhash", "prompt"]):
             start, stop = np.searchsorted(selected[order], [first, first + batch.num_rows])
             places = order[start:stop]
-            for place in places:
-                row = int(selected[place] - first)
-                sketch, text = (
-                    batch.column(name)[row].as_py() if name in batch.schema.names else None
-                    for name in ("minhash", "prompt")
-                )
-                if sketch is not None:
-                    signatures[place] = np.frombuffer(sketch, np.uint16)
-                elif text is not None:
-                    signatures[place] = minhash(text.casefold())
-                else:
-                    return None
+            part = batch.take(pa.array(selected[places] - first))
             first += batch.num_rows
+            kept = sketches(part)
+            if kept is not None:
+                signatures[places] = kept
+            elif "prompt" in part.schema.names and not part.column("prompt").null_count:
+                for place, text in zip(places, part.column("prompt").to_pylist()):
+                    signatures[place] = minhash(text.casefold())
+            else:
+                return None
     return signatures
 
 
