@@ -2,8 +2,8 @@
 
 All intervals have 95% confidence. Bootstrap intervals come from resampling whole groups (prompts that are alike) with
 replacement; the same input and seed give the same interval. Percentile intervals of few groups are too narrow, so they
-are expanded: Hesterberg, "What Teachers Should Know About the Bootstrap" (2015). The number of groups that
-counts is that of the class that has fewer, not the number of rows.
+are expanded: Hesterberg, "What Teachers Should Know About the Bootstrap" (2015). The number of groups that counts is
+that of the class that has fewer, not the number of rows.
 """
 
 from __future__ import annotations

@@ -214,8 +214,13 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.nanmean(values)) if not np.isnan(values).all() else np.nan
 
 
+_LEAST = 1e-9  # average precision in log-odds is no nearer to 0 and 1
+
+
 def _bounds(name: str, value: float, drawn: list[float], samples: CalibrationSamples) -> Bounds | None:
     """95% interval of a metric; None if most resamples lack it, or a class has a handful of groups."""
+    from scipy.special import expit, logit
+
     groups = {
         label: stats.effective_groups(samples.group[mask])
         for label, mask in (("attack", samples.attack), ("benign", ~samples.attack))
@@ -223,8 +228,13 @@ def _bounds(name: str, value: float, drawn: list[float], samples: CalibrationSam
     }
     if np.isnan(drawn).sum() > len(drawn) / 2 or min(groups.values()) < stats.MIN_FOR_INTERVAL:
         return None
+    if name == "auprc":
+        # Few prompts raise the precision, and a resample has fewer: twice its bias is taken off, as log-odds.
+        log_odds = logit(np.clip([value, *drawn], _LEAST, 1 - _LEAST))
+        shifted = expit(log_odds[1:] - 2 * (np.nanmean(log_odds[1:]) - log_odds[0])) if drawn else drawn
+        return stats.percentile_bounds(shifted, min(groups.values()))
     if name in POOLED:
-        # Resamples repeat benign prompts, which raises precision and true positives: what they add is taken off.
+        # Resamples repeat benign prompts, which raises true positives: what they add is taken off.
         drawn = list(np.clip(np.array(drawn) - np.nanmean(drawn) + value, 0, 1)) if drawn else drawn
     if name in ("auroc", "auroc_scored"):
         return stats.auroc_bounds(value, drawn, groups["attack"], groups["benign"])
@@ -233,9 +243,7 @@ def _bounds(name: str, value: float, drawn: list[float], samples: CalibrationSam
     if name == "fpr_traffic":
         rows = np.repeat(samples.group[~samples.attack], samples.repeats[~samples.attack])
         return stats.rate_bounds(value, drawn, stats.effective_groups(rows))
-    if name == "fpr":
-        return stats.rate_bounds(value, drawn, groups["benign"])
-    return stats.percentile_bounds(drawn, min(groups.values()))
+    return stats.rate_bounds(value, drawn, groups["benign"])
 
 
 def threshold_setting(config: CalibrateConfig, part_b: Floats, cut: float, above: int) -> ThresholdSetting:
