@@ -344,7 +344,7 @@ def group_prompts(
     near = near_groups(signatures)
     n_groups = int(near.max()) + 1
     largest = int(np.bincount(near).max())
-    note = None
+    note = f"no near duplicates are among {n:,} prompts"
     if n_groups < n:
         note = f"{n:,} prompts are in {n_groups:,} groups of near duplicates, the largest of {largest:,} (--group near)"
     return near[text], Grouped(Grouping.NEAR, keys, note)
