@@ -275,8 +275,7 @@ def difference(one: list[dict], other: list[dict], name: str, comparisons: int) 
     from scipy.stats import norm
 
     from headrift.consistency.evaluation import RATES
-    from headrift.consistency.summary import change_interval
-    from headrift.stats import ClusterBootstrap, percentile_bounds
+    from headrift.stats import ClusterBootstrap, change_interval, percentile_bounds
 
     (values, question), (others, other_question) = (values_of(rows, "after", name) for rows in (one, other))
     n = int(question.max()) + 1

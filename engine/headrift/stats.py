@@ -241,6 +241,23 @@ def mean_interval(values: ArrayLike, comparisons: int = 1) -> Interval:
     return Interval(mean, float(mean - half), float(mean + half))
 
 
+def change_interval(differences: Floats, group: Ints, z: float = Z) -> Bounds:
+    """Interval of the mean difference of two rates of the same samples, by Bonett and Price (2012).
+
+    It is the usual interval of a mean over groups, with two more groups added: one of difference 1, one of -1.
+
+    Args:
+        differences: [n] from -1 to 1.
+        group: [n] the group of each sample.
+        z: quantile of the normal distribution; by default for 95%.
+    """
+    number = np.unique(group, return_inverse=True)[1]
+    by_group = np.bincount(number, differences) / np.bincount(number)
+    widened = np.append(by_group, (1.0, -1.0))
+    half = z * widened.std() / np.sqrt(len(widened))
+    return max(-1.0, float(widened.mean() - half)), min(1.0, float(widened.mean() + half))
+
+
 def highest_rate(k: int, n: int) -> float:
     """The highest rate that k of n do not rule out with 95% confidence (one-sided Clopper-Pearson)."""
     from scipy.stats import beta

@@ -195,7 +195,7 @@ def test_bad_input_has_an_error_of_its_own(make, case):
 
 def test_a_readout_of_another_model_is_refused(make, planted):
     run = make.run_of_patterns(10, 40, 80, layers=6, heads=4)
-    with pytest.raises(CalibrationError, match="something else: .*number of layers"):
+    with pytest.raises(CalibrationError, match=r"something else: .*number of layers"):
         calibrate([run], config(), readout=planted)
 
 

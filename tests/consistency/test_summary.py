@@ -5,9 +5,9 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from headrift.consistency.scoring import part_schema
-from headrift.consistency.summary import PREDICTORS, change_interval, print_summary, rate_interval, summarise
+from headrift.consistency.summary import PREDICTORS, print_summary, rate_interval, summarise
 from headrift.runs.folder import table_from_records
-from headrift.stats import ClusterBootstrap, wilson_interval
+from headrift.stats import ClusterBootstrap, change_interval, wilson_interval
 
 LAYERS, HEADS, QUESTIONS, FAMILIES = 2, 3, 40, ("hint", "talk")
 

@@ -2,7 +2,7 @@
 
 Every measure is taken of the model before (adapter off) and after (adapter on), on the same prompts. Values are means
 over pairs with 95% percentile intervals from resampling questions (passages, for the perplexity); the change uses the
-same resamples. Rates have the intervals of `summary.rate_interval`, and their changes those of `change_interval`.
+same resamples. Rates have the intervals of `summary.rate_interval`, and their changes those of `stats.change_interval`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from headrift.consistency import losses, models
 from headrift.consistency.answers import flipped, is_hinted, is_right
 from headrift.consistency.data import DataConfig, load_data, render, sample_wrappers
 from headrift.consistency.pairs import Pair
-from headrift.consistency.summary import cell, change_interval, estimate, mean_estimate
+from headrift.consistency.summary import cell, estimate, mean_estimate
 from headrift.consistency.trainer import ADAPTER, TRAINING
 from headrift.model_facts import read_model
 from headrift.runs.folder import JobError, atomic_path, model_fingerprint, versions, write_json
-from headrift.stats import Bools, ClusterBootstrap, Floats, Ints, side
+from headrift.stats import Bools, ClusterBootstrap, Floats, Ints, change_interval, side
 from headrift.terminal import print_table
 
 RESULT, REPLIES = "evaluation.json", "replies.jsonl"

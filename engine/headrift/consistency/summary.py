@@ -22,7 +22,6 @@ from headrift.stats import (
     Floats,
     Interval,
     Ints,
-    Z,
     effective_groups,
     rate_bounds,
     separation,
@@ -120,23 +119,6 @@ def rate_interval(draws: Floats, question: Ints) -> Bounds:
     """
     n, rate = effective_groups(question), float(draws[0])
     return rate_bounds(rate, draws[1:], n) or wilson_interval(rate * n, n)
-
-
-def change_interval(differences: Floats, question: Ints, z: float = Z) -> Bounds:
-    """Interval of the mean difference of two rates of the same pairs, by Bonett and Price (2012).
-
-    It is the usual interval of a mean over questions, with two more questions added: one of difference 1, one of -1.
-
-    Args:
-        differences: [pairs] between -1 and 1.
-        question: [pairs] the number of each pair's question.
-        z: quantile of the normal distribution; by default for 95%.
-    """
-    _, index = np.unique(question, return_inverse=True)
-    by_question = np.bincount(index, differences) / np.bincount(index)
-    widened = np.append(by_question, (1.0, -1.0))
-    half = z * widened.std() / np.sqrt(len(widened))
-    return max(-1.0, float(widened.mean() - half)), min(1.0, float(widened.mean() + half))
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.resources import files
-from math import sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +22,18 @@ import numpy as np
 
 from headrift.figures import new_figure, save, short
 from headrift.safety_heads.ships import Head
-from headrift.stats import CONFIDENCE, Bools, Bounds, ClusterBootstrap, Floats, Interval, Ints, Z, side, wilson_interval
+from headrift.stats import (
+    CONFIDENCE,
+    Bools,
+    Bounds,
+    ClusterBootstrap,
+    Floats,
+    Interval,
+    Ints,
+    change_interval,
+    side,
+    wilson_interval,
+)
 
 # A refusal has to begin in this many characters; the sentence around the last of them is searched to its end.
 OPENING = 300
@@ -106,19 +116,9 @@ def paired_difference(first: Sequence[bool] | Bools, second: Sequence[bool] | Bo
 
     one, other = np.asarray(first, bool), np.asarray(second, bool)
     n, began, ended = len(one), int((one & ~other).sum()), int((~one & other).sum())
-    interval = difference_interval(one.astype(float) - other)
+    interval = change_interval(one.astype(float) - other, np.arange(len(one)))
     p_value = float(binomtest(began, began + ended).pvalue) if began + ended else 1.0
     return PairedDifference(n, began, ended, (began - ended) / n, interval, p_value)
-
-
-def difference_interval(differences: Floats) -> Bounds:
-    """95% interval of a mean difference of rates by Bonett and Price (2012), of queries' differences [n] from -1 to 1.
-
-    It is the usual interval of a mean, with two more queries added: one of difference 1, one of -1.
-    """
-    widened = np.append(differences, (1.0, -1.0))
-    middle, half = float(widened.mean()), float(Z * widened.std() / sqrt(len(widened)))
-    return max(-1.0, middle - half), min(1.0, middle + half)
 
 
 def mean_interval(values: Floats, weights: Floats | None = None) -> Bounds | None:
@@ -215,7 +215,10 @@ def against_controls(answers: Mapping[str, ArmAnswers], labels: Sequence[str]) -
         return {}
     difference = answers[ABLATED].refused.astype(float) - np.mean(controls, axis=0)
     by_label = {label: difference[mask] for label, mask in _masks(labels).items()}
-    return {label: ControlDifference(float(own.mean()), difference_interval(own)) for label, own in by_label.items()}
+    return {
+        label: ControlDifference(float(own.mean()), change_interval(own, np.arange(len(own))))
+        for label, own in by_label.items()
+    }
 
 
 def _rates(arm: ArmSummary) -> dict[str, Rate | None]:
