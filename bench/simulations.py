@@ -94,7 +94,7 @@ TPR_AT_5 = 0.1985  # of values 0.8 standard deviations apart
 
 
 def tpr_at_5_pooled(seed: int) -> tuple[float, float]:
-    """Attacks found at 5% false positives, of five folds with 26 attacks and 26 benign prompts, on different scales.
+    """Attacks found at 5% false positives, of five folds with 26 attacks and 100 benign prompts, on different scales.
 
     The naive way is the mean over folds of what the best threshold in hindsight finds.
     """
@@ -102,8 +102,8 @@ def tpr_at_5_pooled(seed: int) -> tuple[float, float]:
     from headrift.calibration.splits import CalibrationSamples
     from headrift.stats import ranks, roc_curve, tpr_at
 
-    random, folds, n = np.random.default_rng(seed), 5, 26
-    fold, attack = np.repeat(np.arange(folds), 2 * n), np.tile(np.arange(2 * n) < n, folds)
+    random, folds, n = np.random.default_rng(seed), 5, 126
+    fold, attack = np.repeat(np.arange(folds), n), np.tile(np.arange(n) < 26, folds)
     ones = np.ones(len(fold), np.int64)
     samples = CalibrationSamples(
         row=np.arange(len(fold)),
@@ -119,7 +119,7 @@ def tpr_at_5_pooled(seed: int) -> tuple[float, float]:
     values = random.normal(size=len(fold)) + 0.8 * attack
     naive = []
     for own in (fold == number for number in range(folds)):
-        curve = roc_curve(ranks(values[own]), attack[own], np.ones(2 * n))
+        curve = roc_curve(ranks(values[own]), attack[own], np.ones(n))
         naive.append(tpr_at(*curve, np.array([0.05]))[0])
     return float(np.mean(naive)), pooled(samples, [values * (1 + one) for one in range(folds)], ones)["tpr_at_5"]
 
@@ -330,7 +330,7 @@ SIMULATIONS["intervals_few_groups"] = Simulation(
     "95% interval of an AUROC of 3 to 14 prompts a class, 20 rows each, misses it", 0.05, intervals_few_groups
 )
 SIMULATIONS["tpr_at_5_pooled"] = Simulation(
-    "attacks found at 5% false positives, of folds with 26 benign prompts (not an error: to be as promised)",
+    "attacks found at 5% false positives, of folds with 100 benign prompts (no error: to be as promised)",
     TPR_AT_5,
     tpr_at_5_pooled,
     exact=True,
@@ -362,8 +362,8 @@ def rates(name: str, draws: int, first: int = 0, processes: int | None = None) -
     table = np.array(errors, np.float64)
     simulation = SIMULATIONS[name]
     spread = table.std(axis=0, ddof=1) / np.sqrt(draws)
-    # Of a rate that is nominal: what chance would allow for also if no error, or no variation, was seen.
-    by_chance = np.sqrt(simulation.nominal * (1 - simulation.nominal) / draws)
+    # Of an error rate: what chance would allow for also if no error, or no variation, was seen.
+    by_chance = 0 if simulation.exact else np.sqrt(simulation.nominal * (1 - simulation.nominal) / draws)
     naive, now = ({"rate": float(r), "error": float(s)} for r, s in zip(table.mean(axis=0), spread))
     return {
         "about": simulation.about,

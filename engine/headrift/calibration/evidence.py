@@ -66,9 +66,9 @@ METRICS = {
     ),
 }
 FALSE_POSITIVES = ("fpr", "fpr_traffic")
-# Figures of all folds together: false positive rate, and held-out benign samples that it takes in every fold.
-FEWEST_AT_5, FEWEST_AT_1 = 20, 100
-POOLED = {"auprc": (None, 2), "tpr_at_5": (0.05, FEWEST_AT_5), "tpr_at_1": (0.01, FEWEST_AT_1)}
+# Figures of all folds together: false positive rate, and held-out benign samples that it takes in every fold. With fewer
+# they are no longer those of another threshold (bench/simulations.py).
+POOLED = {"auprc": (None, 100), "tpr_at_5": (0.05, 100), "tpr_at_1": (0.01, 500)}
 _CONTAMINATIONS = (0.0, 0.001, 0.01, 0.05, 0.1)
 
 
@@ -165,8 +165,7 @@ def pooled(samples: CalibrationSamples, values: Sequence[Floats], times: Ints) -
     """The figures of POOLED, NaN for those that the data does not allow.
 
     In hindsight on one fold's few benign prompts they would be too high. Values of different folds' detectors are put
-    into standard deviations of the fold's benign prompts. In simulations with 26 of these a fold, and 20% to 60% of
-    attacks found, that is 0.02 too high at most; in hindsight it was 0.05, and by ranks within folds 0.06 too low.
+    into standard deviations of the fold's benign prompts.
 
     Args:
         samples, times: as for `held_out`.
@@ -200,13 +199,18 @@ def pooled(samples: CalibrationSamples, values: Sequence[Floats], times: Ints) -
 
 
 def _alike(values: Floats, times: Ints, benign: Bools) -> Floats:
-    """Values in standard deviations of the benign prompts' that have one."""
+    """Values in standard deviations from the mean of the benign prompts' that have one; a benign one's from the others'.
+
+    Else benign prompts would be nearer to the mean than new ones are.
+    """
     known = benign & np.isfinite(values)
     if not known.any():
         return values
     mean = np.average(values[known], weights=times[known])
     spread = np.sqrt(np.average((values[known] - mean) ** 2, weights=times[known]))
-    return np.asarray((values - mean) / (spread or 1.0))
+    n = times[known].sum()
+    others = np.where(known, n / np.maximum(n - times, 1), 1.0)  # x - mean of the others = n / (n - times) (x - mean)
+    return np.asarray((values - mean) / (spread or 1.0) * others)
 
 
 def _mean(values: Sequence[float]) -> float:

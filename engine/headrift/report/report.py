@@ -348,7 +348,8 @@ def _settings(data: ReportData, redact: bool) -> Blocks:
     same = [(name, texts[0]) for name, texts in values.items() if len(set(texts)) == 1]
     differ = {name: texts for name, texts in values.items() if len(set(texts)) > 1}
     columns = ("setting", "of all runs" if len(data.runs) > 1 else "value")
-    yield html.Table(columns, [("report made by", f"headrift {__version__}"), *same])
+    groups = ("groups of prompts, for folds and intervals", data.rows.grouped.note or "the same prompt")
+    yield html.Table(columns, [("report made by", f"headrift {__version__}"), groups, *same])
     if differ:
         rows = [(run, *(texts[i] for texts in differ.values())) for i, run in enumerate(data.names)]
         yield html.Table(("run", *differ), rows)
