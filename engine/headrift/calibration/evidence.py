@@ -66,8 +66,8 @@ METRICS = {
     ),
 }
 FALSE_POSITIVES = ("fpr", "fpr_traffic")
-# Figures of all folds together: false positive rate, and held-out benign samples that it takes in every fold. With fewer
-# they are no longer those of another threshold (bench/simulations.py).
+# Figures of all folds together: false positive rate, and held-out benign samples that it takes in every fold. With
+# fewer they are no longer those of another threshold (bench/simulations.py).
 POOLED = {"auprc": (None, 100), "tpr_at_5": (0.05, 100), "tpr_at_1": (0.01, 500)}
 _CONTAMINATIONS = (0.0, 0.001, 0.01, 0.05, 0.1)
 
@@ -199,7 +199,7 @@ def pooled(samples: CalibrationSamples, values: Sequence[Floats], times: Ints) -
 
 
 def _alike(values: Floats, times: Ints, benign: Bools) -> Floats:
-    """Values in standard deviations from the mean of the benign prompts' that have one; a benign one's from the others'.
+    """Values in standard deviations from the mean of benign prompts that have one; a benign one's from the others'.
 
     Else benign prompts would be nearer to the mean than new ones are.
     """
