@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
+_TABLE_WIDTH, _BETWEEN = 80, 3  # between two columns
 LABEL_WIDTH = 24
 NO_SPACE = "no space left on the disk: make room, or choose another disk"
 
@@ -113,9 +114,12 @@ def print_table(console: Console, names: Sequence[str], rows: Iterable[Sequence[
     from rich import box
     from rich.table import Table
 
+    rows = list(rows)
+    numbers = [max(map(len, column)) for column in zip(names, *rows)][1:]
+    labels = min(LABEL_WIDTH, _TABLE_WIDTH - sum(width + _BETWEEN for width in numbers))
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for i, name in enumerate(names):
-        table.add_column(name, justify="right" if i else "left", min_width=0 if i else LABEL_WIDTH)
+        table.add_column(name, justify="right" if i else "left", min_width=0 if i else max(labels, 0))
     for row in rows:
         table.add_row(*row)
     console.print()
