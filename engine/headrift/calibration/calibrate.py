@@ -67,7 +67,8 @@ def calibrate(
     if cut is None or above is None:
         window = choice.score_range.window
         steps = f"in steps {window}: choose an earlier --window, or" if not window.empty else "at step 0:"
-        raise CalibrationError(f"no benign prompt has a value {steps} check the runs")
+        kind = "prompt" if setting.benign_only else "benign prompt"
+        raise CalibrationError(f"no {kind} has a value {steps} check the runs")
     figures = evidence.figures(choice, samples, config.resamples)
     confounds = {} if config.benign_only else evidence.confounds(rows, samples, config.resamples)
     calibration = Calibration(
