@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import residuals
-from public import ORIGINAL, OWN, read_rows
+from public import ORIGINAL, OWN, over_sources, read_rows
 from scipy.stats import pearsonr, spearmanr
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_curve
@@ -33,7 +33,6 @@ from headrift.stats import (
     auroc_bounds,
     effective_groups,
     fewest_groups,
-    mean_interval,
     percentile_bounds,
     rate_bounds,
 )
@@ -430,13 +429,6 @@ class Figures:
 def _cell(draws: np.ndarray, bounds: Bounds | None) -> list[float] | None:
     """[value, low, high]; without an interval [value]; None without a value."""
     return None if np.isnan(draws[0]) else [round(float(value), 4) for value in (draws[0], *(bounds or ()))]
-
-
-def over_sources(values: Sequence[float], lowest: float, comparisons: int = 1) -> list[float]:
-    """Mean over sources with Student's t interval, within [lowest, 1]: what to expect of another source."""
-    interval = mean_interval(values, comparisons)
-    ends = (max(interval.low, lowest), min(interval.high, 1.0)) if interval.bounds else ()
-    return [round(float(value), 4) for value in (interval.value, *ends)]
 
 
 def measure_all(data: Data, figures: Figures, say: Callable) -> dict:

@@ -5,7 +5,6 @@
 Results that do not exist have no rows. A test fails if a page and the committed results differ.
 """
 
-import statistics
 import string
 import sys
 from collections.abc import Callable, Iterator
@@ -205,11 +204,11 @@ def separation(results: Path) -> str:
             "Open-Prompt-Injection, target task left out": lambda name, at=within: public.ci(
                 at["opi"]["signals"][name]["auroc"]
             ),
-            "five own sets, held out within, mean": lambda name, at=own: "{:.3f}".format(
-                statistics.mean(cell["signals"][name]["auroc"][0] for cell in at)
+            "five own sets, held out within, mean (over sets)": lambda name, at=own: public.ci(
+                public.over_sources([cell["signals"][name]["auroc"][0] for cell in at], 0.0, digits=9)
             ),
-            f"**a source left out**, mean of {len(left_out['readout']['sources'])}": lambda name, at=left_out: (
-                public.ci(at[name]["auroc"])
+            f"**a source left out**, mean of {len(left_out['readout']['sources'])} (over sources)": (
+                lambda name, at=left_out: public.ci([at[name]["auroc"][0], *at[name]["auroc_by_source"][1:]])
             ),
         }
         rows += [[report["model"], what, *map(cell, names)] for what, cell in cells.items()]
