@@ -199,8 +199,8 @@ def test_the_list_is_that_of_benjamini_and_hochberg_over_prompts(work):
     assert set(entries) == set(range(1, len(on_list) + 1))
     assert len({(row["entry"], of_row[row["source"], row["row"]]) for row in listed}) == len(on_list)
     assert [row["p_value"] for row in listed] == sorted(row["p_value"] for row in listed)
-    said = f"flagged-fdr.parquet: review list of {len(on_list)} prompts ({len(listed)} rows)"
-    assert said in " ".join(done.stdout.split())
+    message = f"flagged-fdr.parquet: review list of {len(on_list)} prompts ({len(listed)} rows)"
+    assert message in " ".join(done.stdout.split())
     run = json.loads(Path("out/run.json").read_text())
     about = run["judged"]["fdr_list"]
     assert (about["prompts"], about["rows"]) == (len(on_list), len(listed))
