@@ -449,7 +449,7 @@ def verdict(calibration: Calibration) -> Verdict:
     auroc, tpr = headline.get("auroc"), headline.get("tpr")
     label = calibration.label
     if calibration.benign_only or auroc is None or auroc.value is None:
-        line = f"not known whether it is usable: {label}, no attacks to hold out; the promise below is of prompts like these"
+        line = f"not known whether it is usable: {label}, no attacks to hold out; the promise is of prompts like these"
         return Verdict(usable="unknown", lines=[line])
     if (left_out or figures)["auroc"].interval is None:
         line = f"not known whether it is usable: {label}, held-out AUROC {auroc.value:.3f} without an interval"
