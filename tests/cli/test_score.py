@@ -82,7 +82,7 @@ def score(*args: str):
         (["in.jsonl", "--column", "prompt"], "--column prompt is not KEY=NAME, as in prompt=text"),
         (
             ["in.jsonl", "--column", "text=prompt"],
-            "a row has no key 'text': --column KEY=NAME takes id, prompt, system",
+            "a row has no key 'text': --column KEY=NAME takes id, group, prompt, system",
         ),
         (["in.jsonl", "--shard", "3/2"], "--shard is i/n with 1 <= i <= n"),
         (["in.jsonl", "--shard", "7/8"], "4 rows, and none of them for this --shard, in in.jsonl"),
@@ -445,7 +445,9 @@ def test_real_columns(real):
     assert [(field.name, field.type) for field in real.table.schema] == [
         *((name, string) for name in ("id", "source")),
         ("row", pa.int64()),
-        *((name, string) for name in ("label", "category", "source_set", "group", "system_hash")),
+        *((name, string) for name in ("label", "category", "source_set", "group", "prompt_hash", "answer_hash")),
+        ("minhash", pa.binary()),
+        ("system_hash", string),
         ("score", number),
         ("reason", string),
         *((name, count) for name in ("n_steps", "n_scored", "prompt_tokens", "system_tokens", "answer_tokens")),
