@@ -63,7 +63,7 @@ def make_rows(start: int, n: int, n_all: int, steps: int, layers: int, schema: p
 
 def measure(folder: Path, out: Path, resamples: int) -> dict:
     """Calibrate in a process of its own."""
-    command = [sys.executable, "-P", "-m", "headrift.cli", "calibrate", str(folder), "--out", str(out)]
+    command = [sys.executable, "-P", "-m", "headrift.cli", "calibrate", str(folder), "--out", str(out), "--force"]
     load = os.getloadavg()[0]
     with Stopwatch() as clock:
         child = subprocess.Popen([*command, "--resamples", str(resamples)], cwd=utils.ROOT)

@@ -111,7 +111,7 @@ class OfSignal:
 
 
 class OfInstability:
-    """Instability over the window and layers that tell attacks best, in the direction of the runs' own window."""
+    """Instability over the window and layers that tell attacks best, in the direction of the widest window."""
 
     def __init__(
         self, sums: SumTable, candidates: Sequence[ScoreRange], samples: CalibrationSamples, seed: int
@@ -119,7 +119,8 @@ class OfInstability:
         self.entry = get("instability")
         self._candidates, self._samples, self._seed = list(candidates), samples, seed
         self._sums = {1: sums}
-        self._own = sums.scores(self._candidates[0])
+        # The widest window tells the direction: of a narrow one it is often chance.
+        self._own = sums.scores(max(self._candidates, key=lambda one: one.window.end - one.window.start))
 
     def learn(self, train: Ints) -> Learned:
         """Learn from the samples with these numbers."""
