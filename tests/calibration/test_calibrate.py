@@ -104,6 +104,24 @@ def test_intervals_hold_the_expected_figure(make):
         assert contained >= 89, name  # 95 expected; fewer than 89 come by chance in 1 of 150
 
 
+def test_figures_at_a_false_positive_rate_have_intervals_from_100_benign_prompts_a_fold_on(make):
+    """Resamples draw more or fewer of a fold's prompts: what counts is how many the data has."""
+    for n_benign, known in ((500, True), (480, False)):
+        figures = calibrated(make, 0, 60, n_benign, effect=0.02, folds=5, resamples=20, window=Window(1, 6)).figures
+        for name in ("auprc", "tpr_at_5"):
+            assert (figures[name].value is not None) == (figures[name].interval is not None) == known
+
+
+def test_instabilitys_direction_is_that_of_its_effect_wherever_that_is(make):
+    """Step 1, the first window of the search, says nothing here: by it, half of the directions would be wrong."""
+    for seed in range(8):
+        values = make.made_up(seed, 60, 140, effect=0.03, window=(4, 6))
+        run = make.run_of(values, make.labels(60, 140))
+        calibration = calibrate([run], CalibrateConfig(seed=seed, folds=2, resamples=0))
+        assert calibration.detector.direction == 1
+        assert Window.parse(calibration.window).end >= 4
+
+
 def test_of_about_equal_windows_the_largest_does_better_than_the_best(make, monkeypatch):
     """A weak effect everywhere: the plain maximum picks lucky small windows, which do worse on prompts held out."""
 

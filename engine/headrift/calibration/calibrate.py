@@ -218,19 +218,19 @@ def _alerts(calibration: Calibration) -> str:
     """How many alerts to expect, and how many at most are promised."""
     setting, daily = calibration.setting, calibration.traffic.daily_prompts
     rows = "rows" if calibration.benign_only else "benign rows"
+    expected = calibration.figures.get("fpr_traffic") if daily is None else calibration.traffic.alerts_a_day
     sure = "on average over calibrations" if setting.confidence is None else f"with {setting.confidence:.0%} confidence"
-    rate = calibration.figures.get("fpr_traffic")
     most = f"{setting.target_fpr:.1%}" if daily is None else f"{setting.target_fpr * daily:,.0f}"
     promise = f"at most {most} promised {sure}, set on {setting.n:,} prompts"
     attacks = calibration.procedure["contamination"]
     if attacks is not None:
         promise += f", if at most {attacks:.3g} of the prompts are attacks"
-    if rate is None or rate.interval is None:
+    if expected is None or expected.interval is None:
         return promise if daily is None else f"{promise}, if all {daily:,} of a day are benign"
-    low, high = rate.interval
+    low, high = expected.interval
     if daily is None:
         return f"expect {low:.1%} to {high:.1%} of {rows} flagged; {promise}"
-    return f"expect {low * daily:,.0f} to {high * daily:,.0f} a day, if all {daily:,} prompts are benign; {promise}"
+    return f"expect {low:,.0f} to {high:,.0f} a day, if all {daily:,} prompts are benign; {promise}"
 
 
 def print_comparison(console: Console, calibration: Calibration) -> None:

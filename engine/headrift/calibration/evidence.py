@@ -171,7 +171,9 @@ def pooled(samples: CalibrationSamples, values: Sequence[Floats], times: Ints) -
         samples, times: as for `held_out`.
         values: for each fold the values of all samples by the detector that was learned without it.
     """
-    alike, n_benign = np.full(len(samples.row), np.nan), np.zeros(samples.n_folds)
+    alike = np.full(len(samples.row), np.nan)
+    # Of the data, also in a resample: how many benign prompts it draws of a fold varies.
+    n_benign = np.bincount(samples.fold[~samples.attack], minlength=samples.n_folds)
     judged = np.zeros(len(samples.row), np.bool_)
     for fold in range(samples.n_folds):
         inside = (samples.fold == fold) & (times > 0)
@@ -179,7 +181,6 @@ def pooled(samples: CalibrationSamples, values: Sequence[Floats], times: Ints) -
         if not (inside & samples.attack).any() or not benign.any():
             continue
         judged |= inside
-        n_benign[fold] = times[benign].sum()
         alike[inside] = _alike(values[fold][inside], times[inside], ~samples.attack[inside])
     metrics = dict.fromkeys(POOLED, np.nan)
     for name, (rate, fewest) in POOLED.items():
@@ -218,13 +219,8 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.nanmean(values)) if not np.isnan(values).all() else np.nan
 
 
-_LEAST = 1e-9  # average precision in log-odds is no nearer to 0 and 1
-
-
 def _bounds(name: str, value: float, drawn: list[float], samples: CalibrationSamples) -> Bounds | None:
     """95% interval of a metric; None if most resamples lack it, or a class has a handful of groups."""
-    from scipy.special import expit, logit
-
     groups = {
         label: stats.effective_groups(samples.group[mask])
         for label, mask in (("attack", samples.attack), ("benign", ~samples.attack))
@@ -233,13 +229,7 @@ def _bounds(name: str, value: float, drawn: list[float], samples: CalibrationSam
     if np.isnan(drawn).sum() > len(drawn) / 2 or min(groups.values()) < stats.MIN_FOR_INTERVAL:
         return None
     if name == "auprc":
-        # Few prompts raise the precision, and a resample has fewer: twice its bias is taken off, as log-odds.
-        log_odds = logit(np.clip([value, *drawn], _LEAST, 1 - _LEAST))
-        shifted = expit(log_odds[1:] - 2 * (np.nanmean(log_odds[1:]) - log_odds[0])) if drawn else drawn
-        return stats.percentile_bounds(shifted, min(groups.values()))
-    if name in POOLED:
-        # Resamples repeat benign prompts, which raises true positives: what they add is taken off.
-        drawn = list(np.clip(np.array(drawn) - np.nanmean(drawn) + value, 0, 1)) if drawn else drawn
+        return stats.percentile_bounds(drawn, min(groups.values()))
     if name in ("auroc", "auroc_scored"):
         return stats.auroc_bounds(value, drawn, groups["attack"], groups["benign"])
     if name.startswith("tpr"):

@@ -126,7 +126,8 @@ class Judged:
         for name, (values, groups) in prompts.items():
             rate = Rate.from_hits(judge.apply(values).flagged, groups)
             self.flagged[name] = rows[name], flagged[name], rate
-        self.listed = ReviewList.of_folder(folder, rows.total())
+        bare = isinstance(judge, BareThreshold)  # without p-values
+        self.listed = ReviewList(0, 0, None) if bare else ReviewList.of_folder(folder, rows.total())
         self.drift_of: Literal["benign", "unlabelled"] = "benign" if "benign" in prompts else "unlabelled"
         self.drift: Drift | None = None
         if self.drift_of in group_values and not isinstance(judge, BareThreshold):
