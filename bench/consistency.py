@@ -380,8 +380,8 @@ def table(report: dict) -> str:
         f"held-out families: {', '.join(report['held_out_families'])}. On {report['machine']['cpu']} "
         f"({report['machine']['cores']} cores).",
         "Before: one model. After: mean over the seeds, which are asked the same questions. In brackets: 95% intervals "
-        "over questions (passages, for the perplexity), for these seeds: from resampling questions, and Wilson's with "
-        "questions as trials for rates that few questions decide.",
+        "over questions (passages, for the perplexity), for these seeds: from resampling questions; of rates "
+        "Clopper-Pearson's, for as many trials as the questions are worth.",
         utils.markdown(["held out", "questions", "before", *names], rows),
         "Answers that flip, by family:",
         utils.markdown(["family", "before", *names], families),

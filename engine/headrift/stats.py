@@ -165,26 +165,23 @@ def exact_interval(k: int, n: int) -> Bounds:
 
 
 def rate_interval(hits: Bools, group: Ints) -> Bounds:
-    """Two-sided interval of a rate of samples whose groups are independent: exact if each is a group of its own.
+    """Two-sided interval of a rate of samples whose groups are independent.
 
-    Else Clopper-Pearson's for as many independent samples as would tell as much (Korn and Graubard 1998).
+    It is Clopper-Pearson's, which is exact if each sample is a group of its own, for as many independent samples as
+    would tell as much (Korn and Graubard 1998). Samples of a group that are all the same count as one.
 
     Args:
         hits, group: [n].
     """
-    from scipy.stats import beta, t
+    from scipy.stats import beta
 
     n, rate = len(hits), float(hits.mean())
     number = np.unique(group, return_inverse=True)[1]
-    groups = int(number.max()) + 1
-    if groups == n:
-        return exact_interval(int(hits.sum()), n)
-    effective = float(groups)  # if all are the same, or there is one group, no spread can be seen
-    if groups > 1 and 0 < rate < 1:
-        variance = groups / (groups - 1) * float((np.bincount(number, hits - rate) ** 2).sum()) / n**2
-        quantiles = (t.ppf((1 + CONFIDENCE) / 2, degrees - 1) for degrees in (n, groups))
-        ratio = next(quantiles) / next(quantiles)
-        effective = min(rate * (1 - rate) / variance * ratio**2, float(n)) if variance else float(n)
+    # If all are the same no spread can be seen: as many as there are groups.
+    effective = float(number.max() + 1)
+    if 0 < rate < 1:
+        variance = float((np.bincount(number, hits - rate) ** 2).sum()) / n**2
+        effective = min(rate * (1 - rate) / variance, float(n)) if variance else float(n)
     k, alpha = rate * effective, (1 - CONFIDENCE) / 2
     low = 0.0 if k == 0 else float(beta.ppf(alpha, k, effective - k + 1))
     high = 1.0 if k == effective else float(beta.ppf(1 - alpha, k + 1, effective - k))

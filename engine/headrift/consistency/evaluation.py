@@ -2,7 +2,7 @@
 
 Every measure is taken of the model before (adapter off) and after (adapter on), on the same prompts. Values are means
 over pairs with 95% percentile intervals from resampling questions (passages, for the perplexity); the change uses the
-same resamples. Rates have the intervals of `summary.rate_interval`, and their changes those of `stats.change_interval`.
+same resamples. Rates have the intervals of `stats.rate_interval`, their changes those of `change_interval`.
 """
 
 from __future__ import annotations

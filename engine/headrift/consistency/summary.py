@@ -1,7 +1,7 @@
 """Summary of scored pairs: flip rates, distances, and whether attention predicts which answers flip.
 
-Intervals are 95% percentile intervals from resampling questions, with all their pairs. A rate that few questions decide
-has Wilson's interval instead, see `rate_interval`.
+Intervals are 95% percentile intervals from resampling questions, with all their pairs. Rates have that of
+`stats.rate_interval`, with the questions as groups.
 """
 
 from __future__ import annotations
@@ -17,16 +17,14 @@ from numpy.typing import NDArray
 from headrift.runs.folder import list_column
 from headrift.stats import (
     Bools,
-    Bounds,
     ClusterBootstrap,
     Floats,
     Interval,
     Ints,
     effective_groups,
-    rate_bounds,
+    rate_interval,
     separation,
     side,
-    wilson_interval,
 )
 from headrift.terminal import print_table
 
@@ -97,28 +95,14 @@ def mean_estimate(
     Args:
         bootstrap: over the questions.
         question: [pairs] the number of each pair's question.
-        is_rate: the values are between 0 and 1: the interval is that of `rate_interval`.
+        is_rate: the values are 0 or 1: the interval is that of `stats.rate_interval`.
     """
     valid = mask & ~np.isnan(values)
     draws = bootstrap.mean(values, valid)
     result = estimate(draws, question[valid])
     if is_rate and valid.any():
-        result["interval"] = list(rate_interval(draws, question[valid]))
+        result["interval"] = list(rate_interval(values[valid] == 1, question[valid]))
     return result
-
-
-def rate_interval(draws: Floats, question: Ints) -> Bounds:
-    """95% interval of a rate over pairs; a question counts once, whatever number of pairs it has.
-
-    It comes from resampling questions, and is no narrower than Wilson's with the questions as trials; for few questions
-    it is Wilson's.
-
-    Args:
-        draws: the rate, and over resamples of the questions, as a `ClusterBootstrap` has them.
-        question: [pairs] the number of each pair's question.
-    """
-    n, rate = effective_groups(question), float(draws[0])
-    return rate_bounds(rate, draws[1:], n) or wilson_interval(rate * n, n)
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
