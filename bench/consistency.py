@@ -381,7 +381,7 @@ def table(report: dict) -> str:
         f"({report['machine']['cores']} cores).",
         "Before: one model. After: mean over the seeds, which are asked the same questions. In brackets: 95% intervals "
         "over questions (passages, for the perplexity), for these seeds: from resampling questions; of rates "
-        "Clopper-Pearson's, for as many trials as the questions are worth.",
+        "Clopper-Pearson's, questions being the trials.",
         utils.markdown(["held out", "questions", "before", *names], rows),
         "Answers that flip, by family:",
         utils.markdown(["family", "before", *names], families),

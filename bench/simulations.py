@@ -66,6 +66,21 @@ def seeds_rate(seed: int) -> tuple[float, float]:
     return tuple(float(not low <= rate <= high) for low, high in (naive, rate_interval(happens.ravel(), question)))
 
 
+def sessions_rate(seed: int) -> tuple[float, float]:
+    """Whether the interval of the rate of flagged prompts, of 20 sessions with 10 prompts each, misses it.
+
+    A fifth is flagged; sessions differ (correlation 0.2 within one). The naive way takes prompts for independent.
+    """
+    from headrift.stats import exact_interval, rate_interval
+
+    random, rate, within = np.random.default_rng(seed), 0.2, 0.2
+    session = np.repeat(np.arange(20), 10)
+    rates = random.beta(rate * (1 - within) / within, (1 - rate) * (1 - within) / within, 20)
+    hits = random.random(200) < rates[session]
+    intervals = exact_interval(int(hits.sum()), 200), rate_interval(hits, session)
+    return tuple(float(not low <= rate <= high) for low, high in intervals)
+
+
 def intervals_few_groups(seed: int) -> tuple[float, float]:
     """Whether an AUROC's interval, of 3 to 14 prompts a class with 20 rows each, misses it.
 
@@ -336,6 +351,9 @@ SIMULATIONS["tpr_at_5_pooled"] = Simulation(
 SIMULATIONS["rate_interval_few"] = Simulation("95% interval of a rate of 8 trials misses it", 0.05, rate_interval_few)
 SIMULATIONS["seeds_rate"] = Simulation(
     "95% interval of a rate of 12 questions, over three trainings that are asked the same, misses it", 0.05, seeds_rate
+)
+SIMULATIONS["sessions_rate"] = Simulation(
+    "95% interval of the rate of flagged prompts, of 20 sessions with 10 each, misses it", 0.05, sessions_rate
 )
 SIMULATIONS["internals_length"] = Simulation(
     "length of 40 system prompts is said to matter, and does not (40 prompts)", 0.05, internals_length, few=20

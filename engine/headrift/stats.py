@@ -156,36 +156,23 @@ def _wider(one: Bounds | None, other: Bounds | None) -> Bounds | None:
     return None if one is None or other is None else (min(one[0], other[0]), max(one[1], other[1]))
 
 
-def exact_interval(k: int, n: int) -> Bounds:
-    """Two-sided Clopper-Pearson interval of a rate of which k of n were seen."""
-    from scipy.stats import binomtest
+def exact_interval(k: float, n: float) -> Bounds:
+    """Two-sided Clopper-Pearson interval of a rate of which k of n were seen; n may be `effective_groups`."""
+    from scipy.stats import beta
 
-    low, high = binomtest(k, n).proportion_ci(CONFIDENCE, method="exact")
-    return float(low), float(high)
+    alpha = (1 - CONFIDENCE) / 2
+    low = 0.0 if k <= 0 else float(beta.ppf(alpha, k, n - k + 1))
+    return low, 1.0 if k >= n else float(beta.ppf(1 - alpha, k + 1, n - k))
 
 
 def rate_interval(hits: Bools, group: Ints) -> Bounds:
-    """Two-sided interval of a rate of samples whose groups are independent.
+    """Two-sided Clopper-Pearson interval of a rate [n] with the groups [n] as trials.
 
-    It is Clopper-Pearson's, which is exact if each sample is a group of its own, for as many independent samples as
-    would tell as much (Korn and Graubard 1998). Samples of a group that are all the same count as one.
-
-    Args:
-        hits, group: [n].
+    It is exact if each sample is a group of its own. Otherwise it is too wide where samples of a group differ; what
+    they add cannot be told from few groups, of which one or two may hold all hits.
     """
-    from scipy.stats import beta
-
-    n, rate = len(hits), float(hits.mean())
-    number = np.unique(group, return_inverse=True)[1]
-    # If all are the same no spread can be seen: as many as there are groups.
-    effective = float(number.max() + 1)
-    if 0 < rate < 1:
-        variance = float((np.bincount(number, hits - rate) ** 2).sum()) / n**2
-        effective = min(rate * (1 - rate) / variance, float(n)) if variance else float(n)
-    k, alpha = rate * effective, (1 - CONFIDENCE) / 2
-    low = 0.0 if k == 0 else float(beta.ppf(alpha, k, effective - k + 1))
-    high = 1.0 if k == effective else float(beta.ppf(1 - alpha, k + 1, effective - k))
-    return low, high
+    n = effective_groups(group)
+    return exact_interval(round(float(np.mean(hits)) * n, 9), n)
 
 
 def wilson_interval(k: float, n: float) -> Bounds:
