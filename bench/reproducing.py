@@ -35,7 +35,7 @@ MADE = {"20250908": "8 September, greedy", "20250902": "2 September, sampled"}
 
 
 def read_scores(run: Path, kind: str, iteration: int) -> dict[str, float | None]:
-    """Scores by prompt, None for none, of a run's results_KIND_iterN.csv; empty if there is no such file."""
+    """Read each prompt's score, None if it has none, from a run's results_KIND_iterN.csv; {} without that file."""
     path = run / f"results_{kind}_iter{iteration}.csv"
     if not path.is_file():
         return {}
